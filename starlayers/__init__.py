@@ -1,0 +1,21 @@
+"""The star operation, `act(x W1 + b1) * (x W2 + b2)`, as a first-class PyTorch layer."""
+
+from starlayers.activations import ACTIVATIONS, get_activation, register_activation
+from starlayers.backend import backend_name, use_backend
+from starlayers.functional import star
+from starlayers.modules import DropPath, StarBlock, StarMLP, StarOp
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ACTIVATIONS",
+    "DropPath",
+    "StarBlock",
+    "StarMLP",
+    "StarOp",
+    "backend_name",
+    "get_activation",
+    "register_activation",
+    "star",
+    "use_backend",
+]

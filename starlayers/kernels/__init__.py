@@ -1,0 +1,1 @@
+"""Private: fused implementations, imported on first use by the modules that need them."""

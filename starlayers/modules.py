@@ -1,0 +1,290 @@
+"""StarOp, StarMLP and StarBlock: the star operation over stock `nn.Linear` branches."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from starlayers.activations import get_activation
+from starlayers.backend import fused_mlp_blocker
+from starlayers.functional import COMBINE
+
+__all__ = ["DropPath", "StarBlock", "StarMLP", "StarOp"]
+
+
+class StarOp(nn.Module):
+    """Two linear branches and their product: `act(f1(x)) * (offset + f2(x))`.
+
+    Shapes: (..., in_features) -> (..., out_features), any floating dtype.
+
+    Args:
+        in_features: channels of the input.
+        out_features: channels of the result.
+        act: a row of `ACTIVATIONS` for the first branch; `None` for none.
+        combine: "mul" is the star operation, "sum" the paper's ablation `act(f1(x)) + f2(x)`.
+        offset: constant added to the second branch. With `offset=1` and a zero `f2` the layer is
+            a plain `act(f1(x))`, which makes function-preserving conversion possible.
+        rank: products summed per output channel (1 is the paper). The branches then have
+            `rank * out_features` outputs, laid out (rank, out_features).
+        bias: whether the branches have biases.
+        device, dtype: where and in what type the parameters are made.
+
+    Raises:
+        TypeError: a size is not an integer, or the input is not floating.
+        ValueError: a size is below 1, a name is unknown, `offset` is set for "sum", or the
+            input has another number of channels.
+
+    Source: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
+
+    Example:
+        >>> StarOp(16, 32, act="gelu")(torch.randn(2, 5, 16)).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        act: str | None = "relu6",
+        combine: str = "mul",
+        offset: float = 0.0,
+        rank: int = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        self.in_features = positive_int(owner, "in_features", in_features)
+        self.out_features = positive_int(owner, "out_features", out_features)
+        self.rank = positive_int(owner, "rank", rank)
+        if combine not in COMBINE:
+            raise ValueError(
+                f"{owner}: unknown combine {combine!r}, choose one of {', '.join(COMBINE)}"
+            )
+        if combine != "mul" and offset:
+            raise ValueError(f"{owner}: offset={offset} needs combine='mul', got {combine!r}")
+        self.act = get_activation(act).name
+        self.combine = combine
+        self.offset = float(offset)
+        factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.f1 = nn.Linear(in_features, rank * out_features, **factory)
+        self.f2 = nn.Linear(in_features, rank * out_features, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        return self.combined(x)
+
+    def combined(self, x: Tensor) -> Tensor:
+        """The op without the input check: branches, product and sum over `rank`."""
+        y = COMBINE[self.combine](self.f1(x), self.f2(x), self.act, offset=self.offset)
+        if self.rank > 1:
+            y = y.unflatten(-1, (self.rank, -1)).sum(-2)
+        return y
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise with the user's own numbers where `x` cannot be an input of this layer."""
+        owner = type(self).__name__
+        if not x.is_floating_point():
+            raise TypeError(f"{owner} expects a floating tensor, got {x.dtype}; use x.float()")
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            got = "a scalar" if x.ndim == 0 else f"{x.shape[-1]} (shape {tuple(x.shape)})"
+            raise ValueError(f"{owner} expects {self.in_features} input features, got {got}")
+
+    def extra_repr(self) -> str:
+        extras = {"combine": ("mul", self.combine), "offset": (0.0, self.offset)}
+        extras["rank"] = (1, self.rank)  # type: ignore[assignment]
+        shown = [f"{k}={v!r}" for k, (default, v) in extras.items() if v != default]
+        return ", ".join([f"{self.in_features}, {self.out_features}, act={self.act!r}", *shown])
+
+
+class StarMLP(StarOp):
+    """A star operation followed by a linear layer: `g(act(f1(x)) * (offset + f2(x)))`.
+
+    Shapes: (..., dim) -> (..., out_features) through `hidden` channels.
+
+    Args:
+        dim: channels of the input.
+        hidden: channels of the product; default `4 * dim`.
+        out_features: channels of the result; default `dim`.
+        act, combine, offset, rank, bias, device, dtype: as for `StarOp`; `bias` covers `g` too.
+
+    Raises:
+        TypeError, ValueError: as `StarOp`.
+
+    SwiGLU is `StarMLP(dim, hidden, act="swiglu", bias=False)`. Where the backend allows it, the
+    three layers run fused and the backward recomputes the hidden activation instead of saving it.
+
+    Example:
+        >>> mlp = StarMLP(16, act="swiglu", bias=False)
+        >>> mlp(torch.randn(2, 5, 16)).shape, mlp.hidden_features
+        (torch.Size([2, 5, 16]), 64)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int | None = None,
+        *,
+        out_features: int | None = None,
+        act: str | None = "relu6",
+        combine: str = "mul",
+        offset: float = 0.0,
+        rank: int = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        owner = type(self).__name__
+        positive_int(owner, "dim", dim)
+        hidden = 4 * dim if hidden is None else positive_int(owner, "hidden", hidden)
+        out = dim if out_features is None else positive_int(owner, "out_features", out_features)
+        factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        super().__init__(dim, hidden, act=act, combine=combine, offset=offset, rank=rank, **factory)
+        self.hidden_features = hidden
+        self.out_features = out
+        self.g = nn.Linear(hidden, out, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        if fused_mlp_blocker(self, x) is None:
+            return self._fused(x)
+        return self.g(self.combined(x))  # type: ignore[no-any-return]
+
+    def _fused(self, x: Tensor) -> Tensor:
+        from starlayers.kernels.star_mlp import star_mlp  # defines the op, on first use only
+
+        f1, f2, g = self.f1, self.f2, self.g
+        rows = x.reshape(-1, self.in_features)
+        y = star_mlp(
+            rows, f1.weight, f1.bias, f2.weight, f2.bias, g.weight, g.bias, self.act, self.offset
+        )
+        out: Tensor = y.view(*x.shape[:-1], self.out_features)
+        return out
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, zero whole samples with probability `p`, scale the rest.
+
+    `x * mask / (1 - p)` with one Bernoulli draw per sample (first dimension); identity in eval.
+    Same distribution, and for one seed the same draws, as timm's layer of this name.
+
+    Shapes: (batch, ...) -> (batch, ...).
+
+    Raises:
+        ValueError: `p` outside [0, 1).
+
+    Source: Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016.
+
+    Example:
+        >>> DropPath(0.5).eval()(torch.ones(2))
+        tensor([1., 1.])
+    """
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.p = probability("DropPath", "p", p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.p)
+        return x * mask.div_(1 - self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class StarBlock(nn.Module):
+    """The residual block all domains share: `x + drop_path(gamma * post(mlp(pre(x))))`.
+
+    Shapes: (..., dim) -> (..., dim), vectors and tokens alike.
+
+    Args:
+        dim: channels.
+        expansion: hidden channels per channel; `dim * expansion` must be a whole number.
+        act, combine, offset, rank, bias, device, dtype: as for `StarMLP`.
+        pre, post: modules before and after the MLP, (..., dim) -> (..., dim); default none.
+        drop_path: probability of dropping the branch for a whole sample in training.
+        layer_scale: start value of the learned per-channel factor `gamma`; `None` for no factor.
+
+    Raises:
+        TypeError, ValueError: as `StarMLP`, and for `drop_path` outside [0, 1).
+
+    Example:
+        >>> block = StarBlock(16, pre=nn.LayerNorm(16), layer_scale=1e-6)
+        >>> block(torch.randn(2, 5, 16)).shape
+        torch.Size([2, 5, 16])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        expansion: float = 4,
+        act: str | None = "relu6",
+        pre: nn.Module | None = None,
+        post: nn.Module | None = None,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        combine: str = "mul",
+        offset: float = 0.0,
+        rank: int = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        hidden = positive_int(owner, "dim", dim) * expansion
+        if hidden < 1 or hidden != int(hidden):
+            raise ValueError(
+                f"{owner}: dim={dim} times expansion={expansion} gives {hidden} hidden channels; "
+                "choose an expansion that makes it a whole number of at least 1"
+            )
+        drop_path = probability(owner, "drop_path", drop_path)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.pre = nn.Identity() if pre is None else pre
+        self.mlp = StarMLP(
+            dim,
+            int(hidden),
+            act=act,
+            combine=combine,
+            offset=offset,
+            rank=rank,
+            bias=bias,
+            **factory,
+        )
+        self.post = nn.Identity() if post is None else post
+        self.gamma = None if layer_scale is None else nn.Parameter(torch.empty(dim, **factory))
+        self.layer_scale = layer_scale
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set `gamma` to its start value; the other parameters belong to the children."""
+        if self.gamma is not None:
+            nn.init.constant_(self.gamma, cast(float, self.layer_scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.post(self.mlp(self.pre(x)))
+        if self.gamma is not None:
+            y = y * self.gamma
+        return x + self.drop_path(y)  # type: ignore[no-any-return]
+
+
+def positive_int(owner: str, name: str, value: int) -> int:
+    """Return `value`, or raise naming it when it is no integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}: {name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
+    return value
+
+
+def probability(owner: str, name: str, value: float) -> float:
+    """Return `value`, or raise naming it when it lies outside [0, 1)."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{owner}: {name} must be in [0, 1), got {value}")
+    return float(value)

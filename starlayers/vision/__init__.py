@@ -1,0 +1,39 @@
+"""StarNet and its parts for images. Install with `pip install 'starlayers[vision]'`."""
+
+try:
+    import einops as _einops  # noqa: F401
+except ImportError as error:
+    raise ImportError("starlayers.vision needs einops: pip install 'starlayers[vision]'") from error
+
+from starlayers.vision.blocks import ConvNorm, StarBlock2d
+from starlayers.vision.checkpoints import LoadReport, load_checkpoint, to_timm_state_dict
+from starlayers.vision.demonet import DemoNet
+from starlayers.vision.models import (
+    STARNETS,
+    starnet_s050,
+    starnet_s1,
+    starnet_s2,
+    starnet_s3,
+    starnet_s4,
+    starnet_s100,
+    starnet_s150,
+)
+from starlayers.vision.starnet import StarNet
+
+__all__ = [
+    "STARNETS",
+    "ConvNorm",
+    "DemoNet",
+    "LoadReport",
+    "StarBlock2d",
+    "StarNet",
+    "load_checkpoint",
+    "starnet_s050",
+    "starnet_s1",
+    "starnet_s2",
+    "starnet_s3",
+    "starnet_s4",
+    "starnet_s100",
+    "starnet_s150",
+    "to_timm_state_dict",
+]

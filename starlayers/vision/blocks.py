@@ -1,0 +1,168 @@
+"""Building blocks of StarNet: convolution plus BatchNorm, and the two-dimensional star block."""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from starlayers.modules import StarBlock, positive_int
+
+__all__ = ["ConvNorm", "StarBlock2d"]
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution with "same" padding, then BatchNorm: NCHW in and out.
+
+    Shapes: (N, in_chans, H, W) -> (N, out_chans, ceil(H / stride), ceil(W / stride)).
+
+    Raises:
+        ValueError: `kernel_size` is even (no symmetric padding keeps the size then).
+
+    Example:
+        >>> ConvNorm(3, 8, 3, stride=2)(torch.randn(1, 3, 9, 9)).shape
+        torch.Size([1, 8, 5, 5])
+    """
+
+    conv: nn.Conv2d
+    bn: nn.Module
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        padding = same_padding(kernel_size)
+        conv = nn.Conv2d(
+            in_chans, out_chans, kernel_size, stride, padding, groups=groups, **factory
+        )
+        super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_chans, **factory)))
+
+    def fuse(self) -> None:
+        """Fold the BatchNorm into the convolution, in place; eval statistics, idempotent."""
+        if isinstance(self.bn, nn.BatchNorm2d):
+            self.conv = fuse_conv_bn_eval(self.conv, self.bn)
+            self.bn = nn.Identity()
+
+
+class _OnChannelsLast(nn.Sequential):
+    """A convolution and a norm in either order, called with and returning (N, H, W, C) views."""
+
+    conv: nn.Conv2d
+    bn: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = rearrange(x, "n h w c -> n c h w")
+        for layer in self:
+            y = layer(y)
+        return rearrange(y, "n c h w -> n h w c")
+
+
+class StarBlock2d(StarBlock):
+    """The StarNet block: `x + drop_path(dw(bn(mlp(bn(dw(x))))))` with depthwise convolutions `dw`.
+
+    Exactly a `StarBlock` whose `pre` is depthwise convolution and BatchNorm and whose `post` is
+    BatchNorm and depthwise convolution. Shapes: (N, dim, H, W) -> (N, dim, H, W). It computes in
+    channels_last, in which the star MLP sees its channels in the last dimension without a copy;
+    an input in another layout is copied into it once.
+
+    Args:
+        dim: channels.
+        kernel_size: side of the depthwise kernels, odd.
+        expansion, act, drop_path, layer_scale, combine, offset, rank, device, dtype: as for
+            `StarBlock`.
+
+    Raises:
+        TypeError, ValueError: as `StarBlock`; an even `kernel_size`; an input that is not
+            (N, dim, H, W).
+
+    Source: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
+
+    Example:
+        >>> StarBlock2d(16, expansion=3)(torch.randn(2, 16, 14, 14)).shape
+        torch.Size([2, 16, 14, 14])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 7,
+        *,
+        expansion: float = 4,
+        act: str | None = "relu6",
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        combine: str = "mul",
+        offset: float = 0.0,
+        rank: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        positive_int(type(self).__name__, "dim", dim)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        padding = same_padding(kernel_size)
+
+        def depthwise() -> nn.Conv2d:
+            return nn.Conv2d(dim, dim, kernel_size, padding=padding, groups=dim, **factory)
+
+        def norm() -> nn.BatchNorm2d:
+            return nn.BatchNorm2d(dim, **factory)
+
+        super().__init__(
+            dim,
+            expansion=expansion,
+            act=act,
+            pre=_OnChannelsLast(OrderedDict(conv=depthwise(), bn=norm())),
+            post=_OnChannelsLast(OrderedDict(bn=norm(), conv=depthwise())),
+            drop_path=drop_path,
+            layer_scale=layer_scale,
+            combine=combine,
+            offset=offset,
+            rank=rank,
+            **factory,
+        )
+
+    pre: _OnChannelsLast
+    post: _OnChannelsLast
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.mlp.in_features:
+            raise ValueError(
+                f"{type(self).__name__} expects (N, {self.mlp.in_features}, H, W), "
+                f"got shape {tuple(x.shape)}"
+            )
+        y = super().forward(rearrange(x, "n c h w -> n h w c").contiguous())
+        return rearrange(y, "n h w c -> n c h w")
+
+    def fuse(self) -> None:
+        """Fold both BatchNorms into their neighbours, in place; eval statistics, idempotent."""
+        pre, post, mlp = self.pre, self.post, self.mlp
+        if isinstance(pre.bn, nn.BatchNorm2d) and isinstance(post.bn, nn.BatchNorm2d):
+            pre.conv, pre.bn = fuse_conv_bn_eval(pre.conv, pre.bn), nn.Identity()
+            # g is pointwise, so the norm after it folds into it; the padding of the second
+            # depthwise convolution comes after the norm and stays right
+            mlp.g, post.bn = fuse_linear_bn_eval(mlp.g, post.bn), nn.Identity()
+
+
+def same_padding(kernel_size: int) -> int:
+    """Padding on each side that keeps the size at stride 1.
+
+    Raises:
+        ValueError: `kernel_size` is even.
+
+    Example:
+        >>> same_padding(7)
+        3
+    """
+    if positive_int("convolution", "kernel_size", kernel_size) % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+    return kernel_size // 2

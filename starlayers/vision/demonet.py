@@ -1,0 +1,112 @@
+"""DemoNet: the paper's isotropic network, in which only the operation changes."""
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from starlayers.modules import StarBlock, positive_int
+
+__all__ = ["DemoNet"]
+
+
+class _Depthwise(nn.Conv2d):
+    """A depthwise convolution on (N, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(rearrange(x, "n h w c -> n c h w"))
+        return rearrange(y, "n c h w -> n h w c")
+
+
+class DemoNet(nn.Module):
+    """The isotropic network of the paper's study: star against sum, nothing else different.
+
+    A patch embedding, `depth` blocks of LayerNorm, 7x7 depthwise convolution and a star MLP of
+    expansion 3 with layer scale and residual, then mean pooling, LayerNorm and a linear head.
+    Shapes: (N, in_chans, H, W), both sides multiples of `patch_size` -> (N, num_classes). All
+    four variants of `combine` and `act` have the same number of parameters.
+
+    Args:
+        depth: number of blocks.
+        dim: channels of each.
+        combine: "mul" (star) or "sum".
+        act: a row of `ACTIVATIONS` for the first branch; `None` for the activation-free network.
+        num_classes, in_chans: outputs and image channels.
+        patch_size: side of the patches (16 in the paper, at 224x224).
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        layer_scale: start value of the layer scale.
+        device, dtype: where and in what type the parameters are made.
+
+    Raises:
+        TypeError, ValueError: an argument out of range; an image whose channels or sides do not
+            fit.
+
+    Source: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967, section 3.4.
+
+    Example:
+        >>> net = DemoNet(depth=2, dim=32, combine="sum", act=None, num_classes=10, patch_size=4,
+        ...               in_chans=1)
+        >>> net(torch.randn(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        depth: int = 12,
+        dim: int = 192,
+        *,
+        combine: str = "mul",
+        act: str | None = "gelu",
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        patch_size: int = 16,
+        drop_path_rate: float = 0.0,
+        layer_scale: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        numbers = {"depth": depth, "dim": dim, "num_classes": num_classes, "in_chans": in_chans}
+        for name, value in {**numbers, "patch_size": patch_size}.items():
+            positive_int("DemoNet", name, value)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.patch_size = patch_size
+        self.stem = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **factory)
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        self.blocks = nn.Sequential(
+            *[
+                StarBlock(
+                    dim,
+                    expansion=3,
+                    act=act,
+                    combine=combine,
+                    pre=nn.Sequential(
+                        nn.LayerNorm(dim, **factory),
+                        _Depthwise(dim, dim, 7, padding=3, groups=dim, **factory),
+                    ),
+                    drop_path=rate,
+                    layer_scale=layer_scale,
+                    **factory,
+                )
+                for rate in rates
+            ]
+        )
+        self.norm = nn.LayerNorm(dim, **factory)
+        self.head = nn.Linear(dim, num_classes, **factory)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d | nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                assert m.bias is not None
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, chans = self.patch_size, self.stem.in_channels
+        if x.ndim != 4 or x.shape[1] != chans or x.shape[2] % p or x.shape[3] % p:
+            raise ValueError(
+                f"DemoNet expects (N, {chans}, H, W) with H and W multiples of {p}, "
+                f"got shape {tuple(x.shape)}"
+            )
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.blocks(rearrange(x, "n c h w -> n h w c"))
+        return self.head(self.norm(x.mean((1, 2))))  # type: ignore[no-any-return]

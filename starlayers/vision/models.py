@@ -1,0 +1,79 @@
+"""The seven published StarNets, by name."""
+
+from typing import Any, NamedTuple, Protocol
+
+from starlayers.vision.checkpoints import load_checkpoint, pretrained_path
+from starlayers.vision.starnet import StarNet
+
+__all__ = [
+    "STARNETS",
+    "starnet_s050",
+    "starnet_s1",
+    "starnet_s2",
+    "starnet_s3",
+    "starnet_s4",
+    "starnet_s100",
+    "starnet_s150",
+]
+
+
+class Variant(NamedTuple):
+    """Shape of a published StarNet and where its ImageNet weights are."""
+
+    base_dim: int
+    depths: tuple[int, int, int, int]
+    mlp_ratio: int
+    hub_id: str | None = None
+
+
+#: name -> variant. Shapes from arXiv 2403.19967 (S1-S4, table 3; the very small ones, table 14).
+STARNETS = {
+    "starnet_s1": Variant(24, (2, 2, 8, 3), 4, "timm/starnet_s1.in1k"),
+    "starnet_s2": Variant(32, (1, 2, 6, 2), 4, "timm/starnet_s2.in1k"),
+    "starnet_s3": Variant(32, (2, 2, 8, 4), 4, "timm/starnet_s3.in1k"),
+    "starnet_s4": Variant(32, (3, 3, 12, 5), 4, "timm/starnet_s4.in1k"),
+    "starnet_s050": Variant(16, (1, 1, 3, 1), 3),
+    "starnet_s100": Variant(20, (1, 2, 4, 1), 4),
+    "starnet_s150": Variant(24, (1, 2, 4, 2), 3),
+}
+
+
+class Factory(Protocol):
+    """A function that builds a StarNet, as timm's model functions do."""
+
+    def __call__(self, pretrained: bool = False, **kwargs: Any) -> StarNet: ...
+
+
+_DOC = """{title}: {size} at 224x224.
+
+Keyword arguments go to `StarNet`. `pretrained=True` loads ImageNet-1k weights from the Hugging
+Face hub: `ConnectionError` where it cannot be reached, `ValueError` for a model without any.
+
+Example:
+    >>> {name}(num_classes=10)(torch.randn(1, 3, 64, 64)).shape
+    torch.Size([1, 10])
+"""
+
+
+def _factory(name: str, size: str) -> Factory:
+    v = STARNETS[name]
+
+    def build(pretrained: bool = False, **kwargs: Any) -> StarNet:
+        shape = {"base_dim": v.base_dim, "depths": v.depths, "mlp_ratio": v.mlp_ratio}
+        model = StarNet(**{**shape, **kwargs})
+        if pretrained:
+            load_checkpoint(model, pretrained_path(name, v.hub_id))
+        return model
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = _DOC.format(name=name, title=name.replace("starnet_", "StarNet-"), size=size)
+    return build
+
+
+starnet_s1 = _factory("starnet_s1", "2.87 M parameters, 425 M MACs")
+starnet_s2 = _factory("starnet_s2", "3.68 M parameters, 547 M MACs")
+starnet_s3 = _factory("starnet_s3", "5.75 M parameters, 757 M MACs")
+starnet_s4 = _factory("starnet_s4", "7.48 M parameters, 1075 M MACs")
+starnet_s050 = _factory("starnet_s050", "0.54 M parameters, 93 M MACs")
+starnet_s100 = _factory("starnet_s100", "1.04 M parameters, 188 M MACs")
+starnet_s150 = _factory("starnet_s150", "1.56 M parameters, 229 M MACs")

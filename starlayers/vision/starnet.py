@@ -1,0 +1,326 @@
+"""StarNet: four stages of star blocks, as published, with the interface timm users expect."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from starlayers.activations import get_activation
+from starlayers.modules import positive_int, probability
+from starlayers.vision.blocks import ConvNorm, StarBlock2d
+from starlayers.vision.recompute import recompute
+
+__all__ = ["StarNet"]
+
+STEM_CHANNELS = 32
+
+
+def _avg(x: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+def _max(x: Tensor) -> Tensor:
+    return F.adaptive_max_pool2d(x, 1).flatten(1)
+
+
+def _avgmax(x: Tensor) -> Tensor:
+    return 0.5 * (_avg(x) + _max(x))
+
+
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "avg": _avg,
+    "max": _max,
+    "avgmax": _avgmax,
+    "": lambda x: x,
+}
+
+
+class StarNet(nn.Module):
+    """StarNet image classifier and feature extractor.
+
+    A strided 3x3 stem, then stages of one strided 3x3 convolution and `depths[i]` star blocks at
+    `base_dim * 2**i` channels, a last BatchNorm, pooling and a linear head. Shapes:
+    (N, in_chans, H, W) of any size -> (N, num_classes); it computes in channels_last whatever the
+    layout of the input.
+
+    Args:
+        base_dim: channels of the first stage.
+        depths: star blocks in each stage.
+        mlp_ratio: hidden channels of the star MLP per channel.
+        num_classes: outputs of the head; 0 for no head (pooled features come out).
+        in_chans: channels of the image.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth, rising linearly from 0 to this over the blocks.
+        act: a row of `ACTIVATIONS` for stem and blocks; `None` for none.
+        combine: "mul", or "sum" for the paper's ablation.
+        global_pool: "avg", "max", "avgmax", or "" for none (needs `num_classes=0`).
+        kernel_size: side of the depthwise kernels, odd.
+        stem_stride: stride of the stem; 1 suits images of 28 to 64 pixels.
+        stage_strides: stride with which each stage begins, one number per stage.
+        device, dtype: where and in what type the parameters are made.
+
+    Raises:
+        TypeError, ValueError: an argument out of range, naming it; an input with another number
+            of channels or of integer type.
+
+    Weights start as in timm: every convolution and linear weight from a normal of deviation 0.02
+    truncated at +-2. (The authors' code means the same but tests
+    `isinstance(m, nn.Linear or nn.Conv2d)`, which leaves convolutions at PyTorch's default.)
+
+    Source: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
+
+    Example:
+        >>> model = StarNet(16, (1, 1, 3, 1), num_classes=10, in_chans=1, stem_stride=1)
+        >>> model(torch.randn(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        base_dim: int = 32,
+        depths: Sequence[int] = (3, 3, 12, 5),
+        *,
+        mlp_ratio: float = 4,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        act: str | None = "relu6",
+        combine: str = "mul",
+        global_pool: str = "avg",
+        kernel_size: int = 7,
+        stem_stride: int = 2,
+        stage_strides: Sequence[int] = (2, 2, 2, 2),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        positive_int("StarNet", "base_dim", base_dim)
+        if not depths or len(depths) != len(stage_strides):
+            raise ValueError(
+                f"StarNet: depths {tuple(depths)} and stage_strides {tuple(stage_strides)} must "
+                "have one entry per stage, at least one"
+            )
+        for name, numbers in (("depths", depths), ("stage_strides", stage_strides)):
+            for number in numbers:
+                positive_int("StarNet", f"each of {name}", number)
+        self.in_chans = positive_int("StarNet", "in_chans", in_chans)
+        self.drop_rate = probability("StarNet", "drop_rate", drop_rate)
+        probability("StarNet", "drop_path_rate", drop_path_rate)
+        self.act = get_activation(act).name
+        self.grad_checkpointing = False
+        self.feature_info: list[dict[str, Any]] = []
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        self.stem = ConvNorm(
+            in_chans,
+            STEM_CHANNELS,
+            3,
+            stride=positive_int("StarNet", "stem_stride", stem_stride),
+            **factory,
+        )
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        chans, reduction = STEM_CHANNELS, stem_stride
+        stages = []
+        for i, (depth, stride) in enumerate(zip(depths, stage_strides, strict=True)):
+            dim = base_dim * 2**i
+            down = ConvNorm(chans, dim, 3, stride=stride, **factory)
+            blocks = [
+                StarBlock2d(
+                    dim,
+                    kernel_size,
+                    expansion=mlp_ratio,
+                    act=act,
+                    combine=combine,
+                    drop_path=next(rates),
+                    **factory,
+                )
+                for _ in range(depth)
+            ]
+            stages.append(nn.Sequential(down, *blocks))
+            chans, reduction = dim, reduction * stride
+            info = {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
+            self.feature_info.append(info)
+        self.stages = nn.Sequential(*stages)
+        self.num_features = self.head_hidden_size = chans
+        self.norm: nn.Module = nn.BatchNorm2d(chans, **factory)
+        self.global_pool = global_pool
+        self.reset_classifier(num_classes)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Set every parameter and statistic to its start value (also after `to_empty`)."""
+        for m in self.modules():
+            reset = getattr(m, "reset_parameters", None)
+            if reset is not None:
+                reset()
+            if isinstance(m, nn.Conv2d | nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+        if isinstance(self.head, nn.Linear):
+            nn.init.zeros_(self.head.bias)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a fresh one of `num_classes` outputs (0: none), as timm does.
+
+        Raises:
+            ValueError: a negative `num_classes`, an unknown pool, or a head without a pool.
+
+        Example:
+            >>> model = StarNet(8, (1, 1), stage_strides=(2, 2))
+            >>> model.reset_classifier(5)
+            >>> model(torch.randn(1, 3, 32, 32)).shape
+            torch.Size([1, 5])
+        """
+        pool: str = self.global_pool if global_pool is None else global_pool
+        if pool not in POOLS:
+            names = ", ".join(map(repr, POOLS))
+            raise ValueError(f"StarNet: unknown global_pool {pool!r}, choose one of {names}")
+        if num_classes < 0:
+            raise ValueError(f"StarNet: num_classes must be at least 0, got {num_classes}")
+        if num_classes and not pool:
+            raise ValueError(
+                f"StarNet: num_classes={num_classes} needs a global_pool; without one use "
+                "num_classes=0"
+            )
+        reference = self.stem.conv.weight
+        factory: dict[str, Any] = {"device": reference.device, "dtype": reference.dtype}
+        self.global_pool, self.num_classes = pool, num_classes
+        self.head: nn.Module = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(self.num_features, num_classes, **factory)
+            with torch.no_grad():
+                nn.init.trunc_normal_(self.head.weight, std=0.02)
+                nn.init.zeros_(self.head.bias)
+        self.head.train(self.training)
+
+    def get_classifier(self) -> nn.Module:
+        """The head, as timm names it: `nn.Linear`, or `nn.Identity` without classes."""
+        return self.head
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each stage in the backward instead of storing what is inside it."""
+        self.grad_checkpointing = enable
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features of several stages, for detection and segmentation.
+
+        Args:
+            x: images (N, in_chans, H, W).
+            indices: stages to return: `None` for all, an int for the last so many, or a sequence
+                of stage numbers, negative ones counting from the end.
+            norm: apply the final BatchNorm to the last stage's entry.
+            stop_early: do not compute past the last stage asked for.
+            output_fmt: "NCHW" only.
+            intermediates_only: return the list alone.
+
+        Returns:
+            The features of the last stage computed (normalised when it is the last of the model)
+            and the list, each (N, num_chs, H / reduction, W / reduction) as in `feature_info`.
+
+        Raises:
+            ValueError: an index out of range or another `output_fmt`.
+
+        Example:
+            >>> model = StarNet(8, (1, 1, 1, 1), num_classes=0)
+            >>> _, maps = model.forward_intermediates(torch.randn(1, 3, 64, 64), indices=(1, 3))
+            >>> [tuple(m.shape) for m in maps]
+            [(1, 16, 8, 8), (1, 64, 2, 2)]
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"StarNet: output_fmt must be 'NCHW', got {output_fmt!r}")
+        take = self._stage_indices(indices)
+        last = len(self.stages) - 1
+        maps: list[Tensor] = []
+        x = self._stem(x)
+        for i in range(max(take) + 1 if stop_early else last + 1):
+            x = self._stage(i, x)
+            if i in take:
+                maps.append(self.norm(x) if norm and i == last else x)
+        if intermediates_only:
+            return maps
+        return (self.norm(x) if i == last else x), maps
+
+    def _stage_indices(self, indices: int | Sequence[int] | None) -> set[int]:
+        n = len(self.stages)
+        if indices is None:
+            return set(range(n))
+        wanted = range(n - indices, n) if isinstance(indices, int) else indices
+        take = {i + n if i < 0 else i for i in wanted}
+        if not take or not take <= set(range(n)):
+            raise ValueError(f"StarNet has stages 0 to {n - 1}, got indices={indices!r}")
+        return take
+
+    def _stem(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"StarNet expects images (N, {self.in_chans}, H, W), got shape {tuple(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"StarNet expects floating images, got {x.dtype}; use x.float() / 255")
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        return get_activation(self.act).fn(x)
+
+    def _stage(self, i: int, x: Tensor) -> Tensor:
+        stage = self.stages[i]
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return recompute(stage, x)
+        return stage(x)  # type: ignore[no-any-return]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (N, in_chans, H, W) to normalised features (N, num_features, h, w)."""
+        x = self._stem(x)
+        for i in range(len(self.stages)):
+            x = self._stage(i, x)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features to logits (N, num_classes), or to pooled features with `pre_logits`."""
+        x = F.dropout(POOLS[self.global_pool](x), self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def fuse(self) -> "StarNet":
+        """Fold every BatchNorm into its neighbour for inference, in place; returns the model.
+
+        Switches to eval mode, since only eval statistics can be folded. The last norm has a sum
+        in front of it and becomes a 1x1 depthwise convolution. The outputs stay the same up to
+        rounding; training a fused model further trains without BatchNorm.
+
+        Example:
+            >>> model = StarNet(8, (1, 1), stage_strides=(2, 2)).fuse()
+            >>> any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+            False
+        """
+        self.eval()
+        for m in self.modules():
+            if isinstance(m, ConvNorm | StarBlock2d):
+                m.fuse()
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.norm = _norm_as_conv(self.norm)
+        return self
+
+
+@torch.no_grad()
+def _norm_as_conv(bn: nn.BatchNorm2d) -> nn.Conv2d:
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    n = bn.num_features
+    conv = nn.Conv2d(n, n, 1, groups=n, device=bn.weight.device, dtype=bn.weight.dtype)
+    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+    conv.weight.copy_(scale.view(n, 1, 1, 1))
+    assert conv.bias is not None
+    conv.bias.copy_(bn.bias - bn.running_mean * scale)
+    return conv.eval()
