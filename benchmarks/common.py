@@ -1,0 +1,137 @@
+"""What every benchmark shares: environment record, interleaved timing, intervals, resumable runs."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy import stats
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions, date and command: the conditions every figure is reported with."""
+    versions = {}
+    for package in ("torch", "torchvision", "triton", "timm", "starlayers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": date.today().isoformat(),
+        "command": " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": device,
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def interleave(
+    variants: dict[str, Callable[[], object]], *, baseline: str, repeats: int, warmup: int = 1
+) -> dict[str, dict[str, float]]:
+    """Time the variants in turn, A B C A B C ..., and report medians and paired ratios.
+
+    Machines drift, so absolute times are noise: the ratio of a variant to the baseline is the
+    median over rounds of the ratio within the round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(warmup + repeats):
+        for name, run in variants.items():
+            began = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - began)
+    kept = {name: t[warmup:] for name, t in times.items()}
+    return {
+        name: {
+            "median_ms": 1e3 * statistics.median(t),
+            "min_ms": 1e3 * min(t),
+            "max_ms": 1e3 * max(t),
+            "ratio": statistics.median(a / b for a, b in zip(t, kept[baseline], strict=True)),
+        }
+        for name, t in kept.items()
+    }
+
+
+def mean_interval(values: Iterable[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Mean and half width of its Student-t confidence interval (NaN half width for one value)."""
+    data = list(values)
+    mean = statistics.fmean(data)
+    if len(data) < 2:
+        return mean, float("nan")
+    t = float(stats.t.ppf(0.5 + confidence / 2, len(data) - 1))
+    return mean, t * statistics.stdev(data) / len(data) ** 0.5
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write beside the file, then rename, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.rename(path)
+
+
+def run_study(
+    folder: Path,
+    jobs: dict[str, dict[str, Any]],
+    work: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    processes: int,
+) -> dict[str, dict[str, Any]]:
+    """Run `work(job)` for every job that has no JSON in `folder` yet; return all results by name.
+
+    Each result is stored with its job, one file a run, so a stopped study goes on where it was;
+    a file made for another job of that name is an error, not a result.
+    """
+    done: dict[str, dict[str, Any]] = {}
+    for name, job in jobs.items():
+        file = folder / f"{name}.json"
+        if file.is_file():
+            record = json.loads(file.read_text())
+            if record["job"] != job:
+                raise ValueError(f"{file} is of another job ({record['job']}, now {job}): move it")
+            done[name] = record
+    todo = {name: job for name, job in jobs.items() if name not in done}
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread)
+    with pool, tqdm(total=len(jobs), initial=len(done), unit="run") as bar:
+        futures = {pool.submit(work, job): name for name, job in todo.items()}
+        for future in as_completed(futures):
+            name = futures[future]
+            done[name] = {"job": jobs[name], **future.result(), "environment": environment()}
+            write_json(folder / f"{name}.json", done[name])
+            bar.update()
+    return done
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    # the workers take turns on the cores; a gentle priority keeps the machine usable
+    os.nice(5)
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A GitHub table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,0 +1,76 @@
+"""Data that Linux packages carry, fetched without a data hub and without root."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+__all__ = ["cache_dir", "debian_package"]
+
+TIMEOUT_S = 120
+
+
+def cache_dir() -> Path:
+    """Where starlayers keeps what it downloads: `$STARLAYERS_CACHE` or `~/.cache/starlayers`.
+
+    Example:
+        >>> isinstance(cache_dir(), Path)
+        True
+    """
+    return Path(os.environ.get("STARLAYERS_CACHE") or Path.home() / ".cache" / "starlayers")
+
+
+def debian_package(name: str, contents: str) -> Path | None:
+    """The folder `contents` (absolute) of a Debian package, installed or unpacked in the cache.
+
+    Looks for the installed folder, then the cache, then downloads the package with apt (no root
+    needed: it is only unpacked) and gives up quietly after two minutes.
+
+    Returns:
+        The folder, or `None` where the package cannot be had.
+
+    Example:
+        >>> debian_package("no-such-package", "/no/such/folder") is None
+        True
+    """
+    installed = Path(contents)
+    if installed.is_dir():
+        return installed
+    unpacked = cache_dir() / "debian" / name
+    if not unpacked.is_dir() and not _download(name, unpacked):
+        return None
+    return unpacked / contents.lstrip("/")
+
+
+def _download(name: str, target: Path) -> bool:
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        here = Path(folder)
+        if not _run(["apt-get", "download", name], here):
+            # no package lists on this machine, or stale ones: fetch them into a folder of our own
+            (here / "lists" / "partial").mkdir(parents=True)
+            (here / "cache" / "archives" / "partial").mkdir(parents=True)
+            lists = ["-o", f"Dir::State::lists={here}/lists", "-o", f"Dir::Cache={here}/cache"]
+            if not _run(["apt-get", *lists, "update"], here):
+                return False
+            if not _run(["apt-get", *lists, "download", name], here):
+                return False
+        (archive,) = here.glob(f"{name}_*.deb")
+        if not _run(["dpkg-deb", "-x", str(archive), str(here / "files")], here):
+            return False
+        try:
+            os.rename(here / "files", target)
+        except OSError:  # another process was faster
+            return target.is_dir()
+    return True
+
+
+def _run(command: list[str], folder: Path) -> bool:
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0

@@ -1,0 +1,27 @@
+"""Fixtures shared by the tests."""
+
+import pytest
+import torch
+
+from starlayers import backend
+from starlayers.kernels import star_mlp as kernel
+
+
+@pytest.fixture(autouse=True)
+def _own_backend(monkeypatch):
+    monkeypatch.delenv(backend.ENV_VAR, raising=False)
+
+
+@pytest.fixture
+def eligible(monkeypatch):
+    """Every size may run fused, in blocks of 64 rows, the smallest there are."""
+    monkeypatch.setattr(backend, "MIN_HIDDEN_BYTES_INFERENCE", 0)
+    monkeypatch.setattr(backend, "MIN_HIDDEN_BYTES_TRAINING", 0)
+    monkeypatch.setattr(kernel, "BLOCK_BYTES", 1)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

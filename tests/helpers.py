@@ -1,0 +1,66 @@
+"""Independent formulas and small tools shared by the tests."""
+
+import math
+
+import torch
+from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: name -> closed form from elementary functions, kept apart from the table it checks
+FORMULAS = {
+    "identity": lambda x: 1 * x,
+    "relu": lambda x: (x + x.abs()) / 2,
+    "relu6": lambda x: x.clamp(min=0) - (x - 6).clamp(min=0),
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+    "tanh": lambda x: 1 - 2 / (torch.exp(2 * x) + 1),
+    "softplus": lambda x: torch.log1p(torch.exp(x)),
+    "squared_relu": lambda x: x.clamp(min=0) ** 2,
+    "hardswish": lambda x: x * ((x + 3).clamp(min=0) - (x - 3).clamp(min=0)) / 6,
+}
+
+#: a deadline would assert a timing, and a random seed would make a failure hard to find again
+properties = settings(deadline=None, derandomize=True, database=None, max_examples=40)
+
+
+def randn(*shape, seed=0, dtype=torch.float32, grad=False):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+    )
+
+
+def star_op_formula(op, x):
+    """What `op(x)` must be, from its weights alone."""
+    h1, h2 = (x @ f.weight.T + (0 if f.bias is None else f.bias) for f in (op.f1, op.f2))
+    a = FORMULAS[op.act](h1)
+    y = a * (op.offset + h2) if op.combine == "mul" else a + h2
+    width = y.shape[-1] // op.rank
+    return sum(y[..., r * width : (r + 1) * width] for r in range(op.rank))
+
+
+def star_mlp_formula(mlp, x):
+    return star_op_formula(mlp, x) @ mlp.g.weight.T + (0 if mlp.g.bias is None else mlp.g.bias)
+
+
+def gradients(module, x):
+    """Output of `module(x)` and the gradients of a fixed weighting of it: x's, then parameters'."""
+    x = x.detach().requires_grad_()
+    y = module(x)
+    loss = (y * randn(*y.shape, seed=9, dtype=y.dtype)).sum()
+    return [y, *torch.autograd.grad(loss, [x, *module.parameters()])]
+
+
+class RecordOps(TorchDispatchMode):
+    """Counts every operator called inside the block by its qualified name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,162 @@
+"""`star` and the reference definitions."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from starlayers import ACTIVATIONS, star
+from starlayers.functional import COMBINE, star_mlp_reference, star_reference, sum_reference
+from tests.helpers import FORMULAS, properties, randn
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = {
+    "contiguous": lambda: randn(2, 7, 3).unbind(),
+    "chunked": lambda: randn(7, 6).chunk(2, -1),
+    "transposed": lambda: (randn(3, 7).t(), randn(7, 3, seed=1)),
+    "expanded": lambda: (randn(1, 3).expand(7, 3), randn(7, 1, seed=1).expand(7, 3)),
+    "strided": lambda: (randn(14, 3)[::2], randn(7, 6, seed=1)[:, 1::2]),
+    "scalar": lambda: (randn(seed=2), randn(seed=3)),
+    "empty": lambda: (randn(0, 3), randn(0, 3)),
+}
+rows = pytest.mark.parametrize("act", FORMULAS)
+
+
+@properties
+@given(
+    values=st.lists(st.tuples(st.floats(-8, 8), st.floats(-8, 8)), max_size=12),
+    act=st.sampled_from(list(FORMULAS)),
+    offset=st.sampled_from([0.0, 1.0, -2.5]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_star_is_its_formula(values, act, offset, dtype):
+    x1, x2 = torch.tensor(values, dtype=torch.float64).view(-1, 2).to(dtype).unbind(1)
+    y = star(x1, x2, act, offset=offset)
+    expected = FORMULAS[act](x1.double()) * (offset + x2.double())
+    assert y.dtype == dtype
+    # three roundings, of the activation, the sum and the product
+    scale = (1 + x1.double() ** 2) * (abs(offset) + x2.double().abs() + 1)
+    bound = 4 * torch.finfo(dtype).eps * scale
+    assert ((y.double() - expected).abs() <= bound.clamp(min=1e-9)).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layout_changes_nothing_and_inputs_stay(layout, dtype):
+    x1, x2 = (x.to(dtype) for x in layout())
+    kept = x1.clone(), x2.clone()
+    y = star(x1, x2, "relu6", offset=1.0)
+    dense = star(x1.contiguous(), x2.contiguous(), "relu6", offset=1.0)
+    torch.testing.assert_close(y, dense, rtol=0, atol=0)
+    assert y.dtype == dtype
+    assert torch.equal(x1, kept[0])
+    assert torch.equal(x2, kept[1])
+
+
+@pytest.mark.parametrize("act", ["identity", "relu6"])
+def test_result_is_a_new_tensor(act):
+    x1, x2 = torch.ones(3), torch.ones(3)
+    star(x1, x2, act).zero_()
+    assert x1.tolist() == x2.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_default_activation_is_relu6():
+    x1, x2 = torch.tensor([-1.0, 2.0, 9.0]), torch.tensor([5.0, 3.0, -1.0])
+    assert star(x1, x2).tolist() == [0.0, 6.0, -6.0]
+    assert star(x1, x2, None).tolist() == [-5.0, 6.0, -9.0]
+
+
+@rows
+def test_offset_one_with_zero_branch_is_the_activation(act):
+    x = 4 * randn(5, 3)
+    assert torch.equal(star(x, torch.zeros_like(x), act, offset=1), ACTIVATIONS[act].fn(x))
+
+
+def test_gate_stored_as_one_plus_keeps_bf16_digits():
+    # a stored 1.001 would be 1 in bf16, and the small gate would be lost in training
+    gate = torch.tensor([1e-3], dtype=torch.bfloat16)
+    assert (1 + gate).item() == 1.0
+    x2 = gate.clone().requires_grad_()
+    star(torch.ones_like(gate), x2, None, offset=1).backward()
+    assert x2.item() == gate.item()
+    assert x2.grad.item() == 1.0
+
+
+@rows
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_first_and_second_order_gradients(act, offset):
+    x1, x2 = (randn(2, 3, seed=s, dtype=torch.float64, grad=True) for s in (5, 6))
+
+    def f(a, b):
+        return star(a, b, act, offset=offset)
+
+    assert torch.autograd.gradcheck(f, (x1, x2))
+    assert torch.autograd.gradgradcheck(f, (x1, x2))
+
+
+def test_gradient_of_an_expanded_branch_is_summed():
+    small = randn(1, 3, dtype=torch.float64, grad=True)
+    big = randn(4, 3, seed=1, dtype=torch.float64)
+    star(big, small.expand(4, 3), "silu").sum().backward()
+    torch.testing.assert_close(small.grad, FORMULAS["silu"](big).sum(0, keepdim=True))
+
+
+def test_relu6_bounds_what_overflows_fp16():
+    x = torch.tensor([300.0], dtype=torch.float16)
+    assert star(x, x, None).isinf().all()
+    assert star(x, x, "relu6").item() == 1800.0
+    grads = {}
+    for act in ("relu6", None):
+        x1, x2 = (x.clone().requires_grad_() for _ in range(2))
+        star(x1, x2, act).backward(torch.full_like(x, 256.0))  # a loss scale's worth
+        grads[act] = [x1.grad.item(), x2.grad.item()]
+    assert grads == {"relu6": [0.0, 1536.0], None: [float("inf")] * 2}
+
+
+def test_transforms_see_the_formula():
+    x1, x2 = randn(4, 3, dtype=torch.float64), randn(4, 3, seed=1, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.vmap(star)(x1, x2), star(x1, x2))
+    value, tangent = torch.func.jvp(lambda a: star(a, x2, "tanh"), (x1,), (torch.ones_like(x1),))
+    torch.testing.assert_close(value, x1.tanh() * x2)
+    torch.testing.assert_close(tangent, (1 - x1.tanh() ** 2) * x2)
+
+
+@pytest.mark.parametrize(
+    ("x1", "x2", "act", "error", "words"),
+    [
+        (torch.ones(2).int(), torch.ones(2).int(), None, TypeError, "int32 and torch.int32"),
+        (torch.ones(2), torch.ones(2).long(), None, TypeError, "float32 and torch.int64"),
+        (torch.ones(2).bool(), torch.ones(2), None, TypeError, r"torch.bool .*\.float\(\)"),
+        (torch.ones(2).cfloat(), torch.ones(2), None, TypeError, "complex64"),
+        (torch.ones(2), torch.ones(2).half(), None, TypeError, "one dtype.*float32.*float16"),
+        (torch.ones(2, 3), torch.ones(3), None, ValueError, r"\(2, 3\) and \(3,\)"),
+        (torch.ones(2, 1), torch.ones(2, 3), None, ValueError, r"\(2, 1\) and \(2, 3\)"),
+        (torch.ones(2), torch.ones(2), "relu9", ValueError, "'relu9'"),
+        (torch.ones(2), torch.ones(2), 9, TypeError, "got 9"),
+    ],
+    ids=["int", "long", "bool", "complex", "mixed", "ndim", "broadcast", "unknown-act", "act-type"],
+)
+def test_star_rejects(x1, x2, act, error, words):
+    with pytest.raises(error, match=words):
+        star(x1, x2, act)
+
+
+@rows
+def test_references_are_their_formulas(act):
+    x, w1, w2, w3 = (
+        randn(*s, seed=i, dtype=torch.float64)
+        for i, s in enumerate([(4, 3), (5, 3), (5, 3), (2, 5)])
+    )
+    b1, b2, b3 = (randn(n, seed=n, dtype=torch.float64) for n in (5, 6, 2))
+    b2 = b2[:5]
+    a, h2 = FORMULAS[act](x @ w1.T + b1), x @ w2.T + b2
+    torch.testing.assert_close(star_reference(x @ w1.T + b1, h2, act, offset=2), a * (2 + h2))
+    torch.testing.assert_close(sum_reference(x @ w1.T + b1, h2, act), a + h2)
+    torch.testing.assert_close(
+        star_mlp_reference(x, w1, b1, w2, b2, w3, b3, act, offset=2), a * (2 + h2) @ w3.T + b3
+    )
+
+
+def test_combine_table():
+    assert list(COMBINE.items()) == [("mul", star_reference), ("sum", sum_reference)]
+    assert sum_reference(torch.tensor([9.0]), torch.tensor([3.0]), offset=1).tolist() == [10.0]

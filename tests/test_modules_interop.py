@@ -1,0 +1,236 @@
+"""The layers under the rest of PyTorch: saving, AMP, compile, export, transforms, surgery."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.utils.checkpoint import checkpoint
+
+from starlayers import StarBlock, StarMLP, StarOp
+from tests.helpers import gradients, randn
+
+DOUBLE = torch.float64
+MAKERS = {
+    "op": lambda **k: StarOp(4, 4, act="gelu", rank=2, offset=1, **k),
+    "sum": lambda **k: StarOp(4, 4, combine="sum", **k),
+    "mlp": lambda **k: StarMLP(4, 6, act="swiglu", bias=False, **k),
+    "block": lambda **k: StarBlock(4, expansion=2, act="tanh", layer_scale=0.5, **k),
+}
+makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+def same(found, expected, **tolerance):
+    torch.testing.assert_close(list(found), list(expected), **tolerance)
+
+
+def exactly(found, expected):
+    same(found, expected, rtol=0, atol=0)
+
+
+def through_torch_save(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "torch-save": through_torch_save,
+}
+
+
+@makers
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_copies_agree_and_are_apart(make, copied):
+    module, x = make(), randn(3, 4)
+    y = module(x)
+    twin = copied(module)
+    exactly(gradients(twin, x), gradients(module, x))
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert torch.equal(module(x), y)
+    assert not torch.equal(twin(x), y)
+
+
+@makers
+def test_state_dict_round_trip(make):
+    module, other, x = make(), make(), randn(3, 4)
+    assert not torch.equal(other(x), module(x))
+    other.load_state_dict(module.state_dict())
+    exactly(gradients(other, x), gradients(module, x))
+
+
+def test_state_dict_names():
+    children = [f"{f}.{p}" for f in ("f1", "f2", "g") for p in ("weight", "bias")]
+    assert list(StarMLP(4).state_dict()) == children
+    assert list(StarOp(4, 4).state_dict()) == children[:4]
+    names = ["gamma", *(f"mlp.{name}" for name in children)]
+    assert list(StarBlock(4, layer_scale=1.0).state_dict()) == names
+
+
+@makers
+def test_made_in_double_on_the_meta_device_and_filled_later(make):
+    torch.manual_seed(0)
+    module = make(dtype=DOUBLE)
+    meta = make(dtype=DOUBLE, device="meta")
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+    filled = meta.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in filled.parameters():
+            p.fill_(torch.nan)
+    torch.manual_seed(0)
+    for m in filled.modules():
+        if hasattr(m, "reset_parameters"):
+            m.reset_parameters()
+    x = randn(3, 4, dtype=DOUBLE)
+    exactly(gradients(filled, x), gradients(module, x))
+    assert module(x).dtype == DOUBLE
+
+
+@makers
+def test_half_precision_module_is_near_the_formula(make):
+    module = make()
+    x = randn(8, 4)
+    y = copy.deepcopy(module).bfloat16()(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), module(x), rtol=0.05, atol=0.05)
+
+
+@makers
+def test_autocast_runs_the_branches_in_bf16(make):
+    module, x = make(), randn(8, 4)
+    exact = gradients(module, x)
+    seen = []
+    hooks = [
+        m.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+        for m in module.modules()
+        if isinstance(m, nn.Linear)
+    ]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(module, x)
+    assert seen == [torch.bfloat16] * len(hooks)
+    assert all(g.dtype == torch.float32 for g in found[1:])
+    same([t.float() for t in found], exact, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_relu6_gradients_are_finite_and_right_under_loss_scale(dtype):
+    mlp, x = StarMLP(16).to(dtype), 3 * randn(64, 16, dtype=dtype)
+    exact = copy.deepcopy(mlp).double()
+    for module in (mlp, exact):
+        y = module(x.to(module.g.weight.dtype))
+        (y.to(DOUBLE).square().mean() * 65536).backward()
+    for p, q in zip(mlp.parameters(), exact.parameters()):
+        assert p.grad.isfinite().all()
+        assert q.grad.abs().max() > 256, "the loss scale must be felt"
+        error = (p.grad.double() - q.grad).norm() / q.grad.norm()
+        assert error < 8 * torch.finfo(dtype).eps
+
+
+@makers
+def test_gradient_checkpointing_changes_nothing(make):
+    module, x = make(), randn(5, 4)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    exactly(gradients(Checkpointed(), x), gradients(module, x))
+
+
+@makers
+def test_compiled_equals_eager(make, fresh_compiler):
+    module = make()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for batch in (5, 3):
+        x = randn(batch, 4)
+        same(gradients(compiled, x), gradients(module, x))
+
+
+def test_inductor_equals_eager(fresh_compiler):
+    block, x = StarBlock(4, expansion=1, pre=nn.LayerNorm(4)), randn(3, 4)
+    same(gradients(torch.compile(block, fullgraph=True), x), gradients(block, x))
+
+
+@makers
+def test_exported_graph_is_plain_aten(make):
+    module = make().eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(module, (randn(5, 4),), dynamic_shapes=({0: batch},))
+    calls = [n.target for n in program.graph.nodes if n.op == "call_function"]
+    assert calls
+    assert {op.namespace for op in calls} == {"aten"}
+    for n in (5, 7):
+        exactly([program.module()(randn(n, 4))], [module(randn(n, 4))])
+
+
+@makers
+def test_first_and_second_order_gradients(make):
+    module, x = make(dtype=DOUBLE), randn(2, 4, dtype=DOUBLE, grad=True)
+    names, parameters = zip(*module.named_parameters())
+
+    def f(x, *parameters):
+        return functional_call(module, dict(zip(names, parameters)), (x,))
+
+    assert torch.autograd.gradcheck(f, (x, *parameters), fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, (x, *parameters), fast_mode=True)
+
+
+@makers
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4)], ids=str)
+def test_zero_size_batch_has_zero_gradients(make, shape):
+    module = make()
+    y, dx, *dw = gradients(module, torch.empty(shape))
+    assert y.shape == dx.shape == shape
+    assert all(torch.equal(g, torch.zeros_like(p)) for g, p in zip(dw, module.parameters()))
+
+
+@makers
+def test_layout_of_the_input_changes_nothing(make):
+    module = make()
+    for x in (
+        randn(4, 6).t(),
+        randn(6, 8)[:, ::2],
+        randn(1, 4).expand(6, 4),
+        randn(6, 8).chunk(2, 1)[1],
+    ):
+        kept = x.clone()
+        assert not x.is_contiguous()
+        same(gradients(module, x), gradients(module, x.contiguous()))
+        assert torch.equal(x, kept)
+
+
+@makers
+def test_transforms(make):
+    module, x = make(dtype=DOUBLE), randn(5, 4, dtype=DOUBLE)
+    same([vmap(module)(x)], [module(x)])
+    value, tangent = jvp(module, (x,), (torch.ones_like(x),))
+    h = 1e-6
+    same(
+        [value, tangent],
+        [module(x), (module(x + h) - module(x - h)) / (2 * h)],
+        rtol=1e-6,
+        atol=1e-7,
+    )
+    found = grad(lambda x: module(x).square().sum())(x)
+    x.requires_grad_()
+    same([found], torch.autograd.grad(module(x).square().sum(), x))
+
+
+def test_ensemble_of_modules():
+    modules, x = [StarMLP(4, dtype=DOUBLE) for _ in range(3)], randn(5, 4, dtype=DOUBLE)
+    parameters, buffers = stack_module_state(modules)
+    base = modules[0]
+    y = vmap(lambda p, b: functional_call(base, (p, b), (x,)))(parameters, buffers)
+    same([y], [torch.stack([m(x) for m in modules])])

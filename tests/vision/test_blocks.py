@@ -1,0 +1,199 @@
+"""ConvNorm and StarBlock2d against their parts, composed by hand."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import DropPath as TimmDropPath
+from timm.models.starnet import Block as TimmBlock
+from torch import nn
+
+from starlayers import ACTIVATIONS, StarBlock
+from starlayers.vision import ConvNorm, StarBlock2d
+
+from .util import ACTS, assert_same_tensors, grads, image, randomise, reference_block, snapshot
+
+
+def test_every_activation_is_covered_here():
+    builtin = {name for name, row in ACTIVATIONS.items() if row.fn.__module__ != __name__}
+    assert builtin - {"swish", "glu", "relu2"} <= set(ACTS)
+
+
+@pytest.mark.parametrize("groups", [1, 4], ids=lambda g: f"groups{g}")
+@pytest.mark.parametrize("stride", [1, 2, 3], ids=lambda s: f"stride{s}")
+@pytest.mark.parametrize("kernel_size", [1, 3, 7], ids=lambda k: f"kernel{k}")
+def test_conv_norm_is_convolution_then_batch_norm(kernel_size, stride, groups):
+    layer = randomise(ConvNorm(4, 8, kernel_size, stride=stride, groups=groups)).eval()
+    conv, bn, x = layer.conv, layer.bn, image(2, 4, 9, 12)
+    y = F.conv2d(x, conv.weight, conv.bias, stride, kernel_size // 2, groups=groups)
+    y = (y - bn.running_mean[:, None, None]) / (bn.running_var[:, None, None] + bn.eps).sqrt()
+    want = y * bn.weight[:, None, None] + bn.bias[:, None, None]
+    assert want.shape == (2, 8, -(-9 // stride), -(-12 // stride))
+    torch.testing.assert_close(layer(x), want)
+    layer.fuse()
+    assert isinstance(layer.bn, nn.Identity)
+    torch.testing.assert_close(layer(x), want)
+    fused = snapshot(layer)
+    layer.fuse()
+    assert_same_tensors(snapshot(layer), fused)
+
+
+@pytest.mark.parametrize("combine", ["mul", "sum"])
+@pytest.mark.parametrize("act", ACTS, ids=str)
+def test_block_equals_its_parts(act, combine):
+    block = randomise(StarBlock2d(6, expansion=3, act=act, combine=combine)).eval()
+    x = image(2, 6, 9, 5)
+    torch.testing.assert_close(block(x), x + reference_block(block, x, ACTS[act], combine))
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_block_equals_timms_block(train):
+    ours, theirs = StarBlock2d(6, expansion=3), TimmBlock(6, mlp_ratio=3)
+    randomise(ours)
+    parts = {
+        "dwconv.conv": ours.pre.conv,
+        "dwconv.bn": ours.pre.bn,
+        "f1.conv": ours.mlp.f1,
+        "f2.conv": ours.mlp.f2,
+        "g.conv": ours.mlp.g,
+        "g.bn": ours.post.bn,
+        "dwconv2.conv": ours.post.conv,
+    }
+    for name, part in parts.items():
+        target = theirs.get_submodule(name)
+        state = part.state_dict()
+        state["weight"] = state["weight"].view_as(target.weight)
+        target.load_state_dict(state)
+    ours.train(train), theirs.train(train)
+    x = [image(3, 6, 8, 8).requires_grad_() for _ in range(2)]
+    y, want = ours(x[0]), theirs(x[1])
+    torch.testing.assert_close(y, want)
+    for out in (y, want):
+        out.square().sum().backward()
+    torch.testing.assert_close(x[0].grad, x[1].grad, rtol=1e-4, atol=1e-3)
+    for name, part in parts.items():
+        grad = theirs.get_submodule(name).weight.grad
+        torch.testing.assert_close(part.weight.grad.view_as(grad), grad, rtol=1e-4, atol=1e-3)
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(
+    dim=st.integers(1, 9),
+    kernel_size=st.sampled_from([1, 3, 5, 7]),
+    expansion=st.integers(1, 4),
+    size=st.tuples(st.integers(1, 3), st.integers(1, 11), st.integers(1, 11)),
+    channels_last=st.booleans(),
+)
+def test_any_shape_and_layout(dim, kernel_size, expansion, size, channels_last):
+    n, h, w = size
+    block = randomise(StarBlock2d(dim, kernel_size, expansion=expansion)).eval()
+    x = image(n, dim, h, w)
+    want = x + reference_block(block, x, ACTS["relu6"])
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(block(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_strided_and_expanded_inputs():
+    block, x = randomise(StarBlock2d(4)).eval(), image(2, 4, 12, 6)
+    torch.testing.assert_close(block(x[:, :, ::2]), block(x[:, :, ::2].clone()))
+    row = x[:, :, :1].expand(2, 4, 5, 6)
+    torch.testing.assert_close(block(row), block(row.clone()))
+    torch.testing.assert_close(block(x.mT), block(x.mT.clone()))
+
+
+def test_the_input_is_left_alone():
+    block, x = randomise(StarBlock2d(4)), image(2, 4, 6, 6).to(memory_format=torch.channels_last)
+    before = x.clone()
+    block(x)
+    torch.testing.assert_close(x, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"offset": 1.0}], ids=["rank2", "offset1"])
+def test_options_of_the_star_mlp(options):
+    block, x = randomise(StarBlock2d(4, **options)).eval(), image(2, 4, 5, 5)
+    mlp, y = block.mlp, block.pre.bn(block.pre.conv(x)).permute(0, 2, 3, 1)
+    product = mlp.f1(y).clamp(0, 6) * (options.get("offset", 0.0) + mlp.f2(y))
+    product = product.unflatten(-1, (options.get("rank", 1), 16)).sum(-2)
+    want = x + block.post.conv(block.post.bn(mlp.g(product).permute(0, 3, 1, 2)))
+    torch.testing.assert_close(block(x), want)
+
+
+def test_layer_scale():
+    block = randomise(StarBlock2d(4, layer_scale=0.5)).eval()
+    assert torch.equal(block.gamma, torch.full((4,), 0.5))
+    with torch.no_grad():
+        block.gamma.copy_(torch.tensor([0.0, 1.0, 2.0, -3.0]))
+    x = image(2, 4, 5, 5)
+    branch = reference_block(block, x, ACTS["relu6"])
+    torch.testing.assert_close(block(x), x + block.gamma[:, None, None] * branch)
+
+
+def test_drop_path_drops_whole_samples_as_timms_does():
+    block, x = randomise(StarBlock2d(4, drop_path=0.75)).train(), image(16, 4, 3, 3)
+    branch = reference_block(copy.deepcopy(block), x, ACTS["relu6"])
+    torch.manual_seed(5)
+    got = block(x)
+    torch.manual_seed(5)
+    want = x + TimmDropPath(0.75)(branch)
+    torch.testing.assert_close(got, want)
+    kept = ((got - x).abs().amax((1, 2, 3)) > 0).sum()
+    assert 0 < kept < 16
+    block.eval()
+    torch.testing.assert_close(block(x), x + reference_block(block, x, ACTS["relu6"]))
+
+
+@pytest.mark.parametrize("act", ["relu6", None], ids=str)
+def test_fuse_keeps_the_function_and_is_idempotent(act):
+    block, x = randomise(StarBlock2d(6, act=act, layer_scale=0.7)).eval(), image(2, 6, 8, 8)
+    want = block(x)
+    block.fuse()
+    assert not [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    torch.testing.assert_close(block(x), want, rtol=1e-5, atol=1e-5)
+    fused = snapshot(block)
+    block.fuse()
+    assert_same_tensors(snapshot(block), fused)
+
+
+def test_it_is_the_shared_block_with_other_surroundings():
+    block = randomise(StarBlock2d(4)).eval()
+    plain = StarBlock(4, pre=block.pre, post=block.post).eval()
+    plain.mlp = block.mlp
+    x = image(2, 4, 5, 5)
+    want = plain(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(block(x), want)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_second_order_gradients(train):
+    block = randomise(StarBlock2d(2, 3, expansion=2, act="tanh", dtype=torch.float64)).train(train)
+    x = image(2, 2, 3, 2, dtype=torch.float64).requires_grad_()
+    weight = block.mlp.f1.weight
+
+    def run(x, w):
+        return torch.func.functional_call(block, {"mlp.f1.weight": w}, (x,))
+
+    assert torch.autograd.gradcheck(run, (x, weight), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, (x, weight), fast_mode=True)
+
+
+@pytest.mark.usefixtures("fuse_everything")
+def test_the_fused_op_in_a_block_differentiates_twice():
+    def penalty(block):
+        x = image(2, 4, 5, 5).requires_grad_()
+        (dx,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+        dx.square().mean().backward()
+        return {"dx": dx, "x": x.grad, **grads(block)}
+
+    block = randomise(StarBlock2d(4, act="silu"))
+    double = copy.deepcopy(block).double()
+    for m in double.modules():
+        m.register_forward_pre_hook(lambda _m, args: tuple(a.double() for a in args))
+    got, want = penalty(block), penalty(double)
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        scale = value.abs().max().clamp(min=1e-2)
+        assert (got[key] - value).abs().max() / scale < 1e-4, key
