@@ -1,4 +1,4 @@
-"""What every benchmark shares: environment record, interleaved timing, intervals, resumable runs."""
+"""What every benchmark shares: environment, interleaved timing, intervals, resumable runs."""
 
 import json
 import os

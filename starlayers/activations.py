@@ -15,7 +15,9 @@ class Activation:
     """One row of the table: a scalar function applied element-wise, and its derivative.
 
     `fn(x)` and `derivative(x)` map a floating tensor of any shape to one of the same shape and
-    dtype. At a kink the derivative is the one PyTorch's own backward uses (0 for relu at 0).
+    dtype. At a kink the derivative is the one PyTorch's own backward uses (0 for relu at 0); it
+    need not be differentiable itself. `closed_form` is False where it goes through autograd,
+    which a fused op cannot do.
 
     Example:
         >>> ACTIVATIONS["relu6"].fn(torch.tensor([-1.0, 2.0, 7.0]))
@@ -27,6 +29,7 @@ class Activation:
     name: str
     fn: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
+    closed_form: bool = True
 
 
 #: name -> row. `None` is the activation-free row; GLU-family names are aliases of their gate.
@@ -73,6 +76,7 @@ def register_activation(
     names it.
 
     Raises:
+        TypeError: a name is not a string.
         ValueError: `name` or an alias is taken, or `fn` does not keep the shape.
 
     Example:
@@ -82,6 +86,8 @@ def register_activation(
         >>> del ACTIVATIONS["cube"]
     """
     names = (name, *aliases)
+    if not all(n is None or isinstance(n, str) for n in names):
+        raise TypeError(f"activation names must be strings, got {names}")
     taken = [n for n in names if n in ACTIVATIONS]
     if taken:
         raise ValueError(f"activation name(s) already registered: {taken}; choose another name")
@@ -91,7 +97,7 @@ def register_activation(
             f"activation {name!r} must be element-wise: it turned shape (2, 3) into "
             f"{tuple(probe.shape)}"
         )
-    row = Activation(name, fn, derivative or _autograd_derivative(fn))
+    row = Activation(name, fn, derivative or _autograd_derivative(fn), derivative is not None)
     ACTIVATIONS.update(dict.fromkeys(names, row))
     return row
 

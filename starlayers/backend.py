@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from starlayers.activations import get_activation
+
 if TYPE_CHECKING:
     from starlayers.modules import StarMLP
 
@@ -78,6 +80,11 @@ def fused_mlp_blocker(mlp: "StarMLP", x: Tensor) -> str | None:
 
     Raises:
         RuntimeError: the backend is "triton" and it cannot serve; the message says why.
+
+    Example:
+        >>> from starlayers import StarMLP
+        >>> fused_mlp_blocker(StarMLP(4, rank=2), torch.ones(1, 4))
+        "combine='mul', rank=2 (needs 'mul', 1)"
     """
     name = backend_name()
     if name == "eager":
@@ -105,15 +112,18 @@ def _blocker(mlp: "StarMLP", x: Tensor) -> str | None:
     linears = (mlp.f1, mlp.f2, mlp.g)
     if not all(is_plain_linear(m) for m in linears):
         return "a branch is hooked, parametrised, quantised or not nn.Linear"
-    if x.dtype != torch.float32 or any(m.weight.dtype != torch.float32 for m in linears):
+    parameters = [p for m in linears for p in m.parameters()]
+    if any(t.dtype != torch.float32 for t in (x, *parameters)):
         return f"dtype {x.dtype} (needs float32)"
+    if any(p.device != x.device for p in parameters):
+        return "the parameters are on another device"
+    if not get_activation(mlp.act).closed_form:
+        return f"activation {mlp.act!r} was registered without a derivative"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     if torch._C._get_tracing_state() is not None or _transformed():
         return "a functional transform or tracer is active"
-    training = torch.is_grad_enabled() and (
-        x.requires_grad or any(p.requires_grad for m in linears for p in m.parameters())
-    )
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
     hidden_bytes = x.shape[:-1].numel() * mlp.g.in_features * x.element_size()
     if hidden_bytes < (MIN_HIDDEN_BYTES_TRAINING if training else MIN_HIDDEN_BYTES_INFERENCE):
         return f"hidden activation of {hidden_bytes} bytes is small enough for eager"

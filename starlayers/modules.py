@@ -1,5 +1,7 @@
 """StarOp, StarMLP and StarBlock: the star operation over stock `nn.Linear` branches."""
 
+import math
+import operator
 from typing import Any, cast
 
 import torch
@@ -74,10 +76,9 @@ class StarOp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        return self.combined(x)
+        return self._combined(x)
 
-    def combined(self, x: Tensor) -> Tensor:
-        """The op without the input check: branches, product and sum over `rank`."""
+    def _combined(self, x: Tensor) -> Tensor:
         y = COMBINE[self.combine](self.f1(x), self.f2(x), self.act, offset=self.offset)
         if self.rank > 1:
             y = y.unflatten(-1, (self.rank, -1)).sum(-2)
@@ -150,7 +151,7 @@ class StarMLP(StarOp):
         self.check_input(x)
         if fused_mlp_blocker(self, x) is None:
             return self._fused(x)
-        return self.g(self.combined(x))  # type: ignore[no-any-return]
+        return self.g(self._combined(x))  # type: ignore[no-any-return]
 
     def _fused(self, x: Tensor) -> Tensor:
         from starlayers.kernels.star_mlp import star_mlp  # defines the op, on first use only
@@ -170,7 +171,7 @@ class DropPath(nn.Module):
     `x * mask / (1 - p)` with one Bernoulli draw per sample (first dimension); identity in eval.
     Same distribution, and for one seed the same draws, as timm's layer of this name.
 
-    Shapes: (batch, ...) -> (batch, ...).
+    Shapes: (batch, ...) -> (batch, ...); the first dimension counts as the batch.
 
     Raises:
         ValueError: `p` outside [0, 1).
@@ -238,7 +239,8 @@ class StarBlock(nn.Module):
         super().__init__()
         owner = type(self).__name__
         hidden = positive_int(owner, "dim", dim) * expansion
-        if hidden < 1 or hidden != int(hidden):
+        # rounding, because 100 * 1.1 is 110.00000000000001
+        if not 1 <= hidden < math.inf or abs(hidden - round(hidden)) > 1e-6:
             raise ValueError(
                 f"{owner}: dim={dim} times expansion={expansion} gives {hidden} hidden channels; "
                 "choose an expansion that makes it a whole number of at least 1"
@@ -248,7 +250,7 @@ class StarBlock(nn.Module):
         self.pre = nn.Identity() if pre is None else pre
         self.mlp = StarMLP(
             dim,
-            int(hidden),
+            round(hidden),
             act=act,
             combine=combine,
             offset=offset,
@@ -275,9 +277,10 @@ class StarBlock(nn.Module):
 
 
 def positive_int(owner: str, name: str, value: int) -> int:
-    """Return `value`, or raise naming it when it is no integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Return `value` as an int, or raise naming it when it is no integer of at least 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{owner}: {name} must be an integer, got {value!r}")
+    value = operator.index(value)
     if value < 1:
         raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
     return value

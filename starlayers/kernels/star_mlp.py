@@ -128,7 +128,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if torch.is_grad_enabled():  # create_graph=True: the definition supplies every higher order
         # one view each, so that tied weights still get one gradient per role
         inputs = [None if t is None else t.view_as(t) for t in inputs]
-        y = star_mlp_reference(*inputs, ctx.act, offset=ctx.offset)  # type: ignore[misc]
+        with torch.autocast("cpu", enabled=False):
+            y = star_mlp_reference(*inputs, ctx.act, offset=ctx.offset)  # type: ignore[misc]
         needs = ctx.needs_input_grad
         wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))

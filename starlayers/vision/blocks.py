@@ -135,11 +135,7 @@ class StarBlock2d(StarBlock):
     post: _OnChannelsLast
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.mlp.in_features:
-            raise ValueError(
-                f"{type(self).__name__} expects (N, {self.mlp.in_features}, H, W), "
-                f"got shape {tuple(x.shape)}"
-            )
+        check_images(type(self).__name__, x, self.mlp.in_features)
         y = super().forward(rearrange(x, "n c h w -> n h w c").contiguous())
         return rearrange(y, "n h w c -> n c h w")
 
@@ -151,6 +147,19 @@ class StarBlock2d(StarBlock):
             # g is pointwise, so the norm after it folds into it; the padding of the second
             # depthwise convolution comes after the norm and stays right
             mlp.g, post.bn = fuse_linear_bn_eval(mlp.g, post.bn), nn.Identity()
+
+
+def check_images(owner: str, x: Tensor, channels: int) -> None:
+    """Raise with the user's own numbers where `x` is not floating and (N, channels, H, W)."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"{owner} expects (N, {channels}, H, W), got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{owner} expects a floating tensor, got {x.dtype}; use x.float() / 255")
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` (N, C, H, W) in the channels_last layout; also under vmap, unlike `memory_format=`."""
+    return rearrange(rearrange(x, "n c h w -> n h w c").contiguous(), "n h w c -> n c h w")
 
 
 def same_padding(kernel_size: int) -> int:

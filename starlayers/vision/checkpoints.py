@@ -170,6 +170,8 @@ def _unwrap(raw: Mapping[str, object]) -> dict[str, Tensor]:
     prefixes = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
     state = {}
     for key, value in raw.items():
+        if not isinstance(key, str):
+            raise ValueError(f"not a state dict: key {key!r} is a {type(key).__name__}")
         while key.startswith(prefixes):
             key = key.split(".", 1)[1]
         if not isinstance(value, Tensor):

@@ -5,7 +5,7 @@ import inspect
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +92,7 @@ def _fashion_mnist(path: str | os.PathLike[str] | None) -> ImageData | None:
         if package:
             _gunzip(package, raw)
         sets = _open_fashion_mnist(root, download=not package)
-    return sets and _from_arrays("fashion-mnist", source, sets)
+    return None if sets is None else _from_arrays("fashion-mnist", source, sets)
 
 
 def _open_fashion_mnist(root: Path, *, download: bool) -> list[Any] | None:
@@ -122,9 +122,9 @@ def _torchvision(name: str, path: str | os.PathLike[str] | None, size: int) -> I
             "data set with a train/test division, such as 'CIFAR10'"
         )
     root = Path(path) if path else cache_dir()
-    divisions = ({"train": True}, {"train": False})
+    divisions: list[dict[str, Any]] = [{"train": True}, {"train": False}]
     if "train" not in parameters:
-        divisions = ({"split": "train"}, {"split": "test"})  # type: ignore[assignment]
+        divisions = [{"split": "train"}, {"split": "test"}]
     with _socket_timeout(HUB_TIMEOUT_S):
         sets = [factory(root, download=True, **division) for division in divisions]
     source = f"torchvision {name} in {root}"
@@ -174,7 +174,7 @@ def _digits(source: str) -> ImageData:
         torch.arange(len(labels)).numpy(), test_size=0.2, random_state=0, stratify=labels.numpy()
     )
     sets = [TensorDataset(images[part], labels[part]) for part in (train, test)]
-    return _describe("digits", source, *sets, classes=[str(c) for c in range(10)])
+    return _describe("digits", source, sets, classes=[str(c) for c in range(10)])
 
 
 def _from_arrays(name: str, source: str, sets: list[Any]) -> ImageData:
@@ -183,7 +183,7 @@ def _from_arrays(name: str, source: str, sets: list[Any]) -> ImageData:
         images = torch.as_tensor(s.data)
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         tensors.append(TensorDataset(images, torch.as_tensor(s.targets)))
-    return _describe(name, source, *tensors, classes=sets[0].classes)
+    return _describe(name, source, tensors, classes=sets[0].classes)
 
 
 def _from_files(
@@ -201,13 +201,12 @@ def _from_files(
         sets = [Subset(s, part) for s, part in zip(sets, parts, strict=True)]
     if classes is None:
         classes = [str(c) for c in range(1 + max(int(label) for _, label in sets[1]))]
-    return _describe(name, source, *sets, classes=classes)
+    return _describe(name, source, sets, classes=classes)
 
 
-def _describe(
-    name: str, source: str, train: Images, test: Images, *, classes: Sequence[str]
-) -> ImageData:
-    n = len(cast(Sized, train))
+def _describe(name: str, source: str, sets: list[Any], *, classes: Sequence[str]) -> ImageData:
+    train, test = sets
+    n = len(train)
     sample = torch.stack([train[i][0] for i in range(0, n, max(1, n // 2000))]).float() / 255
     std, mean = torch.std_mean(sample, dim=(0, 2, 3))
     return ImageData(

@@ -6,7 +6,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from starlayers.modules import StarBlock, positive_int
+from starlayers.modules import StarBlock, positive_int, probability
+from starlayers.vision.blocks import channels_last, check_images
 
 __all__ = ["DemoNet"]
 
@@ -70,6 +71,7 @@ class DemoNet(nn.Module):
         numbers = {"depth": depth, "dim": dim, "num_classes": num_classes, "in_chans": in_chans}
         for name, value in {**numbers, "patch_size": patch_size}.items():
             positive_int("DemoNet", name, value)
+        probability("DemoNet", "drop_path_rate", drop_path_rate)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.patch_size = patch_size
         self.stem = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **factory)
@@ -101,12 +103,12 @@ class DemoNet(nn.Module):
                 nn.init.zeros_(m.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        p, chans = self.patch_size, self.stem.in_channels
-        if x.ndim != 4 or x.shape[1] != chans or x.shape[2] % p or x.shape[3] % p:
+        p = self.patch_size
+        check_images("DemoNet", x, self.stem.in_channels)
+        if x.shape[2] % p or x.shape[3] % p:
             raise ValueError(
-                f"DemoNet expects (N, {chans}, H, W) with H and W multiples of {p}, "
-                f"got shape {tuple(x.shape)}"
+                f"DemoNet expects sides that are multiples of {p}, got shape {tuple(x.shape)}"
             )
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(channels_last(x))
         x = self.blocks(rearrange(x, "n c h w -> n h w c"))
         return self.head(self.norm(x.mean((1, 2))))  # type: ignore[no-any-return]

@@ -44,7 +44,7 @@ class Factory(Protocol):
     def __call__(self, pretrained: bool = False, **kwargs: Any) -> StarNet: ...
 
 
-_DOC = """{title}: {size} at 224x224.
+_DOC = """{title}: {size} at 224x224, norms counted.
 
 Keyword arguments go to `StarNet`. `pretrained=True` loads ImageNet-1k weights from the Hugging
 Face hub: `ConnectionError` where it cannot be reached, `ValueError` for a model without any.
@@ -73,7 +73,7 @@ def _factory(name: str, size: str) -> Factory:
 starnet_s1 = _factory("starnet_s1", "2.87 M parameters, 425 M MACs")
 starnet_s2 = _factory("starnet_s2", "3.68 M parameters, 547 M MACs")
 starnet_s3 = _factory("starnet_s3", "5.75 M parameters, 757 M MACs")
-starnet_s4 = _factory("starnet_s4", "7.48 M parameters, 1075 M MACs")
+starnet_s4 = _factory("starnet_s4", "7.48 M parameters, 1054 M MACs (published as 1075 M)")
 starnet_s050 = _factory("starnet_s050", "0.54 M parameters, 93 M MACs")
-starnet_s100 = _factory("starnet_s100", "1.04 M parameters, 188 M MACs")
+starnet_s100 = _factory("starnet_s100", "1.04 M parameters, 187 M MACs")
 starnet_s150 = _factory("starnet_s150", "1.56 M parameters, 229 M MACs")

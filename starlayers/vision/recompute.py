@@ -1,7 +1,6 @@
 """Gradient checkpointing that does not update BatchNorm statistics twice."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,19 +22,24 @@ def recompute(module: nn.Module, x: Tensor) -> Tensor:
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _frozen_statistics(module)
+        return nullcontext(), _KeptStatistics(module)
 
     y: Tensor = checkpoint(module, x, use_reentrant=False, context_fn=contexts)
     return y
 
 
-@contextmanager
-def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for m in norms:
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m in norms:
-            m.track_running_stats = True
+class _KeptStatistics:
+    """Puts copies in the place of the running statistics; re-enterable, as checkpoint needs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
+        self.kept = [(m, k, b) for m in norms for k, b in m.named_buffers(recurse=False)]
+        for m, name, buffer in self.kept:
+            setattr(m, name, buffer.clone())
+
+    def __exit__(self, *_: object) -> None:
+        for m, name, buffer in self.kept:
+            setattr(m, name, buffer)

@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 __all__ = ["RunDir"]
@@ -42,6 +44,12 @@ class RunDir:
         self, path: str | os.PathLike[str], config: dict[str, Any], *, resume: bool = False
     ) -> None:
         self.path = Path(path)
+        state = PartialState()
+        with state.main_process_first():
+            if state.is_main_process:
+                self._open(config, resume)
+
+    def _open(self, config: dict[str, Any], resume: bool) -> None:
         config = json.loads(json.dumps(config))  # tuples become lists, as they will be when read
         if not (self.path / "config.json").is_file():
             if resume:
@@ -59,6 +67,13 @@ class RunDir:
         if differ:
             lines = [f"{k} was {there.get(k)!r}, now {config.get(k)!r}" for k in differ]
             raise ValueError(f"the run in {self.path} has another recipe: {'; '.join(lines)}")
+
+    @staticmethod
+    def fresh_path(parent: str | os.PathLike[str]) -> Path:
+        """A folder under `parent` named by the time, the same in all processes of a run."""
+        name = [f"{datetime.now():%Y%m%d-%H%M%S}"]
+        broadcast_object_list(name)
+        return Path(parent) / name[0]
 
     @staticmethod
     def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from starlayers.activations import get_activation
 from starlayers.modules import positive_int, probability
-from starlayers.vision.blocks import ConvNorm, StarBlock2d
+from starlayers.vision.blocks import ConvNorm, StarBlock2d, channels_last, check_images
 from starlayers.vision.recompute import recompute
 
 __all__ = ["StarNet"]
@@ -178,8 +178,8 @@ class StarNet(nn.Module):
         if pool not in POOLS:
             names = ", ".join(map(repr, POOLS))
             raise ValueError(f"StarNet: unknown global_pool {pool!r}, choose one of {names}")
-        if num_classes < 0:
-            raise ValueError(f"StarNet: num_classes must be at least 0, got {num_classes}")
+        if num_classes != 0:
+            positive_int("StarNet", "num_classes", num_classes)
         if num_classes and not pool:
             raise ValueError(
                 f"StarNet: num_classes={num_classes} needs a global_pool; without one use "
@@ -255,21 +255,22 @@ class StarNet(nn.Module):
         n = len(self.stages)
         if indices is None:
             return set(range(n))
-        wanted = range(n - indices, n) if isinstance(indices, int) else indices
+        wanted: Sequence[int] = ()
+        if not isinstance(indices, int):
+            wanted = indices
+        elif 0 < indices <= n:
+            wanted = range(n - indices, n)
         take = {i + n if i < 0 else i for i in wanted}
         if not take or not take <= set(range(n)):
-            raise ValueError(f"StarNet has stages 0 to {n - 1}, got indices={indices!r}")
+            raise ValueError(
+                f"StarNet has stages 0 to {n - 1}, got indices={indices!r} (an int asks for the "
+                "last so many)"
+            )
         return take
 
     def _stem(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"StarNet expects images (N, {self.in_chans}, H, W), got shape {tuple(x.shape)}"
-            )
-        if not x.is_floating_point():
-            raise TypeError(f"StarNet expects floating images, got {x.dtype}; use x.float() / 255")
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
-        return get_activation(self.act).fn(x)
+        check_images("StarNet", x, self.in_chans)
+        return get_activation(self.act).fn(self.stem(channels_last(x)))
 
     def _stage(self, i: int, x: Tensor) -> Tensor:
         stage = self.stages[i]

@@ -4,10 +4,10 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -202,9 +202,11 @@ class _Run:
         optimizer = torch.optim.AdamW(
             param_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98)
         )
-        self.model, self.optimizer, self.train_loader = self.accelerator.prepare(
-            model, optimizer, self._train_loader()
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="'set_vital'")  # torchdata's own business
+            self.model, self.optimizer, self.train_loader = self.accelerator.prepare(
+                model, optimizer, self._train_loader()
+            )
         # not through prepare(): the state of the run has no place for a validation half way
         self.test_loader = prepare_data_loader(
             DataLoader(cast(Any, data.test), 512, num_workers=config.workers),

@@ -40,9 +40,8 @@ def test_second_order_is_that_of_the_definition(act):
         found = second(fused)
     assert ops.counts[OP] == 1
     expected = eagerly(lambda: second(plain))
-    scale = [g.abs().max().clamp(min=1) for g in expected[:-1]]
-    close([g / s for g, s in zip(found, scale)], [g / s for g, s in zip(expected, scale)])
-    assert found[-1] is expected[-1] is None or torch.allclose(found[-1], expected[-1], 1e-4, 1e-3)
+    for ours, theirs in zip(found, expected, strict=True):  # sums of squares: sizes differ widely
+        close(ours / theirs.abs().max(), theirs / theirs.abs().max())
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -53,9 +52,8 @@ def test_tied_branches_get_the_sum_of_both_gradients(order):
         mlp.f2.weight = mlp.f1.weight
         assert mlp.f1.weight is mlp.f2.weight
         x, parameters = randn(70, 5, grad=True), list(mlp.parameters())
-        first = torch.autograd.grad(
-            mlp(x).square().mean(), [x, *parameters], create_graph=order > 1
-        )
+        loss = mlp(x).square().mean()
+        first = torch.autograd.grad(loss, [x, *parameters], create_graph=order > 1)
         if order == 1:
             return first
         return torch.autograd.grad(sum(g.square().sum() for g in first), [x, *parameters])
@@ -118,15 +116,15 @@ def test_frozen_parts_get_no_gradient(frozen):
     close([g for g in found if g is not None], [g for g in expected if g is not None])
 
 
-@pytest.mark.parametrize("derivative", [None, torch.cos], ids=["by-autograd", "given"])
-def test_registered_activation_runs_fused(derivative):
+@pytest.mark.parametrize(("derivative", "fused_runs"), [(None, 0), (torch.cos, 1)])
+def test_registered_activation_runs_fused_where_it_has_a_derivative(derivative, fused_runs):
     register_activation("sine", torch.sin, derivative)
     try:
         fused, plain = twins(act="sine")
         x = randn(70, 5)
         with RecordOps() as ops:
             found = gradients(fused, x)
-        assert ops.counts[OP] == 1
+        assert ops.counts.get(OP, 0) == fused_runs
         close(found, eagerly(lambda: gradients(plain, x)))
     finally:
         del ACTIVATIONS["sine"]

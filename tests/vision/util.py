@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from timm.models.starnet import StarNet as TimmStarNet
 from torch import Tensor, nn
 
@@ -102,6 +104,16 @@ def grads(model: nn.Module) -> dict[str, Tensor]:
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def saved(state: object, path: Path) -> Path:
+    torch.save(state, path)
+    return path
+
+
+def saved_safely(state: dict[str, Tensor], path: Path) -> Path:
+    save_file({k: v.contiguous() for k, v in state.items()}, path)
+    return path
 
 
 def assert_same_tensors(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:

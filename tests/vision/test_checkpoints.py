@@ -1,0 +1,230 @@
+"""Weights in and out: whose names they have, what is adapted, and the hub."""
+
+from collections import OrderedDict
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from timm.models._manipulate import adapt_input_conv
+
+from starlayers import vision
+from starlayers.vision import LoadReport, StarNet, load_checkpoint, to_timm_state_dict
+
+from .util import (
+    TINY,
+    assert_same_tensors,
+    image,
+    saved,
+    saved_safely,
+    snapshot,
+    tiny,
+    tiny_timm,
+)
+
+
+def renamed(state, prefix):
+    return OrderedDict((prefix + k, v) for k, v in state.items())
+
+
+# how a file comes about, from (our state dict, timm's, a folder); then whose names it has
+SOURCES = {
+    "authors_pth_tar": (
+        lambda ours, timms, d: saved({"epoch": 300, "state_dict": timms}, d / "s.pth.tar"),
+        "timm",
+    ),
+    "authors_data_parallel": (
+        lambda ours, timms, d: saved({"state_dict": renamed(timms, "module.")}, d / "s.pth.tar"),
+        "timm",
+    ),
+    "compiled_data_parallel": (
+        lambda ours, timms, d: saved(renamed(ours, "module._orig_mod."), d / "s.pth"),
+        "starlayers",
+    ),
+    "timm_safetensors": (lambda ours, timms, d: saved_safely(timms, d / "m.safetensors"), "timm"),
+    "timm_pth": (lambda ours, timms, d: saved(timms, d / "m.pth"), "timm"),
+    "timm_mapping": (lambda ours, timms, d: timms, "timm"),
+    "our_pth": (lambda ours, timms, d: saved(ours, d / "m.pth"), "starlayers"),
+    "our_pth_as_str": (lambda ours, timms, d: str(saved(ours, d / "m.pth")), "starlayers"),
+    "our_safetensors": (
+        lambda ours, timms, d: saved_safely(ours, d / "m.safetensors"),
+        "starlayers",
+    ),
+    "our_mapping": (lambda ours, timms, d: ours, "starlayers"),
+    "under_model": (lambda ours, timms, d: {"model": ours, "step": 3}, "starlayers"),
+    "without_counters": (
+        lambda ours, timms, d: {k: v for k, v in timms.items() if "num_batches" not in k},
+        "timm",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "names"), SOURCES.values(), ids=SOURCES)
+def test_every_source_loads_bit_for_bit_and_in_place(make, names, tmp_path):
+    source, target, x = tiny(1).eval(), tiny(2).eval(), image(2, 3, 24, 24)
+    theirs = tiny_timm(source)
+    checkpoint = make(source.state_dict(), theirs.state_dict(), tmp_path)
+    parameters = dict(target.named_parameters())
+    report = load_checkpoint(target, checkpoint)
+    assert_same_tensors(snapshot(target), snapshot(source))
+    torch.testing.assert_close(target(x), theirs(x))
+    assert report == LoadReport(names, len(source.state_dict()))
+    assert str(report) == f"loaded {len(source.state_dict())} tensors ({names} names)"
+    for name, p in target.named_parameters():
+        assert p is parameters[name]
+        assert p.requires_grad
+
+
+@pytest.mark.parametrize("name", vision.STARNETS)
+def test_timm_to_ours_to_timm_is_bit_identical(name):
+    theirs = timm.create_model(name, num_classes=10)
+    ours = getattr(vision, name)(num_classes=10)
+    report = load_checkpoint(ours, theirs.state_dict())
+    assert (report.source, report.adapted) == ("timm", ())
+    back = to_timm_state_dict(ours)
+    assert list(back) == list(theirs.state_dict())
+    assert_same_tensors(back, theirs.state_dict())
+    timm.create_model(name, num_classes=10).load_state_dict(back)
+
+
+def test_the_export_shares_memory_with_the_model():
+    model = tiny()
+    to_timm_state_dict(model)["stages.0.1.f1.conv.weight"].zero_()
+    assert not model.stages[0][1].mlp.f1.weight.any()
+
+
+def test_loading_copies_and_converts_to_the_models_type():
+    source, target = tiny(1), tiny(2, dtype=torch.float64)
+    state = source.state_dict()
+    load_checkpoint(target, state)
+    want = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+    assert_same_tensors(snapshot(target), want)
+    before = snapshot(target)
+    with torch.no_grad():
+        source.head.weight.zero_()
+    assert_same_tensors(snapshot(target), before)
+
+
+@pytest.mark.parametrize("names", ["timm", "starlayers"])
+def test_another_number_of_classes_keeps_the_models_head(names):
+    source, target = tiny(1), tiny(2, num_classes=4)
+    own = {k: v for k, v in snapshot(target).items() if k.startswith("head.")}
+    report = load_checkpoint(
+        target, to_timm_state_dict(source) if names == "timm" else source.state_dict()
+    )
+    assert_same_tensors(snapshot(target), {**snapshot(source), **own})
+    assert report.adapted == ("head: checkpoint has 10 classes, model keeps its own head of 4",)
+
+
+def test_a_model_without_head_drops_the_checkpoints():
+    source, target = tiny(1).eval(), tiny(2, num_classes=0).eval()
+    report = load_checkpoint(target, source.state_dict())
+    assert report.adapted == ("head: checkpoint's 10 classes dropped, model has none",)
+    assert report.loaded == len(target.state_dict())
+    x = image(2, 3, 16, 16)
+    pooled = source.forward_head(source.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(target(x), pooled, rtol=0, atol=0)
+
+
+def test_a_checkpoint_without_head_keeps_the_models():
+    source, target = tiny(1, num_classes=0), tiny(2)
+    own = {k: v for k, v in snapshot(target).items() if k.startswith("head.")}
+    report = load_checkpoint(target, source.state_dict())
+    assert report.adapted == ("head: checkpoint has no head, model keeps its own head of 10",)
+    assert_same_tensors(snapshot(target), {**snapshot(source), **own})
+
+
+def test_colour_to_grey_sees_grey_images_as_before():
+    colour, grey, x = tiny(1).eval(), tiny(2, in_chans=1).eval(), image(2, 1, 20, 20)
+    report = load_checkpoint(grey, colour.state_dict())
+    assert report.adapted == ("stem.conv: 3 input channels summed to 1",)
+    torch.testing.assert_close(
+        grey.forward_features(x), colour.forward_features(x.expand(2, 3, 20, 20))
+    )
+
+
+def test_grey_to_colour_sees_grey_images_as_before():
+    grey, colour, x = tiny(1, in_chans=1).eval(), tiny(2).eval(), image(2, 1, 20, 20)
+    report = load_checkpoint(colour, grey.state_dict())
+    assert report.adapted == ("stem.conv: 1 input channels repeated to 3 and rescaled",)
+    torch.testing.assert_close(
+        colour.forward_features(x.expand(2, 3, 20, 20)), grey.forward_features(x)
+    )
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 4, 6, 7])
+def test_image_channels_are_adapted_as_timm_does(in_chans):
+    source, target = tiny(1), tiny(2, in_chans=in_chans)
+    load_checkpoint(target, source.state_dict())
+    want = adapt_input_conv(in_chans, source.stem.conv.weight.detach())
+    torch.testing.assert_close(target.stem.conv.weight.detach(), want)
+    rest = {k: v for k, v in snapshot(source).items() if k != "stem.conv.weight"}
+    assert_same_tensors({k: v for k, v in snapshot(target).items() if k in rest}, rest)
+
+
+def test_the_callers_mapping_is_left_alone():
+    state = to_timm_state_dict(tiny(1))
+    before = {k: v.clone() for k, v in state.items()}
+    load_checkpoint(tiny(2, in_chans=1, num_classes=0), state)
+    assert_same_tensors(state, before)
+
+
+@pytest.mark.parametrize("names", ["timm", "starlayers"])
+def test_a_fused_model_takes_no_checkpoint_and_gives_none(names):
+    source, fused = tiny(1), tiny(2).fuse()
+    before = snapshot(fused)
+    state = to_timm_state_dict(source) if names == "timm" else source.state_dict()
+    with pytest.raises(ValueError, match="model is fused: load the checkpoint first"):
+        load_checkpoint(fused, state)
+    with pytest.raises(ValueError, match="model is fused"):
+        to_timm_state_dict(fused)
+    assert_same_tensors(snapshot(fused), before)
+    with pytest.raises(ValueError, match=r"missing stem\.bn\.weight"):
+        load_checkpoint(source, before)
+
+
+def test_pretrained_takes_timms_file_from_the_hub(monkeypatch, tmp_path):
+    theirs = timm.create_model("starnet_s2", num_classes=10)
+    path, asked = saved_safely(theirs.state_dict(), tmp_path / "model.safetensors"), []
+
+    def download(repo_id, filename, **_):
+        asked.append((repo_id, filename))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    ours = vision.starnet_s2(pretrained=True, num_classes=10)
+    assert asked == [("timm/starnet_s2.in1k", "model.safetensors")]
+    assert_same_tensors(to_timm_state_dict(ours), theirs.state_dict())
+    grey = vision.starnet_s2(pretrained=True, num_classes=3, in_chans=1)
+    want = theirs.stem[0].conv.weight.detach().sum(1, keepdim=True)
+    torch.testing.assert_close(grey.stem.conv.weight.detach(), want)
+
+
+def test_pretrained_without_the_hub_says_what_to_do(monkeypatch):
+    def download(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    message = (
+        r"timm/starnet_s1\.in1k .*OSError.*download model\.safetensors of timm/starnet_s1\.in1k "
+        r"elsewhere and pass its path to starlayers\.vision\.load_checkpoint"
+    )
+    with pytest.raises(ConnectionError, match=message) as caught:
+        vision.starnet_s1(pretrained=True)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("name", ["starnet_s050", "starnet_s100", "starnet_s150"])
+def test_there_are_no_weights_of_the_very_small_networks(name):
+    with pytest.raises(ValueError, match=f"{name} has no published weights"):
+        getattr(vision, name)(pretrained=True)
+
+
+def test_two_trained_copies_differ_by_their_checkpoint_only():
+    a, b = StarNet(**TINY, stage_strides=(2, 2)), StarNet(**TINY, stage_strides=(2, 2))
+    load_checkpoint(b, a.state_dict())
+    for model in (a, b):
+        model.train()(image(2, 3, 32, 32)).square().mean().backward()
+    assert_same_tensors(
+        {k: p.grad for k, p in a.named_parameters()}, {k: p.grad for k, p in b.named_parameters()}
+    )

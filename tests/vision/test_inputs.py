@@ -1,0 +1,135 @@
+"""What vision refuses: each message carries the user's own numbers."""
+
+import pytest
+import torch
+
+from starlayers.vision import ConvNorm, DemoNet, StarBlock2d, StarNet
+
+SHAPE = {"base_dim": 4, "depths": (1, 1), "stage_strides": (2, 2), "num_classes": 5}
+DEMO = {"depth": 2, "dim": 4, "num_classes": 5, "patch_size": 4}
+
+
+def net(**kwargs):
+    return StarNet(**{**SHAPE, **kwargs})
+
+
+def demo(**kwargs):
+    return DemoNet(**{**DEMO, **kwargs})
+
+
+def taps(indices=None, **kwargs):
+    return net().eval().forward_intermediates(torch.ones(1, 3, 8, 8), indices, **kwargs)
+
+
+ONES, BYTES = torch.ones, torch.uint8
+CASES = {
+    "net_channels": (
+        lambda: net()(ONES(2, 4, 8, 8)),
+        ValueError,
+        r"\(N, 3, H, W\), got shape \(2, 4, 8, 8\)",
+    ),
+    "net_nhwc": (lambda: net()(ONES(2, 8, 8, 3)), ValueError, r"3, H, W\).* \(2, 8, 8, 3\)"),
+    "net_one_image": (lambda: net()(ONES(3, 8, 9)), ValueError, r"got shape \(3, 8, 9\)"),
+    "net_bytes": (
+        lambda: net()(ONES(2, 3, 8, 8, dtype=BYTES)),
+        TypeError,
+        r"expects a floating tensor, got torch\.uint8",
+    ),
+    "net_int64": (lambda: net()(ONES(2, 3, 8, 8).long()), TypeError, r"got torch\.int64"),
+    "features_channels": (
+        lambda: net().forward_features(ONES(1, 1, 8, 8)),
+        ValueError,
+        r"got shape \(1, 1, 8, 8\)",
+    ),
+    "num_classes": (lambda: net(num_classes=-1), ValueError, "num_classes must be .*, got -1"),
+    "num_classes_reset": (lambda: net().reset_classifier(-7), ValueError, "num_classes.* got -7"),
+    "pool": (lambda: net(global_pool="mean"), ValueError, "'mean', choose one of 'avg', 'max'"),
+    "pool_reset": (lambda: net().reset_classifier(3, "x"), ValueError, "unknown global_pool 'x'"),
+    "pool_none": (lambda: net(global_pool=""), ValueError, "num_classes=5 needs a global_pool"),
+    "lengths": (lambda: net(depths=(1, 1, 3)), ValueError, r"\(1, 1, 3\) .* \(2, 2\)"),
+    "default_strides": (lambda: StarNet(4, (1, 7)), ValueError, r"\(1, 7\) .* \(2, 2, 2, 2\)"),
+    "no_stage": (lambda: net(depths=(), stage_strides=()), ValueError, r"depths \(\)"),
+    "depth_zero": (lambda: net(depths=(1, 0)), ValueError, "each of depths.* at least 1, got 0"),
+    "depth_float": (lambda: net(depths=(1, 1.5)), TypeError, "each of depths.* got 1.5"),
+    "stride_zero": (lambda: net(stage_strides=(2, 0)), ValueError, "stage_strides.* got 0"),
+    "stem_stride": (lambda: net(stem_stride=-2), ValueError, "stem_stride .*at least 1, got -2"),
+    "base_dim": (lambda: net(base_dim=0), ValueError, "base_dim must be at least 1, got 0"),
+    "in_chans": (lambda: net(in_chans=0), ValueError, "in_chans must be at least 1, got 0"),
+    "in_chans_bool": (lambda: net(in_chans=True), TypeError, "in_chans.* integer, got True"),
+    "kernel_even": (lambda: net(kernel_size=4), ValueError, "kernel_size must be odd, got 4"),
+    "kernel_zero": (lambda: net(kernel_size=0), ValueError, "kernel_size.* at least 1, got 0"),
+    "drop_negative": (lambda: net(drop_rate=-0.1), ValueError, r"drop_rate.*\[0, 1\), got -0\.1"),
+    "drop_one": (lambda: net(drop_rate=1.0), ValueError, r"drop_rate.* got 1\.0"),
+    "path_negative": (lambda: net(drop_path_rate=-0.2), ValueError, r"_path_rate.* got -0\.2"),
+    "path_one": (lambda: net(drop_path_rate=1.0), ValueError, r"drop_path_rate.* got 1\.0"),
+    "ratio": (lambda: net(mlp_ratio=0.3), ValueError, r"dim=4 times expansion=0\.3 gives 1\.2"),
+    "act": (lambda: net(act="relu7"), ValueError, "unknown activation 'relu7'; known: .*relu6"),
+    "act_class": (lambda: net(act=torch.nn.ReLU), TypeError, "act must be a name .* got <class"),
+    "combine": (lambda: net(combine="add"), ValueError, "combine 'add', choose one of mul, sum"),
+    "index_high": (lambda: taps([0, 2]), ValueError, r"stages 0 to 1, got indices=\[0, 2\]"),
+    "index_low": (lambda: taps((-3,)), ValueError, r"stages 0 to 1, got indices=\(-3,\)"),
+    "indices_none_left": (lambda: taps([]), ValueError, r"got indices=\[\]"),
+    "last_zero": (lambda: taps(0), ValueError, "stages 0 to 1, got indices=0"),
+    "last_negative": (lambda: taps(-1), ValueError, "got indices=-1"),
+    "last_three_of_two": (lambda: taps(3), ValueError, "stages 0 to 1, got indices=3"),
+    "last_five_of_two": (lambda: taps(5), ValueError, "stages 0 to 1, got indices=5"),
+    "output_fmt": (lambda: taps(output_fmt="NLC"), ValueError, "must be 'NCHW', got 'NLC'"),
+    "block_channels": (
+        lambda: StarBlock2d(4)(ONES(2, 5, 3, 3)),
+        ValueError,
+        r"\(N, 4, H, W\), got shape \(2, 5, 3, 3\)",
+    ),
+    "block_one_image": (lambda: StarBlock2d(4)(ONES(4, 3, 3)), ValueError, r"shape \(4, 3, 3\)"),
+    "block_bytes": (
+        lambda: StarBlock2d(4)(ONES(2, 4, 3, 3, dtype=BYTES)),
+        TypeError,
+        r"float.* got torch\.uint8",
+    ),
+    "block_dim": (lambda: StarBlock2d(0), ValueError, "dim must be at least 1, got 0"),
+    "block_dim_float": (lambda: StarBlock2d(4.0), TypeError, r"dim must be an integer, got 4\.0"),
+    "block_kernel": (lambda: StarBlock2d(4, 6), ValueError, "odd, got 6"),
+    "block_expansion": (lambda: StarBlock2d(3, expansion=1.5), ValueError, r"gives 4\.5 hidden"),
+    "block_drop_path": (lambda: StarBlock2d(4, drop_path=1.5), ValueError, r"\[0, 1\), got 1\.5"),
+    "block_offset": (
+        lambda: StarBlock2d(4, combine="sum", offset=2.0),
+        ValueError,
+        r"offset=2\.0 needs combine='mul', got 'sum'",
+    ),
+    "conv_kernel": (lambda: ConvNorm(3, 4, 2), ValueError, "kernel_size must be odd, got 2"),
+    "demo_sides": (
+        lambda: demo()(ONES(1, 3, 8, 10)),
+        ValueError,
+        r"multiples of 4, got shape \(1, 3, 8, 10\)",
+    ),
+    "demo_height": (lambda: demo()(ONES(1, 3, 7, 8)), ValueError, r"of 4, .*\(1, 3, 7, 8\)"),
+    "demo_channels": (lambda: demo()(ONES(1, 1, 8, 8)), ValueError, r"\(N, 3, .*\(1, 1, 8, 8\)"),
+    "demo_one_image": (lambda: demo()(ONES(3, 8, 8)), ValueError, r"got shape \(3, 8, 8\)"),
+    "demo_bytes": (
+        lambda: demo()(ONES(1, 3, 8, 8, dtype=BYTES)),
+        TypeError,
+        r"float.* got torch\.uint8",
+    ),
+    "demo_depth": (lambda: demo(depth=0), ValueError, "depth must be at least 1, got 0"),
+    "demo_dim": (lambda: demo(dim=-4), ValueError, "dim must be at least 1, got -4"),
+    "demo_classes": (lambda: demo(num_classes=0), ValueError, "num_classes.* 1, got 0"),
+    "demo_in_chans": (lambda: demo(in_chans=0), ValueError, "in_chans must be .*1, got 0"),
+    "demo_patch": (lambda: demo(patch_size=2.5), TypeError, r"patch_size.* integer, got 2\.5"),
+    "demo_path_one": (lambda: demo(drop_path_rate=1.0), ValueError, r"\[0, 1\), got 1\.0"),
+    "demo_path_negative": (
+        lambda: demo(depth=3, drop_path_rate=-0.1),
+        ValueError,
+        r"drop_path_rate .*got -0\.1$",
+    ),
+    "demo_path_one_block": (
+        lambda: demo(depth=1, drop_path_rate=1.5),
+        ValueError,
+        r"drop_path_rate .*got 1\.5",
+    ),
+    "demo_combine": (lambda: demo(combine="max"), ValueError, "combine 'max', choose one of mul"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CASES.values(), ids=CASES)
+def test_refused_with_the_users_numbers(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
