@@ -50,12 +50,16 @@ def _cpu_name() -> str:
 
 
 def interleave(
-    variants: dict[str, Callable[[], object]], *, baseline: str, repeats: int, warmup: int = 1
+    variants: dict[str, Callable[[], object]],
+    *,
+    baselines: list[str],
+    repeats: int,
+    warmup: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Time the variants in turn, A B C A B C ..., and report medians and paired ratios.
 
-    Machines drift, so absolute times are noise: the ratio of a variant to the baseline is the
-    median over rounds of the ratio within the round.
+    Machines drift, so absolute times are noise: the ratio of a variant is the median over rounds
+    of its ratio within the round to the baseline with the lowest median.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(warmup + repeats):
@@ -64,6 +68,7 @@ def interleave(
             run()
             times[name].append(time.perf_counter() - began)
     kept = {name: t[warmup:] for name, t in times.items()}
+    baseline = min(baselines, key=lambda name: statistics.median(kept[name]))
     return {
         name: {
             "median_ms": 1e3 * statistics.median(t),

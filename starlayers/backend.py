@@ -83,8 +83,8 @@ def fused_mlp_blocker(mlp: "StarMLP", x: Tensor) -> str | None:
 
     Example:
         >>> from starlayers import StarMLP
-        >>> fused_mlp_blocker(StarMLP(4, rank=2), torch.ones(1, 4))
-        "combine='mul', rank=2 (needs 'mul', 1)"
+        >>> fused_mlp_blocker(StarMLP(4), torch.ones(1, 4))
+        'hidden activation of 64 bytes is small enough for eager'
     """
     name = backend_name()
     if name == "eager":
@@ -105,6 +105,10 @@ def _blocker(mlp: "StarMLP", x: Tensor) -> str | None:
         return "being compiled or exported"
     if x.device.type != "cpu":
         return f"no fused kernel for device {x.device.type!r}"
+    hidden_bytes = x.shape[:-1].numel() * mlp.hidden_features * x.element_size()
+    small = f"hidden activation of {hidden_bytes} bytes is small enough for eager"
+    if hidden_bytes < min(MIN_HIDDEN_BYTES_INFERENCE, MIN_HIDDEN_BYTES_TRAINING):
+        return small  # first, because small layers are the ones that would notice the rest
     if type(x) not in (Tensor, nn.Parameter):
         return f"input is a {type(x).__name__}"
     if mlp.combine != "mul" or mlp.rank != 1:
@@ -124,10 +128,8 @@ def _blocker(mlp: "StarMLP", x: Tensor) -> str | None:
     if torch._C._get_tracing_state() is not None or _transformed():
         return "a functional transform or tracer is active"
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
-    hidden_bytes = x.shape[:-1].numel() * mlp.g.in_features * x.element_size()
-    if hidden_bytes < (MIN_HIDDEN_BYTES_TRAINING if training else MIN_HIDDEN_BYTES_INFERENCE):
-        return f"hidden activation of {hidden_bytes} bytes is small enough for eager"
-    return None
+    needed = MIN_HIDDEN_BYTES_TRAINING if training else MIN_HIDDEN_BYTES_INFERENCE
+    return small if hidden_bytes < needed else None
 
 
 def is_plain_linear(m: nn.Module) -> bool:
