@@ -7,7 +7,6 @@ import timm
 import torch
 import torchvision
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import (
     RESULTS,
@@ -19,7 +18,8 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.data import benchmark_images
-from starlayers import use_backend, vision
+from starlayers import vision
+from starlayers.vision.cost import multiply_adds
 
 MODELS = [
     "starnet_s050",
@@ -94,11 +94,7 @@ def costs(names: list[str], smoke: bool) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {name: {} for name in names}
     for name, model in models.items():
         found[name]["parameters"] = sum(p.numel() for p in model.parameters())
-        # the counter does not know the fused op
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), use_backend("eager"), counter:
-            model(torch.randn(1, 1, 28, 28))
-        found[name]["multiply_adds"] = counter.get_total_flops() / 2
+        found[name]["multiply_adds"] = multiply_adds(model, (1, 28, 28))
     for batch in (1, 32):
         x = torch.randn(batch, 1, 28, 28).contiguous(memory_format=torch.channels_last)
 

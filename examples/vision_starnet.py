@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-import starlayers.vision
-from starlayers.vision import STARNETS, StarNet
+from starlayers.vision import StarNet
 from starlayers.vision.data import ImageData, load_images
+from starlayers.vision.models import MODELS
 from starlayers.vision.rundir import RunDir
 from starlayers.vision.training import TrainConfig, train
 
@@ -26,17 +26,16 @@ SMALL_IMAGES = {"stage_strides": (1, 2, 2, 1), "kernel_size": 3}
 
 
 def build(name: str, data: ImageData, drop_path: float) -> StarNet:
-    model: StarNet = getattr(starlayers.vision, name)(
+    return MODELS[name](
         in_chans=data.shape[0],
         num_classes=len(data.classes),
         drop_path_rate=drop_path,
         **(SMALL_IMAGES if data.shape[-1] < 96 else {}),
     )
-    return model
 
 
 def main(
-    model: Annotated[str, typer.Option(help=f"one of {', '.join(STARNETS)}")] = "starnet_s050",
+    model: Annotated[str, typer.Option(help=f"one of {', '.join(MODELS)}")] = "starnet_s050",
     data: Annotated[
         str, typer.Option(help="fashion-mnist, digits, folder, or a torchvision name (CIFAR10)")
     ] = "fashion-mnist",
@@ -67,8 +66,8 @@ def main(
     a: dict[str, Any] = dict(locals())
     if resume:
         a |= RunDir.read_config(resume)
-    elif model not in STARNETS:
-        raise typer.BadParameter(f"unknown model {model!r}, choose one of {', '.join(STARNETS)}")
+    elif model not in MODELS:
+        raise typer.BadParameter(f"unknown model {model!r}, choose one of {', '.join(MODELS)}")
     what = ("model", "data", "path", "size", "drop_path")
     config = TrainConfig(**{f.name: a[f.name] for f in fields(TrainConfig) if f.name in a})
     images = load_images(a["data"], path=a["path"], size=a["size"])

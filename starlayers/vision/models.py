@@ -6,6 +6,7 @@ from starlayers.vision.checkpoints import load_checkpoint, pretrained_path
 from starlayers.vision.starnet import StarNet
 
 __all__ = [
+    "MODELS",
     "STARNETS",
     "starnet_s050",
     "starnet_s1",
@@ -77,3 +78,14 @@ starnet_s4 = _factory("starnet_s4", "7.48 M parameters, 1054 M MACs (published a
 starnet_s050 = _factory("starnet_s050", "0.54 M parameters, 93 M MACs")
 starnet_s100 = _factory("starnet_s100", "1.04 M parameters, 187 M MACs")
 starnet_s150 = _factory("starnet_s150", "1.56 M parameters, 229 M MACs")
+
+#: name -> function that builds the model.
+MODELS: dict[str, Factory] = {
+    "starnet_s1": starnet_s1,
+    "starnet_s2": starnet_s2,
+    "starnet_s3": starnet_s3,
+    "starnet_s4": starnet_s4,
+    "starnet_s050": starnet_s050,
+    "starnet_s100": starnet_s100,
+    "starnet_s150": starnet_s150,
+}

@@ -1,0 +1,157 @@
+"""Debian packages as a source of data, with apt and dpkg played by small scripts."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from starlayers import _packages
+from starlayers._packages import cache_dir, debian_package
+
+CONTENTS = "/usr/share/starlayers-test/things"  # on no machine
+
+LOG = 'echo "$(basename "$0") $*" >> "$LOG"\n'
+# with options (-o ...) come lists of our own; without, the machine's
+APT = {
+    "works": 'echo payload > "$2_1.0_all.deb"\n',
+    "needs lists": """
+        [ "$1" = download ] && exit 100
+        [ "$5" = update ] && { touch lists/fetched; exit 0; }
+        [ -f lists/fetched ] && [ -d lists/partial ] && [ -d cache/archives/partial ] || exit 100
+        echo payload > "$6_1.0_all.deb"
+    """,
+    "lists but no package": '[ "$5" = update ] || exit 100\n',
+    "fails": "exit 100\n",
+    "hangs": "exec sleep 60\n",
+}
+UNPACK = f'mkdir -p "$3{CONTENTS}"; cp "$2" "$3{CONTENTS}/file"\n'
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Replaces apt-get and dpkg-deb by the scripts given; returns how to read their log."""
+    monkeypatch.setenv("STARLAYERS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+
+    def install(apt: str, unpack: str = UNPACK):
+        for name, body in (("apt-get", APT[apt]), ("dpkg-deb", unpack)):
+            (tools / name).write_text("#!/bin/sh\n" + LOG + body)
+            (tools / name).chmod(0o755)
+
+    def calls() -> list[str]:
+        log = tmp_path / "log"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [line.split()[0] + " " + line.split()[-2] for line in lines]
+
+    install.calls = calls
+    return install
+
+
+def left_over() -> list[Path]:
+    return [p for p in cache_dir().rglob("*") if p.name != "debian"]
+
+
+def test_cache_dir_is_the_variable_or_in_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("STARLAYERS_CACHE", str(tmp_path / "elsewhere"))
+    assert cache_dir() == tmp_path / "elsewhere"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for empty in ("", None):
+        if empty is None:
+            monkeypatch.delenv("STARLAYERS_CACHE")
+        else:
+            monkeypatch.setenv("STARLAYERS_CACHE", empty)
+        assert cache_dir() == tmp_path / ".cache" / "starlayers"
+
+
+def test_the_installed_folder_wins_over_cache_and_download(machine, tmp_path):
+    machine("works")
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    (cache_dir() / "debian" / "some-data").mkdir(parents=True)
+    assert debian_package("some-data", str(installed)) == installed
+    assert machine.calls() == []
+
+
+def test_a_package_is_downloaded_unpacked_and_kept(machine):
+    machine("works")
+    want = cache_dir() / "debian" / "some-data" / CONTENTS[1:]
+    assert debian_package("some-data", CONTENTS) == want
+    assert (want / "file").read_text() == "payload\n"
+    assert left_over()[0] == cache_dir() / "debian" / "some-data"
+    assert {p.parent for p in left_over() if p.is_file()} == {want}  # no archive, no lists
+    first = machine.calls()
+    assert first == ["apt-get download", f"dpkg-deb {first[1].split()[1]}"]
+    assert debian_package("some-data", CONTENTS) == want
+    assert machine.calls() == first  # the second time it came from the cache
+
+
+def test_without_package_lists_it_fetches_its_own(machine, tmp_path):
+    machine("needs lists")
+    found = debian_package("some-data", CONTENTS)
+    assert found is not None
+    assert (found / "file").read_text() == "payload\n"
+    log = (tmp_path / "log").read_text().splitlines()
+    assert log[0] == "apt-get download some-data"
+    assert log[1].endswith(" update")
+    assert log[2].endswith(" download some-data")
+    folder = str(cache_dir() / "debian")
+    assert all(f"-o Dir::State::lists={folder}" in line for line in log[1:3])  # never the system's
+    assert all(f"-o Dir::Cache={folder}" in line for line in log[1:3])
+
+
+@pytest.mark.parametrize(
+    ("apt", "unpack", "commands"),
+    [
+        ("fails", UNPACK, 2),
+        ("lists but no package", UNPACK, 3),
+        ("works", f'mkdir -p "$3{CONTENTS}"; exit 2\n', 2),
+    ],
+)
+def test_what_cannot_be_had_is_none_and_leaves_nothing(machine, apt, unpack, commands):
+    machine(apt, unpack)
+    assert debian_package("some-data", CONTENTS) is None
+    assert left_over() == []
+    assert len(machine.calls()) == commands
+
+
+def test_it_gives_up_on_an_apt_that_hangs(machine, monkeypatch):
+    monkeypatch.setattr(_packages, "TIMEOUT_S", 0.2)
+    machine("hangs")
+    assert debian_package("some-data", CONTENTS) is None
+    assert left_over() == []
+
+
+def test_no_time_limit_above_minutes():
+    assert 10 <= _packages.TIMEOUT_S <= 120
+
+
+@pytest.mark.parametrize("there", [(), ("apt-get",), ("dpkg-deb",)])
+def test_other_systems_have_no_packages(machine, monkeypatch, tmp_path, there):
+    machine("works")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in there:
+        (alone / name).symlink_to(tmp_path / "bin" / name)
+    monkeypatch.setenv("PATH", str(alone))
+    assert debian_package("some-data", CONTENTS) is None
+    assert machine.calls() == []
+    assert left_over() == []
+
+
+def test_another_process_that_was_faster_is_believed(machine):
+    target = cache_dir() / "debian" / "some-data"
+    theirs = target / CONTENTS[1:]
+    machine("works", UNPACK + f'mkdir -p "{theirs}"; echo theirs > "{theirs}/file"\n')
+    assert debian_package("some-data", CONTENTS) == theirs
+    assert (theirs / "file").read_text() == "theirs\n"
+    assert {p.parent for p in left_over() if p.is_file()} == {theirs}
+
+
+def test_a_cache_that_cannot_be_written_counts_as_no_package(machine, monkeypatch, tmp_path):
+    machine("works")
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("STARLAYERS_CACHE", str(tmp_path / "a file" / "cache"))
+    assert debian_package("some-data", CONTENTS) is None
