@@ -1,0 +1,210 @@
+"""Runs against each other: seeds, workers, precision, compilation; and recipes refused."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from starlayers.vision.training import TrainConfig
+
+from .runs import CLASSES, SIDE, numbers, run, tiny_data, tiny_model, weights
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    first = run(tmp_path / "a")
+    torch.manual_seed(77)  # what happened before does not matter
+    torch.rand(5)
+    second = run(tmp_path / "b")
+    assert numbers(first.history) == numbers(second.history)
+    assert torch.equal(first.confusion, second.confusion)
+    one, other = (tmp_path / f / "model.safetensors" for f in "ab")
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_another_seed_gives_another_run():
+    histories = [numbers(run(seed=seed).history) for seed in (3, 4)]
+    for one, other in zip(*histories, strict=True):
+        assert one["train_loss"] != other["train_loss"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"flip": 0.0}, {"crop": 0}, {"mixup": 0.0}, {"cutmix": 0.0}, {"randaugment": 1}]
+)
+def test_every_augmentation_takes_part(change):
+    plain, changed = run(epochs=1), run(epochs=1, **change)
+    assert plain.history[0]["train_loss"] != changed.history[0]["train_loss"]
+
+
+def test_epochs_are_augmented_and_ordered_differently():
+    seen = []
+    data = tiny_data(train=32)
+    model = tiny_model()
+    model.register_forward_pre_hook(
+        lambda m, x: seen.append(x[0].detach().clone()) if m.training else None
+    )
+    run(model=model, data=data, epochs=2, ema=0.0, mixup=0.0, cutmix=0.0, flip=0.0, crop=0)
+    epochs = [torch.cat(seen[:2]).flatten(1), torch.cat(seen[2:]).flatten(1)]
+    assert not torch.equal(*epochs)
+    for epoch in epochs:  # every image once in each
+        want = (data.train.tensors[0].flatten(1) / 255 - data.mean[0]) / data.std[0]
+        distance = torch.cdist(epoch, want)
+        assert sorted(distance.argmin(1).tolist()) == list(range(32))
+        assert distance.min(1).values.max() < 1e-3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(tmp_path, workers):
+    alone = run(tmp_path / "alone", epochs=2, randaugment=1)
+    helped = run(tmp_path / "helped", epochs=2, randaugment=1, workers=workers)
+    assert numbers(helped.history) == numbers(alone.history)
+    one, other = (tmp_path / f / "model.safetensors" for f in ("alone", "helped"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_mixed_precision_differs_little_and_for_this_run_only():
+    seen = []
+
+    def history(amp):
+        model = tiny_model()
+        model[1].register_forward_hook(lambda m, x, y: seen.append((amp, y.dtype)))
+        return numbers(run(model=model, amp=amp).history)
+
+    full, mixed, again = history(False), history(True), history(False)
+    assert again == full
+    assert set(seen) == {(False, torch.float32), (True, torch.bfloat16)}
+    assert mixed != full
+    for one, other in zip(mixed, full, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.02)
+        assert one["test_loss"] == pytest.approx(other["test_loss"], rel=0.02)
+
+
+def test_weights_stay_in_single_precision_under_amp(tmp_path):
+    run(tmp_path / "run", amp=True)
+    found = {v.dtype for v in weights(tmp_path / "run").values()}
+    assert found == {torch.float32, torch.int64}
+
+
+def compiled_and_not(backend=None):
+    model = tiny_model()
+    if backend:
+        plain, model.compile = model.compile, lambda: plain(backend=backend)
+    compiled = numbers(run(model=model, compile=True, epochs=2).history)
+    for one, other in zip(compiled, numbers(run(epochs=2).history), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    return model
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_gives_the_same_run():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled_and_not(backend)
+    assert graphs  # it was compiled
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_with_the_default_backend():
+    model = compiled_and_not()
+    assert model._compiled_call_impl is not None
+
+
+def test_compiled_weights_have_their_plain_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", lambda self: None)  # names do not need a compiler
+    run(tmp_path / "run", compile=True, epochs=1)
+    assert weights(tmp_path / "run").keys() == tiny_model().state_dict().keys()
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(SIDE**2, SIDE**2), nn.Linear(SIDE**2, SIDE**2)
+        self.b.weight = self.a.weight
+        self.c = nn.Linear(SIDE**2, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x.flatten(1)).tanh()).tanh())
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_model_with_tied_weights_is_trained_and_saved(tmp_path, ema):
+    model = Tied()
+    assert run(tmp_path / "run", model=model, epochs=1, ema=ema).finished
+    fresh = Tied()
+    fresh.load_state_dict(weights(tmp_path / "run"))
+    assert fresh.b.weight is fresh.a.weight
+    if not ema:
+        assert torch.equal(fresh.a.weight, model.a.weight)
+
+
+def test_training_outside_the_main_thread():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(epochs=1)))
+    thread.start()
+    thread.join()
+    assert numbers(results[0].history) == numbers(run(epochs=1).history)
+
+
+def test_progress_is_shown_only_when_wanted(capfd):
+    run(epochs=1)
+    quiet = capfd.readouterr()
+    assert (quiet.out, quiet.err) == ("", "")
+    code = (
+        "from tests.vision.runs import *\n"
+        "train(tiny_model(), tiny_data(), TrainConfig(epochs=2, batch_size=8))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert shown.returncode == 0, shown.stderr
+    last = run(epochs=2, batch_size=8).history[-1]
+    assert last["step"] == 20
+    assert "epoch 2/2" in shown.stderr
+    assert "images/s" in shown.stderr
+    assert "epoch 2: train loss " in shown.stdout + shown.stderr
+
+
+BAD = [
+    ({"epochs": 0}, "epochs must be at least 1, got 0"),
+    ({"batch_size": -3}, "batch_size must be at least 1, got -3"),
+    ({"save_every": 0}, "save_every must be at least 1, got 0"),
+    ({"lr": -0.5}, "lr must not be negative, got -0.5"),
+    ({"weight_decay": -1e-9}, "weight_decay must not be negative, got -1e-09"),
+    ({"clip": -1.0}, "clip must not be negative, got -1.0"),
+    ({"crop": -1}, "crop must not be negative, got -1"),
+    ({"randaugment": -2}, "randaugment must not be negative, got -2"),
+    ({"mixup": -0.1}, "mixup must not be negative, got -0.1"),
+    ({"cutmix": -0.2}, "cutmix must not be negative, got -0.2"),
+    ({"warmup": 1.0}, r"warmup must be in \[0, 1\), got 1.0"),
+    ({"warmup": -0.1}, r"warmup must be in \[0, 1\), got -0.1"),
+    ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\), got 1.5"),
+    ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
+    ({"ema": float("nan")}, r"ema must be in \[0, 1\), got nan"),
+    ({"schedule": "linear"}, "schedule must be 'cosine' or 'onecycle', got 'linear'"),
+    ({"flip": 1.5}, "flip must be .*1.5"),
+    ({"flip": -0.5}, "flip must be .*-0.5"),
+    ({"workers": -1}, "workers must .*-1"),
+    ({"lr": float("nan")}, "lr must .*nan"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD, ids=lambda v: str(v))
+def test_a_bad_value_is_named_with_its_number(values, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"epochs": 1}, {"clip": 0.0}, {"warmup": 0.0}, {"ema": 0.0}, {"flip": 1.0}, {"lr": 0.0}],
+)
+def test_values_at_the_border_are_fine(values):
+    config = TrainConfig(**values)
+    assert all(getattr(config, k) == v for k, v in values.items())
