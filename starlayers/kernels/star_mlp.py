@@ -60,6 +60,8 @@ def _(x, w1, b1, w2, b2, w3, b3, act, offset):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("starlayers::star_mlp_backward", mutates_args=(), device_types="cpu")
+# the caller's backward() may run under autocast
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def star_mlp_backward(
     dy: Tensor,
     x: Tensor,
@@ -72,21 +74,6 @@ def star_mlp_backward(
     offset: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `star_mlp` by recomputation: dx, dw1, db1, dw2, db2, dw3, db3."""
-    with torch.autocast("cpu", enabled=False):  # the caller's backward() may run under autocast
-        return _blocked_backward(dy, x, w1, b1, w2, b2, w3, act, offset)
-
-
-def _blocked_backward(
-    dy: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor,
-    act: str,
-    offset: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     row = get_activation(act)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dw1, dw2, dw3 = (

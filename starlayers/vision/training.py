@@ -17,7 +17,6 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
@@ -25,68 +24,10 @@ from tqdm import tqdm
 
 from starlayers.vision.augment import Augmented, image_transform, mixing
 from starlayers.vision.data import ImageData
+from starlayers.vision.recipe import TrainConfig, averaged, param_groups, scheduler
 from starlayers.vision.rundir import RunDir
 
-__all__ = ["TrainConfig", "TrainResult", "param_groups", "train"]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The recipe of a run; everything that changes its numbers is here.
-
-    Args:
-        epochs, batch_size: passes over the training images; images per step and process.
-        lr, weight_decay: peak rate of AdamW and its decay (none on norms, biases, layer scales).
-        schedule: "cosine" (linear warm-up, then a half cosine to 0) or "onecycle".
-        warmup: fraction of all steps with rising rate.
-        label_smoothing: of the cross entropy.
-        clip: largest gradient norm, 0 for no clipping.
-        flip, crop, randaugment, mixup, cutmix: augmentations, see `starlayers.vision.augment`.
-        ema: decay of the averaged weights that are validated and saved; 0 for none.
-        amp: bf16 mixed precision. compile: `torch.compile` the model.
-        seed: of weights (by the caller), order, augmentation and dropout.
-        save_every: steps between saved states. workers: processes that load images.
-
-    Raises:
-        ValueError: a value out of range, naming it.
-
-    Example:
-        >>> TrainConfig(epochs=2).schedule
-        'cosine'
-    """
-
-    epochs: int = 3
-    batch_size: int = 128
-    lr: float = 4e-3
-    weight_decay: float = 0.05
-    schedule: str = "cosine"
-    warmup: float = 0.1
-    label_smoothing: float = 0.1
-    clip: float = 1.0
-    flip: float = 0.5
-    crop: int = 0
-    randaugment: int = 0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    ema: float = 0.0
-    amp: bool = False
-    compile: bool = False
-    seed: int = 0
-    save_every: int = 200
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "clip", "crop", "randaugment", "mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("warmup", "label_smoothing", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.schedule not in ("cosine", "onecycle"):
-            raise ValueError(f"schedule must be 'cosine' or 'onecycle', got {self.schedule!r}")
+__all__ = ["TrainConfig", "TrainResult", "train"]
 
 
 @dataclass(frozen=True)
@@ -149,20 +90,6 @@ def train(
     return _Run(model, data, config, run_dir, progress).run()
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: decay for weight matrices and kernels, none for norms, biases and scales.
-
-    Example:
-        >>> [len(g["params"]) for g in param_groups(nn.Linear(2, 2), 0.1)]
-        [1, 1]
-    """
-    params = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
 class _Progress:
     """Where the run is; saved with its state."""
 
@@ -213,12 +140,14 @@ class _Run:
             device,
             put_on_device=True,
         )
-        self.scheduler = self._scheduler()
+        self.scheduler = scheduler(
+            self.optimizer.optimizer, config, config.epochs * len(self.train_loader)
+        )
         self.mix = mixing(len(data.classes), mixup=config.mixup, cutmix=config.cutmix)
         self.mean = torch.tensor(data.mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(data.std, device=device).view(-1, 1, 1)
         classes = len(data.classes)
-        # Each process sees every gathered prediction, so nothing is left to synchronise.
+        # gathered by hand: the bar, shown by one process, must not wait for the others
         metric: dict[str, Any] = {"sync_on_compute": False}
         self.loss = MeanMetric(**metric).to(device)
         self.accuracy = MulticlassAccuracy(classes, average="micro", **metric).to(device)
@@ -226,7 +155,7 @@ class _Run:
         for m in (self.loss, self.accuracy):
             m.persistent(True)  # an epoch resumed half way reports its first half too
         plain = self.accelerator.unwrap_model(self.model)
-        self.ema = AveragedModel(plain, multi_avg_fn=_Lerp(config.ema), use_buffers=True)
+        self.ema = averaged(plain, config.ema)
         self.progress = _Progress()
         parts = (self.scheduler, self.progress, self.loss, self.accuracy)
         self.accelerator.register_for_checkpointing(*parts, *([self.ema] if config.ema else []))
@@ -252,23 +181,6 @@ class _Run:
             drop_last=True,
             num_workers=c.workers,
         )
-
-    def _scheduler(self) -> torch.optim.lr_scheduler.LRScheduler:
-        c = self.config
-        total = c.epochs * len(self.train_loader)
-        optimizer = self.optimizer.optimizer  # accelerate's wrapper is no torch Optimizer
-        if c.schedule == "onecycle":
-            return torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, c.lr, total, pct_start=max(c.warmup, 1 / total)
-            )
-        warmup = max(1, round(c.warmup * total))
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def run(self) -> TrainResult:
         if self.run_dir:
@@ -299,13 +211,14 @@ class _Run:
         done = self.progress.step - epoch * total
         label = f"epoch {epoch + 1}/{self.config.epochs}"
         bar = tqdm(total=total, initial=done, desc=label, disable=not self.bar, unit="step")
+        began = time.perf_counter()
         with bar:
             for images, labels in self.train_loader:
-                began = time.perf_counter()
                 self._step(images, labels)
-                self.progress.seconds += time.perf_counter() - began
+                took, began = time.perf_counter() - began, time.perf_counter()
+                self.progress.seconds += took
                 bar.update()
-                self._show(bar, began, len(images))
+                self._show(bar, len(images) / took)
                 at_end = self.progress.step == (epoch + 1) * total
                 self._agree_on_stop()
                 if not at_end and (self.stop or self.progress.step % self.config.save_every == 0):
@@ -343,8 +256,8 @@ class _Run:
             "epoch": self.progress.epoch,
             "step": self.progress.step,
             "lr": self.scheduler.get_last_lr()[0],
-            "train_loss": float(self.loss.compute()),
-            "train_accuracy": float(self.accuracy.compute()),
+            "train_loss": self._over_processes(self.loss),
+            "train_accuracy": self._over_processes(self.accuracy),
             **test,
             "seconds": round(self.progress.seconds, 2),
         }
@@ -359,6 +272,10 @@ class _Run:
                 f"epoch {line['epoch']}: train loss {line['train_loss']:.4f}, "
                 f"test accuracy {line['test_accuracy']:.2%}, test loss {line['test_loss']:.4f}"
             )
+
+    def _over_processes(self, metric: MeanMetric | MulticlassAccuracy) -> float:
+        # a plain mean is exact, since every process had equally many images
+        return float(self.accelerator.reduce(metric.compute(), "mean"))
 
     @torch.inference_mode()
     def _validate(self) -> dict[str, float]:
@@ -387,13 +304,11 @@ class _Run:
         if self.run_dir:
             self.run_dir.save(self.accelerator, self.progress.step)
 
-    def _show(self, bar: Any, began: float, images: int) -> None:
+    def _show(self, bar: Any, images_per_second: float) -> None:
         if self.bar and self.progress.step % 10 == 0:
-            rate = images * self.accelerator.num_processes / (time.perf_counter() - began)
-            bar.set_postfix_str(
-                f"loss {self.loss.compute():.3f}, acc {self.accuracy.compute():.1%}, "
-                f"{rate:.0f} images/s"
-            )
+            rate = images_per_second * self.accelerator.num_processes
+            loss, accuracy = self.loss.compute(), self.accuracy.compute()
+            bar.set_postfix_str(f"loss {loss:.3f}, acc {accuracy:.1%}, {rate:.0f} images/s")
 
     def _agree_on_stop(self) -> None:
         # all processes must leave the loop at the same step, or the others wait for ever
@@ -418,19 +333,3 @@ class _Run:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-class _Lerp:
-    """Exponential moving average whose decay grows from 0.1, so that short runs profit too."""
-
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
-
-    @torch.no_grad()
-    def __call__(self, averaged: Any, current: Any, updates: Any) -> None:
-        n = int(updates)
-        decay = min(self.decay, (1 + n) / (10 + n))
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1 - decay)
-        else:  # counters
-            torch._foreach_copy_(averaged, current)

@@ -81,9 +81,7 @@ def test_flip_mirrors_left_and_right(channels):
     x = images(channels=channels)
     always = image_transform(SIDE, flip=1.0, crop=0, randaugment=0)
     assert torch.equal(always(x[0]), x[0].flip(-1))
-    data = Augmented(
-        [(x[0], 0)] * 400, image_transform(SIDE, flip=0.25, crop=0, randaugment=0), 0
-    )
+    data = Augmented([(x[0], 0)] * 400, image_transform(SIDE, flip=0.25, crop=0, randaugment=0), 0)
     flipped = 0
     for i in range(400):
         y = data[i][0]

@@ -24,7 +24,9 @@ def fake_fashion(seed: int):
     for part, (prefix, n) in FILES.items():
         pixels = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
         labels = rng.integers(0, 10, n, dtype=np.uint8)
-        files[f"{prefix}-images-idx3-ubyte"] = struct.pack(">4i", 2051, n, 28, 28) + pixels.tobytes()
+        files[f"{prefix}-images-idx3-ubyte"] = (
+            struct.pack(">4i", 2051, n, 28, 28) + pixels.tobytes()
+        )
         files[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">2i", 2049, n) + labels.tobytes()
         held[part] = torch.tensor(pixels)[:, None], torch.tensor(labels).long()
     return files, held

