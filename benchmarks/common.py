@@ -81,11 +81,11 @@ def interleave(
 
 
 def mean_interval(values: Iterable[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Mean and half width of its Student-t confidence interval (NaN half width for one value)."""
+    """Mean and half width of its Student-t confidence interval (infinite for a single value)."""
     data = list(values)
     mean = statistics.fmean(data)
     if len(data) < 2:
-        return mean, float("nan")
+        return mean, float("inf")
     t = float(stats.t.ppf(0.5 + confidence / 2, len(data) - 1))
     return mean, t * statistics.stdev(data) / len(data) ** 0.5
 
@@ -122,11 +122,17 @@ def run_study(
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread)
     with pool, tqdm(total=len(jobs), initial=len(done), unit="run") as bar:
         futures = {pool.submit(work, job): name for name, job in todo.items()}
+        failed: BaseException | None = None
         for future in as_completed(futures):
             name = futures[future]
+            bar.update()
+            if error := future.exception():  # the other runs are still worth keeping
+                failed = failed or error
+                continue
             done[name] = {"job": jobs[name], **future.result(), "environment": environment()}
             write_json(folder / f"{name}.json", done[name])
-            bar.update()
+    if failed:
+        raise failed
     return done
 
 

@@ -17,7 +17,7 @@ import typer
 from starlayers.vision import StarNet
 from starlayers.vision.data import ImageData, load_images
 from starlayers.vision.models import MODELS
-from starlayers.vision.rundir import RunDir
+from starlayers.vision.rundir import RunDir, process_state
 from starlayers.vision.training import TrainConfig, train
 
 # The published strides leave a single pixel of a 28x28 image. These give maps of 14, 14, 7, 4 and
@@ -78,12 +78,13 @@ def main(
     run_dir = RunDir(folder, {**recipe, **vars(config)}, resume=bool(resume))
 
     parameters = sum(p.numel() for p in net.parameters())
-    print(f"{a['model']}: {parameters:,} parameters; data: {images.source}")
+    say = process_state().print  # once, however many processes there are
+    say(f"{a['model']}: {parameters:,} parameters; data: {images.source}")
     result = train(net, images, config, run_dir)
     if not result.finished:
-        print(f"stopped; go on with: python examples/vision_starnet.py --resume {run_dir.path}")
+        say(f"stopped; go on with: python examples/vision_starnet.py --resume {run_dir.path}")
         return
-    print(
+    say(
         f"test accuracy {result.test_accuracy:.2%} after {config.epochs} epochs, "
         f"{result.seconds:.0f} s of training; weights and plots in {run_dir.path}"
     )

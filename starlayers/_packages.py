@@ -1,5 +1,6 @@
 """Data that Linux packages carry, fetched without a data hub and without root."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -38,14 +39,18 @@ def debian_package(name: str, contents: str) -> Path | None:
     if installed.is_dir():
         return installed
     unpacked = cache_dir() / "debian" / name
-    if not unpacked.is_dir() and not _download(name, unpacked):
+    try:
+        if not unpacked.is_dir():
+            _download(name, unpacked)
+    except OSError:  # a cache that cannot be written
         return None
-    return unpacked / contents.lstrip("/")
+    folder = unpacked / contents.lstrip("/")
+    return folder if folder.is_dir() else None
 
 
-def _download(name: str, target: Path) -> bool:
+def _download(name: str, target: Path) -> None:
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        return False
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         here = Path(folder)
@@ -53,19 +58,15 @@ def _download(name: str, target: Path) -> bool:
             # no package lists on this machine, or stale ones: fetch them into a folder of our own
             (here / "lists" / "partial").mkdir(parents=True)
             (here / "cache" / "archives" / "partial").mkdir(parents=True)
-            lists = ["-o", f"Dir::State::lists={here}/lists", "-o", f"Dir::Cache={here}/cache"]
-            if not _run(["apt-get", *lists, "update"], here):
-                return False
-            if not _run(["apt-get", *lists, "download", name], here):
-                return False
+            own = ["-o", f"Dir::State::lists={here}/lists", "-o", f"Dir::Cache={here}/cache"]
+            if not _run(["apt-get", *own, "update"], here):
+                return
+            if not _run(["apt-get", *own, "download", name], here):
+                return
         (archive,) = here.glob(f"{name}_*.deb")
-        if not _run(["dpkg-deb", "-x", str(archive), str(here / "files")], here):
-            return False
-        try:
-            os.rename(here / "files", target)
-        except OSError:  # another process was faster
-            return target.is_dir()
-    return True
+        if _run(["dpkg-deb", "-x", str(archive), str(here / "files")], here):
+            with contextlib.suppress(OSError):  # another process was faster
+                os.rename(here / "files", target)
 
 
 def _run(command: list[str], folder: Path) -> bool:

@@ -1,14 +1,42 @@
-"""Random changes to training images that depend on nothing but seed, epoch and image number."""
+"""Order of the training images and changes to them, from nothing but seed, epoch and number."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 
-__all__ = ["Augmented", "image_transform", "mixing"]
+__all__ = ["Augmented", "Shuffled", "image_transform", "mixing"]
+
+
+def _seed(*numbers: int) -> int:
+    # Python's hash of a tuple of integers is the same in every process
+    return hash(numbers) & (2**63 - 1)
+
+
+class Shuffled(Sampler[int]):
+    """A random order of `length` images that depends on (seed, epoch) alone.
+
+    Example:
+        >>> order = Shuffled(4, seed=0)
+        >>> sorted(order), list(order) == list(order)
+        ([0, 1, 2, 3], True)
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(_seed(self.seed, self.epoch))
+        yield from torch.randperm(self.length, generator=generator).tolist()
 
 
 class Augmented(Dataset[tuple[Tensor, Any]]):
@@ -35,8 +63,7 @@ class Augmented(Dataset[tuple[Tensor, Any]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         image, label = self.dataset[index]
-        # Python's hash of a tuple of integers is the same in every process
-        torch.default_generator.manual_seed(hash((self.seed, self.epoch, index)) & (2**63 - 1))
+        torch.default_generator.manual_seed(_seed(self.seed, self.epoch, index))
         return self.transform(image), label
 
 

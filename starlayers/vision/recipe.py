@@ -61,9 +61,12 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "clip", "crop", "randaugment", "mixup", "cutmix"):
-            if getattr(self, name) < 0:
+        amounts = ("lr", "weight_decay", "clip", "crop", "randaugment", "mixup", "cutmix")
+        for name in (*amounts, "workers"):
+            if not getattr(self, name) >= 0:  # so that NaN fails too
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip must be in [0, 1], got {self.flip}")
         for name in ("warmup", "label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -98,7 +101,8 @@ def scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int)
         [0.5]
     """
     if config.schedule == "onecycle":
-        return OneCycleLR(optimizer, config.lr, total, pct_start=max(config.warmup, 1 / total))
+        total = max(total, 3)  # OneCycleLR needs a step to rise, one to fall and one between
+        return OneCycleLR(optimizer, config.lr, total, pct_start=max(config.warmup, 2 / total))
     warmup = max(1, round(config.warmup * total))
 
     def factor(step: int) -> float:

@@ -13,7 +13,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-__all__ = ["RunDir"]
+__all__ = ["RunDir", "process_state"]
 
 
 class RunDir:
@@ -44,7 +44,7 @@ class RunDir:
         self, path: str | os.PathLike[str], config: dict[str, Any], *, resume: bool = False
     ) -> None:
         self.path = Path(path)
-        state = PartialState()
+        state = process_state()
         with state.main_process_first():
             if state.is_main_process:
                 self._open(config, resume)
@@ -71,6 +71,7 @@ class RunDir:
     @staticmethod
     def fresh_path(parent: str | os.PathLike[str]) -> Path:
         """A folder under `parent` named by the time, the same in all processes of a run."""
+        process_state()
         name = [f"{datetime.now():%Y%m%d-%H%M%S}"]
         broadcast_object_list(name)
         return Path(parent) / name[0]
@@ -130,7 +131,11 @@ class RunDir:
         from safetensors.torch import save_file
 
         partial = self.path / "model.safetensors.partial"
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial)
+        # cloned, because safetensors refuses tensors that share memory, as tied weights do
+        dense = torch.contiguous_format
+        save_file(
+            {k: v.detach().cpu().clone(memory_format=dense) for k, v in weights.items()}, partial
+        )
         partial.rename(self.path / "model.safetensors")
         _plot_curves(history, self.path / "curves.png")
         if confusion is not None:
@@ -140,6 +145,16 @@ class RunDir:
         partial = self.path / f"{name}.partial"
         partial.write_text(text)
         partial.rename(self.path / name)
+
+
+def process_state() -> PartialState:
+    """accelerate's view of the processes of this run, set up also for several on a CPU.
+
+    Example:
+        >>> process_state().num_processes
+        1
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _plot_curves(history: list[dict[str, Any]], file: Path) -> None:

