@@ -94,7 +94,9 @@ def write_json(path: Path, content: Any) -> None:
     """Write beside the file, then rename, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    # JSON has no NaN or infinity: an interval nobody knows becomes null
+    strict = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    partial.write_text(json.dumps(strict, indent=1) + "\n")
     partial.rename(path)
 
 
@@ -108,7 +110,8 @@ def run_study(
     """Run `work(job)` for every job that has no JSON in `folder` yet; return all results by name.
 
     Each result is stored with its job, one file a run, so a stopped study goes on where it was;
-    a file made for another job of that name is an error, not a result.
+    a file made for another job of that name is an error, not a result. With `processes=0` nothing
+    is run and the results there are come back.
     """
     done: dict[str, dict[str, Any]] = {}
     for name, job in jobs.items():
@@ -119,6 +122,8 @@ def run_study(
                 raise ValueError(f"{file} is of another job ({record['job']}, now {job}): move it")
             done[name] = record
     todo = {name: job for name, job in jobs.items() if name not in done}
+    if not todo or not processes:
+        return done
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread)
     with pool, tqdm(total=len(jobs), initial=len(done), unit="run") as bar:
         futures = {pool.submit(work, job): name for name, job in todo.items()}

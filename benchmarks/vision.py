@@ -14,7 +14,7 @@ from benchmarks.common import RESULTS
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 Seeds = Annotated[int, typer.Option(help="runs of each configuration")]
-Processes = Annotated[int, typer.Option(help="runs at a time, one thread each")]
+Processes = Annotated[int, typer.Option(help="runs at a time, one thread each; 0 only tabulates")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="seconds instead of an hour")]
 Out = Annotated[Path, typer.Option(help="folder for results")]
 

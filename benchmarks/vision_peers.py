@@ -114,7 +114,7 @@ def run(seeds: int, processes: int, smoke: bool, out: Path = RESULTS) -> None:
     folder = out / ("peers-smoke" if smoke else "peers")
     todo = jobs(seeds, smoke)
     records = run_study(folder, todo, train_one, processes=processes)
-    names = list(dict.fromkeys(job["model"] for job in todo.values()))
+    names = list(dict.fromkeys(record["job"]["model"] for record in records.values()))
     cost = costs(names, smoke)
     rows = []
     for name in names:
@@ -127,10 +127,19 @@ def run(seeds: int, processes: int, smoke: bool, out: Path = RESULTS) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    header = ["model", "accuracy %", "parameters M", "MACs M", "ms, batch 1", "ms, batch 32"]
+    header = [
+        "model",
+        "seeds",
+        "accuracy %",
+        "parameters M",
+        "MACs M",
+        "ms, batch 1",
+        "ms, batch 32",
+    ]
     body = [
         [
             row["model"],
+            str(row["seeds"]),
             "{:.2f} ± {:.2f}".format(*row["accuracy"]),
             f"{row['parameters'] / 1e6:.2f}",
             f"{row['multiply_adds'] / 1e6:.1f}",
