@@ -50,11 +50,9 @@ def _variants(
 ) -> tuple[dict[str, Callable[[], object]], list[str]]:
     images = {layout: x.contiguous(memory_format=f) for layout, f in LAYOUTS.items()}
     ours = getattr(vision, name)()
-    peer = timm.create_model(name)
-    peer.load_state_dict(to_timm_state_dict(ours))
     peers = {k: timm.create_model(name).to(memory_format=f) for k, f in LAYOUTS.items()}
     for p in peers.values():
-        p.load_state_dict(peer.state_dict())
+        p.load_state_dict(to_timm_state_dict(ours))
     models: dict[str, tuple[nn.Module, str]] = {
         **{f"timm {layout}": (p, layout) for layout, p in peers.items()},
         "ours NCHW": (ours, "NCHW"),

@@ -21,7 +21,7 @@ from starlayers.vision.rundir import RunDir, process_state
 from starlayers.vision.training import TrainConfig, train
 
 # The published strides leave a single pixel of a 28x28 image. These give maps of 14, 14, 7, 4 and
-# 4 pixels, on which a 7x7 kernel would mostly see padding: 3x3 is faster and no less accurate.
+# 4 pixels, on which a 7x7 kernel would mostly see padding, and 3x3 trains twice as fast on a CPU.
 SMALL_IMAGES = {"stage_strides": (1, 2, 2, 1), "kernel_size": 3}
 
 

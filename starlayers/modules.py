@@ -94,10 +94,10 @@ class StarOp(nn.Module):
             raise ValueError(f"{owner} expects {self.in_features} input features, got {got}")
 
     def extra_repr(self) -> str:
-        extras = {"combine": ("mul", self.combine), "offset": (0.0, self.offset)}
-        extras["rank"] = (1, self.rank)  # type: ignore[assignment]
-        shown = [f"{k}={v!r}" for k, (default, v) in extras.items() if v != default]
-        return ", ".join([f"{self.in_features}, {self.out_features}, act={self.act!r}", *shown])
+        defaults = {"combine": "mul", "offset": 0.0, "rank": 1}
+        changed = [k for k, default in defaults.items() if getattr(self, k) != default]
+        extras = [f"{k}={getattr(self, k)!r}" for k in ("act", *changed)]
+        return ", ".join([str(self.in_features), str(self.out_features), *extras])
 
 
 class StarMLP(StarOp):
@@ -138,7 +138,7 @@ class StarMLP(StarOp):
         dtype: torch.dtype | None = None,
     ) -> None:
         owner = type(self).__name__
-        positive_int(owner, "dim", dim)
+        dim = positive_int(owner, "dim", dim)
         hidden = 4 * dim if hidden is None else positive_int(owner, "hidden", hidden)
         out = dim if out_features is None else positive_int(owner, "out_features", out_features)
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}

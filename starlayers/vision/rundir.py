@@ -51,16 +51,14 @@ class RunDir:
 
     def _open(self, config: dict[str, Any], resume: bool) -> None:
         config = json.loads(json.dumps(config))  # tuples become lists, as they will be when read
-        if not (self.path / "config.json").is_file():
-            if resume:
-                raise FileNotFoundError(f"no run to resume in {self.path} (no config.json)")
+        if not resume:
+            if (self.path / "config.json").is_file():
+                raise FileExistsError(
+                    f"{self.path} already has a run: resume it or name another folder"
+                )
             self.path.mkdir(parents=True, exist_ok=True)
             self._write("config.json", json.dumps(config, indent=2) + "\n")
             return
-        if not resume:
-            raise FileExistsError(
-                f"{self.path} already has a run: resume it or name another folder"
-            )
         there = self.read_config(self.path)
         keys = sorted(there.keys() | config.keys())
         differ = [k for k in keys if there.get(k) != config.get(k)]
