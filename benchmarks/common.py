@@ -30,9 +30,11 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    # results are committed: where a folder lies on this machine is nobody's business
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv]
     return {
         "date": date.today().isoformat(),
-        "command": " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": " ".join([Path(arguments[0]).stem, *arguments[1:]]),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
