@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: help setup demo demo-short test test-slow lint format type docs bench bench-smoke check clean
+.PHONY: help setup demo demo-short test test-kernels test-slow lint format type docs bench bench-gpu bench-smoke kernels check clean
 
 help:
 	@echo "make demo   train a StarNet on Fashion-MNIST (sets everything up)"
 	@echo "make test   run the tests (sets everything up)"
 	@echo "make check  lint and type check;  make bench  all vision benchmarks"
+	@echo "make kernels  compile every kernel ahead of time: registers, spills, shared memory"
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,8 +25,12 @@ demo: setup
 demo-short: setup
 	$(BIN)/python examples/vision_starnet.py --data digits --epochs 8 --batch-size 32 --lr 0.002
 
-test: setup
+test: setup test-kernels
 	$(BIN)/python -m pytest
+
+# in a process of its own: whether Triton interprets is settled when a kernel is imported
+test-kernels: setup
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -52,10 +57,17 @@ bench: setup
 	$(BIN)/python -m benchmarks.vision demonet
 	$(BIN)/python -m benchmarks.vision peers
 
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.gpu --tables
+
 bench-smoke: setup
 	$(BIN)/python -m benchmarks.vision speed --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.vision demonet --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.vision peers --smoke --out runs/smoke
+
+kernels: setup
+	$(BIN)/python -m benchmarks.kernels
 
 clean:
 	rm -rf $(VENV) runs site dist .pytest_cache .mypy_cache .ruff_cache

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
-from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -51,24 +49,31 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
+def host_clock(run: Callable[[], object]) -> float:
+    """Seconds that `run()` takes on this machine's own clock."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
 def interleave(
     variants: dict[str, Callable[[], object]],
     *,
     baselines: list[str],
     repeats: int,
     warmup: int = 1,
+    clock: Callable[[Callable[[], object]], float] = host_clock,
 ) -> dict[str, dict[str, float]]:
     """Time the variants in turn, A B C A B C ..., and report medians and paired ratios.
 
     Machines drift, so absolute times are noise: the ratio of a variant is the median over rounds
-    of its ratio within the round to the baseline with the lowest median.
+    of its ratio within the round to the baseline with the lowest median. `clock(run)` runs a
+    variant once and returns the seconds it took.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(warmup + repeats):
         for name, run in variants.items():
-            began = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(clock(run))
     kept = {name: t[warmup:] for name, t in times.items()}
     baseline = min(baselines, key=lambda name: statistics.median(kept[name]))
     return {
@@ -84,6 +89,8 @@ def interleave(
 
 def mean_interval(values: Iterable[float], confidence: float = 0.95) -> tuple[float, float]:
     """Mean and half width of its Student-t confidence interval (infinite for a single value)."""
+    from scipy import stats  # a development package, which not every benchmark needs
+
     data = list(values)
     mean = statistics.fmean(data)
     if len(data) < 2:
@@ -115,6 +122,8 @@ def run_study(
     a file made for another job of that name is an error, not a result. With `processes=0` nothing
     is run and the results there are come back.
     """
+    from tqdm import tqdm
+
     done: dict[str, dict[str, Any]] = {}
     for name, job in jobs.items():
         file = folder / f"{name}.json"

@@ -156,6 +156,15 @@ def _squared_relu_derivative(x: Tensor) -> Tensor:
     return 2 * F.relu(x)
 
 
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _quick_gelu_derivative(x: Tensor) -> Tensor:
+    s = torch.sigmoid(1.702 * x)
+    return s * (1 + 1.702 * x * (1 - s))
+
+
 _aten = torch.ops.aten
 register_activation("identity", _identity, torch.ones_like, aliases=(None, "bilinear"))
 register_activation("relu", F.relu, _native(_aten.threshold_backward, 0.0), aliases=("reglu",))
@@ -163,6 +172,7 @@ register_activation("relu6", F.relu6, _native(_aten.hardtanh_backward, 0.0, 6.0)
 register_activation("gelu", F.gelu, _gelu_derivative, aliases=("geglu",))
 register_activation("gelu_tanh", _gelu_tanh, _gelu_tanh_derivative)
 register_activation("silu", F.silu, _native(_aten.silu_backward), aliases=("swiglu", "swish"))
+register_activation("quick_gelu", _quick_gelu, _quick_gelu_derivative)
 register_activation("sigmoid", torch.sigmoid, _sigmoid_derivative, aliases=("glu",))
 register_activation("tanh", torch.tanh, _tanh_derivative)
 register_activation("softplus", F.softplus, torch.sigmoid)

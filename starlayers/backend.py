@@ -1,7 +1,7 @@
 """The one place that decides whether a star layer runs fused or eager."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
@@ -14,7 +14,19 @@ from starlayers.activations import get_activation
 if TYPE_CHECKING:
     from starlayers.modules import StarMLP
 
-__all__ = ["BACKENDS", "backend_name", "fused_mlp_blocker", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "backend_name",
+    "checked_reason",
+    "compute_dtype",
+    "definition_blocker",
+    "fused_mlp_blocker",
+    "is_plain",
+    "is_plain_linear",
+    "kernel_blocker",
+    "star_blocker",
+    "use_backend",
+]
 
 BACKENDS = ("auto", "eager", "triton")
 ENV_VAR = "STARLAYERS_BACKEND"
@@ -25,6 +37,12 @@ ENV_VAR = "STARLAYERS_BACKEND"
 # pays for its page faults again: that is where recomputing starts to win in training.
 MIN_HIDDEN_BYTES_INFERENCE = 2 * 2**20
 MIN_HIDDEN_BYTES_TRAINING = 16 * 2**20
+
+# On a GPU, eager's two or three launches for a product this small cost less than one op's dispatch.
+# Not measured yet: a launch takes about 5 us, in which an H100 moves this many elements.
+MIN_ELEMENTS_STAR = 2**20
+
+PLAIN = (Tensor, nn.Parameter)
 
 _forced: ContextVar[str | None] = ContextVar("starlayers_backend", default=None)
 
@@ -73,10 +91,10 @@ def _checked(name: str, where: str) -> str:
 
 
 def fused_mlp_blocker(mlp: "StarMLP", x: Tensor) -> str | None:
-    """The predicate: why `mlp(x)` must run eager, or `None` when the fused op serves.
+    """The predicate: why `mlp(x)` must run eager, or `None` when a fused op serves.
 
-    The fused op (`starlayers/kernels/star_mlp.py`) today has a CPU implementation only; the
-    Triton kernels plug in here.
+    On a GPU that op is Triton's, on a CPU the row-blocked one; docs/backends.md has the table of
+    conditions and reasons.
 
     Raises:
         RuntimeError: the backend is "triton" and it cannot serve; the message says why.
@@ -89,34 +107,161 @@ def fused_mlp_blocker(mlp: "StarMLP", x: Tensor) -> str | None:
     name = backend_name()
     if name == "eager":
         return "the eager backend was asked for"
-    reason = _blocker(mlp, x)
-    if name == "triton":
+    on_cpu = x.device.type == "cpu" and not (name == "triton" and _interpreting())
+    reason = _cpu_blocker(mlp, x) if on_cpu and name == "auto" else _gpu_blocker(mlp, x)
+    return checked_reason(reason, "this StarMLP")
+
+
+def star_blocker(x1: Tensor, x2: Tensor, act: str | None) -> str | None:
+    """Why the product of two ready branches must run eager, or `None` when its kernel serves.
+
+    Raises:
+        RuntimeError: the backend is "triton" and it cannot serve; the message says why.
+
+    Example:
+        >>> star_blocker(torch.ones(2), torch.ones(2), "relu6")
+        "no Triton kernel for device 'cpu'"
+    """
+    name = backend_name()
+    if name == "eager":
+        return "the eager backend was asked for"
+    reason = kernel_blocker((x1, x2), act)
+    if x1.shape != x2.shape or x1.dtype != x2.dtype:
+        reason = f"shapes {tuple(x1.shape)}, {tuple(x2.shape)} or dtypes {x1.dtype}, {x2.dtype}"
+    if reason is None and name == "auto":
+        if torch.compiler.is_compiling():
+            reason = "being compiled: the compiler fuses the product itself"
+        elif x1.numel() < MIN_ELEMENTS_STAR:
+            reason = f"{x1.numel()} elements are few enough for eager"
+    return checked_reason(reason, "this star")
+
+
+def checked_reason(reason: str | None, what: str) -> str | None:
+    """`reason`, unless the backend is "triton": then a reason is an error.
+
+    Raises:
+        RuntimeError: the backend is "triton" and there is a reason.
+
+    Example:
+        >>> checked_reason("too wide", "this layer")
+        'too wide'
+    """
+    if reason is not None and backend_name() == "triton":
         raise RuntimeError(
-            "the triton backend cannot serve this StarMLP: "
-            + (reason or "no Triton kernel for it in this version")
-            + "; use_backend('auto') falls back to PyTorch"
+            f"the triton backend cannot serve {what}: {reason}; use_backend('auto') falls back to "
+            "PyTorch"
         )
     return reason
 
 
-def _blocker(mlp: "StarMLP", x: Tensor) -> str | None:
+def kernel_blocker(tensors: Sequence[Tensor], act: str | None) -> str | None:
+    """Why no Triton kernel may take these tensors, the first of which is the input.
+
+    Example:
+        >>> kernel_blocker([torch.ones(2)], None)
+        "no Triton kernel for device 'cpu'"
+    """
+    from starlayers.kernels._op import HAS_TRITON, INTERPRET, TRITON_ACTIVATIONS
+
+    x = tensors[0]
+    if x.device.type != "cuda" and not (INTERPRET and x.device.type == "cpu"):
+        return f"no Triton kernel for device {x.device.type!r}"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    kind = compute_dtype(x)
+    if INTERPRET and backend_name() != "triton":
+        return "the interpreter is for testing: it serves where use_backend('triton') asks for it"
+    if any(type(t) not in PLAIN for t in tensors) and not torch.compiler.is_exporting():
+        return f"an input is a {next(type(t).__name__ for t in tensors if type(t) not in PLAIN)}"
+    if any(t.device != x.device for t in tensors):
+        return "the tensors are on several devices"
+    if kind not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"dtype {kind} (needs float32, float16 or bfloat16)"
+    if not torch.is_autocast_enabled(x.device.type) and any(t.dtype != kind for t in tensors):
+        return "input and parameters differ in dtype and autocast is off"
+    if get_activation(act).name not in TRITON_ACTIVATIONS:
+        return f"activation {act!r} has no Triton form"
+    return _traced_blocker()
+
+
+def _traced_blocker() -> str | None:
+    if torch.compiler.is_exporting() and backend_name() == "auto":
+        return "being exported: the graph stays portable"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_tracing_state() is not None or _transformed():
+        return "a functional transform or tracer is active"
+    return None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type a linear layer would compute `x` in: autocast's where it is on.
+
+    Example:
+        >>> compute_dtype(torch.ones(2))
+        torch.float32
+    """
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _interpreting() -> bool:
+    from starlayers.kernels._op import INTERPRET
+
+    return INTERPRET
+
+
+def _gpu_blocker(mlp: "StarMLP", x: Tensor) -> str | None:
+    linears = (mlp.f1, mlp.f2, mlp.g)
+    reason = definition_blocker(mlp)
+    if reason is not None:
+        return reason
+    parameters = [p for m in linears for p in m.parameters()]
+    reason = kernel_blocker((x, *parameters), mlp.act)
+    if reason is not None:
+        return reason
+    from starlayers.kernels.layer import too_wide
+
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+    reason = too_wide(x.device, compute_dtype(x), mlp, training=training)
+    if reason is None or mlp.recompute or backend_name() == "triton":
+        return None  # the wide op serves where the narrow one does not
+    return reason
+
+
+def definition_blocker(mlp: "StarMLP") -> str | None:
+    """Why the fused ops do not compute what `mlp` is made to compute, whatever its input.
+
+    Example:
+        >>> from starlayers import StarMLP
+        >>> definition_blocker(StarMLP(4, rank=2))
+        "combine='mul', rank=2 (needs 'mul', 1)"
+    """
+    if mlp.combine != "mul" or mlp.rank != 1:
+        return f"combine={mlp.combine!r}, rank={mlp.rank} (needs 'mul', 1)"
+    if not all(is_plain_linear(m) for m in (mlp.f1, mlp.f2, mlp.g)):
+        return "a branch is hooked, parametrised, quantised or not nn.Linear"
+    return None
+
+
+def _cpu_blocker(mlp: "StarMLP", x: Tensor) -> str | None:
     if torch.compiler.is_compiling():
         # A compiler fuses the plain definition itself, and an exported graph stays portable.
         return "being compiled or exported"
-    if x.device.type != "cpu":
-        return f"no fused kernel for device {x.device.type!r}"
     hidden_bytes = x.shape[:-1].numel() * mlp.hidden_features * x.element_size()
     small = f"hidden activation of {hidden_bytes} bytes is small enough for eager"
     if hidden_bytes < min(MIN_HIDDEN_BYTES_INFERENCE, MIN_HIDDEN_BYTES_TRAINING):
         return small  # first, because small layers are the ones that would notice the rest
-    if type(x) not in (Tensor, nn.Parameter):
+    if _interpreting():
+        return "Triton's interpreter replaces the CPU's own kernel"
+    if type(x) not in PLAIN:
         return f"input is a {type(x).__name__}"
-    if mlp.combine != "mul" or mlp.rank != 1:
-        return f"combine={mlp.combine!r}, rank={mlp.rank} (needs 'mul', 1)"
-    linears = (mlp.f1, mlp.f2, mlp.g)
-    if not all(is_plain_linear(m) for m in linears):
-        return "a branch is hooked, parametrised, quantised or not nn.Linear"
-    parameters = [p for m in linears for p in m.parameters()]
+    reason = definition_blocker(mlp)
+    if reason is not None:
+        return reason
+    parameters = [p for m in (mlp.f1, mlp.f2, mlp.g) for p in m.parameters()]
     if any(t.dtype != torch.float32 for t in (x, *parameters)):
         return f"dtype {x.dtype} (needs float32)"
     if any(p.device != x.device for p in parameters):
@@ -132,21 +277,33 @@ def _blocker(mlp: "StarMLP", x: Tensor) -> str | None:
     return small if hidden_bytes < needed else None
 
 
-def is_plain_linear(m: nn.Module) -> bool:
-    """Whether `m` is exactly `nn.Linear`, with nothing attached that a fused path would skip.
+def is_plain(m: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `m` is exactly a `kind`, with nothing attached that a fused path would skip.
 
     Example:
-        >>> is_plain_linear(nn.Linear(2, 2)), is_plain_linear(nn.Identity())
+        >>> is_plain(nn.Linear(2, 2), nn.Linear), is_plain(nn.Identity(), nn.Linear)
         (True, False)
     """
-    return type(m) is nn.Linear and not (
+    return type(m) is kind and not (
         m._forward_hooks
         or m._forward_pre_hooks
         or m._backward_hooks
         or m._backward_pre_hooks
         or "forward" in m.__dict__
         or torch.nn.modules.module._has_any_global_hook()
-        or type(m.weight) is not nn.Parameter
+    )
+
+
+def is_plain_linear(m: nn.Module) -> bool:
+    """Whether `m` is a plain `nn.Linear` whose weight is an ordinary parameter.
+
+    Example:
+        >>> is_plain_linear(nn.Linear(2, 2)), is_plain_linear(nn.Identity())
+        (True, False)
+    """
+    # torch.export puts fake tensors in the place of parameters while it traces
+    return is_plain(m, nn.Linear) and (
+        type(m.weight) is nn.Parameter or torch.compiler.is_exporting()
     )
 
 

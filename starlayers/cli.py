@@ -53,7 +53,12 @@ def _versions() -> Table:
 
 def _auto_takes() -> str:
     cpu = "the fused CPU star MLP for large float32 inputs, else PyTorch"
-    return f"PyTorch on CUDA, {cpu} on the CPU" if torch.cuda.is_available() else cpu
+    if not torch.cuda.is_available():
+        return cpu
+    from starlayers.kernels._tiles import family
+
+    tiles = family(torch.device("cuda", torch.cuda.current_device()))
+    return f"the Triton kernels ({tiles} tiles) on the GPU, {cpu} on the CPU"
 
 
 def _models() -> Table:

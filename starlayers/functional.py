@@ -6,21 +6,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from starlayers.activations import get_activation
+from starlayers.backend import star_blocker
 
-__all__ = ["COMBINE", "star", "star_mlp_reference", "star_reference", "sum_reference"]
+__all__ = [
+    "COMBINE",
+    "star",
+    "star_mlp_reference",
+    "star_packed",
+    "star_product",
+    "star_reference",
+    "sum_reference",
+]
+
+
+#: least and greatest value of a branch
+Limits = tuple[float, float]
 
 
 def star_reference(
-    x1: Tensor, x2: Tensor, act: str | None = "relu6", *, offset: float = 0.0
+    x1: Tensor,
+    x2: Tensor,
+    act: str | None = "relu6",
+    *,
+    offset: float = 0.0,
+    clamp1: Limits | None = None,
+    clamp2: Limits | None = None,
 ) -> Tensor:
     """The definition: `act(x1) * (offset + x2)` in plain PyTorch, without checks.
 
-    Shapes: `x1`, `x2` (...) -> (...), any floating dtype.
+    Shapes: `x1`, `x2` (...) -> (...), any floating dtype. Limits, where given, clamp a branch
+    before anything else happens to it.
 
     Example:
         >>> star_reference(torch.tensor([2.0]), torch.tensor([3.0]), "relu6")
         tensor([6.])
     """
+    x1 = x1 if clamp1 is None else x1.clamp(*clamp1)
+    x2 = x2 if clamp2 is None else x2.clamp(*clamp2)
     return get_activation(act).fn(x1) * (x2 + offset if offset else x2)
 
 
@@ -38,11 +60,42 @@ def sum_reference(
     return get_activation(act).fn(x1) + (x2 + offset if offset else x2)
 
 
+def star_product(
+    x1: Tensor,
+    x2: Tensor,
+    act: str | None = "relu6",
+    *,
+    offset: float = 0.0,
+    clamp1: Limits | None = None,
+    clamp2: Limits | None = None,
+) -> Tensor:
+    """`star_reference`, by its fused kernel where the backend allows one; without checks.
+
+    Example:
+        >>> star_product(torch.tensor([2.0]), torch.tensor([3.0]), "relu6")
+        tensor([6.])
+    """
+    if star_blocker(x1, x2, act) is not None:
+        return star_reference(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
+    from starlayers.kernels.star import star as op  # defines the op, on first use only
+
+    limits = [list(clamp1 or ()), list(clamp2 or ())]
+    return op(x1, x2, get_activation(act).name, float(offset), *limits)  # type: ignore[no-any-return]
+
+
 #: name -> how two branches become one: "mul" is the star operation, "sum" the paper's ablation.
-COMBINE: dict[str, Callable[..., Tensor]] = {"mul": star_reference, "sum": sum_reference}
+COMBINE: dict[str, Callable[..., Tensor]] = {"mul": star_product, "sum": sum_reference}
 
 
-def star(x1: Tensor, x2: Tensor, act: str | None = "relu6", *, offset: float = 0.0) -> Tensor:
+def star(
+    x1: Tensor,
+    x2: Tensor,
+    act: str | None = "relu6",
+    *,
+    offset: float = 0.0,
+    clamp1: Limits | None = None,
+    clamp2: Limits | None = None,
+) -> Tensor:
     """The star operation on two ready branches: `act(x1) * (offset + x2)`, element-wise.
 
     Args:
@@ -50,13 +103,18 @@ def star(x1: Tensor, x2: Tensor, act: str | None = "relu6", *, offset: float = 0
         x2: the linear branch, same shape and dtype as `x1`.
         act: a row of `ACTIVATIONS`, or `None` for none.
         offset: constant added to `x2`; with `offset=1` and `x2 = 0` the star is just `act(x1)`.
+        clamp1, clamp2: least and greatest value of each branch, applied before the activation and
+            the offset; infinite for no limit on that side. gpt-oss, whose products would overflow
+            half precision, uses `clamp1=(-inf, 7), clamp2=(-7, 7), offset=1`.
+
+    Where both branches are halves of one tensor, `star_packed` saves the backward a copy.
 
     Returns:
         A new tensor of the shape and dtype of the inputs; neither input is written to.
 
     Raises:
         TypeError: an input is not a floating tensor, or the dtypes differ.
-        ValueError: the shapes differ, or `act` is unknown.
+        ValueError: the shapes differ, `act` is unknown, or a limit is empty or not a pair.
 
     Source: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
 
@@ -75,7 +133,41 @@ def star(x1: Tensor, x2: Tensor, act: str | None = "relu6", *, offset: float = 0
             f"star needs branches of one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}; "
             "expand() the smaller one"
         )
-    return star_reference(x1, x2, act, offset=offset)
+    for name, limits in (("clamp1", clamp1), ("clamp2", clamp2)):
+        if limits is not None and (len(limits) != 2 or not limits[0] <= limits[1]):
+            raise ValueError(f"star: {name} must be (least, greatest), got {limits!r}")
+    return star_product(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
+
+
+def star_packed(
+    h: Tensor,
+    act: str | None = "relu6",
+    *,
+    offset: float = 0.0,
+    clamp1: Limits | None = None,
+    clamp2: Limits | None = None,
+) -> Tensor:
+    """The star of the two halves of one tensor, as a packed gate-and-up projection makes them.
+
+    `star(h[..., :n], h[..., n:])` with n half the last dimension: (..., 2 n) -> (..., n). The
+    fused kernel reads both halves, and writes both halves of the gradient, where they lie.
+
+    Raises:
+        TypeError, ValueError: as `star`, and for an odd last dimension.
+
+    Example:
+        >>> star_packed(torch.tensor([2.0, 9.0, 3.0, -1.0]))
+        tensor([ 6., -6.])
+    """
+    if h.ndim == 0 or h.shape[-1] % 2:
+        raise ValueError(f"star_packed needs an even last dimension, got shape {tuple(h.shape)}")
+    x1, x2 = h.chunk(2, -1)
+    if star_blocker(x1, x2, act) is not None:
+        return star(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
+    from starlayers.kernels.star import star as op
+
+    limits = [list(clamp1 or ()), list(clamp2 or ())]
+    return op(h, None, get_activation(act).name, float(offset), *limits)  # type: ignore[no-any-return]
 
 
 def star_mlp_reference(

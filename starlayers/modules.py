@@ -6,9 +6,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from starlayers.activations import get_activation
-from starlayers.backend import fused_mlp_blocker
+from starlayers.backend import fused_mlp_blocker, is_plain
 from starlayers.functional import COMBINE
 
 __all__ = ["DropPath", "StarBlock", "StarMLP", "StarOp"]
@@ -94,8 +95,8 @@ class StarOp(nn.Module):
             raise ValueError(f"{owner} expects {self.in_features} input features, got {got}")
 
     def extra_repr(self) -> str:
-        defaults = {"combine": "mul", "offset": 0.0, "rank": 1}
-        changed = [k for k, default in defaults.items() if getattr(self, k) != default]
+        defaults = {"combine": "mul", "offset": 0.0, "rank": 1, "recompute": False}
+        changed = [k for k, default in defaults.items() if getattr(self, k, default) != default]
         extras = [f"{k}={getattr(self, k)!r}" for k in ("act", *changed)]
         return ", ".join([str(self.in_features), str(self.out_features), *extras])
 
@@ -110,12 +111,15 @@ class StarMLP(StarOp):
         hidden: channels of the product; default `4 * dim`.
         out_features: channels of the result; default `dim`.
         act, combine, offset, rank, bias, device, dtype: as for `StarOp`; `bias` covers `g` too.
+        recompute: save only the input for the backward, and compute both branches again there.
+            The fused narrow layers always do; this extends it to every other path.
 
     Raises:
         TypeError, ValueError: as `StarOp`.
 
     SwiGLU is `StarMLP(dim, hidden, act="swiglu", bias=False)`. Where the backend allows it, the
     three layers run fused and the backward recomputes the hidden activation instead of saving it.
+    `mlp(x, residual)` adds a residual of the result's shape, fused as well.
 
     Example:
         >>> mlp = StarMLP(16, act="swiglu", bias=False)
@@ -134,6 +138,7 @@ class StarMLP(StarOp):
         offset: float = 0.0,
         rank: int = 1,
         bias: bool = True,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -144,25 +149,24 @@ class StarMLP(StarOp):
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         super().__init__(dim, hidden, act=act, combine=combine, offset=offset, rank=rank, **factory)
         self.hidden_features = hidden
+        self.recompute = recompute
         self.out_features = out
         self.g = nn.Linear(hidden, out, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self.check_input(x)
         if fused_mlp_blocker(self, x) is None:
-            return self._fused(x)
+            from starlayers.kernels.layer import fused_star_mlp  # defines the ops, on first use
+
+            return fused_star_mlp(self, x, residual)
+        if self.recompute and torch.is_grad_enabled():
+            y = checkpoint(self._eager, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = self._eager(x)
+        return y if residual is None else residual + y
+
+    def _eager(self, x: Tensor) -> Tensor:
         return self.g(self._combined(x))  # type: ignore[no-any-return]
-
-    def _fused(self, x: Tensor) -> Tensor:
-        from starlayers.kernels.star_mlp import star_mlp  # defines the op, on first use only
-
-        f1, f2, g = self.f1, self.f2, self.g
-        rows = x.reshape(-1, self.in_features)
-        y = star_mlp(
-            rows, f1.weight, f1.bias, f2.weight, f2.bias, g.weight, g.bias, self.act, self.offset
-        )
-        out: Tensor = y.view(*x.shape[:-1], self.out_features)
-        return out
 
 
 class DropPath(nn.Module):
@@ -270,10 +274,21 @@ class StarBlock(nn.Module):
             nn.init.constant_(self.gamma, cast(float, self.layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._ends_in_mlp():
+            return self.mlp(self.pre(x), x)  # type: ignore[no-any-return]
         y = self.post(self.mlp(self.pre(x)))
         if self.gamma is not None:
             y = y * self.gamma
         return x + self.drop_path(y)  # type: ignore[no-any-return]
+
+    def _ends_in_mlp(self) -> bool:
+        """Whether nothing stands between the MLP and the sum, so that the MLP can add `x`."""
+        return (
+            self.gamma is None
+            and is_plain(self.post, nn.Identity)
+            and is_plain(self.drop_path, nn.Identity)
+            and is_plain(self.mlp, StarMLP)
+        )
 
 
 def positive_int(owner: str, name: str, value: int) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from starlayers import backend
-from starlayers.kernels import star_mlp as kernel
+from starlayers.kernels import star_mlp_cpu
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def eligible(monkeypatch):
     """Every size may run fused, in blocks of 64 rows, the smallest there are."""
     monkeypatch.setattr(backend, "MIN_HIDDEN_BYTES_INFERENCE", 0)
     monkeypatch.setattr(backend, "MIN_HIDDEN_BYTES_TRAINING", 0)
-    monkeypatch.setattr(kernel, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(star_mlp_cpu, "BLOCK_BYTES", 1)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ FORMULAS = {
     "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
     "gelu_tanh": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
     "silu": lambda x: x / (1 + torch.exp(-x)),
+    "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
     "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
     "tanh": lambda x: 1 - 2 / (torch.exp(2 * x) + 1),
     "softplus": lambda x: torch.log1p(torch.exp(x)),
@@ -51,6 +52,50 @@ def gradients(module, x):
     y = module(x)
     loss = (y * randn(*y.shape, seed=9, dtype=y.dtype)).sum()
     return [y, *torch.autograd.grad(loss, [x, *module.parameters()])]
+
+
+def converted(tensors, dtype):
+    """Detached copies in another dtype, asking for gradients; `None` stays `None`."""
+    return [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
+
+
+def results(f, tensors, *, order=1):
+    """Outputs of `f(*tensors)`, then gradients to the present tensors of a fixed weighting of them.
+
+    With `order=2` also the gradients of a fixed weighting of those gradients. Empty outputs, which
+    stand for statistics not asked for, are left out.
+    """
+    outputs = f(*tensors)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    if len(outputs) > 1:
+        outputs = [t for t in outputs if t.shape != (0,)]
+    inputs = [t for t in tensors if t is not None and t.requires_grad]
+    seeds = [randn(*t.shape, seed=90 + i, dtype=t.dtype) for i, t in enumerate(outputs)]
+    grads = torch.autograd.grad(outputs, inputs, seeds, create_graph=order > 1)
+    found = [*outputs, *grads]
+    if order > 1:
+        loss = sum(
+            (g * randn(*g.shape, seed=80 + i, dtype=g.dtype)).sum() for i, g in enumerate(grads)
+        )
+        if loss.requires_grad:
+            found += torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    return [t.detach() for t in found]
+
+
+def assert_as_exact_as_eager(found, eager, exact, *, sums=False):
+    """Each error is at most twice that of eager PyTorch in the same dtype, or two roundings.
+
+    `exact` are the same quantities from the same inputs in float64. With `sums` they are sums of
+    many terms of order 1, which may cancel: some float32 roundings of such a sum are allowed too.
+    """
+    for i, (ours, theirs, true) in enumerate(zip(found, eager, exact, strict=True)):
+        assert true.dtype == torch.float64
+        assert (ours.dtype, ours.shape) == (theirs.dtype, true.shape), f"tensor {i}"
+        floor = 2 * torch.finfo(ours.dtype).eps * true.norm() + 1e-12
+        if sums:
+            floor += 16 * torch.finfo(torch.float32).eps * true.norm().clamp(min=4)
+        error, allowed = (ours.double() - true).norm(), (theirs.double() - true).norm()
+        assert error <= 2 * allowed + floor, f"tensor {i}: error {error}, eager's {allowed}"
 
 
 class RecordOps(TorchDispatchMode):

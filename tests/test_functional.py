@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starlayers import ACTIVATIONS, star
-from starlayers.functional import COMBINE, star_mlp_reference, star_reference, sum_reference
+from starlayers.functional import (
+    COMBINE,
+    star_mlp_reference,
+    star_product,
+    star_reference,
+    sum_reference,
+)
 from tests.helpers import FORMULAS, properties, randn
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -158,5 +164,5 @@ def test_references_are_their_formulas(act):
 
 
 def test_combine_table():
-    assert list(COMBINE.items()) == [("mul", star_reference), ("sum", sum_reference)]
+    assert list(COMBINE.items()) == [("mul", star_product), ("sum", sum_reference)]
     assert sum_reference(torch.tensor([9.0]), torch.tensor([3.0]), offset=1).tolist() == [10.0]

@@ -1,32 +1,27 @@
 """The fused star MLP as a library op; the hidden activation never exists as a whole.
 
-On the CPU the rows of x go through all three linear layers a block at a time, so that the hidden
-activation of a block stays in cache; the backward recomputes it block by block and therefore
-saves only x. Held to `functional.star_mlp_reference` in value and gradient.
+`starlayers::star_mlp(x, w1, b1, w2, b2, w3, b3, residual, act, offset, stats)` returns
+`(y, mean, var)`: y is `functional.star_mlp_reference` of x (rows, in) plus the residual
+(rows, out); with `stats`, mean and biased variance of y over its rows, (out) in float32, which
+carry gradients like any output (a BatchNorm after y is then an affine map). The backward
+recomputes the hidden activation, so only inputs and, with `stats`, y are saved.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from starlayers.activations import get_activation
 from starlayers.functional import star_mlp_reference
+from starlayers.kernels._op import define_op, library_gradients, no_autocast
+from starlayers.kernels._statistics import statistics_gradient, upstream, with_statistics
+from starlayers.kernels.star_mlp_cpu import blocked_backward, blocked_forward
+from starlayers.kernels.star_mlp_launch import star_mlp_backward_kernel, star_mlp_kernel
 
-__all__ = ["star_mlp"]
-
-# Bytes of one hidden branch of a block. Measured flat from 1 to 4 MiB on two cores with 512 KiB of
-# L2 each and 32 MiB of L3; below, the matrix products get too thin, above, the cache is lost.
-BLOCK_BYTES = 2 * 2**20
-
-
-def _block_rows(hidden: int, element_size: int) -> int:
-    return max(64, BLOCK_BYTES // (hidden * element_size))
+__all__ = ["star_mlp", "star_mlp_backward"]
 
 
-@torch.library.custom_op("starlayers::star_mlp", mutates_args=(), device_types="cpu")
-def star_mlp(
+def _plain(
     x: Tensor,
     w1: Tensor,
     b1: Tensor | None,
@@ -34,36 +29,43 @@ def star_mlp(
     b2: Tensor | None,
     w3: Tensor,
     b3: Tensor | None,
+    residual: Tensor | None,
     act: str,
     offset: float,
-) -> Tensor:
-    """Fused `star_mlp_reference` for `x` of shape (rows, in); returns (rows, out)."""
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = blocked_forward(x, w1, b1, w2, b2, w3, b3, act, offset)
+    return with_statistics(y if residual is None else y + residual, stats)
+
+
+def _fake(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    offset: float,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape[0], w3.shape[0])
-    fn = get_activation(act).fn
-    rows = min(_block_rows(w3.shape[1], x.element_size()), x.shape[0])
-    # the two hidden buffers are reused: a fresh one per block would cost its page faults again
-    h1, h2 = x.new_empty(2, rows, w3.shape[1])
-    for xi, yi in zip(x.split(rows), y.split(rows), strict=True):
-        a, s = h1[: len(xi)], h2[: len(xi)]
-        _linear(xi, w1, b1, out=a)
-        _linear(xi, w2, b2, out=s)
-        if offset:
-            s += offset
-        s *= fn(a)
-        _linear(s, w3, b3, out=yi)
-    return y
+    kind = torch.float64 if x.dtype == torch.float64 and stats else torch.float32
+    size = w3.shape[0] if stats else 0
+    return y, x.new_empty(size, dtype=kind), x.new_empty(size, dtype=kind)
 
 
-@star_mlp.register_fake
-def _(x, w1, b1, w2, b2, w3, b3, act, offset):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], w3.shape[0])
+star_mlp = define_op("star_mlp", star_mlp_kernel, plain=_plain, fake=_fake)
 
 
-@torch.library.custom_op("starlayers::star_mlp_backward", mutates_args=(), device_types="cpu")
-# the caller's backward() may run under autocast
-@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
-def star_mlp_backward(
+def _plain_backward(
     dy: Tensor,
+    z: Tensor | None,
+    mean: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
     x: Tensor,
     w1: Tensor,
     b1: Tensor | None,
@@ -73,64 +75,67 @@ def star_mlp_backward(
     act: str,
     offset: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `star_mlp` by recomputation: dx, dw1, db1, dw2, db2, dw3, db3."""
-    row = get_activation(act)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dw1, dw2, dw3 = (
-        torch.zeros_like(w, memory_format=torch.contiguous_format) for w in (w1, w2, w3)
-    )
-    db1, db2 = x.new_zeros(w1.shape[0]), x.new_zeros(w2.shape[0])
-    rows = _block_rows(w3.shape[1], x.element_size())
-    for xi, dyi, dxi in zip(x.split(rows), dy.split(rows), dx.split(rows), strict=True):
-        h1, h2 = F.linear(xi, w1, b1), F.linear(xi, w2, b2)
-        if offset:
-            h2 += offset
-        a = row.fn(h1)
-        ds = dyi @ w3
-        dw3.addmm_(dyi.t(), a * h2)
-        d1 = h2.mul_(ds).mul_(row.derivative(h1))
-        d2 = ds.mul_(a)
-        torch.mm(d1, w1, out=dxi).addmm_(d2, w2)
-        dw1.addmm_(d1.t(), xi)
-        dw2.addmm_(d2.t(), xi)
-        db1 += d1.sum(0)
-        db2 += d2.sum(0)
-    return dx, dw1, db1, dw2, db2, dw3, dy.sum(0)
+    return blocked_backward(upstream(dy, z, mean, p, q), x, w1, b1, w2, b2, w3, act, offset)
 
 
-@star_mlp_backward.register_fake
-def _(dy, x, w1, b1, w2, b2, w3, act, offset):  # type: ignore[no-untyped-def]
+def _fake_backward(
+    dy: Tensor,
+    z: Tensor | None,
+    mean: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    act: str,
+    offset: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden, out = w1.shape[0], w3.shape[0]
     shapes = (x.shape, w1.shape, (hidden,), w2.shape, (hidden,), w3.shape, (out,))
-    return tuple(x.new_empty(shape) for shape in shapes)
+    dx, dw1, db1, dw2, db2, dw3, db3 = (x.new_empty(shape) for shape in shapes)
+    return dx, dw1, db1, dw2, db2, dw3, db3
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.act, ctx.offset = inputs
-    ctx.save_for_backward(*tensors)
+star_mlp_backward = define_op(
+    "star_mlp_backward", star_mlp_backward_kernel, plain=_plain_backward, fake=_fake_backward
+)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    inputs = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True: the definition supplies every higher order
-        # one view each, so that tied weights still get one gradient per role
-        inputs = [None if t is None else t.view_as(t) for t in inputs]
-        with torch.autocast("cpu", enabled=False):
-            y = star_mlp_reference(*inputs, ctx.act, offset=ctx.offset)  # type: ignore[misc]
-        needs = ctx.needs_input_grad
-        wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
-        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-        return tuple(next(found) if need else None for need in needs)
-    x, w1, b1, w2, b2, w3, _ = inputs
-    grads = star_mlp_backward(dy, x, w1, b1, w2, b2, w3, ctx.act, ctx.offset)
-    return *(None if t is None else g for t, g in zip(inputs, grads, strict=True)), None, None
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.act, ctx.offset, ctx.stats = inputs
+    y, mean, _ = output
+    ctx.save_for_backward(*tensors, *((y, mean) if ctx.stats else ()))
 
 
-star_mlp.register_autograd(_backward, setup_context=_save_inputs)
+def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, ...]:
+    inputs = list(ctx.saved_tensors[:8])
+    if torch.is_grad_enabled():
+        needs = ctx.needs_input_grad[:8]
+        grads = [dy, dmean, dvar] if ctx.stats else [dy]
+        return *library_gradients(_definition(ctx), inputs, needs, grads), None, None, None
+    x, w1, b1, w2, b2, w3, _, residual = inputs
+    z = mean = p = q = None
+    if ctx.stats:
+        z, mean = ctx.saved_tensors[8:]
+        p, q = statistics_gradient(dmean, dvar, x.shape[0])
+    with no_autocast(x):
+        grads = star_mlp_backward(dy, z, mean, p, q, x, w1, b1, w2, b2, w3, ctx.act, ctx.offset)
+        direct = upstream(dy, z, mean, p, q) if residual is not None else None
+    parameters = (None if t is None else g for t, g in zip(inputs[:7], grads, strict=True))
+    return *parameters, direct, None, None, None
 
 
-def _linear(x: Tensor, w: Tensor, b: Tensor | None, *, out: Tensor) -> None:
-    if b is None:
-        torch.mm(x, w.t(), out=out)
-    else:
-        torch.addmm(b, x, w.t(), out=out)
+def _definition(ctx: Any) -> Any:
+    def definition(*inputs: Any) -> Any:
+        *weights, residual = inputs
+        y = star_mlp_reference(*weights, ctx.act, offset=ctx.offset)  # type: ignore[misc]
+        y = y if residual is None else y + residual
+        return with_statistics(y, True) if ctx.stats else y
+
+    return definition
+
+
+star_mlp.register_autograd(_backward, setup_context=_save)

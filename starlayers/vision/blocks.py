@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from starlayers.modules import StarBlock, positive_int
+from starlayers.vision.fused_block import fused_block, fused_block_blocker
 
 __all__ = ["ConvNorm", "StarBlock2d"]
 
@@ -136,7 +137,11 @@ class StarBlock2d(StarBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(type(self).__name__, x, self.mlp.in_features)
-        y = super().forward(rearrange(x, "n c h w -> n h w c").contiguous())
+        pixels = rearrange(x, "n c h w -> n h w c").contiguous()
+        if fused_block_blocker(self, pixels) is None:
+            y = fused_block(self, pixels)
+        else:
+            y = super().forward(pixels)
         return rearrange(y, "n h w c -> n c h w")
 
     def fuse(self) -> None:

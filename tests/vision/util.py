@@ -34,6 +34,7 @@ ACTS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "softplus": lambda x: (1 + x.exp()).log(),
     "squared_relu": lambda x: x.clamp(min=0) ** 2,
+    "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
     "hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6,
 }
 

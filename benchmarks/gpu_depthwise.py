@@ -1,0 +1,135 @@
+"""Comparisons of the kernels that convolve: K6, its gradients, and K7."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import kernels_floor as floors
+from benchmarks.gpu_kernels import BASES, BATCH, least_work, mlp_inputs, stage_label, stages
+from benchmarks.gpu_lab import Comparison, Lab, Subject, Trial, compare, trial
+from starlayers.functional import star_mlp_reference
+from starlayers.kernels import dwconv as depthwise
+from starlayers.kernels.dw_star_mlp import dw_star_mlp
+from starlayers.kernels.star_mlp import star_mlp
+
+CONVOLUTIONS = ("forward", "dx", "dw", "dx and dw")
+
+
+def k6() -> list[Comparison]:
+    found = []
+    for net, base in BASES.items():
+        for stage, side, channels in stages(base):
+            for direction in CONVOLUTIONS:
+                build = partial(_dwconv, side=side, channels=channels, direction=direction)
+                label = f"{stage_label(net, stage)}, {direction}"
+                found.append(trial("K6", label, build, seconds=3, rank=0 if net == "S4" else 2))
+    return found
+
+
+def images(lab: Lab, side: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x (N, side, side, C), kernels (C, 1, 7, 7) and bias (C)."""
+    n, side = lab.size((BATCH, side), (1, 4))
+    return (
+        lab.randn(n, side, side, channels),
+        lab.randn(channels, 1, 7, 7, scale=1 / 7),
+        lab.randn(channels),
+    )
+
+
+def _dwconv(lab: Lab, side: int, channels: int, direction: str) -> Trial:
+    x, k, b = images(lab, side, channels)
+    dy = lab.randn(*x.shape, seed=1)
+    gradients = [direction != "dw", direction != "dx", direction == "dx and dw"]
+
+    def library(x: Tensor, k: Tensor, b: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        """On (N, C, height, width), in whatever layout it lies."""
+        if direction == "forward":
+            return (F.conv2d(x, k, b, padding=3, groups=channels),)
+        return torch.ops.aten.convolution_backward(
+            dy, x, k, [channels], [1, 1], [3, 3], [1, 1], False, [0, 0], channels, gradients
+        )  # type: ignore[no-any-return]
+
+    leaves = [t.detach().requires_grad_() for t in (x, k, b)]
+    flipped = k.flip(-1, -2)
+    y = depthwise.dwconv(*leaves, None, None, None, False)[0]
+    gradient = partial(torch.autograd.grad, y, grad_outputs=dy, retain_graph=True)
+
+    def fused() -> tuple[Tensor, ...]:
+        if direction == "forward":
+            return (depthwise.dwconv(x, k, b, None, None, None, False)[0],)
+        if direction == "dx":  # what the gradient launches
+            return (depthwise.dwconv(dy, flipped, None, None, None, None, False)[0],)
+        if direction == "dw":
+            with mock.patch.object(depthwise, "_convolve", return_value=(unused, unused)):
+                return gradient(leaves[1])
+        return gradient(leaves)
+
+    unused = torch.empty_like(x)
+    last = [t.permute(0, 3, 1, 2) for t in (x, dy)]
+    first = [t.contiguous() for t in last]
+    kernel = k.contiguous(memory_format=torch.channels_last)
+    runs: dict[str, Callable[[], Any]] = {
+        "cuDNN NCHW": lambda: library(first[0], k, b, first[1]),
+        "cuDNN channels_last": lambda: library(last[0], kernel, b, last[1]),
+        "fused": fused,
+    }
+
+    def check(run: Callable[[], Any], channels_first: bool) -> Callable[[], list[Tensor]]:
+        def tensors() -> list[Tensor]:
+            found = [t for t in run() if t is not None]
+            images = channels_first and direction != "dw"
+            return [found[0].permute(0, 2, 3, 1), *found[1:]] if images else found
+
+        return tensors
+
+    wide = [t.double() for t in (last[0], k, b, last[1])]
+    return Trial(
+        dict(runs),
+        {name: check(run, name != "fused") for name, run in runs.items()},
+        check(lambda: library(*wide), True),
+        ["cuDNN NCHW", "cuDNN channels_last"],
+        yardstick="cuDNN channels_last",
+        # either gradient alone moves and multiplies as much as the forward
+        work=least_work(floors.depthwise_forward(x[..., 0].numel(), channels))
+        if direction != "dx and dw"
+        else {},
+    )
+
+
+# ---- K7: convolution and star MLP in one kernel
+
+
+def k7() -> list[Comparison]:
+    found = []
+    for stage, side, channels in stages(BASES["S4"]):
+        if side <= 14:
+            build = partial(_one_kernel, side=side, channels=channels)
+            found.append(trial("K7", stage_label("S4", stage), build, seconds=5))
+    return found
+
+
+def _one_kernel(lab: Lab, side: int, channels: int) -> Trial:
+    x, k, kb = images(lab, side, channels)
+    _, *weights = (t.detach() for t in mlp_inputs(lab, 1, channels, x.dtype))
+
+    def definition(x: Tensor, k: Tensor, kb: Tensor, *weights: Tensor) -> Tensor:
+        y = F.conv2d(x.permute(0, 3, 1, 2), k, kb, padding=3, groups=channels)
+        return star_mlp_reference(y.permute(0, 2, 3, 1), *weights)  # type: ignore[arg-type]
+
+    def two() -> Tensor:
+        y = depthwise.dwconv(x, k, kb, None, None, None, False)[0].view(-1, channels)
+        z = star_mlp(y, *weights, None, "relu6", 0.0, False)[0]
+        return z.view(x.shape)  # type: ignore[no-any-return]
+
+    subjects = {
+        "eager": Subject(partial(definition, x, k, kb, *weights)),
+        "K6 and K3": Subject(two),
+        "K7": Subject(lambda: dw_star_mlp(x, k, kb, *weights, "relu6", 0.0)),
+    }
+    exact = Subject(partial(definition, *(t.double() for t in (x, k, kb, *weights))))
+    return compare(lab, subjects, exact, "forward", baselines=["K6 and K3"])

@@ -1,0 +1,130 @@
+"""Candidate tiles of K3, K4 and K6, timed beside those that ship."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.gpu_depthwise import images
+from benchmarks.gpu_kernels import BASES, BATCH, mlp_inputs, stage_label, stages
+from benchmarks.gpu_lab import Comparison, Lab, Subject, Trial, compare, trial
+from starlayers.functional import star_mlp_reference
+from starlayers.kernels import dwconv as depthwise
+from starlayers.kernels import star_mlp_launch
+from starlayers.kernels._tiles import MLP_BACKWARD, MLP_FORWARD, Tile
+from starlayers.kernels.star_mlp import star_mlp
+
+SHIPPED = "shipped"
+#: what each table is tried with: rows, hidden channels, warps, stages
+CANDIDATES = {
+    "K3": [Tile(*t) for t in product((64, 128), (32, 64), (4, 8), (2, 3))],
+    "K4 all": [Tile(*t) for t in product((32, 64), (128,), (4, 8), (1, 2))],
+    "K4 dx": [Tile(*t) for t in product((32, 64, 128), (32, 64), (4, 8), (2,))],
+    "K4 dw": [Tile(*t) for t in product((32, 64), (32, 64), (4, 8), (2,))],
+}
+TABLES = {"K3": MLP_FORWARD, **{f"K4 {name}": table for name, table in MLP_BACKWARD.items()}}
+DW_ROWS, DW_ELEMENTS, DW_WARPS = (4, 7, 8), (512, 1024), (4, 8)
+
+
+def tiles() -> list[Comparison]:
+    found = []
+    for net, base in BASES.items():
+        for stage, side, channels in stages(base):
+            label = stage_label(net, stage)
+            for kernel in _kernels(channels):
+                build = partial(_mlp, kernel=kernel, rows=BATCH * side * side, channels=channels)
+                found.append(trial("tiles", f"{kernel} {label}", build, 40))
+            for direction in ("forward", "step"):
+                build = partial(_dwconv, side=side, channels=channels, direction=direction)
+                what = {"forward": "", "step": ", forward and backward"}[direction]
+                found.append(trial("tiles", f"K6 {label}{what}", build, 40))
+    return found
+
+
+def _kernels(channels: int) -> Iterator[str]:
+    """The tables that have a part in a stage: every gradient at once is for the narrowest alone."""
+    yield "K3"
+    widest = {name: max(table["sm_90"]) for name, table in MLP_BACKWARD.items()}
+    if channels <= widest["all"]:
+        yield "K4 all"
+        return
+    yield "K4 dx"
+    if channels <= widest["dw"]:
+        yield "K4 dw"
+
+
+def swapped(kernel: str, tile: Tile, run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` with one tile of one table replaced."""
+    original = star_mlp_launch.mlp_tile
+
+    def mlp_tile(table: Any, *rest: Any) -> Tile | None:
+        return tile if table is TABLES[kernel] else original(table, *rest)
+
+    def call() -> Any:
+        with mock.patch.object(star_mlp_launch, "mlp_tile", mlp_tile):
+            return run()
+
+    return call
+
+
+def tile_name(tile: Tile) -> str:
+    return f"{tile.rows} x {tile.hidden}, {tile.warps} warps, {tile.stages} stages"
+
+
+def _mlp(lab: Lab, kernel: str, rows: int, channels: int) -> Trial:
+    inputs = mlp_inputs(lab, lab.size(rows, 20), channels, torch.bfloat16)
+    direction = "forward" if kernel == "K3" else "backward"
+
+    def fused() -> torch.Tensor:
+        return star_mlp(*inputs, None, "relu6", 0.0, False)[0]  # type: ignore[no-any-return]
+
+    subjects = {
+        "eager": Subject(partial(star_mlp_reference, *inputs), inputs),
+        SHIPPED: Subject(fused, inputs),
+    }
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    exact = Subject(partial(star_mlp_reference, *wide), wide)
+    made = compare(lab, subjects, exact, direction, baselines=[SHIPPED])
+    shipped = made.programs[SHIPPED]
+    for tile in lab.size(CANDIDATES[kernel], CANDIDATES[kernel][:1]):
+        run = swapped(kernel, tile, shipped)
+        made.programs[tile_name(tile)] = made.checks[tile_name(tile)] = run
+    return made
+
+
+def _dwconv(lab: Lab, side: int, channels: int, direction: str) -> Trial:
+    x, k, b = (t.requires_grad_() for t in images(lab, side, channels))
+
+    def definition(*tensors: torch.Tensor) -> torch.Tensor:
+        return depthwise.dwconv.plain(*tensors, None, None, None, False)[0]  # type: ignore[no-any-return]
+
+    def fused() -> torch.Tensor:
+        return depthwise.dwconv(x, k, b, None, None, None, False)[0]  # type: ignore[no-any-return]
+
+    inputs = [x, k, b]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    subjects = {
+        "eager": Subject(partial(definition, *inputs), inputs),
+        SHIPPED: Subject(fused, inputs),
+    }
+    exact = Subject(partial(definition, *wide), wide)
+    made = compare(lab, subjects, exact, direction, baselines=[SHIPPED])
+    shipped = made.programs[SHIPPED]
+    widths = sorted({min(width, max(16, channels)) for width in (16, 32, 64)})
+    shapes = list(product(DW_ROWS, DW_ELEMENTS, widths, DW_WARPS))
+    for rows, elements, width, warps in lab.size(shapes, shapes[:1]):
+        name = f"{rows} x {elements // width} x {width}, {warps} warps"
+        run = _reshaped((rows, elements // width, width), warps, shipped)
+        made.programs[name] = made.checks[name] = run
+    return made
+
+
+def _reshaped(shape: tuple[int, int, int], warps: int, run: Callable[[], Any]) -> Callable[[], Any]:
+    def call() -> Any:
+        with mock.patch.multiple(depthwise, tile_shape=lambda *_: shape, WARPS=warps):
+            return run()
+
+    return call

@@ -1,0 +1,179 @@
+"""The least time memory and arithmetic allow each kernel on an H100; no kernel is run.
+
+Bytes are those that cross the memory bus: what programs share through the cache counts once. A
+multiply-add counts as two operations in `flops` and as one in `fmas`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from benchmarks.common import markdown_table
+from starlayers.kernels._tiles import MLP_BACKWARD, split_columns
+from starlayers.vision.models import STARNETS
+
+BANDWIDTH = 3.0e12  # bytes a second that an H100 reaches
+MATRIX = 790e12  # operations a second in dense bfloat16 products
+LANES = 29.7e12  # multiply-adds a second outside the matrix units
+MULTIPROCESSORS = 132
+SIZE = 2  # bytes of an element
+PARTIAL = 4  # of an element of a partial sum
+
+BATCH, IMAGE = 256, 224
+LLAMA = (4096, 4096, 14336)  # tokens, channels, hidden
+POLICIES = [(batch, width) for batch in (64, 4096) for width in (64, 256)]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kernel moves and computes, and what it would move were it not fused."""
+
+    kernel: str
+    bytes: int
+    flops: int = 0  # in the matrix units
+    fmas: int = 0  # outside them
+    eager: int = 0  # bytes of the same work, one kernel for each operation
+    inductor: int = 0  # bytes with element-wise operations fused, but no matrix product
+
+    @property
+    def micros(self) -> tuple[float, float, float]:
+        """Microseconds that bytes, matrix operations and multiply-adds take, each alone."""
+        seconds = (self.bytes / BANDWIDTH, self.flops / MATRIX, self.fmas / LANES)
+        return tuple(1e6 * s for s in seconds)  # type: ignore[return-value]
+
+    @property
+    def floor(self) -> float:
+        return max(self.micros)
+
+
+def star_forward(elements: int) -> Work:
+    """K1: both branches in, the product out."""
+    n = SIZE * elements
+    return Work("K1 forward", 3 * n, eager=(2 + 3) * n, inductor=3 * n)
+
+
+def star_backward(elements: int) -> Work:
+    """K1: gradient and branches in, two gradients out; eager by three kernels of three tensors."""
+    n = SIZE * elements
+    return Work("K1 backward", 5 * n, eager=9 * n, inductor=5 * n)
+
+
+def mlp_forward(rows: int, width: int, hidden: int) -> Work:
+    """K3: x and the weights in, y out; three products of rows x width x hidden."""
+    x, h, w = (SIZE * n for n in (rows * width, rows * hidden, 3 * width * hidden))
+    products = 3 * x + w + 3 * h  # unfused: x read twice, y written; h1, h2 written, s read
+    return Work(
+        "K3", 2 * x + w, flops=6 * rows * width * hidden,
+        eager=products + (2 + 3) * h, inductor=products + 3 * h,
+    )  # fmt: skip
+
+
+def mlp_backward_ideal(rows: int, width: int, hidden: int) -> Work:
+    """K4 if all gradients came of one pass: x, dy and weights in, dx and weight gradients out.
+
+    Eight products: both branches again, ds, two for dx, three for the weights. Unfused, the
+    branches are kept instead (six products); eager keeps the activation and the product too.
+    """
+    x, h, w = (SIZE * n for n in (rows * width, rows * hidden, 3 * width * hidden))
+    # dy and x read twice, dx written, read and written; ds written; d1, d2 read twice, s once
+    products = 7 * x + 2 * w + 6 * h
+    return Work(
+        "K4 ideal, one pass", 3 * x + 2 * w, flops=16 * rows * width * hidden,
+        eager=products + 9 * h, inductor=products + 6 * h,
+    )  # fmt: skip
+
+
+def mlp_backward(rows: int, width: int, hidden: int) -> Work:
+    """K4 as it is launched on an H100 for this shape (`star_mlp_launch.py`)."""
+    ideal = mlp_backward_ideal(rows, width, hidden)
+    x, h, w = (SIZE * n for n in (rows * width, rows * hidden, 3 * width * hidden))
+    product = 2 * rows * width * hidden
+    covered = sum(split_columns(width))
+
+    def tile(kind: str) -> tuple[int, int] | None:
+        table = MLP_BACKWARD[kind]["sm_90"]
+        fitting = [row for row in table if row >= covered]
+        return (table[min(fitting)].rows, table[min(fitting)].hidden) if fitting else None
+
+    def partial_sums(tile: tuple[int, int]) -> int:
+        chunks = -(-hidden // tile[1])
+        programs = min(2 * MULTIPROCESSORS // chunks, -(-rows // tile[0]))
+        return 2 * PARTIAL * programs * hidden * (3 * width + 2)  # written, then read
+
+    whole, separate = tile("all"), tile("dw")
+    if whole and hidden <= whole[1]:
+        name, moved, products = "all", 3 * x + 2 * w + partial_sums(whole), 8
+    elif separate:
+        # dx: 5 products; weights: both branches and ds again, then 3
+        name, moved, products = "dx + dw", 5 * x + 3 * w + partial_sums(separate), 5 + 6
+    elif tile("dx"):
+        # d1, d2, s written, read by 3 products, d1 and d2 once more for the bias gradients
+        name, moved, products = "dx + products", 7 * x + 2 * w + 8 * h, 5 + 3
+    else:
+        raise ValueError(f"no K4 tile for {width} channels")
+    return Work(
+        f"K4 {name}", moved, flops=products * product, eager=ideal.eager, inductor=ideal.inductor
+    )
+
+
+def depthwise_forward(rows: int, width: int, kernel: int = 7) -> Work:
+    """K6 with statistics of y, for which an unfused program reads y again."""
+    x = SIZE * rows * width
+    return Work("K6 forward", 2 * x, fmas=kernel**2 * rows * width, eager=3 * x, inductor=3 * x)
+
+
+def depthwise_dx(rows: int, width: int, kernel: int = 7) -> Work:
+    """K6 input gradient of dy + q + p z, which an unfused program writes and reads."""
+    x = SIZE * rows * width
+    return Work(
+        "K6 dx", 3 * x, fmas=kernel**2 * rows * width, eager=(2 + 2 + 3 + 2) * x,
+        inductor=(3 + 2) * x,
+    )  # fmt: skip
+
+
+def depthwise_weights(rows: int, width: int, kernel: int = 7) -> Work:
+    """K6 weight gradient, from the same dy + q + p z; unfused, it is there already."""
+    x = SIZE * rows * width
+    return Work("K6 dw", 3 * x, fmas=kernel**2 * rows * width, eager=2 * x, inductor=2 * x)
+
+
+def workloads() -> Iterator[tuple[str, list[Work]]]:
+    """StarNet stages, a Llama MLP and policies, each with the kernels that serve it."""
+    for name in ("starnet_s1", "starnet_s4"):
+        variant = STARNETS[name]
+        for stage in range(4):
+            side, width = IMAGE // 4 >> stage, variant.base_dim << stage
+            rows, hidden = BATCH * side**2, variant.mlp_ratio * width
+            works = [mlp_forward, mlp_backward, mlp_backward_ideal]
+            yield (
+                f"{name}, {side}x{side}, {width} -> {hidden}",
+                [w(rows, width, hidden) for w in works]
+                + [w(rows, width) for w in (depthwise_forward, depthwise_dx, depthwise_weights)],
+            )
+    tokens, width, hidden = LLAMA
+    elements = tokens * hidden
+    yield (
+        f"Llama, {tokens} tokens, {width} -> {hidden}",
+        [star_forward(elements), star_backward(elements)],
+    )
+    for batch, width in POLICIES:
+        works = [mlp_forward, mlp_backward, mlp_backward_ideal]
+        yield (
+            f"policy, batch {batch}, {width} -> {4 * width}",
+            [w(batch, width, 4 * width) for w in works],
+        )
+
+
+def floor_table() -> str:
+    """Every workload and kernel, in Markdown."""
+    header = ["workload", "kernel", "MB", "GFLOP", "bytes us", "FLOP us", "FMA us", "floor us"]
+    header += ["eager MB", "Inductor MB"]
+    rows = [
+        [
+            name, w.kernel, f"{w.bytes / 1e6:.1f}", f"{w.flops / 1e9:.2f}",
+            *(f"{t:.1f}" for t in w.micros), f"{w.floor:.1f}",
+            f"{w.eager / 1e6:.1f}", f"{w.inductor / 1e6:.1f}",
+        ]
+        for name, works in workloads()
+        for w in works
+    ]  # fmt: skip
+    return markdown_table(header, rows)

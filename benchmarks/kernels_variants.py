@@ -1,0 +1,210 @@
+"""Every kernel configuration the library ships with, and the options that change what it needs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from benchmarks.aot import TARGETS
+from starlayers.kernels import dwconv, star, star_linear
+from starlayers.kernels._tiles import MLP_BACKWARD, MLP_FORWARD, Tile, split_columns
+
+#: the GPUs each family of tiles is compiled for
+GPUS = {"sm_90": ("sm_90",), "sm_80": ("sm_80",), "small": ("sm_89", "gfx942")}
+#: channels of StarNets at four stages (S1, S4, S100) and of policies, and one wider. Without the 20
+#: of S100: their rows are not whole 16 bytes, and K4 in one pass spills up to 48 bytes on sm_80
+WIDTHS = (24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 384)
+#: cheap, with one exponential, and the one with most registers in flight
+ACTIVATIONS = ("relu6", "silu", "gelu")
+#: (height = width, channels) of StarNet stages: every tile shape, with and without idle channels
+STAGES = ((56, 16), (56, 24), (28, 64), (14, 96), (7, 256))
+KINDS = {2: "bf16", 4: "fp32"}
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One compilation: a kernel at a configuration of the library, with some of its options."""
+
+    kernel: str  # as in the table
+    row: str  # the configuration, as in the table
+    options: str
+    function: str  # module.function in starlayers.kernels.device
+    constants: dict[str, Any]
+    target: str
+    size: int  # bytes of an element
+    warps: int
+    stages: int = 3
+    descriptors: dict[str, str] | None = None
+    products: bool = False  # whether it multiplies matrices
+
+
+def variants() -> Iterator[Variant]:
+    """Everything that ships."""
+    for target, size in product(TARGETS, KINDS):
+        yield from element_wise(target, size)
+        yield from depthwise(target, size)
+    for key, rows in MLP_FORWARD.items():
+        for target, size, row, channels, tile in _placed(key, rows):
+            yield from forward(target, size, row, channels, tile)
+    for kernel, table in MLP_BACKWARD.items():
+        for key, rows in table.items():
+            separate = max(MLP_BACKWARD["dw"].get(key, {}), default=0)
+            for target, size, row, channels, tile in _placed(key, rows):
+                spill = kernel == "dx" and row > separate
+                yield from backward(kernel, target, size, row, channels, tile, spill=spill)
+    yield from wide()
+
+
+def _placed(key: str, rows: dict[int, Tile]) -> Iterator[tuple[str, int, int, int, Tile]]:
+    """Target, element size, row, real channels and tile of a family's table."""
+    family, _, kind = key.partition(" ")
+    for row, tile in rows.items():
+        below = max((r for r in rows if r < row), default=0)
+        for target, channels in product(GPUS[family], WIDTHS):
+            if below < sum(split_columns(channels)) <= row:
+                yield target, 4 if kind else 2, row, channels, tile
+
+
+def element_wise(target: str, size: int) -> Iterator[Variant]:
+    """K1: one long row, and rows of 128 and 16 columns."""
+    for (rows, cols), act in product(((1, 4096), (4096, 128), (4096, 16)), ACTIVATIONS):
+        br, bc = star.tile_shape(rows, cols)
+        clamp = act == "silu"
+        constants = {
+            "ACT": act, "OFFSET": 0.0, "BR": br, "BC": bc,
+            "CLAMP1": clamp, "LOW1": -7.0, "HIGH1": 7.0,
+            "CLAMP2": clamp, "LOW2": -7.0, "HIGH2": 7.0,
+        }  # fmt: skip
+        for name, function in (("forward", "star_forward"), ("backward", "star_grad")):
+            yield Variant(
+                f"K1 {name}", f"{br} x {bc}, {star.WARPS} warps", act + ", clamps" * clamp,
+                f"star.{function}", constants, target, size, star.WARPS,
+            )  # fmt: skip
+
+
+def depthwise(target: str, size: int) -> Iterator[Variant]:
+    """K6: both convolutions of a StarNet block, and their gradients; of float32 the heaviest."""
+    flags = ("FLIP", "SCALE", "SHIFT", "Z", "BIAS", "FACTOR", "RESIDUAL")
+    convolutions = {
+        "forward, statistics": ({"BIAS"}, "statistics"),
+        "forward, scale, shift, residual": ({"BIAS", "SCALE", "SHIFT", "RESIDUAL"}, ""),
+        "dx, z": ({"FLIP", "SHIFT", "Z"}, ""),
+        "dx, factor, dot": ({"FLIP", "FACTOR"}, "dot"),
+    }
+    weights = {"dw, z": (True, False), "dw, affine": (False, True)}
+    if size == 4:
+        convolutions = {k: convolutions[k] for k in ("forward, statistics", "dx, z")}
+    for height, channels in STAGES:
+        th, bp, bc = dwconv.tile_shape(height, channels)
+        row = f"{height}x{height}, {channels} channels: {th} x {bp} x {bc}, {dwconv.WARPS} warps"
+        shape = {"HEIGHT": height, "WIDTH": height, "C": channels, "K": 7}
+        shape |= {"TH": th, "BP": bp, "BC": bc}
+        for options, (given, reduce) in convolutions.items():
+            constants = {**shape, **{f: f in given for f in flags}, "REDUCE": reduce}
+            yield Variant(
+                "K6 convolution", row, options, "dwconv.dw_convolve", constants, target, size,
+                dwconv.WARPS,
+            )  # fmt: skip
+        for options, (z, affine) in weights.items():
+            constants = {**shape, "Z": z, "AFFINE": affine}
+            yield Variant(
+                "K6 weights", row, options, "dwconv.dw_weights", constants, target, size,
+                dwconv.WARPS,
+            )  # fmt: skip
+
+
+def _matrix(
+    target: str, size: int, channels: int, tile: Tile, act: str, ratio: int
+) -> dict[str, Any]:
+    """What K3 and K4 have in common."""
+    c0, c1 = split_columns(channels)
+    hidden = ratio * channels
+    return {
+        "stride_x": channels, "stride_w1": channels, "stride_w2": channels, "stride_w3": hidden,
+        "C": channels, "H": hidden, "OUT": channels, "ACT": act, "OFFSET": 0.0,
+        "BIAS1": True, "BIAS2": True, "PRECISION": _precision(target, size), "BM": tile.rows,
+        "BH": tile.hidden, "C0": c0, "C1": c1, "O0": c0, "O1": c1, "STAGES": tile.stages,
+    }  # fmt: skip
+
+
+def _precision(target: str, size: int) -> str:
+    if size == 2:
+        return "tf32"
+    return "ieee" if TARGETS[target].backend == "hip" else "tf32x3"
+
+
+def _row(channels: int, tile: Tile) -> str:
+    return (
+        f"up to {channels}: {tile.rows} x {tile.hidden}, {tile.warps} warps, {tile.stages} stages"
+    )
+
+
+def forward(target: str, size: int, row: int, channels: int, tile: Tile) -> Iterator[Variant]:
+    """K3 with what surrounds it, and K7, which computes its input."""
+    options = [(act, "statistics", 0, 4) for act in ACTIVATIONS]
+    options += [("gelu", "residual", 0, 3)]
+    if 64 <= channels <= 256:  # as StarNets have them where their images are small
+        options += [("relu6", "7x7", 14, 4), ("gelu", "7x7", 7, 4)]
+    for act, extra, image, ratio in options:
+        constants = _matrix(target, size, channels, tile, act, ratio) | {
+            "stride_r": channels, "BIAS3": not image, "RESIDUAL": extra == "residual",
+            "STATS": extra == "statistics", "KSIZE": 7 if image else 0,
+            "HEIGHT": image or 1, "WIDTH": image or 1,
+        }  # fmt: skip
+        yield Variant(
+            "K7" if image else "K3", _row(row, tile), f"{channels} channels, {act}, {extra}",
+            "star_mlp_forward.mlp_forward", constants, target, size, tile.warps, tile.stages,
+            products=True,
+        )  # fmt: skip
+
+
+def backward(
+    kernel: str, target: str, size: int, row: int, channels: int, tile: Tile, *, spill: bool
+) -> Iterator[Variant]:
+    """K4; `affine` is the gradient that statistics of the output send back."""
+    # `mlp_dw` alone reads what `mlp_dx` has already added
+    options = [(act, kernel != "dw", 4) for act in ACTIVATIONS] + [("gelu", False, 3)]
+    for act, affine, ratio in options:
+        constants = _matrix(target, size, channels, tile, act, ratio) | {
+            "stride_dy": channels, "stride_z": channels, "AFFINE": affine,
+            **({"SPILL": spill} if kernel == "dx" else {"DX": kernel == "all"}),
+        }  # fmt: skip
+        text = f"{channels} channels, {act}{', affine' * affine}{', spill' * spill}"
+        yield Variant(
+            f"K4 {kernel}", _row(row, tile), text,
+            f"star_mlp_backward.mlp_{'dx' if kernel == 'dx' else 'dw'}", constants, target, size,
+            tile.warps, tile.stages, products=True,
+        )  # fmt: skip
+
+
+def wide() -> Iterator[Variant]:
+    """K2 and K5, over tensor descriptors: Hopper only, and 16-bit types."""
+    bm, bn, bk = star_linear.BM, star_linear.BN, star_linear.BK
+    shape = {"OFFSET": 0.0, "BM": bm, "BN": bn, "BK": bk, "GROUP": star_linear.GROUP}
+    inputs = {"x": (bm, bk), "w1": (bn, bk), "w2": (bn, bk)}
+    branches = dict.fromkeys(("y", "h1", "h2"), (bm, bn))
+    halves = dict.fromkeys(("h1", "h2", "d1", "d2", "s"), (bm, bn // 2))
+    for act, save in product(ACTIVATIONS, (False, True)):
+        constants = {**shape, "ACT": act, "BIAS1": True, "BIAS2": True, "SAVE": save}
+        options = f"{act}{', branches saved' * save}"
+        yield _described("K2", "star_linear", options, constants, inputs | branches)
+    for act in ACTIVATIONS:
+        constants = {**shape, "ACT": act}
+        blocks = {"dy": (bm, bk), "w3": (bk, bn)} | halves
+        yield _described("K5", "dgated", act, constants, blocks)
+
+
+def _described(
+    kernel: str,
+    function: str,
+    options: str,
+    constants: dict[str, Any],
+    blocks: dict[str, tuple[int, int]],
+) -> Variant:
+    stages, warps = star_linear.STAGES[function], star_linear.WARPS
+    row = f"{star_linear.BM} x {star_linear.BN} x {star_linear.BK}, {warps} warps, {stages} stages"
+    descriptors = {n: f"tensordesc<bf16[{a},{b}]>" for n, (a, b) in blocks.items()}
+    return Variant(
+        kernel, row, options, f"star_linear.{function}", constants, "sm_90", 2, warps, stages,
+        descriptors, products=True,
+    )  # fmt: skip

@@ -1,0 +1,54 @@
+"""Mean and variance of an op's output as outputs of their own, and what they send back."""
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "empty_statistics",
+    "merged_statistics",
+    "statistics_gradient",
+    "upstream",
+    "with_statistics",
+]
+
+
+def empty_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What an op returns for mean and variance when they were not asked for."""
+    return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
+
+
+def merged_statistics(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance from per-tile counts, means and squared deviations.
+
+    `parts` is (tiles, 3, channels). Source: Chan et al., "Updating formulae and a pairwise
+    algorithm for computing sample variances", 1979.
+    """
+    count, means, squares = parts.unbind(1)
+    total = count.sum(0)
+    mean = (count * means).sum(0) / total
+    var = (squares.sum(0) + (count * (means - mean).square()).sum(0)) / total
+    return mean, var
+
+
+def with_statistics(y: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`y` with mean and biased variance of its last dimension's channels, where asked for."""
+    if not stats:
+        return y, *empty_statistics(y)
+    wide = y if y.dtype == torch.float64 else y.float()
+    var, mean = torch.var_mean(wide.flatten(0, -2), 0, correction=0)
+    return y, mean, var
+
+
+def upstream(
+    dy: Tensor, z: Tensor | None, mean: Tensor | None, p: Tensor | None, q: Tensor | None
+) -> Tensor:
+    """dy + q + p (z - mean): the gradient that reaches z when its statistics were outputs too."""
+    if z is None or mean is None or p is None or q is None:
+        return dy
+    wide = dy if dy.dtype == torch.float64 else dy.float()
+    return (wide + q + p * (z - mean)).to(dy.dtype)
+
+
+def statistics_gradient(dmean: Tensor, dvar: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """p and q of `upstream`, from the gradients of mean and biased variance over `count` rows."""
+    return dvar * (2 / count), dmean / count

@@ -1,0 +1,173 @@
+"""Which tile a kernel runs with: one table per kernel, by channels and by family of GPU.
+
+The rows were chosen by ahead-of-time compilation (`make kernels`): the widest row tile without a
+register spill, because each row tile reads all weights once. No tile was timed on a GPU yet.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from starlayers.kernels._op import INTERPRET
+
+__all__ = [
+    "FAMILIES",
+    "MLP_BACKWARD",
+    "MLP_FORWARD",
+    "Tile",
+    "family",
+    "mlp_tile",
+    "next_power_of_2",
+    "split_columns",
+]
+
+#: tables by the shared memory a program may have: 227 KiB, 163 KiB, 64 KiB (all other GPUs)
+FAMILIES = ("sm_90", "sm_80", "small")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BM rows and BH hidden channels at a time, on so many warps, loads so many stages ahead."""
+
+    rows: int
+    hidden: int
+    warps: int
+    stages: int
+
+
+Table = dict[str, dict[int, Tile]]
+
+#: family -> channels -> tile, for 16-bit types; "<family> float32" for float32
+MLP_FORWARD: Table = {
+    "sm_90": {
+        32: Tile(128, 32, 4, 3),
+        64: Tile(128, 32, 4, 3),
+        96: Tile(128, 64, 8, 2),
+        128: Tile(128, 32, 8, 3),
+        192: Tile(128, 32, 8, 3),
+        256: Tile(64, 64, 8, 2),
+        384: Tile(64, 16, 8, 2),
+    },
+    "sm_80": {
+        32: Tile(128, 32, 4, 3),
+        64: Tile(128, 64, 8, 2),
+        96: Tile(128, 32, 8, 3),
+        128: Tile(128, 32, 8, 3),
+        192: Tile(128, 16, 8, 2),
+        256: Tile(64, 32, 8, 3),
+        384: Tile(64, 32, 8, 2),
+    },
+    "small": {
+        32: Tile(128, 32, 4, 2),
+        64: Tile(128, 32, 8, 2),
+        96: Tile(128, 32, 8, 2),
+        128: Tile(128, 32, 8, 2),
+        192: Tile(64, 16, 8, 2),
+        256: Tile(64, 16, 8, 2),
+        384: Tile(32, 16, 8, 1),
+    },
+    "sm_90 float32": {
+        32: Tile(128, 32, 4, 2),
+        64: Tile(128, 32, 8, 2),
+        96: Tile(128, 32, 8, 2),
+        128: Tile(16, 16, 4, 2),
+    },
+    "sm_80 float32": {
+        32: Tile(128, 32, 8, 2),
+        64: Tile(128, 16, 8, 2),
+        96: Tile(32, 16, 4, 2),
+        128: Tile(32, 32, 8, 2),
+    },
+    "small float32": {32: Tile(128, 32, 8, 1), 64: Tile(64, 16, 8, 1), 128: Tile(16, 16, 4, 1)},
+}
+
+#: kernel -> as above; "all" yields every gradient in one pass over one hidden chunk
+MLP_BACKWARD: dict[str, Table] = {
+    "all": {
+        "sm_90": {32: Tile(32, 128, 8, 2)},
+        "sm_80": {32: Tile(32, 128, 8, 1)},
+    },
+    "dw": {
+        "sm_90": {
+            32: Tile(32, 128, 8, 2),
+            64: Tile(32, 128, 8, 2),
+            96: Tile(16, 128, 8, 2),
+        },
+        "sm_80": {32: Tile(32, 64, 4, 2), 64: Tile(16, 64, 8, 2)},
+        "small": {32: Tile(32, 32, 4, 1), 64: Tile(16, 32, 4, 1)},
+        "sm_90 float32": {32: Tile(16, 64, 4, 2)},
+        "sm_80 float32": {32: Tile(16, 64, 4, 2)},
+    },
+    "dx": {
+        "sm_90": {
+            32: Tile(128, 32, 8, 3),
+            64: Tile(128, 32, 8, 3),
+            96: Tile(128, 32, 8, 2),
+            128: Tile(128, 32, 8, 3),
+            192: Tile(64, 32, 8, 3),
+            256: Tile(64, 32, 8, 2),
+        },
+        "sm_80": {
+            32: Tile(64, 32, 4, 3),
+            64: Tile(128, 32, 8, 2),
+            96: Tile(128, 32, 8, 3),
+            128: Tile(64, 32, 8, 3),
+            192: Tile(64, 16, 8, 3),
+            256: Tile(64, 32, 8, 2),
+        },
+        "small": {
+            32: Tile(64, 32, 4, 2),
+            64: Tile(64, 32, 4, 1),
+            96: Tile(64, 32, 8, 1),
+            128: Tile(64, 16, 8, 1),
+            192: Tile(32, 16, 8, 1),
+            256: Tile(16, 16, 4, 1),
+        },
+        "sm_90 float32": {32: Tile(128, 32, 8, 2), 64: Tile(128, 16, 8, 2)},
+        "sm_80 float32": {32: Tile(64, 16, 8, 2), 64: Tile(32, 16, 4, 2)},
+        "small float32": {32: Tile(64, 16, 8, 1), 64: Tile(32, 16, 8, 1)},
+    },
+}
+
+
+def mlp_tile(table: Table, device: torch.device, width: int, element_size: int = 2) -> Tile | None:
+    """The tile for `width` channels (the wider of in and out), or None where no row serves."""
+    # the interpreter computes bfloat16 in float32, and has no registers to run out of
+    kind = " float32" if element_size == 4 and not INTERPRET else ""
+    rows = table.get(family(device) + kind, {})
+    fitting = [channels for channels in rows if channels >= width]
+    return rows[min(fitting)] if fitting else None
+
+
+def family(device: torch.device) -> str:
+    """The family of a GPU; an H100's where there is none to ask (tracing without a GPU)."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "sm_90"
+    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    if torch.version.hip is None and shared >= 227 * 1024:
+        return "sm_90"
+    return "sm_80" if torch.version.hip is None and shared >= 163 * 1024 else "small"
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least `n`.
+
+    Example:
+        >>> next_power_of_2(24)
+        32
+    """
+    return 1 << (n - 1).bit_length()
+
+
+def split_columns(width: int) -> tuple[int, int]:
+    """The two tile widths, powers of two of at least 16, that cover `width` with least padding.
+
+    Example:
+        >>> split_columns(96), split_columns(24), split_columns(192), split_columns(100)
+        ((64, 32), (32, 0), (128, 64), (128, 0))
+    """
+    whole = max(16, next_power_of_2(width))
+    if whole == 16 or width == whole:
+        return whole, 0
+    rest = max(16, next_power_of_2(width - whole // 2))
+    return (whole // 2, rest) if rest < whole // 2 else (whole, 0)

@@ -1,0 +1,1 @@
+"""Triton code, the only folder that imports triton; linted by Triton's rules of naming."""

@@ -1,0 +1,244 @@
+"""K6: depthwise K x K convolution over (N, height, width, C) in Triton, and its gradients.
+
+A program owns TH output rows of BP columns (columns of all images in one line, so that no width
+wastes a lane) and BC channels. Each input row is loaded once per horizontal tap and used for up to
+K output rows from registers: (TH + K - 1) K loads and conversions for TH K K multiply-adds.
+
+The input may be changed on its way in, to v = scale x + shift + zscale (z - zmean) inside the
+image and 0 outside: by a BatchNorm before the convolution, or, going back, by what the statistics
+behind it send.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["dw_convolve", "dw_weights"]
+
+
+@triton.jit
+def _position(cols_total, pid, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TH, BP: tl.constexpr):
+    """Image, column and first row of the tile `pid`, and whether each column exists."""
+    across = tl.cdiv(HEIGHT, TH)
+    column = (pid // across) * BP + tl.arange(0, BP)
+    return column // WIDTH, column % WIDTH, (pid % across) * TH, column < cols_total
+
+
+@triton.jit
+def _vector(base, channel, real, GIVEN: tl.constexpr):
+    """The channels' elements in float32, or zeros where there is no such vector."""
+    if GIVEN:
+        return tl.load(base + channel, mask=real, other=0.0).to(tl.float32)
+    return tl.zeros(channel.shape, tl.float32)
+
+
+@triton.jit
+def _row(
+    x, z, scale, shift, zmean, zscale, image, i, j, there, channel, real,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, Z: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """v at row i, columns j of their images, [BP, BC] in float32; 0 outside."""
+    inside = (there & (i >= 0) & (i < HEIGHT) & (j >= 0) & (j < WIDTH))[:, None] & real[None, :]
+    at = ((image.to(tl.int64) * HEIGHT + i) * WIDTH + j)[:, None] * C + channel[None, :]
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if SCALE:
+        v = v * scale[None, :]
+    if SHIFT:
+        v = v + shift[None, :]
+    if Z:
+        t = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+        v = v + zscale[None, :] * (t - zmean[None, :])
+    if SHIFT or Z:
+        v = tl.where(inside, v, 0.0)
+    return v
+
+
+@triton.jit
+def dw_convolve(
+    x,
+    z,
+    k,
+    b,
+    scale,
+    shift,
+    zmean,
+    zscale,
+    residual,
+    other,
+    factor,
+    y,
+    parts,
+    COLUMNS,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    FLIP: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    Z: tl.constexpr,
+    BIAS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    REDUCE: tl.constexpr,
+    TH: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """y = factor (k * v + b) + residual, with sums over the tile where REDUCE names them.
+
+    FLIP turns the kernel by half a turn, which makes this the input gradient. "statistics" of y
+    are (tiles, 3, C) as in `store_statistics`; "dot" is (tiles, 2, C): sums of k * v + b, and of
+    its product with `other`.
+    """
+    PAD: tl.constexpr = K // 2
+    blocks: tl.constexpr = (C + BC - 1) // BC
+    tile = tl.program_id(0) // blocks
+    channel = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
+    real = channel < C
+    image, column, top, there = _position(COLUMNS, tile, HEIGHT, WIDTH, TH, BP)
+    a = _vector(scale, channel, real, SCALE)
+    b_shift = _vector(shift, channel, real, SHIFT)
+    center = _vector(zmean, channel, real, Z)
+    c_scale = _vector(zscale, channel, real, Z)
+    sums = ()
+    for _ in tl.static_range(TH):
+        sums = sums + (tl.zeros([BP, BC], tl.float32),)
+    for j in tl.range(K):  # a loop, not unrolled: 7 times the code gains nothing but registers
+        taps = ()
+        for i in tl.static_range(K):
+            if FLIP:
+                at = K * K - 1 - i * K - j
+            else:
+                at = i * K + j
+            tap = tl.load(k + channel * (K * K) + at, mask=real, other=0.0)
+            taps = taps + (tap.to(tl.float32)[None, :],)
+        for r in tl.static_range(TH + K - 1):
+            v = _row(
+                x, z, a, b_shift, center, c_scale, image, top + r - PAD, column + j - PAD, there,
+                channel, real, SCALE, SHIFT, Z, HEIGHT, WIDTH, C,
+            )  # fmt: skip
+            added = ()
+            for t in tl.static_range(TH):
+                if r - t >= 0 and r - t < K:
+                    added = added + (sums[t] + v * taps[r - t],)
+                else:
+                    added = added + (sums[t],)
+            sums = added
+    bias = _vector(b, channel, real, BIAS)[None, :]
+    by = _vector(factor, channel, real, FACTOR)[None, :]
+    total = tl.zeros([BC], tl.float32)
+    second = tl.zeros([BC], tl.float32)
+    done = ()
+    for t in tl.static_range(TH):
+        value = sums[t]
+        if BIAS:
+            value = value + bias
+        live = (there & (top + t < HEIGHT))[:, None] & real[None, :]
+        at = ((image.to(tl.int64) * HEIGHT + top + t) * WIDTH + column)[:, None] * C
+        at = at + channel[None, :]
+        if REDUCE == "dot":
+            value = tl.where(live, value, 0.0)
+            total += tl.sum(value, axis=0)
+            second += tl.sum(
+                value * tl.load(other + at, mask=live, other=0.0).to(tl.float32), axis=0
+            )
+        if FACTOR:
+            value = value * by
+        if RESIDUAL:
+            value += tl.load(residual + at, mask=live, other=0.0).to(tl.float32)
+        rounded = value.to(y.dtype.element_ty)
+        tl.store(y + at, rounded, mask=live)
+        if REDUCE == "statistics":
+            value = tl.where(live, rounded.to(tl.float32), 0.0)
+            total += tl.sum(value, axis=0)
+        done = done + (value,)
+    if REDUCE == "dot":
+        base = parts + tile.to(tl.int64) * (2 * C) + channel
+        tl.store(base, total, mask=real)
+        tl.store(base + C, second, mask=real)
+    if REDUCE == "statistics":
+        rows = tl.minimum(HEIGHT - top, TH)
+        count = (tl.sum(there.to(tl.int32), axis=0) * rows).to(tl.float32)
+        mean = total / count
+        for t in tl.static_range(TH):
+            live = (there & (top + t < HEIGHT))[:, None]
+            off = tl.where(live, done[t] - mean[None, :], 0.0)
+            second += tl.sum(off * off, axis=0)
+        base = parts + tile.to(tl.int64) * (3 * C) + channel
+        tl.store(base, tl.zeros([BC], tl.float32) + count, mask=real)
+        tl.store(base + C, mean, mask=real)
+        tl.store(base + 2 * C, second, mask=real)
+
+
+@triton.jit
+def dw_weights(
+    dy,
+    z,
+    x,
+    shift,
+    zmean,
+    zscale,
+    x_scale,
+    x_shift,
+    parts,
+    COLUMNS,
+    TILES,
+    PROGRAMS,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    Z: tl.constexpr,
+    AFFINE: tl.constexpr,
+    TH: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Sums of v dy for one column of taps over every PROGRAMS-th tile: (PROGRAMS, K K + 1, C).
+
+    The last row is the bias gradient. The upstream gradient is dy, with Z plus
+    shift + zscale (z - zmean); v is x, with AFFINE x_scale x + x_shift.
+    """
+    PAD: tl.constexpr = K // 2
+    blocks: tl.constexpr = (C + BC - 1) // BC
+    program = tl.program_id(0) // (blocks * K)
+    j = (tl.program_id(0) // blocks) % K
+    channel = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
+    real = channel < C
+    b_shift = _vector(shift, channel, real, Z)
+    center = _vector(zmean, channel, real, Z)
+    c_scale = _vector(zscale, channel, real, Z)
+    xa = _vector(x_scale, channel, real, AFFINE)
+    xb = _vector(x_shift, channel, real, AFFINE)
+    bias = tl.zeros([BP, BC], tl.float32)
+    sums = ()
+    for _ in tl.static_range(K):
+        sums = sums + (tl.zeros([BP, BC], tl.float32),)
+    for tile in tl.range(program, TILES, PROGRAMS):
+        image, column, top, there = _position(COLUMNS, tile, HEIGHT, WIDTH, TH, BP)
+        upstream = ()
+        for t in tl.static_range(TH):
+            g = _row(
+                dy, z, xa, b_shift, center, c_scale, image, top + t, column, there, channel, real,
+                False, Z, Z, HEIGHT, WIDTH, C,
+            )  # fmt: skip
+            bias += g
+            upstream = upstream + (g,)
+        for r in tl.static_range(TH + K - 1):
+            v = _row(
+                x, x, xa, xb, xb, xb, image, top + r - PAD, column + j - PAD, there, channel, real,
+                AFFINE, AFFINE, False, HEIGHT, WIDTH, C,
+            )  # fmt: skip
+            added = ()
+            for i in tl.static_range(K):
+                if r - i >= 0 and r - i < TH:
+                    added = added + (sums[i] + v * upstream[r - i],)
+                else:
+                    added = added + (sums[i],)
+            sums = added
+    base = parts + program.to(tl.int64) * ((K * K + 1) * C) + channel
+    for i in tl.static_range(K):
+        tl.store(base + (i * K + j) * C, tl.sum(sums[i], axis=0), mask=real)
+    if j == PAD:
+        tl.store(base + K * K * C, tl.sum(bias, axis=0), mask=real)

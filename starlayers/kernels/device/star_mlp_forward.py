@@ -1,0 +1,142 @@
+"""K3: the star MLP forward in Triton; the hidden activation never leaves the chip.
+
+A program owns BM rows: their x tile stays resident while it loops over BH hidden channels at a
+time, so memory sees x, y and the weights only. With KSIZE > 0 (K7) the rows are the pixels of
+images and the x tile is their depthwise convolution, computed on the way in.
+"""
+
+import triton
+import triton.language as tl
+
+from starlayers.kernels.device.activation import act_value
+from starlayers.kernels.device.tile import (
+    load_columns,
+    load_rows,
+    load_vector,
+    store_rows,
+    store_statistics,
+)
+
+__all__ = ["mlp_forward"]
+
+
+@triton.jit
+def mlp_forward(
+    x,
+    w1,
+    b1,
+    w2,
+    b2,
+    w3,
+    b3,
+    residual,
+    k,
+    kb,
+    y,
+    parts,
+    M,
+    stride_x: tl.constexpr,
+    stride_w1: tl.constexpr,
+    stride_w2: tl.constexpr,
+    stride_w3: tl.constexpr,
+    stride_r: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    OUT: tl.constexpr,
+    ACT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BIAS1: tl.constexpr,
+    BIAS2: tl.constexpr,
+    BIAS3: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    STATS: tl.constexpr,
+    KSIZE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BH: tl.constexpr,
+    C0: tl.constexpr,
+    C1: tl.constexpr,
+    O0: tl.constexpr,
+    O1: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    part = tl.program_id(0)
+    rows = part * BM + tl.arange(0, BM)
+    live = rows < M
+    if KSIZE > 0:
+        x0 = _convolved(x, k, kb, rows, live, stride_x, KSIZE, HEIGHT, WIDTH, 0, C0, C)
+    else:
+        x0 = load_rows(x, rows, live, stride_x, 0, C0, C)
+    if C1 > 0:
+        if KSIZE > 0:
+            x1 = _convolved(x, k, kb, rows, live, stride_x, KSIZE, HEIGHT, WIDTH, C0, C1, C)
+        else:
+            x1 = load_rows(x, rows, live, stride_x, C0, C1, C)
+    y0 = tl.zeros([BM, O0], tl.float32)
+    if O1 > 0:
+        y1 = tl.zeros([BM, O1], tl.float32)
+    for h in tl.range(0, H, BH, num_stages=STAGES):
+        hidden = h + tl.arange(0, BH)
+        there = hidden < H
+        u = load_rows(w1, hidden, there, stride_w1, 0, C0, C)
+        v = load_rows(w2, hidden, there, stride_w2, 0, C0, C)
+        h1 = tl.dot(x0, tl.trans(u), input_precision=PRECISION)
+        h2 = tl.dot(x0, tl.trans(v), input_precision=PRECISION)
+        if C1 > 0:
+            u = load_rows(w1, hidden, there, stride_w1, C0, C1, C)
+            v = load_rows(w2, hidden, there, stride_w2, C0, C1, C)
+            h1 = tl.dot(x1, tl.trans(u), h1, input_precision=PRECISION)
+            h2 = tl.dot(x1, tl.trans(v), h2, input_precision=PRECISION)
+        if BIAS1:
+            h1 += load_vector(b1, h, BH, H)[None, :]
+        if BIAS2:
+            h2 += load_vector(b2, h, BH, H)[None, :]
+        s = (act_value(h1, ACT) * (OFFSET + h2)).to(x.dtype.element_ty)
+        w = load_columns(w3, hidden, there, stride_w3, 0, O0, OUT)
+        y0 = tl.dot(s, tl.trans(w), y0, input_precision=PRECISION)
+        if O1 > 0:
+            w = load_columns(w3, hidden, there, stride_w3, O0, O1, OUT)
+            y1 = tl.dot(s, tl.trans(w), y1, input_precision=PRECISION)
+    count = tl.minimum(M - part * BM, BM).to(tl.float32)
+    if BIAS3:
+        y0 += load_vector(b3, 0, O0, OUT)[None, :]
+    if RESIDUAL:
+        y0 += load_rows(residual, rows, live, stride_r, 0, O0, OUT).to(tl.float32)
+    if STATS:
+        # of the rounded values, which are what the next op reads
+        y0 = y0.to(y.dtype.element_ty).to(tl.float32)
+        store_statistics(parts, y0, live, count, part, 0, O0, OUT)
+    store_rows(y, y0, rows, live, OUT, 0, O0, OUT)
+    if O1 > 0:
+        if BIAS3:
+            y1 += load_vector(b3, O0, O1, OUT)[None, :]
+        if RESIDUAL:
+            y1 += load_rows(residual, rows, live, stride_r, O0, O1, OUT).to(tl.float32)
+        if STATS:
+            y1 = y1.to(y.dtype.element_ty).to(tl.float32)
+            store_statistics(parts, y1, live, count, part, O0, O1, OUT)
+        store_rows(y, y1, rows, live, OUT, O0, O1, OUT)
+
+
+@triton.jit
+def _convolved(
+    x, k, kb, rows, live, stride,
+    KSIZE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    FIRST: tl.constexpr, COLS: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Depthwise KSIZE x KSIZE convolution of (images, HEIGHT, WIDTH, N) at the given pixels."""
+    PAD: tl.constexpr = KSIZE // 2
+    i = (rows // WIDTH) % HEIGHT
+    j = rows % WIDTH
+    channel = FIRST + tl.arange(0, COLS)
+    acc = tl.zeros([rows.shape[0], COLS], tl.float32) + load_vector(kb, FIRST, COLS, N)[None, :]
+    for tap in range(KSIZE * KSIZE):
+        di = tap // KSIZE - PAD
+        dj = tap % KSIZE - PAD
+        inside = live & (i + di >= 0) & (i + di < HEIGHT) & (j + dj >= 0) & (j + dj < WIDTH)
+        t = load_rows(x, rows + di * WIDTH + dj, inside, stride, FIRST, COLS, N)
+        f = tl.load(k + channel * (KSIZE * KSIZE) + tap, mask=channel < N, other=0.0)
+        acc += t.to(tl.float32) * f.to(tl.float32)[None, :]
+    return acc.to(x.dtype.element_ty)

@@ -1,0 +1,66 @@
+"""Device functions the matrix kernels share: loads of tiles of two column parts, statistics.
+
+Triton's tiles are powers of two wide and StarNet-S1's channels (24, 48, 96, 192) are not, so every
+kernel holds a channel axis in two parts of C0 and C1 columns (96 = 64 + 32; C1 = 0 for none).
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["load_columns", "load_rows", "load_vector", "store_rows", "store_statistics"]
+
+
+@triton.jit
+def load_rows(base, rows, live, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr):
+    """[rows, WIDTH] columns FIRST.. of a row-major matrix with N columns, zero outside."""
+    cols = FIRST + tl.arange(0, WIDTH)
+    at = base + rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    if FIRST + WIDTH <= N:
+        return tl.load(at, mask=live[:, None], other=0.0)
+    return tl.load(at, mask=live[:, None] & (cols < N)[None, :], other=0.0)
+
+
+@triton.jit
+def load_columns(
+    w, hidden, there, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr
+):
+    """[WIDTH, BH]: rows FIRST.. of w (N, hidden), at the hidden columns given."""
+    out = FIRST + tl.arange(0, WIDTH)
+    at = w + out[:, None] * stride + hidden[None, :]
+    return tl.load(at, mask=(out < N)[:, None] & there[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(
+    base, tile, rows, live, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr
+):
+    """Store a tile where `load_rows` would read it; rounds to the type of the memory."""
+    cols = FIRST + tl.arange(0, WIDTH)
+    at = base + rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    tl.store(at, tile.to(base.dtype.element_ty), mask=live[:, None] & (cols < N)[None, :])
+
+
+@triton.jit
+def load_vector(base, FIRST, WIDTH: tl.constexpr, N: tl.constexpr):
+    """[WIDTH] float32 elements FIRST.. of a vector of N, zero outside."""
+    i = FIRST + tl.arange(0, WIDTH)
+    return tl.load(base + i, mask=i < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_statistics(
+    base, tile, live, count, part, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr
+):
+    """Count, mean and sum of squared deviations of the live rows of a tile, per column.
+
+    `base` is (parts, 3, N). Deviations from the tile's own mean do not cancel as a sum of
+    squares would.
+    """
+    cols = FIRST + tl.arange(0, WIDTH)
+    mean = tl.sum(tl.where(live[:, None], tile, 0.0), axis=0) / count
+    off = tl.where(live[:, None], tile - mean[None, :], 0.0)
+    at = base + part.to(tl.int64) * (3 * N) + cols
+    inside = cols < N
+    tl.store(at, tl.zeros([WIDTH], tl.float32) + count, mask=inside)
+    tl.store(at + N, mean, mask=inside)
+    tl.store(at + 2 * N, tl.sum(off * off, axis=0), mask=inside)

@@ -1,0 +1,295 @@
+"""Depthwise convolution over (N, height, width, C) as a library op, with what surrounds it fused.
+
+`starlayers::dwconv(x, k, b, scale, shift, residual, stats)` returns `(y, mean, var)`:
+y = k * (scale x + shift) + b + residual, with zeros around the image *after* scale and shift, as
+a BatchNorm before a padded convolution has them. k is (C, 1, K, K) with odd K; b, scale, shift
+(C); the residual is shaped like y. With `stats`, mean and biased variance of y per channel, in
+float32, which carry gradients like any output.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from starlayers.kernels._op import (
+    ceil_div,
+    define_op,
+    given,
+    launch,
+    library_gradients,
+    multiprocessors,
+    no_autocast,
+)
+from starlayers.kernels._statistics import (
+    empty_statistics,
+    merged_statistics,
+    statistics_gradient,
+    upstream,
+    with_statistics,
+)
+
+__all__ = ["dwconv", "dwconv_backward"]
+
+
+ROWS = (8, 7, 4, 2)  # candidates for TH
+CHANNELS = (64, 32, 16)  # and for BC, from 32 bytes up
+ELEMENTS = 512  # BP * BC: four a thread
+WARPS = 4
+
+
+def _both_or_none(scale: Tensor | None, shift: Tensor | None) -> None:
+    if (scale is None) != (shift is None):
+        raise ValueError("dwconv: give both scale and shift, or neither")
+
+
+def _plain(
+    x: Tensor,
+    k: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    v = _affine(x, scale, shift).permute(0, 3, 1, 2)
+    b = None if b is None else b.to(x.dtype)
+    y = F.conv2d(v, k.to(x.dtype), b, padding=k.shape[-1] // 2, groups=k.shape[0])
+    y = y.permute(0, 2, 3, 1)
+    y = (y if residual is None else y + residual).contiguous()
+    return with_statistics(y, stats)
+
+
+def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    _both_or_none(scale, shift)
+    if scale is None or shift is None:
+        return x
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * scale + shift).to(x.dtype)
+
+
+def tile_shape(height: int, channels: int) -> tuple[int, int, int]:
+    """TH, BP, BC: as many rows, and as many channels, as leave the fewest idle; columns fill up."""
+    rows = min(ROWS, key=lambda n: (ceil_div(height, n) * n, -n))
+    across = min(CHANNELS, key=lambda n: (ceil_div(channels, n) * n, -n))
+    return rows, ELEMENTS // across, across
+
+
+def _kernel(
+    x: Tensor,
+    k: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward; see `starlayers.kernels.dwconv` for the contract."""
+    _both_or_none(scale, shift)
+    reduce = "statistics" if stats else ""
+    y, parts = _convolve(x, k, b=b, scale=scale, shift=shift, residual=residual, reduce=reduce)
+    if not stats:
+        return y, *empty_statistics(x)
+    return y, *merged_statistics(parts)
+
+
+def _backward_kernel(
+    dy: Tensor,
+    z: Tensor | None,
+    mean: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
+    x: Tensor,
+    k: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch both gradients; see `starlayers.kernels.dwconv` for the contract."""
+    x, dy, z = x.contiguous(), dy.contiguous(), None if z is None else z.contiguous()
+    reduce = "" if scale is None else "dot"
+    dx, parts = _convolve(
+        dy, k, flip=True, shift=q, z=z, zmean=mean, zscale=p, factor=scale, other=x, reduce=reduce
+    )
+    n, height, width, channels = x.shape
+    size = k.shape[-1]
+    th, bp, bc = tile_shape(height, channels)
+    tiles = ceil_div(n * width, bp) * ceil_div(height, th)
+    blocks = ceil_div(channels, bc)
+    # four programs a multiprocessor; the K columns of taps share what they read through the cache
+    programs = min(tiles, max(1, 4 * multiprocessors(x.device) // (blocks * size)))
+    sums = x.new_empty(programs, size * size + 1, channels, dtype=torch.float32)
+    if x.numel():
+        from starlayers.kernels.device.dwconv import dw_weights
+
+        launch(
+            dw_weights, (programs * blocks * size,),
+            dy, given(z, k), x, given(q, k), given(mean, k), given(p, k),
+            given(scale, k), given(shift, k), sums,
+            n * width, tiles, programs, HEIGHT=height, WIDTH=width, C=channels, K=size,
+            Z=z is not None, AFFINE=scale is not None, TH=th, BP=bp, BC=bc, num_warps=WARPS,
+        )  # fmt: skip
+    total = sums.sum(0)
+    dk = k.new_empty(k.shape)
+    dk.copy_(total[:-1].t().reshape(k.shape))
+    db = total[-1].clone()
+    if scale is None:
+        return dx, dk, db, *empty_statistics(x)
+    dshift, dscale = parts.sum(0).clone().unbind(0)
+    return dx, dk, db, dscale.clone(), dshift.clone()
+
+
+def _convolve(
+    x: Tensor,
+    k: Tensor,
+    *,
+    b: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    z: Tensor | None = None,
+    zmean: Tensor | None = None,
+    zscale: Tensor | None = None,
+    residual: Tensor | None = None,
+    factor: Tensor | None = None,
+    other: Tensor | None = None,
+    flip: bool = False,
+    reduce: str = "",
+) -> tuple[Tensor, Tensor]:
+    x, k = x.contiguous(), k.contiguous()
+    n, height, width, channels = x.shape
+    th, bp, bc = tile_shape(height, channels)
+    tiles = ceil_div(n * width, bp) * ceil_div(height, th)
+    y = x.new_empty(x.shape)
+    sums = {"": 0, "dot": 2, "statistics": 3}[reduce]
+    parts = x.new_empty(tiles if sums else 0, sums, channels, dtype=torch.float32)
+    z, residual, other = (None if t is None else t.contiguous() for t in (z, residual, other))
+    optional = (b, scale, shift, zmean, zscale, residual, other, factor)
+    b_, scale_, shift_, zmean_, zscale_, residual_, other_, factor_ = (
+        given(t, k) for t in optional
+    )
+    if x.numel():
+        from starlayers.kernels.device.dwconv import dw_convolve
+
+        launch(
+            dw_convolve, (tiles * ceil_div(channels, bc),),
+            x, given(z, k), k, b_, scale_, shift_, zmean_, zscale_, residual_,
+            other_, factor_, y, parts, n * width, HEIGHT=height, WIDTH=width, C=channels,
+            K=k.shape[-1], FLIP=flip, SCALE=scale is not None, SHIFT=shift is not None,
+            Z=z is not None, BIAS=b is not None, FACTOR=factor is not None,
+            RESIDUAL=residual is not None, REDUCE=reduce, TH=th, BP=bp, BC=bc, num_warps=WARPS,
+        )  # fmt: skip
+    return y, parts
+
+
+def _fake(
+    x: Tensor,
+    k: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kind = torch.float64 if x.dtype == torch.float64 and stats else torch.float32
+    size = x.shape[-1] if stats else 0
+    return x.new_empty(x.shape), x.new_empty(size, dtype=kind), x.new_empty(size, dtype=kind)
+
+
+dwconv = define_op("dwconv", _kernel, plain=_plain, fake=_fake)
+
+
+def _plain_backward(
+    dy: Tensor,
+    z: Tensor | None,
+    mean: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
+    x: Tensor,
+    k: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    g = upstream(dy, z, mean, p, q).permute(0, 3, 1, 2)
+    v = _affine(x, scale, shift).permute(0, 3, 1, 2)
+    channels, pad = k.shape[0], k.shape[-1] // 2
+    dv, dk, db = torch.ops.aten.convolution_backward(
+        g, v, k.to(x.dtype), [channels], [1, 1], [pad, pad], [1, 1], False, [0, 0], channels,
+        [True, True, True],
+    )  # fmt: skip
+    dv = dv.permute(0, 2, 3, 1)
+    dk = dk.to(k.dtype, memory_format=torch.contiguous_format)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    db = db.to(wide)
+    if scale is None:
+        return dv.contiguous(), dk, db, *empty_statistics(x)
+    dv = dv.to(wide)
+    dscale, dshift = (dv * x).sum((0, 1, 2)), dv.sum((0, 1, 2))
+    return (dv * scale).to(x.dtype).contiguous(), dk, db, dscale, dshift
+
+
+def _fake_backward(
+    dy: Tensor,
+    z: Tensor | None,
+    mean: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
+    x: Tensor,
+    k: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    vector = x.new_empty(x.shape[-1], dtype=wide)
+    if scale is None:
+        return x.new_empty(x.shape), k.new_empty(k.shape), vector, *empty_statistics(x)
+    return (
+        x.new_empty(x.shape),
+        k.new_empty(k.shape),
+        vector,
+        torch.empty_like(vector),
+        torch.empty_like(vector),
+    )
+
+
+dwconv_backward = define_op(
+    "dwconv_backward", _backward_kernel, plain=_plain_backward, fake=_fake_backward
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.stats = inputs
+    y, mean, _ = output
+    ctx.save_for_backward(*tensors, *((y, mean) if ctx.stats else ()))
+
+
+def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, ...]:
+    inputs = list(ctx.saved_tensors[:6])
+    stats = ctx.stats
+    if torch.is_grad_enabled():
+
+        def definition(*inputs: Any) -> Any:
+            outputs = _plain(*inputs, stats)  # type: ignore[call-arg]
+            return outputs if stats else outputs[0]
+
+        grads = [dy, dmean, dvar] if stats else [dy]
+        return *library_gradients(definition, inputs, ctx.needs_input_grad[:6], grads), None
+    x, k, b, scale, shift, residual = inputs
+    z = mean = p = q = None
+    if stats:
+        z, mean = ctx.saved_tensors[6:]
+        p, q = statistics_gradient(dmean, dvar, x[..., 0].numel())
+    with no_autocast(x):
+        dx, dk, db, dscale, dshift = dwconv_backward(dy, z, mean, p, q, x, k, scale, shift)
+        direct = upstream(dy, z, mean, p, q) if residual is not None else None
+    return (
+        dx,
+        dk,
+        None if b is None else db,
+        None if scale is None else dscale,
+        None if shift is None else dshift,
+        direct,
+        None,
+    )
+
+
+dwconv.register_autograd(_backward, setup_context=_save)

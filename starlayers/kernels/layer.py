@@ -1,0 +1,97 @@
+"""A `StarMLP` module on the fused ops: its types under autocast, and the op that fits its width."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from starlayers.backend import backend_name, compute_dtype
+from starlayers.kernels._dispatch import choose, tuning
+from starlayers.kernels._op import INTERPRET, cast, no_autocast
+from starlayers.kernels._tiles import MLP_BACKWARD, MLP_FORWARD, mlp_tile, split_columns
+from starlayers.kernels.star_linear import dgated, star_linear
+from starlayers.kernels.star_mlp import star_mlp
+from starlayers.kernels.star_mlp_wide import star_mlp_wide
+
+if TYPE_CHECKING:
+    from starlayers.modules import StarMLP
+
+__all__ = ["fused_star_mlp", "too_wide"]
+
+
+def fused_star_mlp(mlp: "StarMLP", x: Tensor, residual: Tensor | None) -> Tensor:
+    """`mlp(x)`, plus `residual` where there is one, where `fused_mlp_blocker` found no obstacle."""
+    dtype = compute_dtype(x)
+    f1, f2, g = mlp.f1, mlp.f2, mlp.g
+    owned = (f1.weight, f1.bias, f2.weight, f2.bias, g.weight, g.bias)
+    parameters = [cast(p, dtype) for p in owned]
+    with no_autocast(x):
+        rows = cast(x.reshape(-1, mlp.in_features), dtype)
+        shape = (*x.shape[:-1], mlp.out_features)
+        if x.device.type == "cpu" and not INTERPRET:
+            narrow = True
+        else:
+            training = torch.is_grad_enabled() and any(
+                t is not None and t.requires_grad for t in (x, *parameters)
+            )
+            narrow = too_wide(x.device, dtype, mlp, training=training) is None
+        if narrow:
+            inside = None
+            if residual is not None and residual.dtype == dtype and residual.shape == shape:
+                inside, residual = residual.reshape(-1, mlp.out_features), None
+            y, _, _ = star_mlp(rows, *parameters, inside, mlp.act, mlp.offset, False)
+        else:
+            gemm = _gemm(rows, parameters, mlp)
+            y, _, _ = star_mlp_wide(rows, *parameters, mlp.act, mlp.offset, mlp.recompute, gemm)
+    out: Tensor = y.view(shape)
+    return out if residual is None else residual + out
+
+
+def too_wide(
+    device: torch.device, dtype: torch.dtype, mlp: "StarMLP", *, training: bool
+) -> str | None:
+    """Why no tile keeps the hidden activation of `mlp` on chip, or None where one does."""
+    widths = (mlp.in_features, mlp.out_features)
+    width = max(sum(split_columns(w)) for w in widths)
+    needed = {"forward": MLP_FORWARD, **({"backward": MLP_BACKWARD["dx"]} if training else {})}
+    for name, table in needed.items():
+        if mlp_tile(table, device, width, dtype.itemsize) is None:
+            return f"{widths[0]} -> {widths[1]} channels are too wide for a {name} tile in {dtype}"
+    return None
+
+
+def _gemm(x: Tensor, parameters: Sequence[Tensor | None], mlp: "StarMLP") -> str:
+    """Who multiplies the matrices of a wide MLP: the library unless asked for or measured."""
+    if not _descriptors_serve(x, mlp):
+        return "library"
+    if backend_name() == "triton":
+        return "triton"
+    if not tuning() or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return "library"
+    held: list[Any] = [p if p is None else p.detach() for p in parameters]
+    w1, b1, w2, b2, w3, _ = held
+    x = x.detach()
+    dy = x.new_zeros(len(x), w3.shape[0])
+
+    def both(product: Any, gate: Any) -> object:
+        _, h1, h2 = product(x, w1, b1, w2, b2, mlp.act, mlp.offset, True)
+        return gate(dy, w3, h1, h2, mlp.act, mlp.offset)
+
+    key = (x.device, x.dtype, len(x), tuple(w1.shape), tuple(w3.shape), mlp.act)
+    candidates = {
+        "library": lambda: both(star_linear.plain, dgated.plain),
+        "triton": lambda: both(star_linear, dgated),
+    }
+    return choose(key, candidates)
+
+
+def _descriptors_serve(x: Tensor, mlp: "StarMLP") -> bool:
+    """Whether K2 and K5 can: 16-bit types, rows of whole 16 bytes, on Hopper, their only tiles."""
+    if INTERPRET:
+        return True
+    sizes = (mlp.in_features, mlp.hidden_features, mlp.out_features)
+    if x.element_size() != 2 or any(size % 8 for size in sizes):
+        return False
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] == 9
+    return hopper

@@ -1,0 +1,214 @@
+"""The element-wise star as library ops: forward and backward over two tensors or one packed one.
+
+`starlayers::star(x1, x2, ...)` is `functional.star_reference`; with `x2=None`, `x1` holds both
+branches in the halves of its last dimension, and so does the gradient. Nothing is written in place,
+and only the inputs are saved.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starlayers.activations import get_activation
+from starlayers.functional import star_reference
+from starlayers.kernels._op import ceil_div, define_op, launch, library_gradients, no_autocast
+
+__all__ = ["star", "star_backward"]
+
+ELEMENTS = 2048  # per program: 16 a thread, two 16-byte loads of each bfloat16 operand
+WARPS = 4
+
+Limits = list[float]
+
+
+def _limits(clamp: Limits) -> tuple[float, float] | None:
+    return (clamp[0], clamp[1]) if clamp else None
+
+
+def _branches(x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor]:
+    if x2 is not None:
+        return x1, x2
+    if x1.ndim == 0 or x1.shape[-1] % 2:
+        raise ValueError(f"a packed star needs an even last dimension, got {tuple(x1.shape)}")
+    half = x1.shape[-1] // 2
+    return x1[..., :half], x1[..., half:]
+
+
+def _plain(
+    x1: Tensor, x2: Tensor | None, act: str, offset: float, clamp1: Limits, clamp2: Limits
+) -> Tensor:
+    a, b = _branches(x1, x2)
+    return star_reference(
+        a, b, act, offset=offset, clamp1=_limits(clamp1), clamp2=_limits(clamp2)
+    ).contiguous()
+
+
+def tile_shape(rows: int, cols: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile: as wide as the rows are, up to the whole tile."""
+    wide = ELEMENTS
+    while wide // 2 >= cols and wide > 16:
+        wide //= 2
+    return ELEMENTS // wide, wide
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """(..., cols) as (rows, cols) with unit column stride; a copy only where no view is one."""
+    x = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _views(x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both branches as matrices."""
+    if x2 is None:
+        return _branches(_matrix(x1), None)
+    if x1.is_contiguous() and x2.is_contiguous():  # one long row: no ragged edge per row
+        return x1.view(1, -1), x2.view(1, -1)
+    return _matrix(x1), _matrix(x2)
+
+
+def _options(
+    act: str, offset: float, clamp1: list[float], clamp2: list[float], rows: int, cols: int
+) -> dict[str, object]:
+    br, bc = tile_shape(rows, cols)
+    low1, high1 = clamp1 or (0.0, 0.0)
+    low2, high2 = clamp2 or (0.0, 0.0)
+    return {
+        "ACT": act,
+        "OFFSET": offset,
+        "CLAMP1": bool(clamp1),
+        "LOW1": low1,
+        "HIGH1": high1,
+        "CLAMP2": bool(clamp2),
+        "LOW2": low2,
+        "HIGH2": high2,
+        "BR": br,
+        "BC": bc,
+        "num_warps": WARPS,
+    }
+
+
+def _grid(rows: int, cols: int) -> tuple[int]:
+    br, bc = tile_shape(rows, cols)
+    return (ceil_div(rows, br) * ceil_div(cols, bc),)
+
+
+def _kernel(
+    x1: Tensor, x2: Tensor | None, act: str, offset: float, clamp1: list[float], clamp2: list[float]
+) -> Tensor:
+    y = x1.new_empty(_branches(x1, x2)[0].shape)
+    if y.numel():
+        from starlayers.kernels.device.star import star_forward
+
+        a, b = _views(x1, x2)
+        rows, cols = a.shape
+        options = _options(act, offset, clamp1, clamp2, rows, cols)
+        launch(
+            star_forward, _grid(rows, cols), a, b, y, rows, cols, a.stride(0), b.stride(0),
+            **options,
+        )  # fmt: skip
+    return y
+
+
+def _backward_kernel(
+    dy: Tensor,
+    x1: Tensor,
+    x2: Tensor | None,
+    act: str,
+    offset: float,
+    clamp1: list[float],
+    clamp2: list[float],
+) -> tuple[Tensor, Tensor]:
+    d1 = x1.new_empty(x1.shape)
+    d2 = x1.new_empty(0 if x2 is None else x2.shape)
+    if x1.numel():
+        from starlayers.kernels.device.star import star_grad
+
+        a, b = _views(x1, x2)
+        rows, cols = a.shape
+        g = dy.contiguous().view(rows, cols) if rows == 1 else _matrix(dy)
+        if x2 is None:
+            packed = d1.view(-1, 2 * cols)
+            out1, out2 = packed[:, :cols], packed[:, cols:]
+        else:
+            out1, out2 = d1.view(rows, cols), d2.view(rows, cols)
+        options = _options(act, offset, clamp1, clamp2, rows, cols)
+        launch(
+            star_grad, _grid(rows, cols), g, a, b, out1, out2, rows, cols,
+            g.stride(0), a.stride(0), b.stride(0), out1.stride(0), **options,
+        )  # fmt: skip
+    return d1, d2
+
+
+def _fake(
+    x1: Tensor, x2: Tensor | None, act: str, offset: float, clamp1: Limits, clamp2: Limits
+) -> Tensor:
+    return x1.new_empty(_branches(x1, x2)[0].shape)
+
+
+star = define_op("star", _kernel, plain=_plain, fake=_fake)
+
+
+def _plain_backward(
+    dy: Tensor,
+    x1: Tensor,
+    x2: Tensor | None,
+    act: str,
+    offset: float,
+    clamp1: Limits,
+    clamp2: Limits,
+) -> tuple[Tensor, Tensor]:
+    row = get_activation(act)
+    a, b = _branches(x1, x2)
+    inner = a.clamp(*_limits(clamp1)) if clamp1 else a  # type: ignore[misc]
+    outer = b.clamp(*_limits(clamp2)) if clamp2 else b  # type: ignore[misc]
+    slope = row.derivative(inner)
+    # 0 where the activation is flat, also for an infinite dy
+    d1 = (dy * (outer + offset) * slope).where(slope != 0, 0)
+    d2 = dy * row.fn(inner)
+    if clamp1:
+        d1 = d1.where((a > clamp1[0]) & (a < clamp1[1]), 0)
+    if clamp2:
+        d2 = d2.where((b > clamp2[0]) & (b < clamp2[1]), 0)
+    if x2 is None:
+        return torch.cat((d1, d2), -1), dy.new_empty(0)
+    return d1.contiguous(), d2.contiguous()
+
+
+def _fake_backward(
+    dy: Tensor,
+    x1: Tensor,
+    x2: Tensor | None,
+    act: str,
+    offset: float,
+    clamp1: Limits,
+    clamp2: Limits,
+) -> tuple[Tensor, Tensor]:
+    return x1.new_empty(x1.shape), x1.new_empty(0 if x2 is None else x2.shape)
+
+
+star_backward = define_op(
+    "star_backward", _backward_kernel, plain=_plain_backward, fake=_fake_backward
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x1, x2, *ctx.options = inputs
+    ctx.save_for_backward(x1, x2)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x1, x2 = ctx.saved_tensors
+    if torch.is_grad_enabled():
+
+        def definition(x1: Tensor, x2: Tensor | None) -> Tensor:
+            return _plain(x1, x2, *ctx.options)
+
+        grads = library_gradients(definition, [x1, x2], ctx.needs_input_grad[:2], [dy])
+        return *grads, None, None, None, None
+    with no_autocast(x1):
+        d1, d2 = star_backward(dy, x1, x2, *ctx.options)
+    return d1, (None if x2 is None else d2), None, None, None, None
+
+
+star.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,132 @@
+"""K2 and K5 as library ops: the two matrix products of a wide star MLP that can take the star in.
+
+`starlayers::star_linear(x, w1, b1, w2, b2, act, offset, save)` returns `(s, h1, h2)`: both branches
+of x (rows, in) and their star s (rows, out); h1 and h2 are empty without `save`.
+`starlayers::dgated(dy, w3, h1, h2, act, offset)` returns `(d1, d2, s)` for s w3' = y: the gradients
+of both branches and the star itself again, so that it need not have been saved.
+
+The kernels want Hopper's tensor descriptors and 16-bit types; elsewhere `plain` is the better
+program: the vendor's matrix products and K1. Neither has a gradient; `star_mlp_wide` uses both.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from starlayers.kernels._op import ceil_div, define_op, given, launch
+from starlayers.kernels.star import star, star_backward
+
+__all__ = ["dgated", "star_linear"]
+
+BM, BN, BK = 128, 128, 64
+GROUP = 8  # row tiles that share their columns in cache
+WARPS = 8
+STAGES = {"star_linear": 4, "dgated": 4}
+
+
+def _plain(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    act: str,
+    offset: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    h1, h2 = F.linear(x, w1, b1), F.linear(x, w2, b2)
+    s = star(h1, h2, act, offset, [], [])
+    return (s, h1, h2) if save else (s, x.new_empty(0), x.new_empty(0))
+
+
+def _kernel(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    act: str,
+    offset: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from starlayers.kernels.device.star_linear import star_linear
+
+    x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
+    m, k = x.shape
+    n = w1.shape[0]
+    s = x.new_empty(m, n)
+    h1, h2 = (x.new_empty(m, n), x.new_empty(m, n)) if save else (s, s)
+
+    def described(t: Tensor, rows: int, cols: int) -> Any:
+        return TensorDescriptor.from_tensor(t, [rows, cols])
+
+    if s.numel():
+        launch(
+            star_linear, (ceil_div(m, BM) * ceil_div(n, BN),),
+            described(x, BM, BK), described(w1, BN, BK), given(b1, w1),
+            described(w2, BN, BK), given(b2, w1),
+            described(s, BM, BN), described(h1, BM, BN), described(h2, BM, BN), m, n, k,
+            ACT=act, OFFSET=offset, BIAS1=b1 is not None, BIAS2=b2 is not None, SAVE=save,
+            BM=BM, BN=BN, BK=BK, GROUP=GROUP, num_warps=WARPS, num_stages=STAGES["star_linear"],
+        )  # fmt: skip
+    return (s, h1, h2) if save else (s, x.new_empty(0), x.new_empty(0))
+
+
+def _fake(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    act: str,
+    offset: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (x.shape[0], w1.shape[0])
+    saved = shape if save else (0,)
+    return x.new_empty(shape), x.new_empty(saved), x.new_empty(saved)
+
+
+star_linear = define_op("star_linear", _kernel, plain=_plain, fake=_fake, traced=False)
+
+
+def _plain_dgated(
+    dy: Tensor, w3: Tensor, h1: Tensor, h2: Tensor, act: str, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    d1, d2 = star_backward(dy @ w3, h1, h2, act, offset, [], [])
+    return d1, d2, star(h1, h2, act, offset, [], [])
+
+
+def _dgated_kernel(
+    dy: Tensor, w3: Tensor, h1: Tensor, h2: Tensor, act: str, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from starlayers.kernels.device.star_linear import dgated
+
+    dy, w3, h1, h2 = (t.contiguous() for t in (dy, w3, h1, h2))
+    m, k = dy.shape
+    n = w3.shape[1]
+    d1, d2, s = (torch.empty_like(h1) for _ in range(3))
+    if s.numel():
+        halves = (TensorDescriptor.from_tensor(t, [BM, BN // 2]) for t in (h1, h2, d1, d2, s))
+        launch(
+            dgated, (ceil_div(m, BM) * ceil_div(n, BN),),
+            TensorDescriptor.from_tensor(dy, [BM, BK]), TensorDescriptor.from_tensor(w3, [BK, BN]),
+            *halves, m, n, k, ACT=act, OFFSET=offset,
+            BM=BM, BN=BN, BK=BK, GROUP=GROUP, num_warps=WARPS, num_stages=STAGES["dgated"],
+        )  # fmt: skip
+    return d1, d2, s
+
+
+def _fake_dgated(
+    dy: Tensor, w3: Tensor, h1: Tensor, h2: Tensor, act: str, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(h1), torch.empty_like(h1), torch.empty_like(h1)
+
+
+dgated = define_op("dgated", _dgated_kernel, plain=_plain_dgated, fake=_fake_dgated, traced=False)

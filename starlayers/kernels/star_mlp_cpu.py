@@ -1,0 +1,88 @@
+"""The star MLP on CPUs: a block of rows at a time, so that its hidden activation stays in cache."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from starlayers.activations import get_activation
+
+__all__ = ["blocked_backward", "blocked_forward"]
+
+# Bytes of one hidden branch of a block. Measured flat from 1 to 4 MiB on two cores with 512 KiB of
+# L2 each and 32 MiB of L3; below, the matrix products get too thin, above, the cache is lost.
+BLOCK_BYTES = 2 * 2**20
+
+
+def _block_rows(hidden: int, element_size: int) -> int:
+    return max(64, BLOCK_BYTES // (hidden * element_size))
+
+
+def blocked_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    act: str,
+    offset: float,
+) -> Tensor:
+    """`star_mlp_reference` for `x` of shape (rows, in); returns (rows, out)."""
+    y = x.new_empty(x.shape[0], w3.shape[0])
+    fn = get_activation(act).fn
+    rows = min(_block_rows(w3.shape[1], x.element_size()), x.shape[0])
+    # the two hidden buffers are reused: a fresh one per block would cost its page faults again
+    h1, h2 = x.new_empty(2, rows, w3.shape[1])
+    for xi, yi in zip(x.split(rows), y.split(rows), strict=True):
+        a, s = h1[: len(xi)], h2[: len(xi)]
+        _linear(xi, w1, b1, out=a)
+        _linear(xi, w2, b2, out=s)
+        if offset:
+            s += offset
+        s *= fn(a)
+        _linear(s, w3, b3, out=yi)
+    return y
+
+
+def blocked_backward(
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    act: str,
+    offset: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by recomputation: dx, dw1, db1, dw2, db2, dw3, db3."""
+    row = get_activation(act)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dw1, dw2, dw3 = (
+        torch.zeros_like(w, memory_format=torch.contiguous_format) for w in (w1, w2, w3)
+    )
+    db1, db2 = x.new_zeros(w1.shape[0]), x.new_zeros(w2.shape[0])
+    rows = _block_rows(w3.shape[1], x.element_size())
+    for xi, dyi, dxi in zip(x.split(rows), dy.split(rows), dx.split(rows), strict=True):
+        h1, h2 = F.linear(xi, w1, b1), F.linear(xi, w2, b2)
+        if offset:
+            h2 += offset
+        a = row.fn(h1)
+        ds = dyi @ w3
+        dw3.addmm_(dyi.t(), a * h2)
+        d1 = h2.mul_(ds).mul_(row.derivative(h1))
+        d2 = ds.mul_(a)
+        torch.mm(d1, w1, out=dxi).addmm_(d2, w2)
+        dw1.addmm_(d1.t(), xi)
+        dw2.addmm_(d2.t(), xi)
+        db1 += d1.sum(0)
+        db2 += d2.sum(0)
+    return dx, dw1, db1, dw2, db2, dw3, dy.sum(0)
+
+
+def _linear(x: Tensor, w: Tensor, b: Tensor | None, *, out: Tensor) -> None:
+    if b is None:
+        torch.mm(x, w.t(), out=out)
+    else:
+        torch.addmm(b, x, w.t(), out=out)

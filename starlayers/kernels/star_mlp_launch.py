@@ -1,0 +1,184 @@
+"""Launches of the star MLP kernels K3, K4 and K7: tiles, strides and partial sums."""
+
+import torch
+from torch import Tensor
+
+from starlayers.kernels._op import ceil_div, given, launch, multiprocessors, precision, unit_stride
+from starlayers.kernels._statistics import empty_statistics, merged_statistics
+from starlayers.kernels._tiles import MLP_BACKWARD, MLP_FORWARD, Tile, mlp_tile, split_columns
+
+__all__ = ["dw_star_mlp_kernel", "star_mlp_backward_kernel", "star_mlp_kernel"]
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def star_mlp_kernel(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    offset: float,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch K3; see `starlayers.kernels.star_mlp` for the contract."""
+    return _launch(x, w1, b1, w2, b2, w3, b3, residual, act, offset, stats)
+
+
+def dw_star_mlp_kernel(
+    x: Tensor,
+    k: Tensor,
+    kb: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    act: str,
+    offset: float,
+) -> Tensor:
+    """Launch K7 on x (N, height, width, C), kernels k (C, 1, K, K) and their bias kb (C)."""
+    n, height, width, channels = x.shape
+    rows = unit_stride(x.reshape(-1, channels))
+    conv = (k.contiguous(), kb.contiguous(), k.shape[-1], height, width)
+    y, _, _ = _launch(rows, w1, b1, w2, b2, w3, b3, None, act, offset, False, conv)
+    return y.view(n, height, width, w3.shape[0])
+
+
+def _launch(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    offset: float,
+    stats: bool,
+    conv: tuple[Tensor, Tensor, int, int, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, w1, w2, w3 = (unit_stride(t) for t in (x, w1, w2, w3))
+    rows, channels = x.shape
+    out, hidden = w3.shape
+    y = x.new_empty(rows, out)
+    c0, c1 = split_columns(channels)
+    o0, o1 = split_columns(out)
+    tile = mlp_tile(MLP_FORWARD, x.device, max(c0 + c1, o0 + o1), x.element_size())
+    if tile is None:
+        raise ValueError(f"no star MLP tile for {channels} -> {out} channels on {x.device}")
+    programs = ceil_div(rows, tile.rows)
+    parts = x.new_empty(programs if stats else 0, 3, out, dtype=torch.float32)
+    residual = None if residual is None else unit_stride(residual)
+    k, kb, size, height, width = conv or (w1, w1, 0, 1, 1)
+    if rows:
+        from starlayers.kernels.device.star_mlp_forward import mlp_forward
+
+        launch(
+            mlp_forward, (programs,),
+            x, w1, given(b1, w1), w2, given(b2, w1), w3, given(b3, w1), given(residual, w1), k, kb,
+            y, parts, rows,
+            stride_x=x.stride(0), stride_w1=w1.stride(0), stride_w2=w2.stride(0),
+            stride_w3=w3.stride(0), stride_r=0 if residual is None else residual.stride(0),
+            C=channels, H=hidden, OUT=out, ACT=act, OFFSET=offset,
+            BIAS1=b1 is not None, BIAS2=b2 is not None, BIAS3=b3 is not None,
+            RESIDUAL=residual is not None, STATS=stats, KSIZE=size, HEIGHT=height, WIDTH=width,
+            PRECISION=precision(x), BM=tile.rows, BH=tile.hidden, C0=c0, C1=c1, O0=o0, O1=o1,
+            STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    if not stats:
+        return y, *empty_statistics(x)
+    return y, *merged_statistics(parts)
+
+
+def star_mlp_backward_kernel(
+    dy: Tensor,
+    z: Tensor | None,
+    mean: Tensor | None,
+    p: Tensor | None,
+    q: Tensor | None,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    act: str,
+    offset: float,
+) -> Gradients:
+    """Launch K4; see `starlayers.kernels.star_mlp` for the contract."""
+    from starlayers.kernels.device.star_mlp_backward import mlp_dw, mlp_dx
+
+    dy, x, w1, w2, w3 = (unit_stride(t) for t in (dy, x, w1, w2, w3))
+    z = None if z is None else unit_stride(z)
+    rows, channels = x.shape
+    out, hidden = w3.shape
+    c0, c1 = split_columns(channels)
+    o0, o1 = split_columns(out)
+    width = max(c0 + c1, o0 + o1)
+    same = {
+        "stride_z": 0 if z is None else z.stride(0),
+        "stride_x": x.stride(0), "stride_w1": w1.stride(0), "stride_w2": w2.stride(0),
+        "stride_w3": w3.stride(0), "C": channels, "H": hidden, "OUT": out, "ACT": act,
+        "OFFSET": offset, "BIAS1": b1 is not None, "BIAS2": b2 is not None,
+        "PRECISION": precision(x), "C0": c0, "C1": c1, "O0": o0, "O1": o1,
+    }  # fmt: skip
+    inputs = (
+        given(z, w1), given(mean, w1), given(p, w1), given(q, w1), x,
+        w1, given(b1, w1), w2, given(b2, w1), w3,
+    )  # fmt: skip
+    dx = x.new_empty(rows, channels)
+
+    def tiled(tile: Tile) -> dict[str, int]:
+        return {
+            "BM": tile.rows, "BH": tile.hidden, "STAGES": tile.stages,
+            "num_warps": tile.warps, "num_stages": tile.stages,
+        }  # fmt: skip
+
+    def weights(tile: Tile, dy: Tensor, *, with_dx: bool) -> tuple[Tensor, ...]:
+        chunks = ceil_div(hidden, tile.hidden)
+        # two waves of programs at most: every one of them writes all of its weight gradients
+        most = max(1, 2 * multiprocessors(x.device) // chunks)
+        programs = min(most, ceil_div(rows, tile.rows))
+        parts = x.new_empty(programs, hidden, 2 * channels + out + 2, dtype=torch.float32)
+        parts3 = x.new_empty(programs, out, dtype=torch.float32)
+        if rows:
+            launch(
+                mlp_dw, (chunks, programs), dy, *inputs, dx, parts, parts3, rows, programs,
+                DX=with_dx, AFFINE=with_dx and z is not None, stride_dy=dy.stride(0),
+                **same, **tiled(tile),
+            )  # fmt: skip
+        dw1, dw2, dw3, db = parts.sum(0).split((channels, channels, out, 2), 1)
+        return dw1, db[:, 0], dw2, db[:, 1], dw3.t(), parts3.sum(0)
+
+    whole = mlp_tile(MLP_BACKWARD["all"], x.device, width, x.element_size())
+    if whole is not None and hidden <= whole.hidden:
+        return _typed(dx, weights(whole, dy, with_dx=True), w1)
+    tile = mlp_tile(MLP_BACKWARD["dx"], x.device, width, x.element_size())
+    if tile is None:
+        raise ValueError(f"no backward tile for {channels} -> {out} channels on {x.device}")
+    separate = mlp_tile(MLP_BACKWARD["dw"], x.device, width, x.element_size())
+    spill = separate is None
+    d1, d2, s = (x.new_empty(rows if spill else 0, hidden) for _ in range(3))
+    g = dy if z is None else x.new_empty(rows, out)
+    if rows:
+        launch(
+            mlp_dx, (ceil_div(rows, tile.rows),), dy, *inputs, dx, g, d1, d2, s, rows,
+            SPILL=spill, AFFINE=z is not None, stride_dy=dy.stride(0), **same, **tiled(tile),
+        )  # fmt: skip
+    if separate is not None:
+        return _typed(dx, weights(separate, g, with_dx=False), w1)
+    db1, db2, db3 = (t.sum(0, dtype=torch.float32) for t in (d1, d2, g))
+    return _typed(dx, (d1.t() @ x, db1, d2.t() @ x, db2, g.t() @ s, db3), w1)
+
+
+def _typed(dx: Tensor, grads: tuple[Tensor, ...], w: Tensor) -> Gradients:
+    # copies: the outputs of an op may not share memory, and these are views of the same sums
+    dw1, db1, dw2, db2, dw3, db3 = (g.new_empty(g.shape, dtype=w.dtype).copy_(g) for g in grads)
+    return dx, dw1, db1, dw2, db2, dw3, db3

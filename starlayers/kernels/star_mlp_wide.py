@@ -1,0 +1,127 @@
+"""The star MLP too wide to stay on chip: matrix products, and the star in or between them.
+
+`starlayers::star_mlp_wide(x, w1, b1, w2, b2, w3, b3, act, offset, recompute, gemm)` returns
+`(y, h1, h2)`: y is `functional.star_mlp_reference`; the branches h1 and h2 are kept for the
+backward, or with `recompute` computed again there (both then empty): the product itself is never
+kept. `gemm` names who multiplies: "library" (cuBLAS, then K1) or "triton" (K2 and K5).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from starlayers.functional import star_mlp_reference
+from starlayers.kernels._op import library_gradients, no_autocast
+from starlayers.kernels.star import star, star_backward
+from starlayers.kernels.star_linear import dgated, star_linear
+
+__all__ = ["star_mlp_wide"]
+
+
+def _branches(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    act: str,
+    offset: float,
+    gemm: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if gemm == "triton":
+        s, h1, h2 = star_linear(x, w1, b1, w2, b2, act, offset, save)
+        return s, h1, h2
+    h1, h2 = F.linear(x, w1, b1), F.linear(x, w2, b2)
+    return star(h1, h2, act, offset, [], []), h1, h2
+
+
+@torch.library.custom_op("starlayers::star_mlp_wide", mutates_args=())
+def star_mlp_wide(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    act: str,
+    offset: float,
+    recompute: bool,
+    gemm: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute y of x (rows, in), and the branches unless they are to be recomputed."""
+    s, h1, h2 = _branches(x, w1, b1, w2, b2, act, offset, gemm, save=not recompute)
+    y = F.linear(s, w3, b3)
+    return (y, x.new_empty(0), x.new_empty(0)) if recompute else (y, h1, h2)
+
+
+@star_mlp_wide.register_fake
+def _(x, w1, b1, w2, b2, w3, b3, act, offset, recompute, gemm):  # type: ignore[no-untyped-def]
+    saved = 0 if recompute else (x.shape[0], w1.shape[0])
+    return x.new_empty(x.shape[0], w3.shape[0]), x.new_empty(saved), x.new_empty(saved)
+
+
+@torch.library.custom_op("starlayers::star_mlp_wide_backward", mutates_args=())
+def star_mlp_wide_backward(
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    h1: Tensor,
+    h2: Tensor,
+    act: str,
+    offset: float,
+    recompute: bool,
+    gemm: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients: dx, dw1, db1, dw2, db2, dw3, db3."""
+    if recompute:
+        _, h1, h2 = _branches(x, w1, b1, w2, b2, act, offset, gemm, save=True)
+    if gemm == "triton":
+        d1, d2, s = dgated(dy, w3, h1, h2, act, offset)
+    else:
+        d1, d2 = star_backward(dy @ w3, h1, h2, act, offset, [], [])
+        s = star(h1, h2, act, offset, [], [])
+    dx = (d1 @ w1).addmm_(d2, w2)
+    dw1, dw2, dw3 = d1.t() @ x, d2.t() @ x, dy.t() @ s
+    return dx, dw1, d1.sum(0), dw2, d2.sum(0), dw3, dy.sum(0)
+
+
+@star_mlp_wide_backward.register_fake
+def _(dy, x, w1, b1, w2, b2, w3, h1, h2, *options):  # type: ignore[no-untyped-def]
+    hidden, out = w1.shape[0], w3.shape[0]
+    shapes = (x.shape, w1.shape, (hidden,), w2.shape, (hidden,), w3.shape, (out,))
+    return tuple(x.new_empty(shape) for shape in shapes)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.act, ctx.offset, ctx.recompute, ctx.gemm = inputs
+    _, h1, h2 = output
+    ctx.mark_non_differentiable(h1, h2)
+    ctx.save_for_backward(*tensors, h1, h2)
+
+
+def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    *inputs, h1, h2 = ctx.saved_tensors
+    nothing = (None,) * 4
+    if torch.is_grad_enabled():
+
+        def definition(*inputs: Any) -> Tensor:
+            return star_mlp_reference(*inputs, ctx.act, offset=ctx.offset)  # type: ignore[misc]
+
+        return *library_gradients(definition, inputs, ctx.needs_input_grad[:7], [dy]), *nothing
+    x, w1, b1, w2, b2, w3, _b3 = inputs
+    with no_autocast(x):
+        grads = star_mlp_wide_backward(
+            dy, x, w1, b1, w2, b2, w3, h1, h2, ctx.act, ctx.offset, ctx.recompute, ctx.gemm
+        )
+    return *(None if t is None else g for t, g in zip(inputs, grads, strict=True)), *nothing
+
+
+star_mlp_wide.register_autograd(_backward, setup_context=_save)

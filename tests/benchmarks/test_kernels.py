@@ -1,0 +1,233 @@
+"""Compiled kernels: what is compiled, what fails, and the floors their speed is held against."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import kernels_floor as floors
+
+triton = pytest.importorskip("triton")
+
+from benchmarks import kernels  # noqa: E402
+from benchmarks.aot import TARGETS, Stats, amd_stats, parse_ptxas  # noqa: E402
+from benchmarks.kernels_variants import WIDTHS, variants  # noqa: E402
+from starlayers.kernels import _tiles  # noqa: E402
+from starlayers.kernels._tiles import MLP_BACKWARD, MLP_FORWARD, split_columns  # noqa: E402
+
+FINE = Stats(registers=168, spill=0, shared=65536, matrix=12, programs=2)
+
+
+@pytest.fixture(scope="module")
+def everything():
+    return list(variants())
+
+
+def first(everything, kernel, target, size=2):
+    return next(v for v in everything if (v.kernel, v.target, v.size) == (kernel, target, size))
+
+
+def test_every_row_of_every_table_is_compiled(everything):
+    rows = {(v.kernel, v.row, v.target, v.size) for v in everything if v.kernel[:2] in ("K3", "K4")}
+    tables = [MLP_FORWARD, *MLP_BACKWARD.values()]
+    # a row of the small family is compiled for two GPUs
+    count = sum(
+        len(rows) * (1 + family.startswith("small"))
+        for table in tables
+        for family, rows in table.items()
+    )
+    assert len(rows) == count
+    assert {v.target for v in everything} == set(TARGETS)
+
+
+def test_every_row_has_a_hidden_axis_that_is_no_power_of_two(everything):
+    for v in everything:
+        if v.kernel in ("K3", "K7"):
+            same = [u for u in everything if (u.kernel, u.row, u.size) == ("K3", v.row, v.size)]
+            assert any(u.constants["H"] & (u.constants["H"] - 1) for u in same)
+
+
+def test_variants_are_what_the_library_would_launch(everything):
+    for v in everything:
+        if v.kernel == "K4 dx":
+            width, kind = sum(split_columns(v.constants["C"])), " float32" * (v.size == 4)
+            family = {"sm_90": "sm_90", "sm_80": "sm_80"}.get(v.target, "small")
+            separate = MLP_BACKWARD["dw"].get(family + kind, {})
+            assert v.constants["SPILL"] == (not any(row >= width for row in separate))
+    assert {v.constants["C"] for v in everything if v.kernel == "K3"} == set(WIDTHS)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, []),
+        ({"spill": 8}, ["spills 8 bytes"]),
+        ({"matrix": 0}, ["no HGMMA"]),
+        ({"shared": 232449}, ["shared memory"]),
+        ({"spill": 4, "matrix": 0}, ["spills 4 bytes", "no HGMMA"]),
+        ({"registers": 255, "serialized": True}, []),
+    ],
+)
+def test_offences(everything, change, words):
+    reasons = kernels.offences(first(everything, "K3", "sm_90"), replace(FINE, **change))
+    assert len(reasons) == len(words)
+    for reason, word in zip(reasons, words, strict=True):
+        assert word in reason
+
+
+def test_what_is_no_offence_elsewhere(everything):
+    scalar = replace(FINE, matrix=0)
+    assert not kernels.offences(first(everything, "K3", "sm_80"), scalar)
+    assert not kernels.offences(first(everything, "K3", "sm_90", size=4), scalar)
+    assert not kernels.offences(first(everything, "K6 weights", "sm_90"), scalar)
+    # 64 KiB is all an MI300 has; its compiler's scratch memory is reported only
+    amd = first(everything, "K3", "gfx942")
+    assert not kernels.offences(amd, replace(FINE, spill=64))
+    assert kernels.offences(amd, replace(FINE, shared=65537))
+    assert kernels.offences(amd, "CompilationError: no") == [
+        "does not compile: CompilationError: no"
+    ]
+
+
+def test_an_offence_fails_the_program_and_is_named(everything, monkeypatch, tmp_path, capsys):
+    chosen = [first(everything, "K3", "sm_90"), first(everything, "K4 dx", "sm_80")]
+    monkeypatch.setattr(kernels, "variants", lambda: iter(chosen))
+    monkeypatch.setattr(kernels, "compile_all", lambda todo: [FINE, replace(FINE, spill=12)])
+    page = tmp_path / "page.md"
+    with pytest.raises(kernels.typer.Exit) as failure:
+        kernels.main(out=page)
+    assert failure.value.exit_code == 1
+    assert "K4 dx" in (err := capsys.readouterr().err)
+    assert "spills 12 bytes a thread" in err
+    assert page.read_text().count("\n| K") == 2
+
+
+def test_the_table_shows_the_worst_variant_of_a_row(everything):
+    v = first(everything, "K3", "sm_90")
+    same = [u for u in everything if (u.row, u.kernel, u.target) == (v.row, v.kernel, v.target)]
+    found = {u: replace(FINE, registers=100 + i) for i, u in enumerate(same)}
+    found[same[1]] = replace(FINE, spill=4)
+    (row,) = kernels.table_rows(found)
+    assert (row.variant, row.compiled) == (same[1], len(same))
+
+
+def test_registers_are_those_of_the_entry_function():
+    log = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
+ptxas info    : Function properties for k
+    8 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers
+ptxas info    : Function properties for helper
+    0 bytes stack frame, 16 bytes spill stores, 0 bytes spill loads
+"""
+    helper = "ptxas info    : Function properties for helper\n    0 bytes stack frame\n"
+    assert parse_ptxas(log) == (168, 28)
+    assert parse_ptxas(helper + log)[0] == 168
+    with pytest.raises(ValueError, match="no entry function"):
+        parse_ptxas(helper)
+
+
+def test_amd_registers_hold_the_accumulators_once():
+    asm = ".agpr_count: 196\n.private_segment_fixed_size: 24\n.vgpr_count: 452\n v_mfma_f32"
+    found = amd_stats(asm, 16384, TARGETS["gfx942"], 4)
+    assert found == Stats(452, 24, 16384, 1, 1)
+
+
+def test_a_small_configuration_compiles_for_every_gpu(everything):
+    chosen = {
+        v.target: i
+        for i, v in enumerate(everything)
+        if (v.kernel, v.size, v.constants.get("C")) == ("K3", 2, 32)
+    }
+    assert set(chosen) == set(TARGETS)
+    # in a process of its own: this one may run kernels in the interpreter
+    code = f"""if True:
+        from benchmarks.kernels import compile_variant, offences
+        from benchmarks.kernels_variants import variants
+        everything = list(variants())
+        for i in {list(chosen.values())}:
+            v = everything[i]
+            found = compile_variant(v)
+            assert not offences(v, found), (v.target, offences(v, found))
+            assert found.registers > 32 and found.matrix and found.programs, (v.target, found)"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_float32_has_tiles_of_its_own(monkeypatch):
+    gpu = _tiles.torch.device("cuda")
+    monkeypatch.setattr(_tiles, "INTERPRET", False)
+    monkeypatch.setattr(_tiles, "family", lambda device: "sm_90")
+    tile = _tiles.mlp_tile
+    assert tile(MLP_FORWARD, gpu, 64) is MLP_FORWARD["sm_90"][64]
+    assert tile(MLP_FORWARD, gpu, 64, 4) is MLP_FORWARD["sm_90 float32"][64]
+    assert tile(MLP_FORWARD, gpu, 40, 4) is MLP_FORWARD["sm_90 float32"][64]
+    assert tile(MLP_FORWARD, gpu, 256, 4) is None
+    assert tile(MLP_BACKWARD["all"], gpu, 32, 4) is None  # not even a table
+    # bfloat16 reaches kernels as float32 there, and nothing spills
+    monkeypatch.setattr(_tiles, "INTERPRET", True)
+    assert tile(MLP_FORWARD, gpu, 256, 4) is MLP_FORWARD["sm_90"][256]
+
+
+# StarNet-S4, batch 256, in microseconds: K3 bytes, K4 bytes, K6 bytes, K6 multiply-adds, and the
+# bytes of K3's work unfused and by Inductor
+S4 = {
+    56: (32, 34.3, 51.4, 34.3, 42.4, 599, 462),
+    28: (64, 17.2, 25.8, 17.1, 21.2, 300, 231),
+    14: (128, 8.7, 13.1, 8.6, 10.6, 150, 116),
+    7: (256, 4.8, 7.5, 4.3, 5.3, 75, 58),
+}
+
+
+@pytest.mark.parametrize("side", S4)
+def test_floors_of_starnet_s4(side):
+    width, forward, backward, depthwise, fma, eager, inductor = S4[side]
+    rows, hidden = 256 * side**2, 4 * width
+    k3 = floors.mlp_forward(rows, width, hidden)
+    assert k3.micros[:2] == pytest.approx((forward, 25.0), abs=0.06)
+    assert k3.floor == max(k3.micros)
+    assert k3.eager / 3e6 == pytest.approx(eager, abs=0.6)
+    assert k3.inductor / 3e6 == pytest.approx(inductor, abs=0.6)
+    k4 = floors.mlp_backward_ideal(rows, width, hidden)
+    assert k4.micros[:2] == pytest.approx((backward, 66.6), abs=0.06)
+    k6 = floors.depthwise_forward(rows, width)
+    assert (k6.micros[0], k6.micros[2]) == pytest.approx((depthwise, fma), abs=0.06)
+
+
+def test_the_shipped_backward_costs_more_than_one_pass():
+    rows, hidden = 256 * 56**2, 128
+    one = floors.mlp_backward_ideal(rows, 32, hidden)
+    shipped = floors.mlp_backward(rows, 32, hidden)
+    assert shipped.kernel == "K4 all"
+    assert shipped.flops == one.flops
+    # 264 programs write sums of 128 x 98 floats, which are read once
+    assert shipped.bytes - one.bytes == 2 * 4 * 264 * 128 * 98
+    twice = floors.mlp_backward(256 * 28**2, 64, 256)
+    assert (twice.kernel, twice.flops / one.flops) == ("K4 dx + dw", 22 / 16)
+    spilt = floors.mlp_backward(256 * 7**2, 256, 1024)
+    assert spilt.kernel == "K4 dx + products"
+    # 8 passes over (rows, hidden), 7 over (rows, channels), weights in and gradients out
+    elements = 256 * 49 * (8 * 1024 + 7 * 256) + 6 * 256 * 1024
+    assert spilt.bytes == 2 * elements
+    with pytest.raises(ValueError, match="no K4 tile"):
+        floors.mlp_backward(64, 512, 2048)
+
+
+def test_floors_of_llama_and_policies():
+    tokens, width, hidden = floors.LLAMA
+    assert 6 * tokens * width * hidden == pytest.approx(1.443e12, rel=1e-3)
+    forward = floors.star_forward(tokens * hidden)
+    assert forward.bytes == pytest.approx(352e6, rel=2e-3)
+    assert forward.floor == pytest.approx(117.4, abs=0.1)
+    assert floors.star_backward(tokens * hidden).floor == pytest.approx(195.7, abs=0.1)
+    largest = floors.mlp_forward(4096, 256, 1024)
+    assert largest.micros[:2] == pytest.approx((1.9, 8.15), abs=0.05)
+
+
+def test_the_floor_table_has_every_workload(capsys):
+    kernels.main(floor=True)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 2 + 8 * 6 + 2 + 4 * 3
+    assert "starnet_s4, 56x56, 32 -> 128 | K3 | 102.8 | 19.73 | 34.3 | 25.0 |" in "\n".join(lines)

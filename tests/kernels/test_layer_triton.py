@@ -1,0 +1,191 @@
+"""Whole layers and networks under `use_backend("triton")`, in Triton's interpreter."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from starlayers import StarBlock, StarMLP, StarOp, star, use_backend
+from starlayers.backend import fused_mlp_blocker, star_blocker
+from starlayers.functional import star_packed
+from tests.helpers import RecordOps, gradients, randn, star_mlp_formula
+
+pytestmark = pytest.mark.interpret
+
+
+def under(backend, module, x):
+    with use_backend(backend):
+        return gradients(module, x)
+
+
+def held_to_eager(module, x, *, factor=2.0, floor=1e-6):
+    """Output and every gradient are at most `factor` times as wrong as eager's, norm by norm."""
+    exact = under("eager", copy.deepcopy(module).double(), x.double())
+    eager = under("eager", copy.deepcopy(module), x)
+    with RecordOps() as ops:
+        fused = under("triton", copy.deepcopy(module), x)
+    size = max(t.norm() for t in exact[1:])
+    for ours, theirs, truth in zip(fused, eager, exact, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        # a bias before a BatchNorm has no gradient: there only the size of the others is a scale
+        scale = truth.norm() if truth.norm() > 1e-9 * size else size
+        error, allowed = ((t.double() - truth).norm() / scale for t in (ours, theirs))
+        assert error <= factor * allowed + floor
+    return ops.counts
+
+
+SHAPES = {
+    "starformer": (lambda: StarMLP(64, 172, act="swiglu", bias=False), (2, 10, 64)),
+    "starnet-s1": (lambda: StarMLP(24, 72), (50, 24)),
+    "vector": (lambda: StarMLP(17, 35, out_features=40, act="gelu", offset=1), (17,)),
+    "rl": (lambda: StarBlock(64, act="tanh", pre=nn.LayerNorm(64)), (5, 64)),
+    "tokens": (lambda: StarBlock(48, act="silu", pre=nn.RMSNorm(48)), (2, 7, 48)),
+    "scaled": (lambda: StarBlock(32, act="gelu", layer_scale=0.1), (33, 32)),
+    "wide": (lambda: StarMLP(400, 72, act="silu"), (6, 400)),
+    "wide-recomputed": (lambda: StarMLP(400, 72, act="silu", recompute=True), (6, 400)),
+    "op": (lambda: StarOp(20, 30, act="sigmoid", rank=2), (9, 20)),
+}
+OPS = {"wide": "star_mlp_wide", "wide-recomputed": "star_mlp_wide", "op": "star"}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_layers_match_eager_in_output_and_every_gradient(name):
+    make, shape = SHAPES[name]
+    counts = held_to_eager(make(), randn(*shape))
+    op = OPS.get(name, "star_mlp")
+    assert counts[f"starlayers::{op}"] == 1
+    assert counts[f"starlayers::{op}_backward"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["starformer", "starnet-s1", "tokens", "wide", "op"])
+def test_layers_in_half_precision(name, dtype):
+    make, shape = SHAPES[name]
+    held_to_eager(make().to(dtype), randn(*shape, dtype=dtype), factor=2.0, floor=1e-3)
+
+
+@pytest.mark.parametrize("name", ["starformer", "tokens", "wide"])
+def test_autocast_computes_in_its_type_and_keeps_float32_gradients(name):
+    make, shape = SHAPES[name]
+    module, x = make(), randn(*shape)
+
+    def cast(backend):
+        with torch.autocast("cpu", dtype=torch.bfloat16), use_backend(backend):
+            return gradients(copy.deepcopy(module), x)
+
+    for ours, theirs in zip(cast("triton"), cast("eager"), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(
+            ours, theirs, rtol=0.05, atol=0.02 * float(theirs.detach().abs().max())
+        )
+
+
+def test_second_gradients_are_those_of_the_definition():
+    mlp = StarMLP(8, 12, act="tanh")
+    x = randn(5, 8, grad=True)
+
+    def second(backend):
+        with use_backend(backend):
+            (dx,) = torch.autograd.grad(mlp(x).square().sum(), x, create_graph=True)
+            return [dx, *torch.autograd.grad(dx.square().sum(), [x, *mlp.parameters()])]
+
+    for ours, theirs in zip(second("triton"), second("eager"), strict=True):
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.detach().abs().max())
+        )
+
+
+def test_checkpointing_gives_the_same_gradients():
+    mlp, x = StarMLP(16), randn(9, 16, grad=True)
+    with use_backend("triton"):
+        plain = torch.autograd.grad(mlp(x).sum(), [x, *mlp.parameters()])
+        y = checkpoint(mlp, x, use_reentrant=False)
+        for a, b in zip(torch.autograd.grad(y.sum(), [x, *mlp.parameters()]), plain, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_auto_leaves_cpu_tensors_alone_in_the_interpreter():
+    mlp, x = StarMLP(16), randn(9, 16)
+    assert "small enough for eager" in fused_mlp_blocker(mlp, x)
+    assert "interpreter" in star_blocker(x, x, "relu6")
+    with RecordOps() as ops:
+        torch.testing.assert_close(mlp(x), star_mlp_formula(mlp, x))
+    assert not any(name.startswith("starlayers") for name in ops.counts)
+
+
+def hooked(mlp):
+    mlp.f1.register_forward_hook(lambda *_: None)
+
+
+REFUSED = [
+    ("hook", hooked, "hooked"),
+    ("parametrised", lambda m: parametrizations.weight_norm(m.f2), "parametrised"),
+    ("double", lambda m: m.double(), "dtype torch.float64"),
+    ("one-double", lambda m: m.g.double(), "differ in dtype"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
+def test_triton_says_why_it_cannot_serve_and_auto_falls_back(change, words):
+    mlp = StarMLP(16)
+    change(mlp)
+    x = randn(4, 16, dtype=mlp.f1.weight.dtype)
+    with use_backend("triton"), pytest.raises(RuntimeError, match=f"StarMLP: .*{words}"):
+        mlp(x)
+    if words != "differ in dtype":  # which eager refuses too
+        torch.testing.assert_close(mlp(x), star_mlp_formula(mlp, x))
+
+
+def test_triton_refuses_transforms():
+    mlp, x = StarMLP(16), randn(4, 16)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="transform"):
+        torch.func.vmap(mlp)(x)
+    torch.testing.assert_close(torch.func.vmap(mlp)(x), star_mlp_formula(mlp, x))
+
+
+def test_stateless_star_and_its_packed_form():
+    h = randn(5, 6, 20, grad=True)
+    limits = {"clamp1": (-float("inf"), 0.7), "clamp2": (-0.5, 0.5)}
+    with use_backend("triton"), RecordOps() as ops:
+        packed = star_packed(h, "silu", offset=1, **limits)
+        (dh,) = torch.autograd.grad(packed.square().sum(), h)
+    assert ops.counts["starlayers::star"] == ops.counts["starlayers::star_backward"] == 1
+    with use_backend("eager"):
+        expected = star(*h.chunk(2, -1), "silu", offset=1, **limits)
+        (theirs,) = torch.autograd.grad(expected.square().sum(), h)
+    torch.testing.assert_close(packed, expected)
+    torch.testing.assert_close(dh, theirs)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="this star: dtype"):
+        star(h.double(), h.double())
+
+
+@pytest.mark.parametrize("name", ["starformer", "tokens", "wide"])
+def test_compiles_without_a_graph_break(name, fresh_compiler):
+    make, shape = SHAPES[name]
+    module, x = make(), randn(*shape)
+    with use_backend("triton"):  # outside: dynamo cannot set a context variable
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        found, expected = gradients_of(compiled, module, x), gradients(module, x)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def gradients_of(call, module, x):
+    x = x.detach().requires_grad_()
+    y = call(x)
+    loss = (y * randn(*y.shape, seed=9, dtype=y.dtype)).sum()
+    return [y, *torch.autograd.grad(loss, [x, *module.parameters()])]
+
+
+@pytest.mark.parametrize(("backend", "ops"), [("auto", 0), ("triton", 1)])
+def test_export_is_portable_on_auto_and_holds_the_op_where_triton_is_forced(backend, ops):
+    mlp, x = StarMLP(16), randn(4, 16)
+    with use_backend(backend):
+        program = torch.export.export(mlp, (x,))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert sum("starlayers.star_mlp" in target for target in targets) == ops
+    torch.testing.assert_close(program.module()(x), star_mlp_formula(mlp, x))

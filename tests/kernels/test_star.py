@@ -1,0 +1,240 @@
+"""The element-wise star op against its definition, served by torch code and by Triton."""
+
+import pytest
+import torch
+
+from starlayers.kernels.star import ELEMENTS, star, tile_shape
+from tests.helpers import FORMULAS, assert_as_exact_as_eager, converted, randn, results
+from tests.kernels.cases import DTYPES, star_pair
+
+pytestmark = pytest.mark.usefixtures("served_by")
+NAN, INF = float("nan"), float("inf")
+each_act = pytest.mark.parametrize("act", FORMULAS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+def branches(*shape, dtype=torch.float32):
+    return [(4 * randn(*shape, seed=s)).to(dtype).requires_grad_() for s in range(2)]
+
+
+def against_definition(pair, tensors, order=1):
+    op, definition = pair
+    found, eager = results(op, tensors, order=order), results(definition, tensors, order=order)
+    exact = results(definition, converted(tensors, torch.float64), order=order)
+    assert_as_exact_as_eager(found, eager, exact)
+
+
+@each_act
+@each_dtype
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("order", [1, 2])
+def test_value_and_gradients(act, dtype, offset, order):
+    against_definition(star_pair(act, offset), branches(7, 33, dtype=dtype), order)
+
+
+# one element; rows narrower than a tile; whole, ragged and several tiles across; flat past one tile
+SHAPES = [(1,), (), (5, 1), (3, 16), (2, 3, 17), (150, 24), (3, 2048), (2, 2500)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
+def test_any_shape(shape, dtype):
+    against_definition(star_pair("gelu_tanh", 0.5), branches(*shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("half", [1, 12, 17, 1100], ids="half{}".format)
+@pytest.mark.parametrize("rows", [(9,), (2, 3), ()], ids=str)
+@pytest.mark.parametrize("order", [1, 2])
+def test_packed_branches(rows, half, order):
+    packed = (3 * randn(*rows, 2 * half)).requires_grad_()
+    against_definition(star_pair("silu", 1.0), [packed], order)
+
+
+@pytest.mark.parametrize("cols", [1, 16, 17, 700, 2048, 5000])
+def test_a_tile_is_no_wider_than_twice_its_rows(cols):
+    rows_of_tile, width = tile_shape(3, cols)
+    assert rows_of_tile * width == ELEMENTS
+    assert width == 16 or width < 2 * cols
+    x = randn(3, cols + 1)[:, :cols]
+    torch.testing.assert_close(star(x, x, "relu", 0.0, [], []), x.relu() * x)
+
+
+LAYOUTS = {
+    "row-strided": lambda: [randn(6, 40, seed=s)[:, 3:25] for s in range(2)],
+    "one of two strided": lambda: [randn(6, 22), randn(6, 40, seed=1)[:, :22]],
+    "halves of one": lambda: list(randn(6, 44).chunk(2, -1)),
+    "transposed": lambda: [randn(22, 6, seed=s).t() for s in range(2)],
+    "every other column": lambda: [randn(6, 44, seed=s)[:, ::2] for s in range(2)],
+    "three axes swapped": lambda: [randn(4, 3, 22, seed=s).transpose(0, 1) for s in range(2)],
+    "expanded rows": lambda: [randn(1, 22, seed=s).expand(6, 22) for s in range(2)],
+    "expanded columns": lambda: [randn(6, 1, seed=s).expand(6, 22) for s in range(2)],
+    "packed, row-strided": lambda: [randn(6, 60)[:, 5:49]],
+    "packed, transposed": lambda: [randn(44, 6).t()],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_changes_nothing(layout):
+    op, _ = star_pair("silu", 1.0)
+    tensors = LAYOUTS[layout]()
+    dense = [t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in tensors]
+    tensors = [t.requires_grad_() for t in tensors]
+    found = results(op, tensors)
+    torch.testing.assert_close(found, results(op, dense))
+    assert found[0].is_contiguous()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_expanded_upstream_gradient_is_one_of_ones(packed):
+    op, definition = star_pair("silu")
+    tensors = [randn(6, 44, grad=True)] if packed else branches(6, 22)
+    found = torch.autograd.grad(op(*tensors).sum(), tensors)
+    expected = torch.autograd.grad(definition(*tensors).sum(), tensors)
+    torch.testing.assert_close(found, expected)
+
+
+CLAMPS = {
+    "both": ((-1.0, 2.0), (-0.5, 0.5)),
+    "first, one side": ((-INF, 2.0), ()),
+    "second": ((), (-1.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("clamps", CLAMPS)
+@pytest.mark.parametrize("act", ["silu", "relu6", "identity"])
+@pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_clamped_branches(act, clamps, packed, order):
+    tensors = [(2 * randn(7, 34)).requires_grad_()] if packed else branches(7, 17)
+    against_definition(star_pair(act, 1.0, *CLAMPS[clamps]), tensors, order)
+
+
+def test_the_gradient_at_a_limit_is_that_of_clamp():
+    op, definition = star_pair("silu", 1.0, (-1.0, 2.0), (-0.5, 0.5))
+    values = [[-1.0, 2.0, -1.5, 2.5, 0.0], [-0.5, 0.5, 0.1, -0.6, 0.6]]
+    tensors = [torch.tensor(v, requires_grad=True) for v in values]
+    torch.testing.assert_close(results(op, tensors), results(definition, tensors))
+
+
+@each_act
+def test_the_gradient_at_a_kink_is_that_of_torch(act):
+    op, definition = star_pair(act)
+    kinks = torch.tensor([-3.0, 0.0, 3.0, 6.0, -0.0, -100.0, 100.0], requires_grad=True)
+    tensors = [kinks, randn(7, grad=True)]
+    torch.testing.assert_close(results(op, tensors), results(definition, tensors))
+
+
+@each_act
+@pytest.mark.parametrize("clamped", [False, True], ids=["", "clamped"])
+def test_nan_is_where_torch_has_it(act, clamped):
+    limits = ((-1.0, 1.0), (-1.0, 1.0)) if clamped else ((), ())
+    op, definition = star_pair(act, 1.0, *limits)
+    tensors = branches(4, 9)
+    with torch.no_grad():
+        tensors[0][0, 0] = tensors[1][1, 1] = tensors[0][2, 2] = tensors[1][2, 2] = NAN
+        tensors[0][1, 1] = 0.5  # where no activation is flat
+    found, expected = results(op, tensors), results(definition, tensors)
+    if act == "relu6":  # hardtanh_backward: 0 there in its vectorised loop, 1 in the scalar one
+        found[1][tensors[0].isnan()] = expected[1][tensors[0].isnan()] = 0
+    for ours, theirs in zip(found, expected, strict=True):
+        assert theirs.isnan().any() or clamped
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("act", ["relu", "relu6", "squared_relu", "hardswish"])
+def test_no_gradient_comes_out_of_a_flat_piece(act, bad):
+    op, definition = star_pair(act)
+    tensors = [torch.tensor([-4.0, 1.0], requires_grad=True), randn(2, grad=True)]
+    seed = torch.tensor([bad, 1.0])  # as an overflowing loss scale sends it
+    found = torch.autograd.grad(op(*tensors), tensors, seed)
+    expected = torch.autograd.grad(definition(*tensors), tensors, seed)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (150, 24), (3, 1100)], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
+def test_nothing_uninitialised_leaks(shape, packed):
+    rows, cols = shape
+    tensors = [randn(rows, 2 * cols, grad=True)] if packed else branches(*shape)
+    assert not any(t.isnan().any() for t in results(star_pair("gelu")[0], tensors))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (2, 0, 6)], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
+def test_no_elements(shape, packed, launches):
+    tensors = branches(*shape)[: 1 if packed else 2]
+    if packed and shape == (0,):
+        expected = (0,)
+    else:
+        expected = (*shape[:-1], shape[-1] // 2) if packed else shape
+    found = results(lambda *t: star(t[0], None if packed else t[1], "relu6", 0.0, [], []), tensors)
+    assert found[0].shape == expected
+    assert [g.shape for g in found[1:]] == [t.shape for t in tensors]
+    assert launches == []
+    star(randn(1), randn(1), "relu6", 0.0, [], [])  # what `served_by` asks for
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_backward_repeats_and_writes_to_no_input(packed, order):
+    op, _ = star_pair("gelu", 1.0)
+    tensors = [randn(6, 44, grad=True)] if packed else branches(6, 22)
+    kept = [t.detach().clone() for t in tensors]
+    y = op(*tensors)
+    dy = randn(6, 22, seed=9)
+    seed = dy.clone()
+    first, again = (
+        torch.autograd.grad(y, tensors, dy, retain_graph=True, create_graph=order > 1)
+        for _ in range(2)
+    )
+    fresh = torch.autograd.grad(op(*tensors), tensors, dy, create_graph=order > 1)
+    for a, b, c in zip(first, again, fresh, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, kept, strict=True))
+    assert torch.equal(dy, seed)
+    assert torch.equal(y, op(*tensors))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_the_gradient_of_one_branch_alone(wanted, order):
+    op, definition = star_pair("silu", 1.0)
+    tensors = branches(6, 22)
+    tensors[1 - wanted].requires_grad_(False)
+    torch.testing.assert_close(
+        results(op, tensors, order=order), results(definition, tensors, order=order)
+    )
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_one_tensor_as_both_branches(order):
+    op, definition = star_pair("silu", 1.0)
+    x = [randn(6, 22, grad=True)]
+    found = results(lambda t: op(t, t), x, order=order)
+    torch.testing.assert_close(found, results(lambda t: definition(t, t), x, order=order))
+
+
+@each_act
+@pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
+def test_float64_goes_to_the_definition(act, packed, launches):
+    op, definition = star_pair(act, 0.5, (-3.0, 3.0))
+    shapes = [(3, 8)] if packed else [(3, 4), (3, 4)]
+    tensors = [randn(*s, seed=i, dtype=torch.float64, grad=True) for i, s in enumerate(shapes)]
+    assert torch.equal(op(*tensors), definition(*tensors))
+    assert torch.autograd.gradcheck(op, tensors)
+    assert torch.autograd.gradgradcheck(op, tensors)
+    assert launches == []
+    op(*branches(2, 2))  # what `served_by` asks for
+
+
+@pytest.mark.parametrize("create_graph", [False, True], ids=["first", "create-graph"])
+def test_backward_called_under_autocast(create_graph):
+    op, definition = star_pair("silu")
+    tensors = branches(6, 22)
+    y, seed = op(*tensors), randn(6, 22, seed=9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(y, tensors, seed, create_graph=create_graph)
+    torch.testing.assert_close(found, torch.autograd.grad(definition(*tensors), tensors, seed))

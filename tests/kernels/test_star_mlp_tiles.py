@@ -1,0 +1,143 @@
+"""Every tile the star MLP's tables ship, in Triton's interpreter, on both sides of its edges."""
+
+import pytest
+import torch
+
+from starlayers.kernels import _tiles, star_mlp_launch
+from starlayers.kernels._tiles import FAMILIES, Tile
+from starlayers.kernels.star_mlp import star_mlp
+from tests.helpers import assert_as_exact_as_eager, converted, results
+from tests.kernels.cases import DTYPES, mlp_pair, mlp_tensors
+
+pytestmark = pytest.mark.interpret
+
+
+def rows_of(table, path=()):
+    """(path of keys, tile) for each tile of a table, however deep it is."""
+    if isinstance(table, Tile):
+        yield path, table
+    elif isinstance(table, dict):
+        for key, value in table.items():
+            yield from rows_of(value, (*path, key))
+
+
+TABLES = {
+    name: dict(rows_of(table))
+    for name, table in vars(_tiles).items()
+    if isinstance(table, dict) and any(rows_of(table))
+}
+SHIPPED = [(name, path) for name, rows in TABLES.items() for path in rows]
+#: rows of "<family> float32" serve that type only, all others 16 bits, and any type interpreted
+CASES = [
+    pytest.param(name, path, dtype, id=f"{name}-{'-'.join(map(str, path))}-{kind}")
+    for name, path in SHIPPED
+    for kind, dtype in DTYPES.items()
+    if kind == "f32" or not any(str(key).endswith(" float32") for key in path)
+]
+#: what the launch of a row looks like: kernel, and options it must have
+KERNELS = {
+    "MLP_FORWARD": ("mlp_forward", {}),
+    "all": ("mlp_dw", {"DX": True}),
+    "dw": ("mlp_dw", {"DX": False}),
+    "dx": ("mlp_dx", {}),
+}
+
+
+def kernel_of(name, path):
+    return KERNELS[path[0] if name == "MLP_BACKWARD" else name]
+
+
+def family_of(path):
+    family, *kind = next(key for key in path if str(key).startswith(FAMILIES)).split()
+    assert kind in ([], ["float32"])
+    return family, bool(kind)
+
+
+def sizes_of(name, path, tile):
+    """A ragged row tile after a whole one, a ragged hidden chunk after a whole one."""
+    channels = path[-1]
+    hidden = tile.hidden + 8
+    if name == "MLP_BACKWARD":
+        whole = TABLES[name].get(("all", *path[1:]))
+        if path[0] == "all":
+            hidden = tile.hidden - 8
+        elif whole is not None:
+            hidden = max(hidden, whole.hidden + 8)
+    return tile.rows + 3, channels, hidden, channels - 3
+
+
+@pytest.mark.parametrize(("name", "path", "dtype"), CASES)
+def test_tile(name, path, dtype, on_family, launches, monkeypatch):
+    tile = TABLES[name][path]
+    family, for_float32 = family_of(path)
+    on_family(family)
+    if for_float32:  # the interpreter itself takes no such row
+        monkeypatch.setattr(_tiles, "INTERPRET", False)
+    # one multiprocessor: a program takes several row tiles one after the other
+    monkeypatch.setattr(star_mlp_launch, "multiprocessors", lambda device: 1)
+    tensors = mlp_tensors(*sizes_of(name, path, tile), dtype=dtype)
+    op, definition = mlp_pair("silu", 0.5, True)
+    if name == "MLP_FORWARD":
+        tensors = [t.detach() for t in tensors]
+        found, eager = op(*tensors), definition(*tensors)
+        exact = definition(*(t.double() for t in tensors))
+    else:
+        found, eager = results(op, tensors), results(definition, tensors)
+        exact = results(definition, converted(tensors, torch.float64))
+    assert_as_exact_as_eager(found, eager, exact, sums=True)
+    kernel, wanted = kernel_of(name, path)
+    options = [o for k, _, o in launches if k == kernel and wanted.items() <= o.items()]
+    assert [(o["BM"], o["BH"], o["num_warps"], o["num_stages"]) for o in options] == [
+        (tile.rows, tile.hidden, tile.warps, tile.stages)
+    ]
+
+
+def test_every_row_the_tables_ship_is_run(request):
+    ran = {
+        tuple(item.callspec.params[k] for k in ("name", "path", "dtype"))
+        for item in request.session.items
+        if getattr(item, "obj", None) is test_tile
+    }
+    per_kernel = dict.fromkeys(KERNELS, 0)
+    for name, path in SHIPPED:
+        per_kernel[path[0] if name == "MLP_BACKWARD" else name] += 1
+    print(f"{len(SHIPPED)} tile rows {per_kernel}, {len(ran)} with their dtypes")
+    assert {(name, path) for name, path, _ in ran} == set(SHIPPED)
+    assert len(SHIPPED) == sum(per_kernel.values()) == repr(vars(_tiles)).count("Tile(rows=")
+    assert len(ran) == len(CASES)
+    families = {family_of(path) for _, path in SHIPPED}
+    assert families >= {(family, False) for family in FAMILIES}
+    assert families <= {(family, wide) for family in FAMILIES for wide in (False, True)}
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 3, 132])
+@pytest.mark.parametrize("hidden", [72, 136])
+def test_any_number_of_programs_yields_the_weight_gradients(
+    multiprocessors, hidden, launches, monkeypatch
+):
+    tensors = mlp_tensors(150, 24, hidden, 17)
+    op, definition = mlp_pair("silu", 0.5, True)
+    exact = results(definition, converted(tensors, torch.float64))
+    eager = results(definition, tensors)
+    monkeypatch.setattr(star_mlp_launch, "multiprocessors", lambda device: multiprocessors)
+    assert_as_exact_as_eager(results(op, tensors), eager, exact, sums=True)
+    (grid, options), *others = [(g, o) for kernel, g, o in launches if kernel == "mlp_dw"]
+    assert not others
+    chunks, programs = grid
+    assert chunks == -(-hidden // options["BH"])
+    # two waves at most, and no program without rows
+    assert programs == max(1, min(2 * multiprocessors // chunks, -(-150 // options["BM"])))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wider_than_every_row_is_refused(family, on_family):
+    on_family(family)
+    forward = max(path[-1] for path in TABLES["MLP_FORWARD"] if family in path)
+    backward = max(path[-1] for path in TABLES["MLP_BACKWARD"] if family in path)
+    with pytest.raises(ValueError, match="no star MLP tile"):
+        star_mlp(*mlp_tensors(3, forward + 1, 8, 16), "silu", 0.0, False)
+    assert backward <= forward
+    if backward < forward:
+        y, _, _ = star_mlp(*mlp_tensors(3, backward + 1, 8, 16), "silu", 0.0, False)
+        with pytest.raises(ValueError, match="no backward tile"):
+            y.sum().backward()

@@ -1,0 +1,112 @@
+"""The ways through a StarMLP: recomputed, with a residual, alone or at the end of a block."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from starlayers import StarBlock, StarMLP, star
+from starlayers.functional import star_packed
+from tests.helpers import RecordOps, gradients, randn, star_mlp_formula
+
+
+def saved_bytes(call):
+    """Bytes that autograd saves inside the call, parameters and views aside."""
+    sizes = []
+
+    def pack(t):
+        if not isinstance(t, nn.Parameter) and t._base is None:
+            sizes.append(t.numel() * t.element_size())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call()
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("act", ["silu", None])
+def test_recompute_gives_the_same_gradients_from_less(act):
+    mlp, x = StarMLP(6, 50, act=act), randn(30, 6)
+    twin = copy.deepcopy(mlp)
+    twin.recompute = True
+    for ours, theirs in zip(gradients(twin, x), gradients(mlp, x), strict=True):
+        assert torch.equal(ours, theirs)
+    x = x.clone().requires_grad_()
+    assert saved_bytes(lambda: twin(x)) <= x.numel() * 4
+    assert saved_bytes(lambda: mlp(x)) >= 2 * 30 * 50 * 4
+
+
+def test_recompute_is_shown_and_off_by_default():
+    assert StarMLP(4).recompute is False
+    assert "recompute=True" in repr(StarMLP(4, recompute=True))
+    assert "recompute" not in repr(StarMLP(4))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_residual_is_added(fused, recompute, request):
+    if fused:
+        request.getfixturevalue("eligible")
+    mlp, x = StarMLP(5, 7, out_features=3, recompute=recompute), randn(70, 5)
+    residual = randn(70, 3, seed=1, grad=True)
+    with RecordOps() as ops:
+        y = mlp(x, residual)
+    assert ops.counts.get("starlayers::star_mlp", 0) == fused
+    torch.testing.assert_close(y, residual + star_mlp_formula(mlp, x))
+    (d,) = torch.autograd.grad((y * 2).sum(), residual)
+    assert torch.equal(d, torch.full((70, 3), 2.0))
+
+
+def test_a_residual_of_another_shape_or_dtype_is_broadcast_as_a_sum_is(eligible):
+    mlp, x = StarMLP(5), randn(70, 5)
+    for residual in (randn(5), randn(1, 5), randn(70, 5, dtype=torch.float64)):
+        y = mlp(x, residual)
+        assert y.dtype == residual.dtype
+        torch.testing.assert_close(y, residual + star_mlp_formula(mlp, x).to(residual.dtype))
+
+
+BLOCKS = {
+    "bare": (lambda: StarBlock(5), True),
+    "normed": (lambda: StarBlock(5, pre=nn.LayerNorm(5)), True),
+    "post": (lambda: StarBlock(5, post=nn.LayerNorm(5)), False),
+    "scaled": (lambda: StarBlock(5, layer_scale=0.5), False),
+    "dropped": (lambda: StarBlock(5, drop_path=0.5), False),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_that_ends_in_its_mlp_lets_it_add(name):
+    make, adds = BLOCKS[name]
+    block, x = make().eval(), randn(7, 5)
+    seen = []
+    block.mlp.register_forward_pre_hook(lambda _, args: seen.append(len(args)))
+    y = block.post(star_mlp_formula(block.mlp, block.pre(x)))
+    torch.testing.assert_close(block(x), x + (y if block.gamma is None else block.gamma * y))
+    assert seen == [1]  # a hooked MLP is called as ever
+    block.mlp._forward_pre_hooks.clear()
+    torch.testing.assert_close(block(x), x + (y if block.gamma is None else block.gamma * y))
+    assert block._ends_in_mlp() is adds
+
+
+def test_packed_is_the_star_of_its_halves():
+    h = randn(3, 8)
+    assert torch.equal(star_packed(h, "gelu", offset=1), star(h[:, :4], h[:, 4:], "gelu", offset=1))
+    for bad in (randn(3, 7), randn()):
+        with pytest.raises(ValueError, match="even last dimension"):
+            star_packed(bad)
+    with pytest.raises(TypeError, match="floating"):
+        star_packed(torch.ones(2, 4, dtype=torch.int64))
+
+
+def test_clamps_come_before_everything_else():
+    x1, x2 = torch.tensor([-9.0, 1.0, 9.0]), torch.tensor([3.0, -3.0, 0.5])
+    y = star(x1, x2, None, offset=1, clamp1=(-float("inf"), 7), clamp2=(-2, 2))
+    assert torch.equal(y, torch.tensor([-27.0, -1.0, 10.5]))
+
+
+@pytest.mark.parametrize("limits", [(1, -1), (1,), (float("nan"), 1)])
+def test_an_empty_clamp_raises(limits):
+    x = torch.ones(2)
+    with pytest.raises(ValueError, match="clamp2 must be"):
+        star(x, x, clamp2=limits)
