@@ -72,8 +72,8 @@ def element_wise(target: str, size: int) -> Iterator[Variant]:
         clamp = act == "silu"
         constants = {
             "ACT": act, "OFFSET": 0.0, "BR": br, "BC": bc,
-            "CLAMP1": clamp, "LOW1": -7.0, "HIGH1": 7.0,
-            "CLAMP2": clamp, "LOW2": -7.0, "HIGH2": 7.0,
+            "CLAMP1": 3 * clamp, "LOW1": -7.0, "HIGH1": 7.0,
+            "CLAMP2": 3 * clamp, "LOW2": -7.0, "HIGH2": 7.0,
         }  # fmt: skip
         for name, function in (("forward", "star_forward"), ("backward", "star_grad")):
             yield Variant(
@@ -128,9 +128,7 @@ def _matrix(
 
 
 def _precision(target: str, size: int) -> str:
-    if size == 2:
-        return "tf32"
-    return "ieee" if TARGETS[target].backend == "hip" else "tf32x3"
+    return "ieee" if size == 2 or TARGETS[target].backend == "hip" else "tf32x3"
 
 
 def _row(channels: int, tile: Tile) -> str:

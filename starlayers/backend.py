@@ -1,10 +1,10 @@
 """The one place that decides whether a star layer runs fused or eager."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ __all__ = [
     "kernel_blocker",
     "star_blocker",
     "use_backend",
+    "with_this_backend",
 ]
 
 BACKENDS = ("auto", "eager", "triton")
@@ -43,6 +44,7 @@ MIN_HIDDEN_BYTES_TRAINING = 16 * 2**20
 MIN_ELEMENTS_STAR = 2**20
 
 PLAIN = (Tensor, nn.Parameter)
+T = TypeVar("T")
 
 _forced: ContextVar[str | None] = ContextVar("starlayers_backend", default=None)
 
@@ -84,14 +86,37 @@ def backend_name() -> str:
     return _forced.get() or _checked(os.environ.get(ENV_VAR) or "auto", ENV_VAR)
 
 
+def with_this_backend(call: Callable[..., T]) -> Callable[..., T]:
+    """`call`, always under the backend of here and now: whenever it runs, and on whatever thread.
+
+    A checkpoint runs a forward again in the backward, which may be outside of the `use_backend`
+    block and on a thread of autograd's, where context variables are not set.
+
+    Example:
+        >>> with use_backend("eager"):
+        ...     name = with_this_backend(backend_name)
+        >>> backend_name(), name()
+        ('auto', 'eager')
+    """
+    if torch.compiler.is_compiling():  # a compiled function keeps its backend as it is
+        return call
+    name = backend_name()
+
+    def under(*args: object) -> T:
+        with use_backend(name):
+            return call(*args)
+
+    return under
+
+
 def _checked(name: str, where: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{where}: unknown backend {name!r}, choose one of {', '.join(BACKENDS)}")
     return name
 
 
-def fused_mlp_blocker(mlp: "StarMLP", x: Tensor) -> str | None:
-    """The predicate: why `mlp(x)` must run eager, or `None` when a fused op serves.
+def fused_mlp_blocker(mlp: "StarMLP", x: Tensor, residual: Tensor | None = None) -> str | None:
+    """The predicate: why `mlp(x, residual)` must run eager, or `None` when a fused op serves.
 
     On a GPU that op is Triton's, on a CPU the row-blocked one; docs/backends.md has the table of
     conditions and reasons.
@@ -109,6 +134,8 @@ def fused_mlp_blocker(mlp: "StarMLP", x: Tensor) -> str | None:
         return "the eager backend was asked for"
     on_cpu = x.device.type == "cpu" and not (name == "triton" and _interpreting())
     reason = _cpu_blocker(mlp, x) if on_cpu and name == "auto" else _gpu_blocker(mlp, x)
+    if residual is not None and (type(residual) not in PLAIN or residual.device != x.device):
+        reason = f"residual is a {type(residual).__name__} on {residual.device}"
     return checked_reason(reason, "this StarMLP")
 
 
@@ -222,11 +249,12 @@ def _gpu_blocker(mlp: "StarMLP", x: Tensor) -> str | None:
     reason = kernel_blocker((x, *parameters), mlp.act)
     if reason is not None:
         return reason
+    from starlayers.kernels._dispatch import tuning
     from starlayers.kernels.layer import too_wide
 
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
     reason = too_wide(x.device, compute_dtype(x), mlp, training=training)
-    if reason is None or mlp.recompute or backend_name() == "triton":
+    if reason is None or mlp.recompute or tuning() or backend_name() == "triton":
         return None  # the wide op serves where the narrow one does not
     return reason
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -79,8 +80,16 @@ def star_product(
         return star_reference(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
     from starlayers.kernels.star import star as op  # defines the op, on first use only
 
+    if x1.ndim == 4 and not x1.is_contiguous() and _channels_last(x1) and _channels_last(x2):
+        x1, x2 = x1.permute(0, 2, 3, 1), x2.permute(0, 2, 3, 1)
+        y = star_product(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
+        return y.permute(0, 3, 1, 2)
     limits = [list(clamp1 or ()), list(clamp2 or ())]
     return op(x1, x2, get_activation(act).name, float(offset), *limits)  # type: ignore[no-any-return]
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 #: name -> how two branches become one: "mul" is the star operation, "sum" the paper's ablation.

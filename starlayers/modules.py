@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from starlayers.activations import get_activation
-from starlayers.backend import fused_mlp_blocker, is_plain
+from starlayers.backend import fused_mlp_blocker, is_plain, with_this_backend
 from starlayers.functional import COMBINE
 
 __all__ = ["DropPath", "StarBlock", "StarMLP", "StarOp"]
@@ -155,12 +155,12 @@ class StarMLP(StarOp):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self.check_input(x)
-        if fused_mlp_blocker(self, x) is None:
+        if fused_mlp_blocker(self, x, residual) is None:
             from starlayers.kernels.layer import fused_star_mlp  # defines the ops, on first use
 
             return fused_star_mlp(self, x, residual)
         if self.recompute and torch.is_grad_enabled():
-            y = checkpoint(self._eager, x, use_reentrant=False, preserve_rng_state=False)
+            y = checkpoint(with_this_backend(self._eager), x, use_reentrant=False)
         else:
             y = self._eager(x)
         return y if residual is None else residual + y

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from starlayers import StarBlock, StarMLP, star
+from starlayers import StarBlock, StarMLP, star, use_backend
 from starlayers.functional import star_packed
 from tests.helpers import RecordOps, gradients, randn, star_mlp_formula
 
@@ -110,3 +110,22 @@ def test_an_empty_clamp_raises(limits):
     x = torch.ones(2)
     with pytest.raises(ValueError, match="clamp2 must be"):
         star(x, x, clamp2=limits)
+
+
+def test_recompute_draws_the_same_dropout_again():
+    mlp = StarMLP(8, bias=False, act=None, recompute=True)
+    mlp.f1 = nn.Sequential(mlp.f1, nn.Dropout(0.5))
+    found = []
+    for mlp.recompute in (True, False):
+        torch.manual_seed(0)
+        found.append(gradients(mlp, randn(20, 8)))
+    torch.testing.assert_close(*found)
+
+
+def test_recompute_keeps_the_backend_of_the_forward(eligible):
+    mlp, x = StarMLP(8, rank=2, recompute=True), randn(70, 8, grad=True)
+    with use_backend("eager"):
+        y = mlp(x)
+    with use_backend("triton"):  # which would refuse rank 2
+        y.sum().backward()
+    assert x.grad is not None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-__all__ = ["choose", "tuning"]
+__all__ = ["choose", "tuning", "winner"]
 
 ENV_VAR = "STARLAYERS_TUNE"
 REPEATS = 20
@@ -26,6 +26,15 @@ def tuning() -> bool:
         False
     """
     return os.environ.get(ENV_VAR, "0") == "1"
+
+
+def winner(key: Hashable) -> str | None:
+    """What `choose` found for `key`, or None where it was not asked yet.
+
+    Example:
+        >>> winner("never asked")
+    """
+    return _winners.get(key)
 
 
 def choose(

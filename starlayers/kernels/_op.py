@@ -170,9 +170,12 @@ def unit_stride(t: Tensor) -> Tensor:
 
 def precision(x: Tensor) -> str:
     """How a kernel multiplies float32: as accurately as torch would under the user's setting."""
-    if x.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee" if torch.version.hip else "tf32x3"
+    if x.dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    chosen = torch.backends.cuda.matmul.fp32_precision
+    if chosen == "none":
+        chosen = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if chosen == "tf32" else "tf32x3"
 
 
 def cast(t: Tensor | None, dtype: torch.dtype) -> Any:

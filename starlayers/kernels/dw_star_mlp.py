@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from starlayers.functional import star_mlp_reference
-from starlayers.kernels._op import define_op
+from starlayers.kernels._op import cast, define_op
 from starlayers.kernels.star_mlp_launch import dw_star_mlp_kernel
 
 __all__ = ["dw_star_mlp"]
@@ -32,6 +32,7 @@ def _plain(
     images = x.permute(0, 3, 1, 2)
     v = F.conv2d(images, k.to(x.dtype), kb.to(x.dtype), padding=k.shape[-1] // 2, groups=k.shape[0])
     v = v.permute(0, 2, 3, 1)
+    b1, b2, b3 = (cast(b, x.dtype) for b in (b1, b2, b3))
     return star_mlp_reference(v, w1, b1, w2, b2, w3, b3, act, offset=offset).contiguous()
 
 

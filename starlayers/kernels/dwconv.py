@@ -263,7 +263,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, ...]:
-    inputs = list(ctx.saved_tensors[:6])
+    saved = ctx.saved_tensors  # once: a checkpoint unpacks each tensor a single time
+    inputs = list(saved[:6])
     stats = ctx.stats
     if torch.is_grad_enabled():
 
@@ -276,7 +277,7 @@ def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, .
     x, k, b, scale, shift, residual = inputs
     z = mean = p = q = None
     if stats:
-        z, mean = ctx.saved_tensors[6:]
+        z, mean = saved[6:]
         p, q = statistics_gradient(dmean, dvar, x[..., 0].numel())
     with no_autocast(x):
         dx, dk, db, dscale, dshift = dwconv_backward(dy, z, mean, p, q, x, k, scale, shift)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from starlayers.backend import backend_name, compute_dtype
-from starlayers.kernels._dispatch import choose, tuning
+from starlayers.kernels._dispatch import choose, tuning, winner
 from starlayers.kernels._op import INTERPRET, cast, no_autocast
 from starlayers.kernels._tiles import MLP_BACKWARD, MLP_FORWARD, mlp_tile, split_columns
 from starlayers.kernels.star_linear import dgated, star_linear
@@ -29,13 +29,11 @@ def fused_star_mlp(mlp: "StarMLP", x: Tensor, residual: Tensor | None) -> Tensor
     with no_autocast(x):
         rows = cast(x.reshape(-1, mlp.in_features), dtype)
         shape = (*x.shape[:-1], mlp.out_features)
-        if x.device.type == "cpu" and not INTERPRET:
-            narrow = True
-        else:
-            training = torch.is_grad_enabled() and any(
-                t is not None and t.requires_grad for t in (x, *parameters)
-            )
-            narrow = too_wide(x.device, dtype, mlp, training=training) is None
+        training = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, *parameters)
+        )
+        on_cpu = x.device.type == "cpu" and not INTERPRET
+        narrow = on_cpu or too_wide(x.device, dtype, mlp, training=training) is None
         if narrow:
             inside = None
             if residual is not None and residual.dtype == dtype and residual.shape == shape:
@@ -43,7 +41,8 @@ def fused_star_mlp(mlp: "StarMLP", x: Tensor, residual: Tensor | None) -> Tensor
             y, _, _ = star_mlp(rows, *parameters, inside, mlp.act, mlp.offset, False)
         else:
             gemm = _gemm(rows, parameters, mlp)
-            y, _, _ = star_mlp_wide(rows, *parameters, mlp.act, mlp.offset, mlp.recompute, gemm)
+            forget = mlp.recompute or not training  # without a backward there is nothing to keep
+            y, _, _ = star_mlp_wide(rows, *parameters, mlp.act, mlp.offset, forget, gemm)
     out: Tensor = y.view(shape)
     return out if residual is None else residual + out
 
@@ -67,8 +66,12 @@ def _gemm(x: Tensor, parameters: Sequence[Tensor | None], mlp: "StarMLP") -> str
         return "library"
     if backend_name() == "triton":
         return "triton"
-    if not tuning() or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if not tuning() or torch.compiler.is_compiling():
         return "library"
+    key = (x.device, x.dtype, len(x), *(tuple(p.shape) for p in parameters[::2] if p is not None))
+    known = winner(key)
+    if known is not None or torch.cuda.is_current_stream_capturing():
+        return known or "library"
     held: list[Any] = [p if p is None else p.detach() for p in parameters]
     w1, b1, w2, b2, w3, _ = held
     x = x.detach()
@@ -78,12 +81,12 @@ def _gemm(x: Tensor, parameters: Sequence[Tensor | None], mlp: "StarMLP") -> str
         _, h1, h2 = product(x, w1, b1, w2, b2, mlp.act, mlp.offset, True)
         return gate(dy, w3, h1, h2, mlp.act, mlp.offset)
 
-    key = (x.device, x.dtype, len(x), tuple(w1.shape), tuple(w3.shape), mlp.act)
     candidates = {
         "library": lambda: both(star_linear.plain, dgated.plain),
         "triton": lambda: both(star_linear, dgated),
     }
-    return choose(key, candidates)
+    with torch.cuda.device(x.device):
+        return choose(key, candidates)
 
 
 def _descriptors_serve(x: Tensor, mlp: "StarMLP") -> bool:

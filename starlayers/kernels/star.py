@@ -5,6 +5,7 @@ branches in the halves of its last dimension, and so does the gradient. Nothing 
 and only the inputs are saved.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -71,21 +72,33 @@ def _options(
     act: str, offset: float, clamp1: list[float], clamp2: list[float], rows: int, cols: int
 ) -> dict[str, object]:
     br, bc = tile_shape(rows, cols)
-    low1, high1 = clamp1 or (0.0, 0.0)
-    low2, high2 = clamp2 or (0.0, 0.0)
+    mask1, low1, high1 = _bounds(clamp1)
+    mask2, low2, high2 = _bounds(clamp2)
     return {
         "ACT": act,
         "OFFSET": offset,
-        "CLAMP1": bool(clamp1),
+        "CLAMP1": mask1,
         "LOW1": low1,
         "HIGH1": high1,
-        "CLAMP2": bool(clamp2),
+        "CLAMP2": mask2,
         "LOW2": low2,
         "HIGH2": high2,
         "BR": br,
         "BC": bc,
         "num_warps": WARPS,
     }
+
+
+def _bounds(clamp: Limits) -> tuple[int, float, float]:
+    """Which limits there are, as the kernel counts them, and both; infinities are none.
+
+    They never reach the kernel: Inductor writes constants out by `repr`, and `inf` is no name.
+    """
+    if not clamp:
+        return 0, 0.0, 0.0
+    low, high = clamp
+    mask = (low > -math.inf) + 2 * (high < math.inf)
+    return mask, low if mask % 2 else 0.0, high if mask >= 2 else 0.0
 
 
 def _grid(rows: int, cols: int) -> tuple[int]:

@@ -55,7 +55,7 @@ def _kernel(
 
     from starlayers.kernels.device.star_linear import star_linear
 
-    x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
+    x, w1, w2 = _aligned(x), _aligned(w1), _aligned(w2)
     m, k = x.shape
     n = w1.shape[0]
     s = x.new_empty(m, n)
@@ -74,6 +74,12 @@ def _kernel(
             BM=BM, BN=BN, BK=BK, GROUP=GROUP, num_warps=WARPS, num_stages=STAGES["star_linear"],
         )  # fmt: skip
     return (s, h1, h2) if save else (s, x.new_empty(0), x.new_empty(0))
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """`t` dense, at an address that a tensor descriptor can take."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 def _fake(
@@ -108,7 +114,7 @@ def _dgated_kernel(
 
     from starlayers.kernels.device.star_linear import dgated
 
-    dy, w3, h1, h2 = (t.contiguous() for t in (dy, w3, h1, h2))
+    dy, w3, h1, h2 = (_aligned(t) for t in (dy, w3, h1, h2))
     m, k = dy.shape
     n = w3.shape[1]
     d1, d2, s = (torch.empty_like(h1) for _ in range(3))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from starlayers.functional import star_mlp_reference
-from starlayers.kernels._op import define_op, library_gradients, no_autocast
+from starlayers.kernels._op import cast, define_op, library_gradients, no_autocast
 from starlayers.kernels._statistics import statistics_gradient, upstream, with_statistics
 from starlayers.kernels.star_mlp_cpu import blocked_backward, blocked_forward
 from starlayers.kernels.star_mlp_launch import star_mlp_backward_kernel, star_mlp_kernel
@@ -34,6 +34,7 @@ def _plain(
     offset: float,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    b1, b2, b3 = (cast(b, x.dtype) for b in (b1, b2, b3))
     y = blocked_forward(x, w1, b1, w2, b2, w3, b3, act, offset)
     return with_statistics(y if residual is None else y + residual, stats)
 
@@ -75,6 +76,7 @@ def _plain_backward(
     act: str,
     offset: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    b1, b2 = cast(b1, x.dtype), cast(b2, x.dtype)
     return blocked_backward(upstream(dy, z, mean, p, q), x, w1, b1, w2, b2, w3, act, offset)
 
 
@@ -111,7 +113,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, ...]:
-    inputs = list(ctx.saved_tensors[:8])
+    saved = ctx.saved_tensors  # once: a checkpoint unpacks each tensor a single time
+    inputs = list(saved[:8])
     if torch.is_grad_enabled():
         needs = ctx.needs_input_grad[:8]
         grads = [dy, dmean, dvar] if ctx.stats else [dy]
@@ -119,18 +122,21 @@ def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, .
     x, w1, b1, w2, b2, w3, _, residual = inputs
     z = mean = p = q = None
     if ctx.stats:
-        z, mean = ctx.saved_tensors[8:]
+        z, mean = saved[8:]
         p, q = statistics_gradient(dmean, dvar, x.shape[0])
+    found: tuple[Any, ...] = (None,) * 7
     with no_autocast(x):
-        grads = star_mlp_backward(dy, z, mean, p, q, x, w1, b1, w2, b2, w3, ctx.act, ctx.offset)
+        if any(ctx.needs_input_grad[:7]):  # otherwise what was added asks alone
+            found = star_mlp_backward(dy, z, mean, p, q, x, w1, b1, w2, b2, w3, ctx.act, ctx.offset)
         direct = upstream(dy, z, mean, p, q) if residual is not None else None
-    parameters = (None if t is None else g for t, g in zip(inputs[:7], grads, strict=True))
+    parameters = (None if t is None else g for t, g in zip(inputs[:7], found, strict=True))
     return *parameters, direct, None, None, None
 
 
 def _definition(ctx: Any) -> Any:
     def definition(*inputs: Any) -> Any:
         *weights, residual = inputs
+        weights = [cast(w, inputs[0].dtype) for w in weights]  # biases may come in float32
         y = star_mlp_reference(*weights, ctx.act, offset=ctx.offset)  # type: ignore[misc]
         y = y if residual is None else y + residual
         return with_statistics(y, True) if ctx.stats else y

@@ -143,8 +143,8 @@ def star_mlp_backward_kernel(
 
     def weights(tile: Tile, dy: Tensor, *, with_dx: bool) -> tuple[Tensor, ...]:
         chunks = ceil_div(hidden, tile.hidden)
-        # two waves of programs at most: every one of them writes all of its weight gradients
-        most = max(1, 2 * multiprocessors(x.device) // chunks)
+        # as many as run at once, at 8 warps a multiprocessor: each writes all its weight gradients
+        most = max(1, multiprocessors(x.device) * 8 // tile.warps // chunks)
         programs = min(most, ceil_div(rows, tile.rows))
         parts = x.new_empty(programs, hidden, 2 * channels + out + 2, dtype=torch.float32)
         parts3 = x.new_empty(programs, out, dtype=torch.float32)

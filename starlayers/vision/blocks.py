@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from starlayers.modules import StarBlock, positive_int
 from starlayers.vision.fused_block import fused_block, fused_block_blocker
 
-__all__ = ["ConvNorm", "StarBlock2d"]
+__all__ = ["ConvNorm", "OnChannelsLast", "StarBlock2d"]
 
 
 class ConvNorm(nn.Sequential):
@@ -55,8 +55,14 @@ class ConvNorm(nn.Sequential):
             self.bn = nn.Identity()
 
 
-class _OnChannelsLast(nn.Sequential):
-    """A convolution and a norm in either order, called with and returning (N, H, W, C) views."""
+class OnChannelsLast(nn.Sequential):
+    """A convolution and a norm in either order, called with and returning (N, H, W, C) views.
+
+    Example:
+        >>> side = OnChannelsLast(OrderedDict(conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4)))
+        >>> side(torch.ones(2, 5, 5, 4)).shape
+        torch.Size([2, 5, 5, 4])
+    """
 
     conv: nn.Conv2d
     bn: nn.Module
@@ -108,7 +114,7 @@ class StarBlock2d(StarBlock):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        positive_int(type(self).__name__, "dim", dim)
+        dim = positive_int(type(self).__name__, "dim", dim)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         padding = same_padding(kernel_size)
 
@@ -122,8 +128,8 @@ class StarBlock2d(StarBlock):
             dim,
             expansion=expansion,
             act=act,
-            pre=_OnChannelsLast(OrderedDict(conv=depthwise(), bn=norm())),
-            post=_OnChannelsLast(OrderedDict(bn=norm(), conv=depthwise())),
+            pre=OnChannelsLast(OrderedDict(conv=depthwise(), bn=norm())),
+            post=OnChannelsLast(OrderedDict(bn=norm(), conv=depthwise())),
             drop_path=drop_path,
             layer_scale=layer_scale,
             combine=combine,
@@ -131,12 +137,13 @@ class StarBlock2d(StarBlock):
             rank=rank,
             **factory,
         )
+        self.dim = dim
 
-    pre: _OnChannelsLast
-    post: _OnChannelsLast
+    pre: OnChannelsLast
+    post: OnChannelsLast
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(type(self).__name__, x, self.mlp.in_features)
+        check_images(type(self).__name__, x, self.dim)
         pixels = rearrange(x, "n c h w -> n h w c").contiguous()
         if fused_block_blocker(self, pixels) is None:
             y = fused_block(self, pixels)

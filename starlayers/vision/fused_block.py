@@ -6,7 +6,8 @@ pointwise, so this is exact) or applied by the second convolution on its way in,
 around the image must come after it. Gradients follow by autograd through these small tensors.
 """
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ __all__ = ["fused_block", "fused_block_blocker"]
 # Up to 14 x 14 pixels a row tile of the star MLP finds most of its neighbours in cache, and one
 # kernel for convolution and MLP saves a launch and a trip through memory. Not measured yet.
 MAX_PIXELS_ONE_KERNEL = 196
+MAX_CHANNELS_ONE_KERNEL = 256  # beyond, K7 spills registers
 
 
 def fused_block_blocker(block: "StarBlock2d", x: Tensor) -> str | None:
@@ -50,28 +52,37 @@ def fused_block_blocker(block: "StarBlock2d", x: Tensor) -> str | None:
 
 
 def _blocker(block: "StarBlock2d", x: Tensor) -> str | None:
-    mlp = block.mlp
-    for side in (block.pre, block.post):
-        conv, norm = side.conv, side.bn
-        if not (is_plain(side, type(side)) and is_plain(conv, nn.Conv2d) and _depthwise(conv)):
+    from starlayers.vision.blocks import OnChannelsLast
+
+    if not is_plain(block.mlp, StarMLP):
+        return f"the MLP is hooked, wrapped or not a StarMLP but a {type(block.mlp).__name__}"
+    for name, side in (("pre", block.pre), ("post", block.post)):
+        order = ["conv", "bn"] if name == "pre" else ["bn", "conv"]
+        if not is_plain(side, OnChannelsLast) or list(side._modules) != order:
+            return f"{name!r} is hooked, wrapped or not just {' and '.join(order)}"
+        if not (is_plain(side.conv, nn.Conv2d) and _depthwise(side.conv)):
             return "a convolution is hooked, changed or not depthwise with odd kernel and stride 1"
-        if not (is_plain(norm, nn.Identity) or is_plain(norm, nn.BatchNorm2d)):
-            return f"a norm is hooked or a {type(norm).__name__} (needs BatchNorm2d or Identity)"
-    reason = definition_blocker(mlp) or kernel_blocker((x, *block.parameters()), mlp.act)
+        if not (is_plain(side.bn, nn.Identity) or is_plain(side.bn, nn.BatchNorm2d)):
+            return f"a norm is hooked or a {type(side.bn).__name__} (needs BatchNorm2d or Identity)"
+    if x.numel() == 0:
+        return "the batch is empty"
+    reason = definition_blocker(block.mlp)
+    reason = reason or kernel_blocker((x, *block.parameters()), block.mlp.act)
     if reason is not None:
         return reason
     from starlayers.kernels.layer import too_wide
 
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *block.parameters()))
-    return too_wide(x.device, compute_dtype(x), mlp, training=training)
+    return too_wide(x.device, compute_dtype(x), block.mlp, training=_needs_gradients(block, x))
 
 
 def _depthwise(conv: nn.Conv2d) -> bool:
-    size = conv.kernel_size[0]
-    wanted = ((size, size), (1, 1), (1, 1), (size // 2, size // 2), conv.in_channels, "zeros")
+    size, width = conv.kernel_size[0], conv.in_channels
+    # torch.export puts fake tensors in the place of parameters while it traces
+    plain = type(conv.weight) is nn.Parameter or torch.compiler.is_exporting()
+    wanted = ((size, size), (1, 1), (1, 1), (size // 2, size // 2), width, width, "zeros")
     return (
         size % 2 == 1
-        and type(conv.weight) is nn.Parameter
+        and plain
         and wanted
         == (
             conv.kernel_size,
@@ -79,46 +90,50 @@ def _depthwise(conv: nn.Conv2d) -> bool:
             conv.dilation,
             conv.padding,
             conv.groups,
+            conv.out_channels,
             conv.padding_mode,
         )
     )
 
 
+def _needs_gradients(block: "StarBlock2d", x: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *block.parameters()))
+
+
 def fused_block(block: "StarBlock2d", x: Tensor) -> Tensor:
     """`block` on x (N, height, width, C), where `fused_block_blocker` found no obstacle."""
-    from starlayers.kernels._op import cast, no_autocast
+    from starlayers.kernels._op import no_autocast
     from starlayers.kernels.dw_star_mlp import dw_star_mlp
     from starlayers.kernels.dwconv import dwconv
     from starlayers.kernels.star_mlp import star_mlp
 
     dtype = compute_dtype(x)
     mlp, first, last = block.mlp, block.pre.conv, block.post.conv
-    rest = (cast(mlp.g.weight, dtype), cast(mlp.g.bias, dtype), None, mlp.act, mlp.offset)
+    w3 = mlp.g.weight.to(dtype)
+    b3 = None if mlp.g.bias is None else mlp.g.bias.to(dtype)
+    count = x[..., 0].numel()
     with no_autocast(x):
-        v = cast(x, dtype)
-        mean: Tensor | None
-        var: Tensor | None
+        v = x.to(dtype)
         if _one_kernel(block, x):
-            k, kb = _folded_convolution(first, block.pre.bn)
-            w3, b3, _, *options = rest
-            y = dw_star_mlp(v, k, kb, *_branches(mlp, None, None, dtype), w3, b3, *options)
-            mean = var = None
+            k, kb = _folded_convolution(first, _normed(block.pre.bn, None, None, count))
+            branches = _branches(mlp, None, dtype)
+            y = dw_star_mlp(v, k, kb, *branches, w3, b3, mlp.act, mlp.offset)
+            after = _normed(block.post.bn, None, None, count)
         else:
-            y, mean, var = dwconv(
-                v, first.weight, first.bias, None, None, None, _batch_statistics(block.pre.bn)
-            )
-            affine = _affine(block.pre.bn, mean, var, x[..., 0].numel())
+            statistics = [_batch_statistics(side.bn) for side in (block.pre, block.post)]
+            y, mean, var = dwconv(v, first.weight, first.bias, None, None, None, statistics[0])
+            branches = _branches(mlp, _normed(block.pre.bn, mean, var, count), dtype)
             rows, mean, var = star_mlp(
-                y.view(-1, mlp.in_features), *_branches(mlp, *affine, dtype), *rest,
-                _batch_statistics(block.post.bn),
+                y.view(-1, mlp.in_features), *branches, w3, b3, None, mlp.act, mlp.offset,
+                statistics[1],
             )  # fmt: skip
-            y = rows.view(x.shape)
-        scale, shift = _affine(block.post.bn, mean, var, x[..., 0].numel())
+            y, after = rows.view(x.shape), _normed(block.post.bn, mean, var, count)
         k, kb = last.weight, last.bias  # type: ignore[assignment]
         if block.gamma is not None:
             k = k * block.gamma[:, None, None, None]
             kb = None if kb is None else kb * block.gamma
         direct = x.dtype == dtype and not _drops(block.drop_path)
+        scale, shift = (None, None) if after is None else (after.scale, after.shift)
         y = dwconv(y, k, kb, scale, shift, v if direct else None, False)[0]
     out: Tensor = y if direct else x + block.drop_path(y)
     return out
@@ -132,73 +147,85 @@ def _drops(drop_path: nn.Module) -> bool:
 
 def _one_kernel(block: "StarBlock2d", x: Tensor) -> bool:
     """Whether convolution and MLP run as one kernel: inference on a small feature map."""
-    grads = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *block.parameters()))
-    norms = (block.pre.bn, block.post.bn)
     small = x.shape[1] * x.shape[2] <= MAX_PIXELS_ONE_KERNEL
-    return small and not grads and not any(_batch_statistics(norm) for norm in norms)
+    small = small and block.mlp.in_features <= MAX_CHANNELS_ONE_KERNEL
+    norms = (block.pre.bn, block.post.bn)
+    return small and not _needs_gradients(block, x) and not any(map(_batch_statistics, norms))
 
 
 def _batch_statistics(norm: nn.Module) -> bool:
     return isinstance(norm, nn.BatchNorm2d) and (norm.training or norm.running_mean is None)
 
 
-def _affine(
-    norm: nn.Module, mean: Tensor | None, var: Tensor | None, count: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Scale and shift that `norm` amounts to, in float32; updates its running statistics."""
+@dataclass(frozen=True)
+class _Affine:
+    """What a norm amounts to, per channel in float32: scale (x - center) + bias."""
+
+    scale: Tensor
+    center: Tensor
+    bias: Tensor
+
+    @property
+    def shift(self) -> Tensor:
+        return self.bias - self.scale * self.center
+
+
+def _normed(norm: nn.Module, mean: Tensor | None, var: Tensor | None, count: int) -> _Affine | None:
+    """`norm` with the statistics of `count` values; in training it updates its own as ever."""
     if not isinstance(norm, nn.BatchNorm2d):
-        return None, None
+        return None
     if _batch_statistics(norm):
-        assert mean is not None and var is not None  # noqa: PT018
-        _update(norm, mean, var, count)
+        if count == 1:
+            raise ValueError("BatchNorm in training needs more than 1 value per channel, got 1")
+        _update_statistics(norm, cast(Tensor, mean), cast(Tensor, var), count)
     else:
         mean, var = norm.running_mean, norm.running_var
-        assert mean is not None and var is not None  # noqa: PT018
-    scale = torch.rsqrt(var.float() + norm.eps)
+    center = cast(Tensor, mean).float()
+    scale = torch.rsqrt(cast(Tensor, var).float() + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
-    shift = -mean.float() * scale
-    return scale, shift if norm.bias is None else shift + norm.bias
+    bias = torch.zeros_like(center) if norm.bias is None else norm.bias.float()
+    return _Affine(scale, center, bias)
 
 
 @torch.no_grad()
-def _update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+def _update_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     """What `nn.BatchNorm2d` does to its buffers in training."""
-    if not norm.training or norm.running_mean is None or norm.running_var is None:
+    if not (norm.training and norm.track_running_stats):
         return
-    if count < 2:
-        raise ValueError(f"BatchNorm in training needs more than 1 value per channel, got {count}")
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    cumulative = 1.0 / norm.num_batches_tracked.float()
-    momentum = cumulative if norm.momentum is None else norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    momentum: float | Tensor = norm.momentum or 0.0
+    if norm.momentum is None and norm.num_batches_tracked is not None:
+        momentum = 1.0 / norm.num_batches_tracked.float()
     unbiased = var * (count / (count - 1))
     for running, now in ((norm.running_mean, mean), (norm.running_var, unbiased)):
         running.add_((now.to(running.dtype) - running) * momentum)
 
 
 def _branches(
-    mlp: StarMLP, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype
+    mlp: StarMLP, affine: _Affine | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
     """w1, b1, w2, b2 with an affine map of the input folded in."""
-    from starlayers.kernels._op import cast
-
-    folded: list[Tensor | None] = []
+    found: list[Tensor | None] = []
     for f in (mlp.f1, mlp.f2):
         w, b = f.weight, f.bias
-        if scale is None or shift is None:
-            folded += [cast(w, dtype), cast(b, dtype)]
+        if affine is None:
+            found += [w.to(dtype), None if b is None else b.to(dtype)]
             continue
-        moved = w.float() @ shift
-        folded += [cast(w.float() * scale, dtype), moved if b is None else moved + b]
-    return tuple(folded)
+        folded = (w.float() * affine.scale).to(dtype)
+        # the mean goes through the weight as it was rounded, so that the rounding errors cancel
+        moved = w.float() @ affine.bias - folded.float() @ affine.center
+        found += [folded, moved if b is None else moved + b]
+    return tuple(found)
 
 
-def _folded_convolution(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _folded_convolution(conv: nn.Conv2d, affine: _Affine | None) -> tuple[Tensor, Tensor]:
     """Kernel and bias of a convolution with the norm behind it folded in, in float32."""
     k = conv.weight.float()
     b = k.new_zeros(k.shape[0]) if conv.bias is None else conv.bias.float()
-    scale, shift = _affine(norm, None, None, 0)
-    if scale is None or shift is None:
+    if affine is None:
         return k, b
-    return k * scale[:, None, None, None], b * scale + shift
+    return k * affine.scale[:, None, None, None], b * affine.scale + affine.shift

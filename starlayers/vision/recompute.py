@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from starlayers.backend import with_this_backend
+
 __all__ = ["recompute"]
 
 
@@ -24,7 +26,7 @@ def recompute(module: nn.Module, x: Tensor) -> Tensor:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _KeptStatistics(module)
 
-    y: Tensor = checkpoint(module, x, use_reentrant=False, context_fn=contexts)
+    y: Tensor = checkpoint(with_this_backend(module), x, use_reentrant=False, context_fn=contexts)
     return y
 
 

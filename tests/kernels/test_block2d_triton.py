@@ -1,13 +1,15 @@
 """StarBlock2d and StarNet under `use_backend("triton")`, in Triton's interpreter."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 
-from starlayers import use_backend
+from starlayers import StarMLP, use_backend
 from starlayers.vision import StarBlock2d, StarNet, starnet_s4
+from starlayers.vision.recompute import recompute
 from tests.helpers import RecordOps, randn
 from tests.kernels.test_layer_triton import held_to_eager
 
@@ -111,7 +113,7 @@ def test_autocast():
 
 
 REFUSED = [
-    ("hook", lambda b: b.pre.conv.register_forward_hook(lambda *_: None), "convolution is hooked"),
+    ("conv", lambda b: b.pre.conv.register_forward_hook(lambda *_: None), "convolution is hooked"),
     ("norm", lambda b: setattr(b.post, "bn", nn.InstanceNorm2d(16)), "InstanceNorm2d"),
     ("branch", lambda b: b.mlp.f1.register_forward_hook(lambda *_: None), "branch is hooked"),
     ("rank", lambda b: setattr(b.mlp, "rank", 2), "rank=2"),
@@ -146,3 +148,95 @@ def test_starnet_s4_matches_eager():
     blocks = sum(isinstance(m, StarBlock2d) for m in net.modules())
     assert counts["starlayers::dwconv"] == 2 * blocks
     assert counts["starlayers::star_mlp_backward"] == blocks
+
+
+class Overridden(StarMLP):
+    def forward(self, x, residual=None):
+        return super().forward(x, residual) * 2
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+    def forward(self, x):
+        return self.module(x) * 2
+
+
+CHANGED = {
+    "hook on the mlp": lambda b: b.mlp.register_forward_hook(lambda m, i, o: o * 0),
+    "subclass": lambda b: setattr(b, "mlp", Overridden(16)),
+    "wrapper": lambda b: setattr(b, "mlp", Wrapper(b.mlp)),
+    "another mlp": lambda b: setattr(b, "mlp", nn.Sequential(nn.Linear(16, 16), nn.ReLU())),
+    "layer added": lambda b: b.pre.add_module("act", nn.ReLU()),
+    "pre replaced": lambda b: setattr(b, "pre", nn.Identity()),
+    "hook on a side": lambda b: b.post.register_forward_hook(lambda m, i, o: o * 0),
+    "order": lambda b: setattr(b, "post", type(b.post)(OrderedDict(b.pre.named_children()))),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_was_attached_to_a_part_is_never_skipped(name):
+    block, x = StarBlock2d(16, 3), randn(1, 16, 5, 5)
+    CHANGED[name](block)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="cannot serve this StarBlock2d"):
+        block(x)
+
+
+def test_statistics_that_are_not_tracked_stay():
+    for change in ("track_running_stats", "num_batches_tracked"):
+        found = []
+        for backend in ("triton", "eager"):
+            block = lively(StarBlock2d(16, 3, act="silu"))
+            block.load_state_dict(lively(StarBlock2d(16, 3, act="silu")).state_dict())
+            torch.manual_seed(0)
+            for p in block.parameters():
+                nn.init.normal_(p, std=0.1)
+            setattr(block.pre.bn, change, False if change == "track_running_stats" else None)
+            with use_backend(backend):
+                found.append([block(randn(2, 16, 5, 5)), *block.buffers()])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_second_gradients_in_half_precision(dtype):
+    block = lively(StarBlock2d(16, 3, act="silu")).to(dtype)
+    found = []
+    for backend in ("triton", "eager"):
+        x = randn(2, 16, 5, 5, dtype=dtype, grad=True)
+        with use_backend(backend):
+            (dx,) = torch.autograd.grad(block(x).sum(), x, create_graph=True)
+            found.append(torch.autograd.grad(dx.float().square().sum(), x)[0].float())
+    assert (found[0] - found[1]).norm() <= 0.1 * found[1].norm()
+
+
+def test_a_norm_far_from_its_mean_folds_as_exactly_as_it_runs():
+    block = lively(StarBlock2d(16, 3, act=None))
+    with torch.no_grad():
+        block.pre.conv.bias.mul_(100)
+    held_to_eager(block.to(torch.bfloat16), randn(4, 16, 7, 7, dtype=torch.bfloat16), floor=0.02)
+
+
+def test_export_holds_the_ops_where_triton_is_forced():
+    block, x = StarBlock2d(16, 3).eval(), randn(1, 16, 5, 5)
+    with use_backend("triton"), torch.no_grad():
+        program = torch.export.export(block, (x,))
+        expected = block(x)
+    assert any("starlayers." in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), expected)
+
+
+def test_recomputation_keeps_the_backend_of_the_forward():
+    block, x = StarBlock2d(16, 3), randn(2, 16, 5, 5, grad=True)
+    with use_backend("triton"):
+        y = recompute(block, x)
+        expected = torch.autograd.grad(copy.deepcopy(block)(x).sum(), x)
+    found = torch.autograd.grad(y.sum(), x)  # outside of the block
+    torch.testing.assert_close(found, expected)

@@ -1,11 +1,14 @@
 """Whole layers and networks under `use_backend("triton")`, in Triton's interpreter."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from starlayers import StarBlock, StarMLP, StarOp, star, use_backend
@@ -189,3 +192,70 @@ def test_export_is_portable_on_auto_and_holds_the_op_where_triton_is_forced(back
     targets = [str(node.target) for node in program.graph.nodes]
     assert sum("starlayers.star_mlp" in target for target in targets) == ops
     torch.testing.assert_close(program.module()(x), star_mlp_formula(mlp, x))
+
+
+def test_a_residual_alone_may_need_the_gradient():
+    mlp = StarMLP(384, 32).requires_grad_(False)
+    residual = randn(3, 384, grad=True)
+    with use_backend("triton"):
+        (d,) = torch.autograd.grad(mlp(randn(3, 384, seed=1), residual).sum(), residual)
+    assert torch.equal(d, torch.ones(3, 384))
+
+
+def test_a_residual_elsewhere_is_refused():
+    mlp, x = StarMLP(16), randn(3, 16)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="residual is a Tensor on meta"):
+        mlp(x, x.to("meta"))
+
+
+def test_wide_layers_take_operands_at_any_address():
+    mlp = StarMLP(512, 64, act="silu")
+    x = randn(4 * 512 + 1)[1:].view(4, 512)
+    assert x.data_ptr() % 16
+    with use_backend("triton"):
+        torch.testing.assert_close(mlp(x), star_mlp_formula(mlp, x), rtol=1e-4, atol=1e-5)
+
+
+def test_wide_inference_keeps_no_branch():
+    mlp, x = StarMLP(400, 64, act="silu"), randn(4, 400)
+    shapes = []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if "star_mlp_wide" in func._schema.name:
+                shapes.extend(tuple(t.shape) for t in out)
+            return out
+
+    with torch.no_grad(), use_backend("triton"), Shapes():
+        mlp(x)
+    assert shapes == [(4, 400), (0,), (0,)]
+
+
+def test_channels_last_branches_stay_so():
+    x1, x2 = (
+        randn(2, 3, 4, 5, seed=s).contiguous(memory_format=torch.channels_last) for s in (0, 1)
+    )
+    with use_backend("triton"):
+        y = star(x1, x2, "silu")
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, star(x1, x2, "silu"))
+
+
+@pytest.mark.parametrize("way", ["legacy", "new", "high"])
+def test_float32_precision_follows_the_user(way):
+    matmul = torch.backends.cuda.matmul
+    code = {
+        "legacy": "torch.backends.cuda.matmul.allow_tf32 = True",
+        "new": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "high": "torch.set_float32_matmul_precision('high')",
+    }[way]
+    assert matmul.fp32_precision in ("none", "ieee")
+    script = f"""import torch
+from starlayers.kernels._op import precision
+assert precision(torch.ones(1)) == "tf32x3"
+{code}
+assert precision(torch.ones(1)) == "tf32"
+assert precision(torch.ones(1, dtype=torch.bfloat16)) == "ieee"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -10,9 +10,22 @@ __all__ = ["star_forward", "star_grad"]
 
 @triton.jit
 def _clamped(x, LOW: tl.constexpr, HIGH: tl.constexpr, CLAMP: tl.constexpr):
-    if CLAMP:
-        x = tl.clamp(x, LOW, HIGH, propagate_nan=tl.PropagateNan.ALL)
+    """x within its limits; CLAMP is 1 for a lower limit alone, 2 for an upper one, 3 for both."""
+    if CLAMP % 2 == 1:
+        x = tl.maximum(x, LOW, propagate_nan=tl.PropagateNan.ALL)
+    if CLAMP >= 2:
+        x = tl.minimum(x, HIGH, propagate_nan=tl.PropagateNan.ALL)
     return x
+
+
+@triton.jit
+def _inside(g, x, LOW: tl.constexpr, HIGH: tl.constexpr, CLAMP: tl.constexpr):
+    """g where x is strictly within its limits, else 0."""
+    if CLAMP % 2 == 1:
+        g = tl.where(x > LOW, g, 0.0)
+    if CLAMP >= 2:
+        g = tl.where(x < HIGH, g, 0.0)
+    return g
 
 
 @triton.jit
@@ -86,9 +99,7 @@ def star_grad(
     b = _clamped(raw2, LOW2, HIGH2, CLAMP2)
     g1 = act_backward(g * (OFFSET + b), a, ACT)
     g2 = g * act_value(a, ACT)
-    if CLAMP1:
-        g1 = tl.where((raw1 > LOW1) & (raw1 < HIGH1), g1, 0.0)
-    if CLAMP2:
-        g2 = tl.where((raw2 > LOW2) & (raw2 < HIGH2), g2, 0.0)
+    g1 = _inside(g1, raw1, LOW1, HIGH1, CLAMP1)
+    g2 = _inside(g2, raw2, LOW2, HIGH2, CLAMP2)
     tl.store(d1 + r * stride_d + c, g1.to(d1.dtype.element_ty), mask=live)
     tl.store(d2 + r * stride_d + c, g2.to(d2.dtype.element_ty), mask=live)

@@ -84,6 +84,9 @@ def mlp_dx(
     g0 = _upstream(dy, z, mean, p, q, rows, live, stride_dy, stride_z, 0, O0, OUT, AFFINE)
     if AFFINE:
         store_rows(g, g0, rows, live, OUT, 0, O0, OUT)
+    else:
+        # through registers: loaded straight into shared memory, 256 channels spill 272 bytes
+        g0 = tl.where(live[:, None], g0, 0.0)
     dx0 = tl.zeros([BM, C0], tl.float32)
     if C1 > 0:
         x1 = load_rows(x, rows, live, stride_x, C0, C1, C)
