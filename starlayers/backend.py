@@ -24,6 +24,7 @@ __all__ = [
     "is_plain",
     "is_plain_linear",
     "kernel_blocker",
+    "needs_gradients",
     "star_blocker",
     "use_backend",
     "with_this_backend",
@@ -234,6 +235,16 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a backward of something made of these tensors.
+
+    Example:
+        >>> needs_gradients(torch.ones(1), None), needs_gradients(torch.ones(1, requires_grad=True))
+        (False, True)
+    """
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _interpreting() -> bool:
     from starlayers.kernels._op import INTERPRET
 
@@ -252,7 +263,7 @@ def _gpu_blocker(mlp: "StarMLP", x: Tensor) -> str | None:
     from starlayers.kernels._dispatch import tuning
     from starlayers.kernels.layer import too_wide
 
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+    training = needs_gradients(x, *parameters)
     reason = too_wide(x.device, compute_dtype(x), mlp, training=training)
     if reason is None or mlp.recompute or tuning() or backend_name() == "triton":
         return None  # the wide op serves where the narrow one does not
@@ -298,9 +309,10 @@ def _cpu_blocker(mlp: "StarMLP", x: Tensor) -> str | None:
         return f"activation {mlp.act!r} was registered without a derivative"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if torch._C._get_tracing_state() is not None or _transformed():
-        return "a functional transform or tracer is active"
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+    reason = _traced_blocker()
+    if reason is not None:
+        return reason
+    training = needs_gradients(x, *parameters)
     needed = MIN_HIDDEN_BYTES_TRAINING if training else MIN_HIDDEN_BYTES_INFERENCE
     return small if hidden_bytes < needed else None
 

@@ -78,12 +78,22 @@ def star_product(
     """
     if star_blocker(x1, x2, act) is not None:
         return star_reference(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
-    from starlayers.kernels.star import star as op  # defines the op, on first use only
-
     if x1.ndim == 4 and not x1.is_contiguous() and _channels_last(x1) and _channels_last(x2):
         x1, x2 = x1.permute(0, 2, 3, 1), x2.permute(0, 2, 3, 1)
-        y = star_product(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
-        return y.permute(0, 3, 1, 2)
+        return _fused_star(x1, x2, act, offset, clamp1, clamp2).permute(0, 3, 1, 2)
+    return _fused_star(x1, x2, act, offset, clamp1, clamp2)
+
+
+def _fused_star(
+    x1: Tensor,
+    x2: Tensor | None,
+    act: str | None,
+    offset: float,
+    clamp1: Limits | None,
+    clamp2: Limits | None,
+) -> Tensor:
+    from starlayers.kernels.star import star as op  # defines the op, on first use only
+
     limits = [list(clamp1 or ()), list(clamp2 or ())]
     return op(x1, x2, get_activation(act).name, float(offset), *limits)  # type: ignore[no-any-return]
 
@@ -142,9 +152,7 @@ def star(
             f"star needs branches of one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}; "
             "expand() the smaller one"
         )
-    for name, limits in (("clamp1", clamp1), ("clamp2", clamp2)):
-        if limits is not None and (len(limits) != 2 or not limits[0] <= limits[1]):
-            raise ValueError(f"star: {name} must be (least, greatest), got {limits!r}")
+    _check_limits(clamp1=clamp1, clamp2=clamp2)
     return star_product(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
 
 
@@ -173,10 +181,14 @@ def star_packed(
     x1, x2 = h.chunk(2, -1)
     if star_blocker(x1, x2, act) is not None:
         return star(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
-    from starlayers.kernels.star import star as op
+    _check_limits(clamp1=clamp1, clamp2=clamp2)
+    return _fused_star(h, None, act, offset, clamp1, clamp2)
 
-    limits = [list(clamp1 or ()), list(clamp2 or ())]
-    return op(h, None, get_activation(act).name, float(offset), *limits)  # type: ignore[no-any-return]
+
+def _check_limits(**clamps: Limits | None) -> None:
+    for name, limits in clamps.items():
+        if limits is not None and (len(limits) != 2 or not limits[0] <= limits[1]):
+            raise ValueError(f"star: {name} must be (least, greatest), got {limits!r}")
 
 
 def star_mlp_reference(

@@ -110,6 +110,8 @@ def test_an_empty_clamp_raises(limits):
     x = torch.ones(2)
     with pytest.raises(ValueError, match="clamp2 must be"):
         star(x, x, clamp2=limits)
+    with pytest.raises(ValueError, match="clamp2 must be"):
+        star_packed(x, clamp2=limits)
 
 
 def test_recompute_draws_the_same_dropout_again():

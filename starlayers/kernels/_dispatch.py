@@ -6,7 +6,7 @@ of CUDA graph capture, and the winner serves for the rest of the process.
 
 import os
 import statistics
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 
@@ -14,6 +14,8 @@ __all__ = ["choose", "tuning", "winner"]
 
 ENV_VAR = "STARLAYERS_TUNE"
 REPEATS = 20
+
+Candidates = Mapping[str, Callable[[], object]]
 
 _winners: dict[Hashable, str] = {}
 
@@ -39,9 +41,9 @@ def winner(key: Hashable) -> str | None:
 
 def choose(
     key: Hashable,
-    candidates: dict[str, Callable[[], object]],
+    candidates: Candidates,
     *,
-    timer: Callable[[dict[str, Callable[[], object]]], dict[str, float]] | None = None,
+    timer: Callable[[Candidates], dict[str, float]] | None = None,
 ) -> str:
     """The name of the fastest candidate for `key`, measured on its first use; ties to the first.
 
@@ -56,7 +58,7 @@ def choose(
     return _winners[key]
 
 
-def _interleaved(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
+def _interleaved(candidates: Candidates) -> dict[str, float]:
     """Median milliseconds of each candidate by CUDA events, A B A B, after two warm-up rounds."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(2 + REPEATS):

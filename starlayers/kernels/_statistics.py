@@ -5,6 +5,7 @@ from torch import Tensor
 
 __all__ = [
     "empty_statistics",
+    "fake_statistics",
     "merged_statistics",
     "statistics_gradient",
     "upstream",
@@ -37,6 +38,14 @@ def with_statistics(y: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
     wide = y if y.dtype == torch.float64 else y.float()
     var, mean = torch.var_mean(wide.flatten(0, -2), 0, correction=0)
     return y, mean, var
+
+
+def fake_statistics(y: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What `with_statistics` returns, in shape and dtype alone."""
+    if not stats:
+        return y, *empty_statistics(y)
+    kind = torch.float64 if y.dtype == torch.float64 else torch.float32
+    return y, y.new_empty(y.shape[-1], dtype=kind), y.new_empty(y.shape[-1], dtype=kind)
 
 
 def upstream(

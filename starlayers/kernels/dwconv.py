@@ -24,6 +24,7 @@ from starlayers.kernels._op import (
 )
 from starlayers.kernels._statistics import (
     empty_statistics,
+    fake_statistics,
     merged_statistics,
     statistics_gradient,
     upstream,
@@ -135,7 +136,7 @@ def _backward_kernel(
     db = total[-1].clone()
     if scale is None:
         return dx, dk, db, *empty_statistics(x)
-    dshift, dscale = parts.sum(0).clone().unbind(0)
+    dshift, dscale = parts.sum(0).unbind(0)
     return dx, dk, db, dscale.clone(), dshift.clone()
 
 
@@ -190,9 +191,7 @@ def _fake(
     residual: Tensor | None,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind = torch.float64 if x.dtype == torch.float64 and stats else torch.float32
-    size = x.shape[-1] if stats else 0
-    return x.new_empty(x.shape), x.new_empty(size, dtype=kind), x.new_empty(size, dtype=kind)
+    return fake_statistics(x.new_empty(x.shape), stats)
 
 
 dwconv = define_op("dwconv", _kernel, plain=_plain, fake=_fake)

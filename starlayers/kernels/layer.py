@@ -1,18 +1,18 @@
 """A `StarMLP` module on the fused ops: its types under autocast, and the op that fits its width."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from starlayers.backend import backend_name, compute_dtype
+from starlayers.backend import backend_name, compute_dtype, needs_gradients
 from starlayers.kernels._dispatch import choose, tuning, winner
 from starlayers.kernels._op import INTERPRET, cast, no_autocast
 from starlayers.kernels._tiles import MLP_BACKWARD, MLP_FORWARD, mlp_tile, split_columns
-from starlayers.kernels.star_linear import dgated, star_linear
 from starlayers.kernels.star_mlp import star_mlp
-from starlayers.kernels.star_mlp_wide import star_mlp_wide
+from starlayers.kernels.star_mlp_wide import PROGRAMS, star_mlp_wide
 
 if TYPE_CHECKING:
     from starlayers.modules import StarMLP
@@ -29,9 +29,7 @@ def fused_star_mlp(mlp: "StarMLP", x: Tensor, residual: Tensor | None) -> Tensor
     with no_autocast(x):
         rows = cast(x.reshape(-1, mlp.in_features), dtype)
         shape = (*x.shape[:-1], mlp.out_features)
-        training = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, *parameters)
-        )
+        training = needs_gradients(x, *parameters)
         on_cpu = x.device.type == "cpu" and not INTERPRET
         narrow = on_cpu or too_wide(x.device, dtype, mlp, training=training) is None
         if narrow:
@@ -81,10 +79,7 @@ def _gemm(x: Tensor, parameters: Sequence[Tensor | None], mlp: "StarMLP") -> str
         _, h1, h2 = product(x, w1, b1, w2, b2, mlp.act, mlp.offset, True)
         return gate(dy, w3, h1, h2, mlp.act, mlp.offset)
 
-    candidates = {
-        "library": lambda: both(star_linear.plain, dgated.plain),
-        "triton": lambda: both(star_linear, dgated),
-    }
+    candidates = {name: partial(both, *program) for name, program in PROGRAMS.items()}
     with torch.cuda.device(x.device):
         return choose(key, candidates)
 

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from starlayers.activations import get_activation
 from starlayers.functional import star_reference
-from starlayers.kernels._op import ceil_div, define_op, launch, library_gradients, no_autocast
+from starlayers.kernels._op import (
+    ceil_div,
+    define_op,
+    launch,
+    library_gradients,
+    no_autocast,
+    unit_stride,
+)
 
 __all__ = ["star", "star_backward"]
 
@@ -55,8 +62,7 @@ def tile_shape(rows: int, cols: int) -> tuple[int, int]:
 
 def _matrix(x: Tensor) -> Tensor:
     """(..., cols) as (rows, cols) with unit column stride; a copy only where no view is one."""
-    x = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return unit_stride(x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1))
 
 
 def _views(x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from starlayers.functional import star_mlp_reference
 from starlayers.kernels._op import cast, define_op, library_gradients, no_autocast
-from starlayers.kernels._statistics import statistics_gradient, upstream, with_statistics
+from starlayers.kernels._statistics import (
+    fake_statistics,
+    statistics_gradient,
+    upstream,
+    with_statistics,
+)
 from starlayers.kernels.star_mlp_cpu import blocked_backward, blocked_forward
 from starlayers.kernels.star_mlp_launch import star_mlp_backward_kernel, star_mlp_kernel
 
@@ -52,10 +57,7 @@ def _fake(
     offset: float,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = x.new_empty(x.shape[0], w3.shape[0])
-    kind = torch.float64 if x.dtype == torch.float64 and stats else torch.float32
-    size = w3.shape[0] if stats else 0
-    return y, x.new_empty(size, dtype=kind), x.new_empty(size, dtype=kind)
+    return fake_statistics(x.new_empty(x.shape[0], w3.shape[0]), stats)
 
 
 star_mlp = define_op("star_mlp", star_mlp_kernel, plain=_plain, fake=_fake)

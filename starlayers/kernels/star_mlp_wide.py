@@ -14,28 +14,13 @@ from torch import Tensor
 
 from starlayers.functional import star_mlp_reference
 from starlayers.kernels._op import library_gradients, no_autocast
-from starlayers.kernels.star import star, star_backward
 from starlayers.kernels.star_linear import dgated, star_linear
 
-__all__ = ["star_mlp_wide"]
+__all__ = ["PROGRAMS", "star_mlp_wide"]
 
 
-def _branches(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    act: str,
-    offset: float,
-    gemm: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if gemm == "triton":
-        s, h1, h2 = star_linear(x, w1, b1, w2, b2, act, offset, save)
-        return s, h1, h2
-    h1, h2 = F.linear(x, w1, b1), F.linear(x, w2, b2)
-    return star(h1, h2, act, offset, [], []), h1, h2
+#: who multiplies -> both branches with their star, and the gradients of both
+PROGRAMS = {"library": (star_linear.plain, dgated.plain), "triton": (star_linear, dgated)}
 
 
 @torch.library.custom_op("starlayers::star_mlp_wide", mutates_args=())
@@ -53,9 +38,9 @@ def star_mlp_wide(
     gemm: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute y of x (rows, in), and the branches unless they are to be recomputed."""
-    s, h1, h2 = _branches(x, w1, b1, w2, b2, act, offset, gemm, save=not recompute)
-    y = F.linear(s, w3, b3)
-    return (y, x.new_empty(0), x.new_empty(0)) if recompute else (y, h1, h2)
+    product, _ = PROGRAMS[gemm]
+    s, h1, h2 = product(x, w1, b1, w2, b2, act, offset, not recompute)
+    return F.linear(s, w3, b3), h1, h2
 
 
 @star_mlp_wide.register_fake
@@ -81,13 +66,12 @@ def star_mlp_wide_backward(
     gemm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients: dx, dw1, db1, dw2, db2, dw3, db3."""
-    if recompute:
-        _, h1, h2 = _branches(x, w1, b1, w2, b2, act, offset, gemm, save=True)
-    if gemm == "triton":
-        d1, d2, s = dgated(dy, w3, h1, h2, act, offset)
-    else:
-        d1, d2 = star_backward(dy @ w3, h1, h2, act, offset, [], [])
-        s = star(h1, h2, act, offset, [], [])
+    product, gate = PROGRAMS[gemm]
+    if recompute and gemm == "library":  # without the star, which `gate` yields
+        h1, h2 = F.linear(x, w1, b1), F.linear(x, w2, b2)
+    elif recompute:
+        _, h1, h2 = product(x, w1, b1, w2, b2, act, offset, True)
+    d1, d2, s = gate(dy, w3, h1, h2, act, offset)
     dx = (d1 @ w1).addmm_(d2, w2)
     dw1, dw2, dw3 = d1.t() @ x, d2.t() @ x, dy.t() @ s
     return dx, dw1, d1.sum(0), dw2, d2.sum(0), dw3, dy.sum(0)

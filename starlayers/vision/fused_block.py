@@ -19,6 +19,7 @@ from starlayers.backend import (
     definition_blocker,
     is_plain,
     kernel_blocker,
+    needs_gradients,
 )
 from starlayers.modules import DropPath, StarMLP
 
@@ -72,7 +73,9 @@ def _blocker(block: "StarBlock2d", x: Tensor) -> str | None:
         return reason
     from starlayers.kernels.layer import too_wide
 
-    return too_wide(x.device, compute_dtype(x), block.mlp, training=_needs_gradients(block, x))
+    return too_wide(
+        x.device, compute_dtype(x), block.mlp, training=needs_gradients(x, *block.parameters())
+    )
 
 
 def _depthwise(conv: nn.Conv2d) -> bool:
@@ -94,10 +97,6 @@ def _depthwise(conv: nn.Conv2d) -> bool:
             conv.padding_mode,
         )
     )
-
-
-def _needs_gradients(block: "StarBlock2d", x: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *block.parameters()))
 
 
 def fused_block(block: "StarBlock2d", x: Tensor) -> Tensor:
@@ -150,7 +149,11 @@ def _one_kernel(block: "StarBlock2d", x: Tensor) -> bool:
     small = x.shape[1] * x.shape[2] <= MAX_PIXELS_ONE_KERNEL
     small = small and block.mlp.in_features <= MAX_CHANNELS_ONE_KERNEL
     norms = (block.pre.bn, block.post.bn)
-    return small and not _needs_gradients(block, x) and not any(map(_batch_statistics, norms))
+    return (
+        small
+        and not needs_gradients(x, *block.parameters())
+        and not any(map(_batch_statistics, norms))
+    )
 
 
 def _batch_statistics(norm: nn.Module) -> bool:

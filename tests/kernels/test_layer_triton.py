@@ -162,6 +162,8 @@ def test_stateless_star_and_its_packed_form():
         (theirs,) = torch.autograd.grad(expected.square().sum(), h)
     torch.testing.assert_close(packed, expected)
     torch.testing.assert_close(dh, theirs)
+    with use_backend("triton"), pytest.raises(ValueError, match="clamp1 must be"):
+        star_packed(h, clamp1=(1.0, -1.0))
     with use_backend("triton"), pytest.raises(RuntimeError, match="this star: dtype"):
         star(h.double(), h.double())
 
