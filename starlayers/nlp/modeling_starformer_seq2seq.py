@@ -1,0 +1,310 @@
+"""Starformer, encoder-decoder: the encoder, and the decoder with cross attention to it."""
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+    StaticCache,
+)
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+)
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_starformer import Filled, StarformerSeq2SeqConfig
+from .layers_starformer import StarformerAttention, StarformerLayer
+from .modeling_starformer import StarformerPreTrainedModel, causal_masks, next_positions
+from .modeling_starformer_encoder import StarformerEncoderModel
+
+__all__ = [
+    "StarformerForConditionalGeneration",
+    "StarformerSeq2SeqModel",
+    "StarformerSeq2SeqPreTrainedModel",
+]
+
+
+class StarformerSeq2SeqPreTrainedModel(StarformerPreTrainedModel):
+    """What the encoder-decoders share."""
+
+    config: StarformerSeq2SeqConfig
+    config_class = StarformerSeq2SeqConfig
+
+
+class StarformerSeq2SeqEncoder(StarformerEncoderModel):
+    """The encoder, reading its layers from the joint configuration."""
+
+    config: StarformerSeq2SeqConfig
+    config_class = StarformerSeq2SeqConfig
+
+    @staticmethod
+    def _layer_types(config: Filled) -> list[str]:
+        return config.encoder_layer_types
+
+
+class StarformerSeq2SeqDecoder(StarformerSeq2SeqPreTrainedModel):
+    """The decoder, each layer of which also attends to the encoder's states."""
+
+    _can_record_outputs = {
+        "hidden_states": StarformerLayer,
+        "attentions": OutputRecorder(StarformerAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(StarformerAttention, index=1, layer_name="cross_attn"),
+    }
+
+    def __init__(self, config: Filled) -> None:
+        super().__init__(config)
+        self._build(config, config.layer_types, causal=True, cross_attention=True)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        hidden_states = self._embedded(input_ids, inputs_embeds)
+        if encoder_hidden_states is None:
+            raise ValueError(f"{type(self).__name__} needs encoder_hidden_states")
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
+        own = None if past_key_values is None else past_key_values.self_attention_cache
+        position_ids = next_positions(hidden_states, position_ids, own)
+        masks = causal_masks(self.config, hidden_states, attention_mask, position_ids, own)
+        encoder_attention_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=encoder_attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+        )
+        hidden_states = self._through_layers(
+            hidden_states,
+            masks,
+            position_ids,
+            encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return BaseModelOutputWithPastAndCrossAttentions(hidden_states, past_key_values)
+
+
+class StarformerSeq2SeqModel(StarformerSeq2SeqPreTrainedModel):
+    """Encoder and decoder without a head; without decoder ids it reads its input shifted.
+
+    Shapes: ids (batch, length), decoder ids (batch, target length) -> `last_hidden_state`
+    (batch, target length, hidden_size).
+
+    Raises:
+        ValueError: both or neither of ids and embeddings, on either side.
+
+    Example:
+        >>> config = StarformerSeq2SeqConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2,
+        ...                                  num_attention_heads=4)
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> StarformerSeq2SeqModel(config)(ids, decoder_input_ids=ids).last_hidden_state.shape
+        torch.Size([1, 3, 32])
+    """
+
+    _tied_weights_keys = {
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+    }
+
+    def __init__(self, config: Filled) -> None:
+        super().__init__(config)
+        self.shared = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.encoder = StarformerSeq2SeqEncoder(config)
+        self.decoder = StarformerSeq2SeqDecoder(config)
+        self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """The embeddings are one on both sides, whether or not the head shares them too."""
+        if all_submodels:
+            return super().get_expanded_tied_weights_keys(all_submodels=True)
+        return dict(self._tied_weights_keys)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.shared
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.shared = self.encoder.embed_tokens = self.decoder.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Seq2SeqModelOutput:
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs)
+        decoder_outputs = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            position_ids=decoder_position_ids,
+            inputs_embeds=decoder_inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=attention_mask,
+            **kwargs,
+        )
+        return Seq2SeqModelOutput(
+            last_hidden_state=decoder_outputs.last_hidden_state,
+            past_key_values=decoder_outputs.past_key_values,
+            decoder_hidden_states=decoder_outputs.hidden_states,
+            decoder_attentions=decoder_outputs.attentions,
+            cross_attentions=decoder_outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+
+class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, GenerationMixin):
+    """The encoder-decoder with a language-model head: translation, summaries.
+
+    Shapes: ids (batch, length), labels (batch, target length) -> `logits` (batch, target length,
+    vocab_size). Labels of -100 count for nothing; the decoder reads them shifted by one.
+
+    Raises:
+        ValueError: as `StarformerSeq2SeqModel`, and labels without a `decoder_start_token_id`.
+
+    Example:
+        >>> config = StarformerSeq2SeqConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2,
+        ...                                  num_attention_heads=4, pad_token_id=0)
+        >>> ids = torch.tensor([[5, 6, 2]])
+        >>> StarformerForConditionalGeneration(config)(ids, labels=ids).logits.shape
+        torch.Size([1, 3, 99])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: Filled) -> None:
+        super().__init__(config)
+        self.model = StarformerSeq2SeqModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # labels are not shifted against the logits here: the decoder's input already is
+        self.loss_type = "ForMaskedLM"
+        self.post_init()
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Labels moved one to the right behind the start token, -100 as padding.
+
+        Raises:
+            ValueError: the configuration has no `decoder_start_token_id`, or labels of -100 and
+                no `pad_token_id`.
+        """
+        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
+        if start is None:
+            raise ValueError("labels need decoder_start_token_id or bos_token_id in the config")
+        shifted = labels.roll(1, dims=-1)
+        shifted[:, 0] = start
+        ignored = shifted == -100
+        # what stands in an ignored place is not looked at: any token serves where none is named
+        return shifted.masked_fill(ignored, start if pad is None else pad)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        made = super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args, **kwargs
+        )
+        cache = model_kwargs.get("past_key_values")
+        if not isinstance(cache, EncoderDecoderCache):
+            return made
+        # transformers gives the cross attention the layer types of the self attention, but a
+        # star_conv layer attends to the encoder as any other does
+        cross = cache.cross_attention_cache
+        for i, kind in enumerate(cast(list[str], self.config.layer_types)):
+            if kind == "conv" and not isinstance(cross.layers[i], CacheLayerMixin):
+                length = model_kwargs["encoder_outputs"][0].shape[1]
+                static = isinstance(cross, StaticCache)
+                cross.layers[i] = StaticLayer(length) if static else DynamicLayer()
+        return made
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            decoder_position_ids=decoder_position_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )

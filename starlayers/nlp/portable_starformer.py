@@ -1,0 +1,153 @@
+"""Plain PyTorch StarMLP and StarBlock, for model folders that travel without starlayers.
+
+A folder saved by `save_with_code` carries this file; its parameters have the names of the real
+layers, so that weights load in both. Where starlayers is installed, its own layers are used.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Activation", "StarBlock", "StarMLP", "get_activation", "star_product"]
+
+_FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softplus": F.softplus,
+    "squared_relu": lambda x: F.relu(x).square(),
+    "hardswish": F.hardswish,
+}
+_ALIASES = {
+    "identity": None,
+    "bilinear": None,
+    "reglu": "relu",
+    "geglu": "gelu",
+    "swiglu": "silu",
+    "swish": "silu",
+    "glu": "sigmoid",
+    "relu2": "squared_relu",
+}
+
+
+class Activation(NamedTuple):
+    """A function and the name `starlayers.ACTIVATIONS` has for it.
+
+    Example:
+        >>> Activation("relu", F.relu).name
+        'relu'
+    """
+
+    name: str | None
+    fn: Callable[[Tensor], Tensor]
+
+
+def get_activation(act: str | None) -> Activation:
+    """The row of `starlayers.ACTIVATIONS` of that name, alias or `None`.
+
+    Raises:
+        ValueError: an activation that this file does not hold.
+
+    Example:
+        >>> get_activation("swiglu").name
+        'silu'
+    """
+    name = _ALIASES.get(act, act) if act is not None else None
+    if name not in _FUNCTIONS:
+        raise ValueError(
+            f"activation {act!r} is not known without starlayers: pip install starlayers"
+        )
+    return Activation(name, _FUNCTIONS[name])
+
+
+def star_product(x1: Tensor, x2: Tensor, act: str | None) -> Tensor:
+    """`act(x1) * x2`.
+
+    Raises:
+        ValueError: an activation that this file does not hold.
+
+    Example:
+        >>> star_product(torch.tensor([2.0]), torch.tensor([3.0]), "relu6")
+        tensor([6.])
+    """
+    return get_activation(act).fn(x1) * x2
+
+
+class StarMLP(nn.Module):
+    """`starlayers.StarMLP`, its definition only.
+
+    Example:
+        >>> StarMLP(4, 8, act="silu", bias=False)(torch.ones(1, 4)).shape
+        torch.Size([1, 4])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        act: str | None = "relu6",
+        combine: str = "mul",
+        offset: float = 0.0,
+        rank: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.act, self.combine, self.offset, self.rank = act, combine, offset, rank
+        self.f1 = nn.Linear(dim, rank * hidden, bias=bias)
+        self.f2 = nn.Linear(dim, rank * hidden, bias=bias)
+        self.g = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, x2 = get_activation(self.act).fn(self.f1(x)), self.f2(x)
+        y = y * (x2 + self.offset if self.offset else x2) if self.combine == "mul" else y + x2
+        if self.rank > 1:
+            y = y.unflatten(-1, (self.rank, -1)).sum(-2)
+        return self.g(y)  # type: ignore[no-any-return]
+
+
+class StarBlock(nn.Module):
+    """`starlayers.StarBlock`, its definition only: `x + post(mlp(pre(x)))`.
+
+    Example:
+        >>> StarBlock(4, expansion=2, act="silu")(torch.ones(1, 4)).shape
+        torch.Size([1, 4])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        expansion: float = 4,
+        act: str | None = "relu6",
+        pre: nn.Module | None = None,
+        post: nn.Module | None = None,
+        combine: str = "mul",
+        offset: float = 0.0,
+        rank: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.pre = pre or nn.Identity()
+        self.mlp: nn.Module = StarMLP(
+            dim,
+            round(dim * expansion),
+            act=act,
+            combine=combine,
+            offset=offset,
+            rank=rank,
+            bias=bias,
+        )
+        self.post = post or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.post(self.mlp(self.pre(x)))  # type: ignore[no-any-return]
