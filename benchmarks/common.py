@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 def environment() -> dict[str, Any]:
     """Hardware, versions, date and command: the conditions every figure is reported with."""
     versions = {}
-    for package in ("torch", "torchvision", "triton", "timm", "starlayers"):
+    for package in ("torch", "torchvision", "triton", "timm", "transformers", "starlayers"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

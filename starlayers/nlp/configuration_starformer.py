@@ -19,6 +19,7 @@ LAYER_TYPES = {
     "full_attention": "full_attention",
     "star_conv": "conv",
     "conv": "conv",
+    "linear_attention": "conv",  # what transformers before 5.18 makes of it
 }
 
 _TP_ATTENTION = {
@@ -128,6 +129,8 @@ class StarformerConfig(PreTrainedConfig):
         self.layer_types = self._checked_layers(
             "layer_types", "num_hidden_layers", causal=self.causal
         )
+        if self.attention_gate == "none":
+            self._leave_out_of_tp_plan("attn.gate_proj")
         if self.mlp_type == "plain":
             self._leave_out_of_tp_plan("ffn.mlp.f2")
         elif self.mlp_rank > 1:
@@ -136,7 +139,7 @@ class StarformerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _leave_out_of_tp_plan(self, part: str) -> None:
-        whole = type(self).base_model_tp_plan or {}
+        whole = self.base_model_tp_plan or {}
         plan = {name: style for name, style in whole.items() if part not in name}
         self.base_model_tp_plan = plan  # type: ignore[misc]
 
@@ -244,14 +247,24 @@ class StarformerSeq2SeqConfig(StarformerConfig):
 
     model_type: ClassVar[str] = "starformer_seq2seq"
     base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
-        f"{side}.{name}": style
-        for side in ("encoder", "decoder")
-        for name, style in {**_TP_ATTENTION, **_TP_MLP}.items()
-    } | {
-        f"decoder.{name.replace('self_attn', 'cross_attn')}": style
-        for name, style in _TP_ATTENTION.items()
+        **{f"encoder.{name}": style for name, style in {**_TP_ATTENTION, **_TP_MLP}.items()},
+        **{f"decoder.{name}": style for name, style in {**_TP_ATTENTION, **_TP_MLP}.items()},
+        **{
+            f"decoder.{name.replace('self_attn', 'cross_attn')}": style
+            for name, style in _TP_ATTENTION.items()
+        },
+        "shared": "embedding_rowwise",
+        "encoder.embed_tokens": "embedding_rowwise",
+        "decoder.embed_tokens": "embedding_rowwise",
     }
     base_model_pp_plan: ClassVar[dict[str, Any] | None] = None
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
+        "shared": "free_full_weight",
+        "encoder.layers.*": "free_full_weight",
+        "encoder.norm": "keep_full_weight",
+        "decoder.layers.*": "free_full_weight",
+        "decoder.norm": "keep_full_weight",
+    }
 
     is_encoder_decoder: bool = True
     encoder_layers: int | None = None

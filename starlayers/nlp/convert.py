@@ -99,7 +99,8 @@ def to_llama(model: StarformerForCausalLM) -> LlamaForCausalLM:
         }.items()
         if getattr(config, name) != llamas
     ]
-    foreign += [f"layer {i} of star_conv" for i, t in enumerate(config.layer_types) if t == "conv"]
+    types = enumerate(config.layer_types)
+    foreign += [f"layer {i} of star_conv" for i, kind in types if kind != "full_attention"]
     if foreign:
         raise ValueError(f"a Llama has no {', '.join(foreign)}")
     llama = LlamaConfig(**_shared(config), hidden_act=theirs.get(act, act))

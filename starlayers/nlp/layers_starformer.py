@@ -330,10 +330,10 @@ class StarformerLayer(GradientCheckpointingLayer):
         size, eps = config.hidden_size, config.rms_norm_eps
         self.layer_type = layer_type
         self.input_layernorm = StarformerRMSNorm(size, eps)
-        if layer_type == "conv":
-            self.conv = StarConv(config, layer_idx, causal=causal)
-        else:
+        if layer_type == "full_attention":
             self.self_attn = StarformerAttention(config, layer_idx, causal=causal)
+        else:
+            self.conv = StarConv(config, layer_idx, causal=causal)
         if cross_attention:
             self.cross_attn_layernorm = StarformerRMSNorm(size, eps)
             self.cross_attn = StarformerAttention(config, layer_idx, causal=False)
@@ -370,10 +370,10 @@ class StarformerLayer(GradientCheckpointingLayer):
         if isinstance(past_key_values, EncoderDecoderCache):
             own = past_key_values.self_attention_cache
         x = self.input_layernorm(hidden_states)
-        if self.layer_type == "conv":
-            x = self.conv(x, attention_mask, past_key_values=own)
-        else:
+        if self.layer_type == "full_attention":
             x, _ = self.self_attn(x, attention_mask, position_embeddings, own, **kwargs)
+        else:
+            x = self.conv(x, attention_mask, past_key_values=own)
         hidden_states = hidden_states + self.dropout(x)
         if encoder_hidden_states is not None:
             x, _ = self.cross_attn(

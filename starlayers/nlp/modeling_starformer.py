@@ -13,8 +13,8 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -143,7 +143,7 @@ class StarformerModel(StarformerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         hidden_states = self._embedded(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
@@ -188,10 +188,23 @@ def causal_masks(
         "past_key_values": cache,
         "position_ids": position_ids,
     }
-    masks = {"full_attention": create_causal_mask(**given)}
-    if "conv" in config.layer_types:
-        masks["conv"] = create_recurrent_attention_mask(**given)
-    return masks
+    masks = dict.fromkeys(config.layer_types, create_recurrent_attention_mask(**given))
+    return {**masks, "full_attention": create_causal_mask(**given)}
+
+
+def wanted_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The states whose logits are asked for: the last few (0: all), or those of a tensor.
+
+    The tensor holds positions, (n,) for all samples or (batch, n) for each, or it is a mask
+    (batch, length); behind a mask the states are (chosen, hidden_size).
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]
 
 
 class StarformerForCausalLM(StarformerPreTrainedModel, GenerationMixin):
@@ -233,7 +246,7 @@ class StarformerForCausalLM(StarformerPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         outputs = self.model(
             input_ids=input_ids,
@@ -244,7 +257,7 @@ class StarformerForCausalLM(StarformerPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(wanted_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -10,7 +10,8 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
     SequenceClassifierOutput,
 )
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -66,16 +67,15 @@ class StarformerEncoderModel(StarformerEncoderPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         hidden_states = self._embedded(input_ids, inputs_embeds)
         flat = attention_mask is not None and attention_mask.ndim == 2
-        masks = {
-            "full_attention": create_bidirectional_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-            ),
-            "conv": attention_mask if flat else None,
-        }
+        kinds = self._layer_types(self.config)
+        masks: dict[str, Any] = dict.fromkeys(kinds, attention_mask if flat else None)
+        masks["full_attention"] = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
         position_ids = next_positions(hidden_states, position_ids, None)
         return BaseModelOutput(self._through_layers(hidden_states, masks, position_ids, **kwargs))
 
@@ -114,7 +114,7 @@ class StarformerForMaskedLM(StarformerEncoderPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         outputs = self.model(
             input_ids=input_ids,
@@ -164,7 +164,7 @@ class StarformerEncoderForSequenceClassification(StarformerEncoderPreTrainedMode
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
         outputs = self.model(
             input_ids=input_ids,

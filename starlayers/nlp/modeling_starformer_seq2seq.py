@@ -17,14 +17,19 @@ from transformers.modeling_outputs import (
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
 )
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_starformer import Filled, StarformerSeq2SeqConfig
 from .layers_starformer import StarformerAttention, StarformerLayer
-from .modeling_starformer import StarformerPreTrainedModel, causal_masks, next_positions
+from .modeling_starformer import (
+    StarformerPreTrainedModel,
+    causal_masks,
+    next_positions,
+    wanted_positions,
+)
 from .modeling_starformer_encoder import StarformerEncoderModel
 
 __all__ = [
@@ -41,7 +46,18 @@ class StarformerSeq2SeqPreTrainedModel(StarformerPreTrainedModel):
     config_class = StarformerSeq2SeqConfig
 
 
-class StarformerSeq2SeqEncoder(StarformerEncoderModel):
+class OneSide:
+    """A model with no parallel plans of its own: the joint configuration's name both sides."""
+
+    def init_parallel_plans(self) -> None:
+        """Leave them empty, or they would be added once more under this side's name."""
+        self._tp_plan: dict[str, Any] = {}
+        self._pp_plan: dict[str, Any] = {}
+        self._ep_plan: dict[str, Any] = {}
+        self._fsdp_plan: dict[str, Any] = {}
+
+
+class StarformerSeq2SeqEncoder(OneSide, StarformerEncoderModel):
     """The encoder, reading its layers from the joint configuration."""
 
     config: StarformerSeq2SeqConfig
@@ -52,7 +68,7 @@ class StarformerSeq2SeqEncoder(StarformerEncoderModel):
         return config.encoder_layer_types
 
 
-class StarformerSeq2SeqDecoder(StarformerSeq2SeqPreTrainedModel):
+class StarformerSeq2SeqDecoder(OneSide, StarformerSeq2SeqPreTrainedModel):
     """The decoder, each layer of which also attends to the encoder's states."""
 
     _can_record_outputs = {
@@ -78,7 +94,7 @@ class StarformerSeq2SeqDecoder(StarformerSeq2SeqPreTrainedModel):
         use_cache: bool | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         hidden_states = self._embedded(input_ids, inputs_embeds)
         if encoder_hidden_states is None:
@@ -161,7 +177,7 @@ class StarformerSeq2SeqModel(StarformerSeq2SeqPreTrainedModel):
         decoder_inputs_embeds: Tensor | None = None,
         decoder_position_ids: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqModelOutput:
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -253,7 +269,7 @@ class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, Gener
         # star_conv layer attends to the encoder as any other does
         cross = cache.cross_attention_cache
         for i, kind in enumerate(cast(list[str], self.config.layer_types)):
-            if kind == "conv" and not isinstance(cross.layers[i], CacheLayerMixin):
+            if kind != "full_attention" and not isinstance(cross.layers[i], CacheLayerMixin):
                 length = model_kwargs["encoder_outputs"][0].shape[1]
                 static = isinstance(cross, StaticCache)
                 cross.layers[i] = StaticLayer(length) if static else DynamicLayer()
@@ -274,7 +290,7 @@ class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, Gener
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
@@ -291,7 +307,7 @@ class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, Gener
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(wanted_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(

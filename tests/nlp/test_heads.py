@@ -93,3 +93,18 @@ def test_inputs_are_asked_for_once():
     both = nlp.StarformerForConditionalGeneration(seq2seq_config(bos_token_id=None))
     with pytest.raises(ValueError, match="decoder_start_token_id"):
         both(TOKENS, labels=TOKENS)
+
+
+def test_only_the_logits_asked_for():
+    model = nlp.StarformerForCausalLM(config()).eval()
+    whole = model(TOKENS).logits
+    mask = TOKENS % 3 == 0
+    places = torch.tensor([[0, 2], [1, 1], [7, 3], [5, 6]])
+    for wanted, expected in (
+        (0, whole),
+        (3, whole[:, 5:]),
+        (torch.tensor([1, 4]), whole[:, [1, 4]]),
+        (places, torch.stack([row[p] for row, p in zip(whole, places, strict=True)])),
+        (mask, whole[mask]),
+    ):
+        torch.testing.assert_close(model(TOKENS, logits_to_keep=wanted).logits, expected)

@@ -156,7 +156,7 @@ def test_torch_export_with_a_dynamic_batch_and_length(variant):
     program = DynamoExporter().export(model, dict(inputs), DynamoConfig(dynamic=True))
     other = ids(3, 9)
     inputs = {"input_ids": other, "attention_mask": torch.ones_like(other)}
-    out = program.program.module()(**inputs)
+    out = getattr(program, "program", program).module()(**inputs)  # before 5.20 not wrapped
     torch.testing.assert_close(out["logits"], logits(model, other), atol=1e-5, rtol=1e-5)
 
 
@@ -182,7 +182,10 @@ def test_onnx_computes_the_same(family, variant, tmp_path):
             given["decoder_input_ids"] = ids(b, n, seed=1)
     settings = {} if family == "encoder" else {"use_cache": False}
     program = OnnxExporter().export(model, {**inputs, **settings}, OnnxConfig(dynamic=True))
-    program.save_pretrained(tmp_path)
+    # before 5.20 an ONNXProgram
+    program.save_pretrained(tmp_path) if hasattr(program, "save_pretrained") else program.save(
+        str(tmp_path / "model.onnx")
+    )
     (file,) = tmp_path.glob("**/*.onnx")
     session = onnxruntime.InferenceSession(str(file))
     names = [i.name for i in session.get_inputs()]
@@ -230,7 +233,7 @@ def test_saved_and_loaded_by_the_auto_class(kind, tmp_path):
     ours, theirs = model.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
-    assert loaded.config.layer_types == ["conv", "full_attention"]
+    assert loaded.config.layer_types == model.config.layer_types
 
 
 def test_meta_init_then_materialised_is_a_fresh_model():

@@ -187,3 +187,6 @@ def test_tensor_parallel_plans_leave_out_what_cannot_be_split():
     assert not any("ffn" in name for name in config(mlp_rank=2).base_model_tp_plan)
     assert "layers.*.ffn.mlp.f2" not in config(mlp_type="plain").base_model_tp_plan
     assert "layers.*.ffn.mlp.f1" in config().base_model_tp_plan  # the class's own is untouched
+    gated = config(attention_gate="head", mlp_rank=2).base_model_tp_plan
+    assert "layers.*.self_attn.gate_proj" in gated
+    assert "layers.*.self_attn.gate_proj" not in config(mlp_rank=2).base_model_tp_plan

@@ -1,0 +1,136 @@
+"""Star MLPs, gated attention and hybrids against their plain forms, at matched parameters."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, markdown_table, mean_interval, run_study, write_json
+from benchmarks.nlp_tasks import BASELINE, METRICS, RECIPES, VARIANTS, train_one
+
+SEEDS = {"sentiment": 5, "prose": 3, "translation": 3}
+SMOKE: dict[str, dict[str, Any]] = {
+    "sentiment": {"epochs": 1},
+    "prose": {"steps": 2},
+    "translation": {"epochs": 1},
+}
+
+Records = dict[str, dict[str, Any]]
+
+
+def jobs(smoke: bool) -> dict[str, dict[str, Any]]:
+    """All runs by name, seeds outermost: a study stopped early has whole seeds."""
+    found = {}
+    for seed in range(1 if smoke else max(SEEDS.values())):
+        for task, recipe in RECIPES.items():
+            if seed >= SEEDS[task]:
+                continue
+            for variant, options in VARIANTS.items():
+                found[f"{task}-{variant.replace(' ', '-')}-seed{seed}"] = {
+                    "task": task,
+                    "variant": variant,
+                    "options": options,
+                    "seed": seed,
+                    "recipe": {**recipe, **(SMOKE[task] if smoke else {})},
+                    "small": smoke,
+                }
+    return found
+
+
+def values(records: Records, task: str, variant: str, metric: str) -> list[float]:
+    """A metric's value for each seed, in order of seeds."""
+    wanted = {"task": task, "variant": variant}
+    matching = [r for r in records.values() if wanted.items() <= r["job"].items()]
+    return [r[metric] for r in sorted(matching, key=lambda r: r["job"]["seed"])]
+
+
+def probability_of_improvement(ours: list[float], theirs: list[float]) -> float:
+    """Share of pairs of runs, ours and theirs, that ours wins; a tie is half a win."""
+    wins = sum((a > b) + 0.5 * (a == b) for a in ours for b in theirs)
+    return wins / (len(ours) * len(theirs))
+
+
+def summarise(records: Records, task: str) -> list[dict[str, Any]]:
+    """A row for each variant: means, and the difference to its baseline, better is positive."""
+    rows = []
+    for variant in VARIANTS:
+        found = {m: values(records, task, variant, m) for m in METRICS[task]}
+        if not next(iter(found.values())):
+            continue
+        row: dict[str, Any] = {"variant": variant, "baseline": BASELINE[variant]}
+        row["seeds"] = len(next(iter(found.values())))
+        row["parameters"] = values(records, task, variant, "parameters")[0]
+        for metric, ours in found.items():
+            row[metric] = mean_interval(ours)
+        metric, more = next(iter(METRICS[task].items()))
+        sign = 1 if more else -1
+        ours = [sign * v for v in found[metric]]
+        theirs = [sign * v for v in values(records, task, BASELINE[variant], metric)]
+        paired = [a - b for a, b in zip(ours, theirs)]
+        if paired and variant != BASELINE[variant]:
+            row["better by"] = mean_interval(paired)
+            row["P(improvement)"] = probability_of_improvement(ours, theirs)
+        rows.append(row)
+    return rows
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Whether the interval of the difference leaves 0 out, and on which side."""
+    if "better by" not in row:
+        return "the baseline"
+    mean, half = row["better by"]
+    if mean - half > 0:
+        return "better"
+    return "worse" if mean + half < 0 else "not decided"
+
+
+def table(rows: list[dict[str, Any]], task: str) -> str:
+    """The rows as Markdown, with 95 % intervals."""
+    digits = {"bits_per_byte": 4}
+    decides = next(iter(METRICS[task]))
+
+    def shown(pair: tuple[float, float], metric: str, sign: str = "") -> str:
+        n = digits.get(metric, 2)
+        return f"{pair[0]:{sign}.{n}f} ± {pair[1]:.{n}f}"
+
+    header = ["variant", "against", *METRICS[task], f"{decides}, better by", "P(improvement)", ""]
+    body = []
+    for row in rows:
+        compared = "better by" in row
+        body.append(
+            [row["variant"], row["baseline"] if compared else "-"]
+            + [shown(row[m], m) for m in METRICS[task]]
+            + [shown(row["better by"], decides, "+") if compared else "-"]
+            + [f"{row['P(improvement)']:.2f}" if compared else "-"]
+            + [verdict(row)]
+        )
+    return markdown_table(header, body)
+
+
+def plot(summary: dict[str, list[dict[str, Any]]], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(summary), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(summary), squeeze=False)[0]
+    colours = {"better": "C2", "worse": "C3", "not decided": "C7"}
+    for ax, (task, rows) in zip(axes, summary.items(), strict=True):
+        compared = [r for r in rows if "better by" in r][::-1]
+        for y, row in enumerate(compared):
+            mean, half = row["better by"]
+            ax.errorbar(mean, y, xerr=half, fmt="o", capsize=3, color=colours[verdict(row)])
+        names = [f"{r['variant']}\nagainst {r['baseline']}" for r in compared]
+        ax.set_yticks(range(len(names)), names, fontsize=7)
+        ax.axvline(0, color="k", lw=0.8)
+        ax.set_title(f"{task}: {next(iter(METRICS[task]))}, better by", fontsize=9)
+        ax.grid(axis="x", alpha=0.3)
+    figure.savefig(file, dpi=120)
+
+
+def run(processes: int, smoke: bool, out: Path = RESULTS) -> None:
+    folder = out / ("nlp-smoke" if smoke else "nlp")
+    records = run_study(folder, jobs(smoke), train_one, processes=processes)
+    summary = {task: rows for task in RECIPES if (rows := summarise(records, task))}
+    for task, rows in summary.items():
+        print(f"\n{task}, {rows[0]['parameters'] / 1e6:.2f} M parameters\n{table(rows, task)}")
+    environment = next(iter(records.values()))["environment"]
+    content = {"tasks": summary, "recipes": RECIPES, "environment": environment}
+    write_json(folder.with_suffix(".json"), content)
+    plot(summary, folder.with_suffix(".png"))

@@ -1,0 +1,256 @@
+"""The three tasks of the language study: what is trained, on what, and what is measured."""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+D, HEADS = 128, 4
+HYBRID = ["star_conv", "attention"]
+#: MLPs are compared under plain attention; mixers under the silu star MLP
+MLPS: dict[str, dict[str, Any]] = {
+    "plain gelu": {"mlp_type": "plain", "hidden_act": "gelu"},
+    "star relu6": {"hidden_act": "relu6"},
+    "star gelu": {"hidden_act": "gelu"},
+    "star silu": {"hidden_act": "silu"},
+    "star bilinear": {"hidden_act": None},
+    "star silu rank 2": {"hidden_act": "silu", "mlp_rank": 2},
+}
+MIXERS: dict[str, dict[str, Any]] = {
+    "gate per head": {"attention_gate": "head"},
+    "gate per channel": {"attention_gate": "channel"},
+    "hybrid": {"layer_types": HYBRID},
+}
+VARIANTS = MLPS | MIXERS
+BASELINE = {**dict.fromkeys(MLPS, "plain gelu"), **dict.fromkeys(MIXERS, "star silu")}
+
+LAYERS = {"sentiment": 2, "prose": 4, "translation": 2}
+VOCABULARY = {"sentiment": 4000, "prose": 2000, "translation": 4000}
+RECIPES: dict[str, dict[str, Any]] = {
+    "sentiment": {"epochs": 2, "batch": 32, "lr": 1e-3, "weight_decay": 0.05, "dropout": 0.2},
+    "prose": {"steps": 400, "batch": 16, "length": 128, "lr": 3e-3, "weight_decay": 0.05},
+    "translation": {"epochs": 2, "batch": 32, "longest": 32, "lr": 2e-3, "weight_decay": 0.05},
+}
+#: metric of a task -> whether more is better; the first decides
+METRICS: dict[str, dict[str, bool]] = {
+    "sentiment": {"accuracy": True, "f1": True},
+    "prose": {"bits_per_byte": False},
+    "translation": {"chrf": True, "bleu": True, "bits_per_byte": False},
+}
+
+
+def build(task: str, options: dict[str, Any], dropout: float = 0.0) -> nn.Module:
+    """A model of the task's size whose MLP is made as wide as the plain one's parameters allow."""
+    wide = _matched_width(task, options)
+    return _model(task, {**options, "intermediate_size": wide}, dropout)
+
+
+def _model(task: str, options: dict[str, Any], dropout: float = 0.0) -> nn.Module:
+    from starlayers import nlp
+
+    options = dict(options)
+    layers = LAYERS[task]
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY[task],
+        "hidden_size": D,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": 256,
+        "initializer_range": D**-0.5,
+        "hidden_dropout": dropout,
+        "pad_token_id": 0,
+    }
+    if "layer_types" in options:
+        kinds = [options["layer_types"][i % 2] for i in range(layers)]
+        options["layer_types"] = kinds
+        if task == "translation":
+            options["encoder_layer_types"] = kinds
+    settings |= options
+    if task == "sentiment":
+        config = nlp.StarformerEncoderConfig(**settings, classifier_dropout=dropout)
+        return nlp.StarformerEncoderForSequenceClassification(config)
+    if task == "prose":
+        return nlp.StarformerForCausalLM(nlp.StarformerConfig(**settings))
+    return nlp.StarformerForConditionalGeneration(nlp.StarformerSeq2SeqConfig(**settings))
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _matched_width(task: str, options: dict[str, Any]) -> int:
+    def size(options: dict[str, Any], width: int) -> int:
+        with torch.device("meta"):
+            return parameters(_model(task, {**options, "intermediate_size": width}))
+
+    wanted = size(MLPS["plain gelu"], 4 * D)
+    one, two = size(options, 1), size(options, 2)  # parameters are linear in the width
+    return 1 + round((wanted - one) / (two - one))
+
+
+@cache
+def data(task: str, small: bool) -> dict[str, Any]:
+    """Tokenizer and tokenised splits of a task; a part of them where `small`."""
+    from starlayers.nlp.data import load_prose, load_sentiment, load_translation
+    from starlayers.nlp.text import byte_level_bpe, windows
+
+    loaders: dict[str, Callable[[], Any]] = {
+        "sentiment": load_sentiment,
+        "prose": load_prose,
+        "translation": load_translation,
+    }
+    splits = loaders[task]().splits
+    if small:
+        sizes = {"train": 64 if task != "prose" else 4, "test": 16 if task != "prose" else 1}
+        for part, size in sizes.items():
+            splits[part] = splits[part].select(range(size))
+    column = "translation" if task == "translation" else "text"
+    texts = splits["train"][column][:]
+    flat = [t for pair in texts for t in pair.values()] if task == "translation" else texts
+    tokenizer = byte_level_bpe(flat, VOCABULARY[task])
+    recipe = RECIPES[task]
+    parts: dict[str, Any] = {}
+    for part in ("train", "test"):
+        if task == "prose":
+            parts[part] = windows(tokenizer, splits[part]["text"][:], recipe["length"])
+        elif task == "sentiment":
+            ids = tokenizer(splits[part]["text"][:]).input_ids
+            labels = splits[part]["label"][:]
+            parts[part] = [{"input_ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)]
+        else:
+            parts[part] = _pairs(tokenizer, splits[part]["translation"][:], recipe["longest"])
+    return {"tokenizer": tokenizer, **parts}
+
+
+def _pairs(tokenizer: Any, pairs: list[dict[str, str]], longest: int) -> list[dict[str, Any]]:
+    end = tokenizer.eos_token_id
+    rows = []
+    for pair in pairs:
+        source, target = tokenizer([pair["en"], pair["es"]]).input_ids
+        if max(len(source), len(target)) < longest:
+            rows.append({"input_ids": [*source, end], "labels": [*target, end]})
+    return rows
+
+
+def train_one(job: dict[str, Any]) -> dict[str, Any]:
+    """Train the job's model from its seed and measure it on the test split."""
+    import tempfile
+    import time
+
+    from transformers import (
+        DataCollatorForSeq2Seq,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+        default_data_collator,
+    )
+
+    task, recipe = job["task"], job["recipe"]
+    prepared = data(task, job["small"])
+    torch.manual_seed(job["seed"])
+    model = build(task, job["options"], recipe.get("dropout", 0.0))
+    collate: Any = default_data_collator
+    if task == "sentiment":
+        collate = DataCollatorWithPadding(prepared["tokenizer"])
+    elif task == "translation":
+        collate = DataCollatorForSeq2Seq(prepared["tokenizer"], model)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            max_steps=recipe.get("steps", -1),
+            num_train_epochs=recipe.get("epochs", 1),
+            per_device_train_batch_size=recipe["batch"],
+            learning_rate=recipe["lr"],
+            weight_decay=recipe["weight_decay"],
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            max_grad_norm=1.0,
+            seed=job["seed"],
+            save_strategy="no",
+            logging_steps=50,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, arguments, train_dataset=prepared["train"], data_collator=collate)
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        **MEASURES[task](model.eval(), prepared),
+        "train_loss": losses[-1] if losses else None,
+        "seconds": seconds,
+        "parameters": parameters(model),
+        "intermediate_size": model.config.intermediate_size,
+    }
+
+
+@torch.no_grad()
+def _sentiment(model: Any, prepared: dict[str, Any]) -> dict[str, float]:
+    from sklearn.metrics import accuracy_score, f1_score
+
+    rows = prepared["test"]
+    found: list[int] = []
+    for start in range(0, len(rows), 64):
+        batch = [{"input_ids": r["input_ids"]} for r in rows[start : start + 64]]
+        padded = prepared["tokenizer"].pad(batch, return_tensors="pt")
+        found += model(**padded).logits.argmax(-1).tolist()
+    labels = [r["labels"] for r in rows]
+    return {
+        "accuracy": 100 * accuracy_score(labels, found),
+        "f1": 100 * f1_score(labels, found, zero_division=0.0),
+    }
+
+
+@torch.no_grad()
+def _prose(model: Any, prepared: dict[str, Any]) -> dict[str, float]:
+    rows, tokenizer = torch.tensor(prepared["test"]["input_ids"][:]), prepared["tokenizer"]
+    bits = sum(
+        model(batch, labels=batch).loss.item() * batch[:, 1:].numel() / math.log(2)
+        for batch in rows.split(16)
+    )
+    # `</s>` stands for the end of a text: a byte like any other
+    size = sum(len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in rows)
+    size += int((rows[:, 1:] == tokenizer.eos_token_id).sum())
+    return {"bits_per_byte": bits / size}
+
+
+@torch.no_grad()
+def _translation(model: Any, prepared: dict[str, Any]) -> dict[str, float]:
+    import sacrebleu
+    from transformers import DataCollatorForSeq2Seq
+
+    tokenizer = prepared["tokenizer"]
+    collate = DataCollatorForSeq2Seq(tokenizer, model)
+    bits, size = 0.0, 0
+    said: list[str] = []
+    wanted: list[str] = []
+    for start in range(0, len(prepared["test"]), 64):
+        batch = collate(prepared["test"][start : start + 64])
+        kept = batch["labels"] != -100
+        bits += model(**batch).loss.item() * int(kept.sum()) / math.log(2)
+        references = [
+            tokenizer.decode(row[keep], skip_special_tokens=True)
+            for row, keep in zip(batch["labels"], kept, strict=True)
+        ]
+        size += sum(len(r.encode()) + 1 for r in references)
+        wanted += references
+        tokens = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=48,
+            do_sample=False,
+        )
+        said += tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return {
+        "bleu": sacrebleu.corpus_bleu(said, [wanted]).score,
+        "chrf": sacrebleu.corpus_chrf(said, [wanted]).score,
+        "bits_per_byte": bits / size,
+    }
+
+
+MEASURES = {"sentiment": _sentiment, "prose": _prose, "translation": _translation}
