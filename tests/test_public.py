@@ -13,10 +13,13 @@ MODULES = [
     "starlayers.backend",
     "starlayers.functional",
     "starlayers.modules",
+    "starlayers.nlp",
+    "starlayers.nlp.data",
+    "starlayers.nlp.text",
     "starlayers.vision",
 ]
 #: tables and tuples, documented by the comment above them
-CONSTANTS = {"ACTIVATIONS", "BACKENDS", "COMBINE", "STARNETS"}
+CONSTANTS = {"ACTIVATIONS", "BACKENDS", "COMBINE", "SPECIAL_TOKENS", "STARNETS"}
 
 
 def public():

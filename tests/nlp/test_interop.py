@@ -375,3 +375,12 @@ def test_auto_classes_make_the_family():
     assert type(AutoModelForSequenceClassification.from_config(encoder_config())) is (
         nlp.StarformerEncoderForSequenceClassification
     )
+
+
+def test_the_extra_is_named_where_transformers_is_missing():
+    code = "import sys; sys.modules['transformers'] = None; import starlayers.nlp"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ImportError: starlayers.nlp needs transformers: pip install 'starlayers[nlp]'" in (
+        done.stderr
+    )

@@ -1,13 +1,8 @@
 """Skips of transformers' tests have to be on the list in skips.py; the long ones are slow."""
 
-from importlib.util import find_spec
-
 import pytest
 
 from tests.nlp.hf import skips
-
-if find_spec("transformers") is None:
-    collect_ignore_glob = ["*.py"]
 
 SKIPPED = pytest.StashKey[bool]()
 

@@ -14,23 +14,28 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 
-import pytest
+import transformers
 
 from starlayers._packages import cache_dir, pypi_source
 
 PACKAGE = "transformers_tests"
 
 
-def sources() -> Path | None:
-    """The folder with the test files of the installed transformers, or `None` without a network."""
-    import transformers
+def sources() -> Path:
+    """The folder with the test files of the installed transformers.
 
+    Raises:
+        FileNotFoundError: the archive is not in the cache and cannot be downloaded.
+    """
     version = transformers.__version__
     target = cache_dir() / "pypi" / f"transformers-{version}-tests"
     if not target.is_dir():
         archive = pypi_source("transformers", version)
         if archive is None:
-            return None
+            raise FileNotFoundError(
+                f"the source archive of transformers {version} cannot be had: these tests need pip "
+                "and PyPI once; `pytest --ignore tests/nlp/hf` leaves them out"
+            )
         _unpack(archive, target)
     return target
 
@@ -45,19 +50,14 @@ MIXINS = {
 
 
 def mixins(*names: str) -> list[type]:
-    """Mixins by the names above; skips the module that asks where they cannot be had."""
+    """Mixins by the names above."""
     return [getattr(module(file), mixin) for file, mixin in map(MIXINS.__getitem__, names)]
 
 
 def module(name: str) -> ModuleType:
-    """One of transformers' test files; skips the module that asks where it cannot be had."""
-    pytest.importorskip("transformers")
-    pytest.importorskip("parameterized")
-    folder = sources()
-    if folder is None:
-        pytest.skip("no source archive of transformers", allow_module_level=True)
+    """One of transformers' test files."""
     if PACKAGE not in sys.modules:
-        _install(folder)
+        _install(sources())
     return importlib.import_module(f"{PACKAGE}.{name}")
 
 

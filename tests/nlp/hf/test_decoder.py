@@ -3,12 +3,11 @@
 import unittest
 from typing import ClassVar
 
+from starlayers import nlp
 from tests.nlp.hf import harness
 from tests.nlp.hf.testers import Family, HybridFamily
 
 MIXINS = harness.mixins("model", "generation", "training", "tensor_parallel", "fsdp")
-
-from starlayers import nlp  # noqa: E402 - needs transformers, without which `mixins` skips
 
 
 class StarformerTest(Family, *MIXINS, unittest.TestCase):

@@ -3,12 +3,11 @@
 import unittest
 from typing import ClassVar
 
+from starlayers import nlp
 from tests.nlp.hf import harness
 from tests.nlp.hf.testers import EncoderFamily, HybridFamily
 
 MIXINS = harness.mixins("model", "training", "tensor_parallel")
-
-from starlayers import nlp  # noqa: E402 - needs transformers, without which `mixins` skips
 
 
 class StarformerEncoderTest(EncoderFamily, *MIXINS, unittest.TestCase):
