@@ -9,7 +9,7 @@ STAMP = $(VENV)/.installed
 help:
 	@echo "make demo   train a StarNet on Fashion-MNIST (sets everything up)"
 	@echo "make test   run the tests (sets everything up)"
-	@echo "make check  lint and type check;  make bench  all vision benchmarks"
+	@echo "make check  lint and type check;  make bench  all benchmarks"
 	@echo "make kernels  compile every kernel ahead of time: registers, spills, shared memory"
 
 $(STAMP): pyproject.toml
@@ -56,6 +56,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.vision speed
 	$(BIN)/python -m benchmarks.vision demonet
 	$(BIN)/python -m benchmarks.vision peers
+	$(BIN)/python -m benchmarks.nlp quality
+	$(BIN)/python -m benchmarks.nlp speed
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu
@@ -65,6 +67,8 @@ bench-smoke: setup
 	$(BIN)/python -m benchmarks.vision speed --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.vision demonet --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.vision peers --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.nlp quality --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.nlp speed --smoke --out runs/smoke
 
 kernels: setup
 	$(BIN)/python -m benchmarks.kernels

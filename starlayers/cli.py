@@ -20,7 +20,7 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Star layers for PyTorch.", no_args_is_help=True)
 
-PACKAGES = ("starlayers", "torch", "triton", "torchvision", "timm", "einops", "accelerate")
+PACKAGES = ("starlayers", "torch", "triton", "torchvision", "timm", "transformers", "accelerate")
 
 
 @app.callback()

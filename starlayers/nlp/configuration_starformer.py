@@ -51,7 +51,8 @@ class StarformerConfig(PreTrainedConfig):
             a multiple of 64, which has the parameters of a plain MLP of 4 times `hidden_size`.
         hidden_act: a row of `starlayers.ACTIVATIONS` for the first branch; `None` for none.
         mlp_type: "star"; "sum", the paper's ablation; or "plain", `g(act(f1(x)))`, the baseline.
-        mlp_rank, mlp_offset: `rank` and `offset` of `starlayers.StarMLP`.
+        mlp_rank, mlp_offset, mlp_recompute: `rank`, `offset`, `recompute` of `starlayers.StarMLP`;
+            to recompute saves the memory of the MLPs' branches in training, for a third product.
         attention_gate: "none"; "head" or "channel" for a star after the attention: its output
             times `attention_gate_act` of a linear branch of the input, per head or per channel.
         attention_gate_act: a row of `starlayers.ACTIVATIONS`.
@@ -95,6 +96,7 @@ class StarformerConfig(PreTrainedConfig):
     mlp_type: str = "star"
     mlp_rank: int = 1
     mlp_offset: int | float = 0.0
+    mlp_recompute: bool = False
     mlp_bias: bool = False
     attention_gate: str = "none"
     attention_gate_act: str | None = "sigmoid"

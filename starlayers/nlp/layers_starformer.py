@@ -350,6 +350,7 @@ class StarformerLayer(GradientCheckpointingLayer):
             rank=config.mlp_rank,
             bias=config.mlp_bias,
         )
+        self.ffn.mlp.recompute = config.mlp_recompute
         if config.mlp_type == "plain":
             plain: Any = PlainMLP(
                 size, config.intermediate_size, act=config.hidden_act, bias=config.mlp_bias

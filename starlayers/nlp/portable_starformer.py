@@ -103,6 +103,7 @@ class StarMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.act, self.combine, self.offset, self.rank = act, combine, offset, rank
+        self.recompute = False  # for the real layer: gradient checkpointing does it for this one
         self.f1 = nn.Linear(dim, rank * hidden, bias=bias)
         self.f2 = nn.Linear(dim, rank * hidden, bias=bias)
         self.g = nn.Linear(hidden, dim, bias=bias)

@@ -158,6 +158,22 @@ def test_an_encoder_sees_both_ways():
         assert change[4] > 1e-4
 
 
+def test_recomputing_changes_memory_and_nothing_else():
+    from benchmarks.nlp_speed import kept_bytes
+
+    tokens, kept, grads = ids(2, 16), [], []
+    for recompute in (False, True):
+        model = decoder(mlp_recompute=recompute, attention_gate="head").train()
+        assert model.model.layers[0].ffn.mlp.recompute is recompute
+        kept.append(kept_bytes(model, lambda model=model: model(tokens, labels=tokens)))
+        model(tokens, labels=tokens).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    # f1(x), f2(x), silu(f1(x)) and the product, in each of two layers
+    assert kept[0] - kept[1] == 2 * 4 * (2 * 16 * 48) * 4
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_configurations_say_what_is_wrong():
     for options, message in (
         ({"num_attention_heads": 5}, "hidden_size=32 is no multiple of num_attention_heads=5"),
