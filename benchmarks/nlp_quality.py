@@ -35,11 +35,11 @@ def jobs(smoke: bool) -> dict[str, dict[str, Any]]:
     return found
 
 
-def values(records: Records, task: str, variant: str, metric: str) -> list[float]:
-    """A metric's value for each seed, in order of seeds."""
+def values(records: Records, task: str, variant: str, metric: str) -> dict[int, float]:
+    """A metric's value by seed."""
     wanted = {"task": task, "variant": variant}
     matching = [r for r in records.values() if wanted.items() <= r["job"].items()]
-    return [r[metric] for r in sorted(matching, key=lambda r: r["job"]["seed"])]
+    return {r["job"]["seed"]: r[metric] for r in matching}
 
 
 def probability_of_improvement(ours: list[float], theirs: list[float]) -> float:
@@ -57,16 +57,17 @@ def summarise(records: Records, task: str) -> list[dict[str, Any]]:
             continue
         row: dict[str, Any] = {"variant": variant, "baseline": BASELINE[variant]}
         row["seeds"] = len(next(iter(found.values())))
-        row["parameters"] = values(records, task, variant, "parameters")[0]
+        row["parameters"] = next(iter(values(records, task, variant, "parameters").values()))
         for metric, ours in found.items():
-            row[metric] = mean_interval(ours)
+            row[metric] = mean_interval(ours.values())
         metric, more = next(iter(METRICS[task].items()))
         sign = 1 if more else -1
-        ours = [sign * v for v in found[metric]]
-        theirs = [sign * v for v in values(records, task, BASELINE[variant], metric)]
-        paired = [a - b for a, b in zip(ours, theirs)]
-        if paired and variant != BASELINE[variant]:
-            row["better by"] = mean_interval(paired)
+        baseline = values(records, task, BASELINE[variant], metric)
+        shared = sorted(found[metric].keys() & baseline.keys())
+        ours = [sign * found[metric][seed] for seed in shared]
+        theirs = [sign * baseline[seed] for seed in shared]
+        if shared and variant != BASELINE[variant]:
+            row["better by"] = mean_interval(a - b for a, b in zip(ours, theirs, strict=True))
             row["P(improvement)"] = probability_of_improvement(ours, theirs)
         rows.append(row)
     return rows
@@ -133,6 +134,7 @@ def run(processes: int, smoke: bool, out: Path = RESULTS) -> None:
     for task, rows in summary.items():
         print(f"\n{task}, {rows[0]['parameters'] / 1e6:.2f} M parameters\n{table(rows, task)}")
     environment = next(iter(records.values()))["environment"]
-    content = {"tasks": summary, "recipes": RECIPES, "environment": environment}
+    recipes = {r["job"]["task"]: r["job"]["recipe"] for r in records.values()}
+    content = {"tasks": summary, "recipes": recipes, "environment": environment}
     write_json(folder.with_suffix(".json"), content)
     plot(summary, folder.with_suffix(".png"))

@@ -53,6 +53,13 @@ def run(smoke: bool, out: Path = RESULTS) -> None:
         torch.manual_seed(0)
         models[name] = build("prose", options)
 
+    for name, model in models.items():  # no time of a layer that computes something else
+        with torch.no_grad():
+            fast = model.eval()(tokens).logits
+            with use_backend("eager"):
+                slow = model(tokens).logits
+        torch.testing.assert_close(fast, slow, atol=1e-3, rtol=1e-3, msg=name)
+
     def train(model: Any) -> None:
         model.train()
         model(tokens, labels=tokens).loss.backward()

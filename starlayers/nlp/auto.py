@@ -1,6 +1,7 @@
 """The family's places in transformers' Auto classes."""
 
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from starlayers.nlp import configuration_starformer as configuration
 from starlayers.nlp import modeling_starformer as decoder
@@ -51,3 +52,6 @@ def register_auto_classes() -> None:
     for name, models in AUTO_CLASSES.items():
         for model in models:
             getattr(transformers, name).register(model.config_class, model, exist_ok=True)
+    # by this table of names Trainer's label smoothing knows whose labels it has to shift
+    name = decoder.StarformerForCausalLM.__name__
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("starformer", name)

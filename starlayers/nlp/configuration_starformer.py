@@ -161,10 +161,11 @@ class StarformerConfig(PreTrainedConfig):
         if (self.head_dim or self.hidden_size // heads) % 2:
             size = self.head_dim or self.hidden_size // heads
             raise ValueError(f"{owner}: rotary embeddings need an even head size, got {size}")
-        if self.mlp_type == "plain" and (self.mlp_rank != 1 or self.mlp_offset):
+        stars_own = (self.mlp_rank != 1, self.mlp_offset, self.mlp_recompute)
+        if self.mlp_type == "plain" and any(stars_own):
             raise ValueError(
                 f"{owner}: mlp_type='plain' has no second branch for mlp_rank={self.mlp_rank}, "
-                f"mlp_offset={self.mlp_offset}"
+                f"mlp_offset={self.mlp_offset}, mlp_recompute={self.mlp_recompute}"
             )
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:

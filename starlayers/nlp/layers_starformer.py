@@ -1,5 +1,6 @@
 """The one block of the Starformer family: a token mixer, then a star MLP."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -246,7 +247,8 @@ class StarConv(nn.Module):
     `o(act(gate(x)) * conv(act(f1(x)) * f2(x)))`. A decoder's convolution sees this token and the
     `conv_kernel_size - 1` before it, an encoder's as many on both sides; padding counts as zero.
 
-    Shapes: (batch, length, hidden_size) -> the same; mask (batch, length), 0 for padding.
+    Shapes: (batch, length, hidden_size) -> the same; mask (batch, length), 0 for padding;
+    `documents` (batch, length) numbers texts packed in one row, which a decoder keeps apart.
 
     Source: the mixer of LFM2 (Liquid AI, 2025), with a row of `ACTIVATIONS` where that has none.
 
@@ -275,7 +277,7 @@ class StarConv(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        **kwargs: Any,
+        documents: Tensor | None = None,
     ) -> Tensor:
         length = hidden_states.shape[1]
         x = star_product(self.f1(hidden_states), self.f2(hidden_states), self.act)
@@ -286,10 +288,23 @@ class StarConv(nn.Module):
             x = past_key_values.update_conv_state(
                 x, self.layer_idx, conv_kernel_size=self.kernel_size
             )
-        before = self.kernel_size - 1 if self.causal else self.kernel_size // 2
-        x = self.conv(F.pad(x, (before, self.kernel_size - 1 - before)))
-        x = x[..., -length:].transpose(1, 2)
+        if documents is not None:
+            x = self._apart(x, documents)
+        else:
+            before = self.kernel_size - 1 if self.causal else self.kernel_size // 2
+            x = self.conv(F.pad(x, (before, self.kernel_size - 1 - before)))[..., -length:]
+        x = x.transpose(1, 2)
         return self.o_proj(star_product(self.gate_proj(hidden_states), x, self.act))
+
+    def _apart(self, x: Tensor, documents: Tensor) -> Tensor:
+        """The causal convolution where packed documents, numbered (batch, length), stand apart."""
+        length = x.shape[-1]
+        y = torch.zeros_like(x) if self.conv.bias is None else self.conv.bias[:, None]
+        for back in range(self.kernel_size):
+            earlier = F.pad(x, (back, 0))[..., :length]
+            same = F.pad(documents, (back, 0), value=-1)[..., :length] == documents
+            y = y + self.conv.weight[:, :, self.kernel_size - 1 - back] * earlier * same[:, None]
+        return y
 
 
 class PlainMLP(nn.Module):
@@ -342,7 +357,8 @@ class StarformerLayer(GradientCheckpointingLayer):
             size,
             expansion=config.intermediate_size / size,
             act=config.hidden_act,
-            pre=StarformerRMSNorm(size, eps),
+            # named so that trainers leave its weight out of weight decay, as other norms'
+            pre=nn.Sequential(OrderedDict(norm=StarformerRMSNorm(size, eps))),
             # a block that ends in its MLP adds the residual there, fused
             post=nn.Dropout(config.hidden_dropout) if config.hidden_dropout else None,
             combine="sum" if config.mlp_type == "sum" else "mul",
@@ -365,6 +381,7 @@ class StarformerLayer(GradientCheckpointingLayer):
         encoder_attention_mask: Tensor | None = None,
         position_embeddings: Rotation | None = None,
         past_key_values: Cache | None = None,
+        documents: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         own = past_key_values
@@ -374,7 +391,7 @@ class StarformerLayer(GradientCheckpointingLayer):
         if self.layer_type == "full_attention":
             x, _ = self.self_attn(x, attention_mask, position_embeddings, own, **kwargs)
         else:
-            x = self.conv(x, attention_mask, past_key_values=own)
+            x = self.conv(x, attention_mask, own, documents)
         hidden_states = hidden_states + self.dropout(x)
         if encoder_hidden_states is not None:
             x, _ = self.cross_attn(

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    find_packed_sequence_indices,
+)
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -61,6 +65,20 @@ class StarformerPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Conv1d):
             # a token has few neighbours: at the range of the wide layers they would come to nothing
             init.normal_(module.weight, std=module.kernel_size[0] ** -0.5)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As every model's; the configuration names no code that is not saved with it."""
+        named = getattr(self.config, "auto_map", None)
+        if named is None or type(self)._auto_class is not None:
+            return super().save_pretrained(*args, **kwargs)
+        kept = {k: v for k, v in named.items() if "_starformer" not in str(v)}
+        self.config.auto_map = kept
+        if not kept:
+            del self.config.auto_map
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config.auto_map = named
 
     def _build(
         self,
@@ -148,6 +166,10 @@ class StarformerModel(StarformerPreTrainedModel):
         hidden_states = self._embedded(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        documents = None
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            # positions that start anew: texts packed in one row, as the causal mask understands it
+            documents = find_packed_sequence_indices(position_ids)
         position_ids = next_positions(hidden_states, position_ids, past_key_values)
         masks = causal_masks(
             self.config, hidden_states, attention_mask, position_ids, past_key_values
@@ -158,6 +180,7 @@ class StarformerModel(StarformerPreTrainedModel):
             position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            documents=documents,
             **kwargs,
         )
         return BaseModelOutputWithPast(hidden_states, past_key_values)
@@ -289,6 +312,8 @@ class StarformerForSequenceClassification(
         torch.Size([1, 3])
     """
 
+    accepts_loss_kwargs = False  # its loss is a mean, whatever num_items_in_batch says
+
     # not the generic one's, which asks AutoModel: a folder of code is not registered there
     def __init__(self, config: Filled) -> None:
         super(GenericForSequenceClassification, self).__init__(config)
@@ -312,6 +337,8 @@ class StarformerForTokenClassification(GenericForTokenClassification, Starformer
         >>> StarformerForTokenClassification(config)(torch.tensor([[1, 2]])).logits.shape
         torch.Size([1, 2, 3])
     """
+
+    accepts_loss_kwargs = False
 
     def __init__(self, config: Filled) -> None:
         super(GenericForTokenClassification, self).__init__(config)

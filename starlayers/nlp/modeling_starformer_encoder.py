@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GenericForQuestionAnswering, GenericForTokenClassification
@@ -136,7 +137,8 @@ class StarformerEncoderForSequenceClassification(StarformerEncoderPreTrainedMode
     """The encoder with a classifier of whole texts, or a regression where `num_labels=1`.
 
     Shapes: ids (batch, length) -> `logits` (batch, num_labels), from the mean over the tokens
-    that are not padding or, with `classifier_pooling="bos"`, from the first token.
+    that a mask (batch, length) does not call padding or, with `classifier_pooling="bos"`, from
+    the first of them.
 
     Raises:
         ValueError: as `StarformerEncoderModel`.
@@ -147,6 +149,8 @@ class StarformerEncoderForSequenceClassification(StarformerEncoderPreTrainedMode
         >>> StarformerEncoderForSequenceClassification(config)(torch.tensor([[1, 2]])).logits.shape
         torch.Size([1, 3])
     """
+
+    accepts_loss_kwargs = False  # its loss is a mean, whatever num_items_in_batch says
 
     def __init__(self, config: Filled) -> None:
         super().__init__(config)
@@ -183,12 +187,12 @@ class StarformerEncoderForSequenceClassification(StarformerEncoderPreTrainedMode
         return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
     def _pooled(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        if self.config.classifier_pooling == "bos":
-            return x[:, 0]
         if mask is None or mask.ndim != 2:
-            return x.mean(1)
-        weights = mask[..., None].to(x.dtype)
-        return (x * weights).sum(1) / weights.sum(1).clamp_min(1)
+            return x[:, 0] if self.config.classifier_pooling == "bos" else x.mean(1)
+        if self.config.classifier_pooling == "bos":  # behind padding on the left
+            return x[torch.arange(len(x), device=x.device), mask.int().argmax(-1)]
+        weights = mask[..., None].float()  # sums and counts are too large for float16 and bfloat16
+        return ((x.float() * weights).sum(1) / weights.sum(1).clamp_min(1)).to(x.dtype)
 
 
 class StarformerEncoderForTokenClassification(
@@ -207,6 +211,8 @@ class StarformerEncoderForTokenClassification(
         >>> StarformerEncoderForTokenClassification(config)(torch.tensor([[1, 2]])).logits.shape
         torch.Size([1, 2, 3])
     """
+
+    accepts_loss_kwargs = False
 
     # not the generic one's, which asks AutoModel: a folder of code is not registered there
     def __init__(self, config: Filled) -> None:

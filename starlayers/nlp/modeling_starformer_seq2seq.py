@@ -101,6 +101,11 @@ class StarformerSeq2SeqDecoder(OneSide, StarformerSeq2SeqPreTrainedModel):
             raise ValueError(f"{type(self).__name__} needs encoder_hidden_states")
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
+        if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
+            raise ValueError(
+                f"{type(self).__name__} needs an EncoderDecoderCache, got a "
+                f"{type(past_key_values).__name__}; use EncoderDecoderCache(it, DynamicCache())"
+            )
         own = None if past_key_values is None else past_key_values.self_attention_cache
         position_ids = next_positions(hidden_states, position_ids, own)
         masks = causal_masks(self.config, hidden_states, attention_mask, position_ids, own)
@@ -124,7 +129,7 @@ class StarformerSeq2SeqDecoder(OneSide, StarformerSeq2SeqPreTrainedModel):
 
 
 class StarformerSeq2SeqModel(StarformerSeq2SeqPreTrainedModel):
-    """Encoder and decoder without a head; without decoder ids it reads its input shifted.
+    """Encoder and decoder without a head.
 
     Shapes: ids (batch, length), decoder ids (batch, target length) -> `last_hidden_state`
     (batch, target length, hidden_size).
@@ -269,6 +274,8 @@ class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, Gener
         # star_conv layer attends to the encoder as any other does
         cross = cache.cross_attention_cache
         for i, kind in enumerate(cast(list[str], self.config.layer_types)):
+            if i >= len(cross.layers):  # a lazy cache, which makes layers of attention itself
+                break
             if kind != "full_attention" and not isinstance(cross.layers[i], CacheLayerMixin):
                 length = model_kwargs["encoder_outputs"][0].shape[1]
                 static = isinstance(cross, StaticCache)

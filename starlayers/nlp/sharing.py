@@ -34,14 +34,21 @@ def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> No
     auto = next((name for name, models in AUTO_CLASSES.items() if kind in models), None)
     if auto is None:
         known = ", ".join(m.__name__ for models in AUTO_CLASSES.values() for m in models)
-        raise ValueError(f"save_with_code takes one of {known}; got a {kind.__name__}")
+        raise ValueError(
+            f"save_with_code takes one of {known}; got {kind.__module__}.{kind.__name__} (a model "
+            "that came from a folder's own code saves it by itself)"
+        )
     config = type(model.config)
     before = kind._auto_class, config._auto_class
+    named = getattr(model.config, "auto_map", None)
+    if named is not None:
+        model.config.auto_map = dict(named)
     # set for this one save only: afterwards ordinary saves are ordinary again
     kind._auto_class, config._auto_class = auto, "AutoConfig"
     try:
         model.save_pretrained(folder)
     finally:
         kind._auto_class, config._auto_class = before
-        if hasattr(model.config, "auto_map"):
-            del model.config.auto_map
+        del model.config.auto_map
+        if named is not None:
+            model.config.auto_map = named

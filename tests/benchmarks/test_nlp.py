@@ -72,6 +72,17 @@ def test_better_is_positive_whichever_way_the_metric_points(task, sign):
     assert BASELINE["hybrid"] == "star silu"
 
 
+def test_differences_are_paired_by_seed():
+    records = {
+        f"{variant}{seed}": record("prose", variant, seed, bits_per_byte=float(seed))
+        for variant, seeds in (("plain gelu", (1, 2)), ("star silu", (0, 1, 2)))
+        for seed in seeds
+    }
+    rows = {r["variant"]: r for r in quality.summarise(records, "prose")}
+    assert rows["star silu"]["better by"] == (0, 0)
+    assert rows["star silu"]["P(improvement)"] == 0.5
+
+
 def test_kept_bytes_counts_what_a_backward_needs():
     mlp = StarMLP(8, 16, act="silu", bias=False)
     x = torch.randn(4, 8, requires_grad=True)

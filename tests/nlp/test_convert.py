@@ -45,6 +45,7 @@ def llama(**options):
             }
         },
         {"attn_implementation": "eager"},
+        {"hidden_act": "relu2"},
     ],
     ids=lambda o: "-".join(o) or "plain",
 )
@@ -114,9 +115,30 @@ def test_what_a_llama_has_not_is_refused(options, named):
 
 
 def test_other_models_are_refused():
-    with pytest.raises(TypeError, match="got a StarformerModel"):
+    with pytest.raises(TypeError, match=r"got starlayers\.nlp\.\S+\.StarformerModel; where"):
         to_llama(StarformerModel(config()))
-    with pytest.raises(TypeError, match="got a StarformerForCausalLM"):
+    with pytest.raises(TypeError, match=r"got starlayers\.nlp\.\S+\.StarformerForCausalLM"):
         from_llama(decoder())
     with pytest.raises(ValueError, match="unknown activation 'mish'"):
         from_llama(llama(hidden_act="mish"))
+    with pytest.raises(ValueError, match="a Llama has no hidden_act='softplus'"):
+        to_llama(decoder(hidden_act="softplus"))
+
+
+def test_adapters_have_to_be_merged_first():
+    from peft import LoraConfig
+
+    model = llama()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"q_proj\S*: merge adapters and undo quantisation first"):
+        from_llama(model)
+
+
+def test_nothing_is_shared_with_the_source():
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    theirs = llama(rope_parameters=rope)
+    ours = from_llama(theirs)
+    ours.generation_config.temperature = 0.3
+    ours.config.rope_parameters["factor"] = 4.0
+    assert theirs.generation_config.temperature != 0.3
+    assert theirs.config.rope_parameters["factor"] == 2.0

@@ -180,3 +180,21 @@ def test_seq2seq_generation_ignores_padding(variant, beams, cache):
 def test_a_decoder_without_attention_cannot_count():
     with pytest.raises(ValueError, match="layer_types needs one 'attention' layer"):
         decoder(layer_types=["star_conv", "star_conv"])
+
+
+def test_seq2seq_takes_a_cache_of_the_users():
+    model, source = seq2seq("hybrid"), ids(2, 5)
+    usual = model.generate(source, do_sample=False, **NEW)
+    cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())
+    assert torch.equal(usual, model.generate(source, past_key_values=cache, do_sample=False, **NEW))
+    with pytest.raises(ValueError, match="needs an EncoderDecoderCache, got a DynamicCache"):
+        model(source, decoder_input_ids=source, past_key_values=DynamicCache())
+
+
+@EVERY
+def test_texts_packed_in_one_row_stand_apart(variant):
+    model, first, second = decoder(variant), ids(1, 5), ids(1, 6, seed=1)
+    positions = torch.cat([torch.arange(5), torch.arange(6)])[None]
+    packed = logits(model, torch.cat([first, second], 1), position_ids=positions, use_cache=False)
+    alone = [logits(model, tokens) for tokens in (first, second)]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), atol=TOLERANCE, rtol=TOLERANCE)

@@ -108,3 +108,18 @@ def test_only_the_logits_asked_for():
         (mask, whole[mask]),
     ):
         torch.testing.assert_close(model(TOKENS, logits_to_keep=wanted).logits, expected)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "bos"])
+def test_pooling_sees_no_padding_and_does_not_overflow(pooling):
+    torch.manual_seed(0)
+    settings = encoder_config(classifier_pooling=pooling)
+    model = nlp.StarformerEncoderForSequenceClassification(settings).eval()
+    padded = torch.cat([torch.zeros(4, 3, dtype=torch.long), TOKENS], 1)
+    mask = (padded != 0).long()
+    states = torch.randn(4, 11, 32)
+    torch.testing.assert_close(
+        model._pooled(states, mask), model._pooled(states[:, 3:], None), atol=1e-6, rtol=1e-5
+    )
+    long = torch.full((1, 3000, 32), 30.0, dtype=torch.float16)
+    assert (model._pooled(long, torch.ones(1, 3000)) == 30).all()

@@ -356,14 +356,21 @@ def test_a_folder_with_code_loads_where_starlayers_is_not_installed(auto, build,
 
 def test_ordinary_saves_stay_ordinary(tmp_path):
     model = decoder()
+    model.config.auto_map = {"AutoTokenizer": ["mine.Tokenizer", None]}
     nlp.save_with_code(model, tmp_path / "with")
+    assert model.config.auto_map == {"AutoTokenizer": ["mine.Tokenizer", None]}
+    del model.config.auto_map
     assert "auto_map" in json.loads((tmp_path / "with" / "config.json").read_text())
     model.save_pretrained(tmp_path / "without")
     assert not list((tmp_path / "without").glob("*.py"))
     assert "auto_map" not in json.loads((tmp_path / "without" / "config.json").read_text())
     # where starlayers is imported, its own class loads the folder, code or no code
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "with")) is type(model)
-    with pytest.raises(ValueError, match="got a Linear"):
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "with")
+    assert type(loaded) is type(model)
+    loaded.save_pretrained(tmp_path / "again")  # without code, so without naming any
+    named = json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]
+    assert named == {"AutoTokenizer": ["mine.Tokenizer", None]}
+    with pytest.raises(ValueError, match=r"got torch\.\S+\.Linear"):
         nlp.save_with_code(torch.nn.Linear(2, 2), tmp_path)
 
 
@@ -384,3 +391,52 @@ def test_the_extra_is_named_where_transformers_is_missing():
     assert "ImportError: starlayers.nlp needs transformers: pip install 'starlayers[nlp]'" in (
         done.stderr
     )
+
+
+def test_label_smoothing_shifts_a_decoders_labels(tmp_path):
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    model, tokens = decoder(), ids(4, 9)
+    arguments = TrainingArguments(
+        str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to="none"
+    )
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": tokens, "labels": tokens})
+    smoother = LabelSmoother(0.1)
+    expected = smoother({"logits": logits(model, tokens)}, tokens, shift_labels=True)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [
+        (nlp.StarformerForSequenceClassification, torch.arange(4) % 3),
+        (nlp.StarformerForTokenClassification, ids(4, 6, seed=1) % 3),
+        (nlp.StarformerEncoderForSequenceClassification, torch.eye(3)[torch.arange(4) % 3]),
+        (nlp.StarformerEncoderForTokenClassification, ids(4, 6, seed=1) % 3),
+    ],
+)
+def test_accumulated_gradients_are_those_of_one_batch(kind, labels, tmp_path):
+    build = encoder_config if "Encoder" in kind.__name__ else config
+    rows = [{"input_ids": i, "labels": y} for i, y in zip(ids(4, 6), labels, strict=True)]
+    weights = []
+    for size, steps in ((4, 1), (1, 4)):
+        torch.manual_seed(0)
+        model = kind(build(num_labels=3, classifier_dropout=0.0))
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=size, learning_rate=0.1,
+            gradient_accumulation_steps=steps, max_grad_norm=0.0, optim="sgd", use_cpu=True,
+            report_to="none", save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=rows).train()
+        weights.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_weight_decay_leaves_every_norm_out(tmp_path):
+    model = seq2seq("hybrid")
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    decayed = trainer.get_decay_parameter_names(model)
+    norms = {n for n, p in model.named_parameters() if p.ndim == 1}
+    assert len(norms) > 10
+    assert not norms & set(decayed)
