@@ -1,8 +1,10 @@
 """Starformer, the decoder: a star-MLP language model and its heads."""
 
+from inspect import signature
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -29,6 +31,13 @@ from .layers_starformer import (
     StarformerRMSNorm,
     StarformerRotaryEmbedding,
 )
+
+if "past_key_values" not in signature(create_causal_mask).parameters:
+    # its generate() would hand over the cache under a name that is not looked at
+    raise ImportError(
+        f"Starformer knows transformers 5.17 to 5.23, not {transformers.__version__}, which "
+        "renamed past_key_values: pip install 'transformers>=5.17,<5.24'"
+    )
 
 __all__ = [
     "StarformerForCausalLM",
