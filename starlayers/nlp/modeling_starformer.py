@@ -76,18 +76,17 @@ class StarformerPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=module.kernel_size[0] ** -0.5)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As every model's; the configuration names no code that is not saved with it."""
-        named = getattr(self.config, "auto_map", None)
-        if named is None or type(self)._auto_class is not None:
-            return super().save_pretrained(*args, **kwargs)
-        kept = {k: v for k, v in named.items() if "_starformer" not in str(v)}
-        self.config.auto_map = kept
-        if not kept:
-            del self.config.auto_map
+        """As every model's; the configuration saved names no code that is not saved with it."""
+        named = self.config.__dict__.pop("auto_map", None) or {}
+        others = {k: v for k, v in named.items() if "_starformer" not in str(v)}
+        if others:
+            self.config.auto_map = others
         try:
-            return super().save_pretrained(*args, **kwargs)
+            return super().save_pretrained(*args, **kwargs)  # adds what code it writes
         finally:
-            self.config.auto_map = named
+            self.config.__dict__.pop("auto_map", None)
+            if named:
+                self.config.auto_map = named
 
     def _build(
         self,
@@ -98,9 +97,7 @@ class StarformerPreTrainedModel(PreTrainedModel):
         cross_attention: bool = False,
     ) -> None:
         """The parts that the decoder and the encoder have in common."""
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             StarformerLayer(config, i, kind, causal=causal, cross_attention=cross_attention)
             for i, kind in enumerate(layer_types)
@@ -139,6 +136,41 @@ class StarformerPreTrainedModel(PreTrainedModel):
             )
         return self.norm(hidden_states)
 
+    def _token_loss(self, logits: Tensor, labels: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """A language model's loss, or none without labels."""
+        if labels is None:
+            return None
+        vocabulary = self.config.vocab_size
+        return self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+
+
+class TokenHead(GenericForTokenClassification):
+    """A classifier on each token of what a `base_class` gives."""
+
+    base_class: type[PreTrainedModel]
+    accepts_loss_kwargs = False  # its loss is a mean, whatever num_items_in_batch says
+
+    # not the generic one's, which asks AutoModel: a folder of code is not registered there
+    def __init__(self, config: Filled) -> None:
+        super(GenericForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.base_class(config)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class SpanHead(GenericForQuestionAnswering):
+    """A start and an end score for each token of what a `base_class` gives."""
+
+    base_class: type[PreTrainedModel]
+
+    def __init__(self, config: Filled) -> None:  # as in `TokenHead`
+        super(GenericForQuestionAnswering, self).__init__(config)
+        self.model = self.base_class(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
 
 class StarformerModel(StarformerPreTrainedModel):
     """The decoder without a head: token ids to hidden states.
@@ -176,7 +208,8 @@ class StarformerModel(StarformerPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         documents = None
-        if position_ids is not None and attention_mask is None and past_key_values is None:
+        packed = attention_mask is None and past_key_values is None
+        if position_ids is not None and packed and has_star_conv(self.config):
             # positions that start anew: texts packed in one row, as the causal mask understands it
             documents = find_packed_sequence_indices(position_ids)
         position_ids = next_positions(hidden_states, position_ids, past_key_values)
@@ -193,6 +226,11 @@ class StarformerModel(StarformerPreTrainedModel):
             **kwargs,
         )
         return BaseModelOutputWithPast(hidden_states, past_key_values)
+
+
+def has_star_conv(config: Filled) -> bool:
+    """Whether a decoder's layers mix tokens otherwise than by attention."""
+    return any(kind != "full_attention" for kind in config.layer_types)
 
 
 def next_positions(x: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
@@ -220,7 +258,8 @@ def causal_masks(
         "past_key_values": cache,
         "position_ids": position_ids,
     }
-    masks = dict.fromkeys(config.layer_types, create_recurrent_attention_mask(**given))
+    padding = create_recurrent_attention_mask(**given) if has_star_conv(config) else None
+    masks = dict.fromkeys(config.layer_types, padding)
     return {**masks, "full_attention": create_causal_mask(**given)}
 
 
@@ -228,7 +267,8 @@ def wanted_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Ten
     """The states whose logits are asked for: the last few (0: all), or those of a tensor.
 
     The tensor holds positions, (n,) for all samples or (batch, n) for each, or it is a mask
-    (batch, length); behind a mask the states are (chosen, hidden_size).
+    (batch, length); behind a mask the states are (chosen, hidden_size). It is what transformers
+    calls `slice_logits_to_keep`, which 5.17 has not.
     """
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
@@ -263,7 +303,6 @@ class StarformerForCausalLM(StarformerPreTrainedModel, GenerationMixin):
     def __init__(self, config: Filled) -> None:
         super().__init__(config)
         self.model = StarformerModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -290,11 +329,7 @@ class StarformerForCausalLM(StarformerPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits = self.lm_head(wanted_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+        loss = self._token_loss(logits, labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -321,10 +356,9 @@ class StarformerForSequenceClassification(
         torch.Size([1, 3])
     """
 
-    accepts_loss_kwargs = False  # its loss is a mean, whatever num_items_in_batch says
+    accepts_loss_kwargs = False
 
-    # not the generic one's, which asks AutoModel: a folder of code is not registered there
-    def __init__(self, config: Filled) -> None:
+    def __init__(self, config: Filled) -> None:  # as in `TokenHead`
         super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = StarformerModel(config)
@@ -332,7 +366,7 @@ class StarformerForSequenceClassification(
         self.post_init()
 
 
-class StarformerForTokenClassification(GenericForTokenClassification, StarformerPreTrainedModel):
+class StarformerForTokenClassification(TokenHead, StarformerPreTrainedModel):
     """The decoder with a classifier on each token.
 
     Shapes: ids (batch, length) -> `logits` (batch, length, num_labels).
@@ -347,18 +381,10 @@ class StarformerForTokenClassification(GenericForTokenClassification, Starformer
         torch.Size([1, 2, 3])
     """
 
-    accepts_loss_kwargs = False
-
-    def __init__(self, config: Filled) -> None:
-        super(GenericForTokenClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.model = StarformerModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    base_class = StarformerModel
 
 
-class StarformerForQuestionAnswering(GenericForQuestionAnswering, StarformerPreTrainedModel):
+class StarformerForQuestionAnswering(SpanHead, StarformerPreTrainedModel):
     """The decoder with a start and an end score for each token.
 
     Shapes: ids (batch, length) -> `start_logits`, `end_logits` (batch, length).
@@ -373,8 +399,4 @@ class StarformerForQuestionAnswering(GenericForQuestionAnswering, StarformerPreT
         torch.Size([1, 2])
     """
 
-    def __init__(self, config: Filled) -> None:
-        super(GenericForQuestionAnswering, self).__init__(config)
-        self.model = StarformerModel(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.post_init()
+    base_class = StarformerModel

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GenericForQuestionAnswering, GenericForTokenClassification
 from transformers.modeling_outputs import (
     BaseModelOutput,
     MaskedLMOutput,
@@ -17,7 +16,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_starformer import Filled, StarformerEncoderConfig
-from .modeling_starformer import StarformerPreTrainedModel, next_positions
+from .modeling_starformer import (
+    SpanHead,
+    StarformerPreTrainedModel,
+    TokenHead,
+    next_positions,
+)
 
 __all__ = [
     "StarformerEncoderForQuestionAnswering",
@@ -125,11 +129,7 @@ class StarformerForMaskedLM(StarformerEncoderPreTrainedModel):
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+        loss = self._token_loss(logits, labels, **kwargs)
         return MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
@@ -195,9 +195,7 @@ class StarformerEncoderForSequenceClassification(StarformerEncoderPreTrainedMode
         return ((x.float() * weights).sum(1) / weights.sum(1).clamp_min(1)).to(x.dtype)
 
 
-class StarformerEncoderForTokenClassification(
-    GenericForTokenClassification, StarformerEncoderPreTrainedModel
-):
+class StarformerEncoderForTokenClassification(TokenHead, StarformerEncoderPreTrainedModel):
     """The encoder with a classifier on each token: tags, named entities.
 
     Shapes: ids (batch, length) -> `logits` (batch, length, num_labels).
@@ -212,21 +210,10 @@ class StarformerEncoderForTokenClassification(
         torch.Size([1, 2, 3])
     """
 
-    accepts_loss_kwargs = False
-
-    # not the generic one's, which asks AutoModel: a folder of code is not registered there
-    def __init__(self, config: Filled) -> None:
-        super(GenericForTokenClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.model = StarformerEncoderModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    base_class = StarformerEncoderModel
 
 
-class StarformerEncoderForQuestionAnswering(
-    GenericForQuestionAnswering, StarformerEncoderPreTrainedModel
-):
+class StarformerEncoderForQuestionAnswering(SpanHead, StarformerEncoderPreTrainedModel):
     """The encoder with a start and an end score for each token.
 
     Shapes: ids (batch, length) -> `start_logits`, `end_logits` (batch, length).
@@ -241,8 +228,4 @@ class StarformerEncoderForQuestionAnswering(
         torch.Size([1, 2])
     """
 
-    def __init__(self, config: Filled) -> None:
-        super(GenericForQuestionAnswering, self).__init__(config)
-        self.model = StarformerEncoderModel(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.post_init()
+    base_class = StarformerEncoderModel

@@ -315,11 +315,7 @@ class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, Gener
             **kwargs,
         )
         logits = self.lm_head(wanted_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+        loss = self._token_loss(logits, labels, **kwargs)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,

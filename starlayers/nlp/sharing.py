@@ -40,15 +40,9 @@ def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> No
         )
     config = type(model.config)
     before = kind._auto_class, config._auto_class
-    named = getattr(model.config, "auto_map", None)
-    if named is not None:
-        model.config.auto_map = dict(named)
     # set for this one save only: afterwards ordinary saves are ordinary again
     kind._auto_class, config._auto_class = auto, "AutoConfig"
     try:
         model.save_pretrained(folder)
     finally:
         kind._auto_class, config._auto_class = before
-        del model.config.auto_map
-        if named is not None:
-            model.config.auto_map = named
