@@ -4,6 +4,7 @@ from starlayers.activations import ACTIVATIONS, get_activation, register_activat
 from starlayers.backend import backend_name, use_backend
 from starlayers.functional import star
 from starlayers.modules import DropPath, StarBlock, StarMLP, StarOp
+from starlayers.surgery import from_pretrained, param_groups, starify
 
 __version__ = "0.1.0"
 
@@ -14,8 +15,11 @@ __all__ = [
     "StarMLP",
     "StarOp",
     "backend_name",
+    "from_pretrained",
     "get_activation",
+    "param_groups",
     "register_activation",
     "star",
+    "starify",
     "use_backend",
 ]

@@ -103,9 +103,9 @@ def with_this_backend(call: Callable[..., T]) -> Callable[..., T]:
         return call
     name = backend_name()
 
-    def under(*args: object) -> T:
+    def under(*args: object, **kwargs: object) -> T:
         with use_backend(name):
-            return call(*args)
+            return call(*args, **kwargs)
 
     return under
 

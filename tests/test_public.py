@@ -16,10 +16,11 @@ MODULES = [
     "starlayers.nlp",
     "starlayers.nlp.data",
     "starlayers.nlp.text",
+    "starlayers.surgery",
     "starlayers.vision",
 ]
 #: tables and tuples, documented by the comment above them
-CONSTANTS = {"ACTIVATIONS", "BACKENDS", "COMBINE", "SPECIAL_TOKENS", "STARNETS"}
+CONSTANTS = {"ACTIVATIONS", "BACKENDS", "COMBINE", "RECIPES", "SPECIAL_TOKENS", "STARNETS"}
 
 
 def public():
@@ -46,9 +47,12 @@ def test_names_are_pinned():
         "StarMLP",
         "StarOp",
         "backend_name",
+        "from_pretrained",
         "get_activation",
+        "param_groups",
         "register_activation",
         "star",
+        "starify",
         "use_backend",
     }
     assert starlayers.__version__ == "0.1.0"

@@ -1,0 +1,38 @@
+"""Making star models of existing ones: `starify`, what it reports, and the way back."""
+
+from starlayers.surgery.gated import GatedMLP
+from starlayers.surgery.optim import param_groups
+from starlayers.surgery.persist import from_pretrained
+from starlayers.surgery.projection import StarProjection
+from starlayers.surgery.recipes import RECIPES, register_recipe
+from starlayers.surgery.record import apply_record, record_of
+from starlayers.surgery.report import Report, report
+from starlayers.surgery.site import Site
+from starlayers.surgery.starify import (
+    find_mlps,
+    gate_parameters,
+    gate_sizes,
+    reset_gates,
+    revert,
+    starify,
+)
+
+__all__ = [
+    "RECIPES",
+    "GatedMLP",
+    "Report",
+    "Site",
+    "StarProjection",
+    "apply_record",
+    "find_mlps",
+    "from_pretrained",
+    "gate_parameters",
+    "gate_sizes",
+    "param_groups",
+    "record_of",
+    "register_recipe",
+    "report",
+    "reset_gates",
+    "revert",
+    "starify",
+]

@@ -1,0 +1,192 @@
+"""MLPs that already are stars: their own layers, names and weights on the core's fused forward."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from starlayers.backend import fused_mlp_blocker, star_blocker, with_this_backend
+from starlayers.functional import star_packed, star_product
+from starlayers.modules import StarMLP, StarOp
+from starlayers.surgery.site import (
+    Projection,
+    Site,
+    attribute,
+    dtype_and_device,
+    halves,
+    projection,
+)
+
+__all__ = ["GatedMLP", "Role"]
+
+
+@dataclass
+class Role:
+    """What a `GatedMLP` knows beside the attributes of the module it was.
+
+    Args:
+        site: the names of its layers.
+        original: the class it had.
+        row: the row of `ACTIVATIONS` its activation is, where one was recognised.
+        between: names of the modules between the product and the last projection, in order.
+        fused: use the core's kernels; otherwise the model's own activation, to the last bit.
+        recompute: save only the input for the backward.
+
+    Example:
+        >>> Role(Site("gated", "gated", "gate", "act", "down", up="up"), nn.Module, "silu").fused
+        True
+    """
+
+    site: Site
+    original: type[nn.Module]
+    row: str | None
+    between: tuple[str, ...] = ()
+    fused: bool = True
+    recompute: bool = False
+    #: products added per channel
+    grown: int = field(default=0)
+
+
+@dataclass
+class _View:
+    """A gated MLP as the fused ops read one; made anew for each call, since layers get replaced."""
+
+    f1: nn.Linear
+    f2: nn.Linear
+    g: nn.Linear
+    act: str
+    in_features: int
+    hidden_features: int
+    out_features: int
+    recompute: bool
+    combine: str = "mul"
+    rank: int = 1
+    offset: float = 0.0
+
+
+class GatedMLP(nn.Module):
+    """What a gated MLP becomes: `out(act(gate(x)) * up(x))`, or the same from a packed projection.
+
+    Not constructed: `GatedMLP.adopt` changes the class of an existing module, which keeps its
+    identity, children, parameter names, hooks and mode; `release` gives the class back.
+
+    Shapes: (..., in) -> (..., out), those of the module it was.
+
+    Example:
+        >>> from starlayers.surgery import starify
+        >>> class MLP(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gate_proj = nn.Linear(4, 8)
+        ...         self.up_proj = nn.Linear(4, 8)
+        ...         self.down_proj = nn.Linear(8, 4)
+        ...         self.act_fn = nn.SiLU()
+        ...     def forward(self, x):
+        ...         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        >>> mlp = starify(MLP(), mode="fuse")
+        >>> type(mlp).__name__, [name for name, _ in mlp.named_children()]
+        ('GatedMLP', ['gate_proj', 'up_proj', 'down_proj', 'act_fn'])
+    """
+
+    star: Role
+
+    @staticmethod
+    def adopt(module: nn.Module, role: Role, grow: int = 0) -> "GatedMLP":
+        """Change the class of `module` in place, and add `grow` products with a zero factor."""
+        module.star = role  # type: ignore[assignment]
+        module.__class__ = GatedMLP
+        assert isinstance(module, GatedMLP)
+        if grow:
+            module.grow(grow)
+        return module
+
+    def release(self) -> nn.Module:
+        """Give the module its own class back, and drop the products that were added."""
+        original = self.star.original
+        self._modules.pop("star_grown", None)
+        del self.star
+        self.__class__ = original  # type: ignore[assignment]
+        return self
+
+    def grow(self, rank: int) -> None:
+        """Add `rank` products per channel, whose second factors are zero."""
+        inp = attribute(self, self.star.site.inp)
+        n, f = self.sizes()[:2]
+        dtype, device = dtype_and_device(inp)
+        bias = getattr(inp, "bias", None) is not None
+        grown = StarOp(
+            n, f, act=self.star.row, rank=rank, bias=bias, dtype=dtype, device=device
+        ).train(self.training)
+        self.star_grown = grown
+        self.star.grown = rank
+        self.reset_grown()
+
+    def reset_grown(self) -> None:
+        """Make the products that were added zero, by their second factors."""
+        for parameter in self.star_grown.f2.parameters():  # type: ignore[union-attr]
+            nn.init.zeros_(parameter)
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Input, hidden and output channels."""
+        site = self.star.site
+        inp = projection(attribute(self, site.inp)) or Projection(0, 0)
+        out = projection(attribute(self, site.out or "")) or Projection(0, 0)
+        return inp.in_features, out.in_features, out.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        view = self._view()
+        if view is not None and fused_mlp_blocker(view, x) is None:
+            from starlayers.kernels.layer import fused_star_mlp  # defines the ops, on first use
+
+            return fused_star_mlp(view, x, None)
+        if self.star.recompute and torch.is_grad_enabled():
+            y: Tensor = checkpoint(with_this_backend(self._eager), x, use_reentrant=False)
+            return y
+        return self._eager(x)
+
+    def _view(self) -> StarMLP | None:
+        """The whole MLP for one fused op, where nothing but its three layers is at work."""
+        role, site = self.star, self.star.site
+        if not role.fused or role.row is None or role.grown or site.form != "gated":
+            return None
+        if self.training and any(_drops(attribute(self, name)) for name in role.between):
+            return None
+        n, f, out = self.sizes()
+        f1, f2, g = (attribute(self, name) for name in (site.inp, site.up or "", site.out or ""))
+        return cast(StarMLP, _View(f1, f2, g, role.row, n, f, out, role.recompute))
+
+    def _eager(self, x: Tensor) -> Tensor:
+        role = self.star
+        h = self._product(x)
+        if role.grown:
+            h = h + self.star_grown(x)  # type: ignore[operator]
+        for name in role.between:
+            h = attribute(self, name)(h)
+        out = attribute(self, role.site.out or "")
+        dtype = getattr(getattr(out, "weight", None), "dtype", h.dtype)
+        if dtype.is_floating_point and dtype != h.dtype:  # T5 keeps its last projection in fp32
+            h = h.to(dtype)
+        return out(h)  # type: ignore[no-any-return]
+
+    def _product(self, x: Tensor) -> Tensor:
+        role, site = self.star, self.star.site
+        act: Callable[[Tensor], Tensor] = attribute(self, site.act)
+        h = attribute(self, site.inp)(x)
+        a, b = halves(h, site) if site.up is None else (h, attribute(self, site.up)(x))
+        if not role.fused or role.row is None or star_blocker(a, b, role.row) is not None:
+            return act(a) * b
+        if site.form == "packed" and not site.gate_last:
+            return star_packed(h, role.row)
+        return star_product(a, b, role.row)
+
+    def extra_repr(self) -> str:
+        extras = {"was": self.star.original.__name__, "act": self.star.row}
+        flags = {name: getattr(self.star, name) for name in ("fused", "recompute", "grown")}
+        return ", ".join(f"{k}={v}" for k, v in {**extras, **flags}.items() if v)
+
+
+def _drops(module: Any) -> bool:
+    return not isinstance(module, nn.Identity) and getattr(module, "p", 1.0) > 0.0

@@ -1,0 +1,116 @@
+"""Putting star layers at a site, and taking them out again; nothing is tried or chosen here."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from starlayers.surgery.gated import GatedMLP, Role
+from starlayers.surgery.projection import StarProjection, make_gate
+from starlayers.surgery.recipes import recognise
+from starlayers.surgery.site import Site, attribute, put
+
+__all__ = ["install_gated", "install_plain", "installed", "take_out"]
+
+
+def identity(x: Tensor) -> Tensor:
+    """What stands where an activation function stood; the star projection applies it now."""
+    return x
+
+
+def install_plain(
+    owner: nn.Module, site: Site, spec: str, *, fused: bool = False, recompute: bool = False
+) -> StarProjection:
+    """Put a star projection in the place of the projection and the activation of a plain site.
+
+    Example:
+        >>> mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+        >>> star = install_plain(mlp, Site("sequential", "plain", "0", "1", "2"), "scale")
+        >>> type(mlp[0]).__name__, mlp[1]
+        ('StarProjection', Identity())
+    """
+    inp, act = attribute(owner, site.inp), attribute(owner, site.act)
+    star = StarProjection(
+        inp,
+        act,
+        make_gate(spec, inp),
+        site,
+        spec=spec,
+        row=recognise(act),
+        fused=fused,
+        recompute=recompute,
+    )
+    put(owner, site.inp, star)
+    put(owner, site.act, nn.Identity() if isinstance(act, nn.Module) else identity)
+    if isinstance(owner, nn.TransformerEncoderLayer):
+        # its inference path reads the weights and never calls the layers
+        star.undo["activation_relu_or_gelu"] = owner.activation_relu_or_gelu
+        owner.activation_relu_or_gelu = 0
+    return star
+
+
+def install_gated(
+    owner: nn.Module,
+    site: Site,
+    between: tuple[str, ...],
+    *,
+    fused: bool = True,
+    recompute: bool = False,
+    grow: int = 0,
+) -> GatedMLP:
+    """Make a gated MLP compute as the core does, or grow, in place.
+
+    Raises:
+        ValueError: `grow` needs the activation as a row of `ACTIVATIONS`, and it is none.
+    """
+    row = recognise(attribute(owner, site.act))
+    if grow and row is None:
+        raise ValueError(f"{site.act} is no row of ACTIVATIONS; register_activation adds one")
+    return GatedMLP.adopt(owner, Role(site, type(owner), row, between, fused, recompute), grow)
+
+
+def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, StarProjection | GatedMLP]]:
+    """Every star layer that surgery has put into a model: owner's name, owner, layer.
+
+    Example:
+        >>> mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+        >>> list(installed(mlp))
+        []
+    """
+    for path, owner in list(model.named_modules()):
+        if isinstance(owner, GatedMLP):
+            yield path, owner, owner
+        for name, child in list(owner.named_modules(remove_duplicate=False)):
+            # a dotted name below the owner tells whose site it is
+            if isinstance(child, StarProjection) and child.site.inp == name:
+                yield path, owner, child
+
+
+def take_out(owner: nn.Module, star: StarProjection | GatedMLP) -> None:
+    """Put back what stood at the site of a star layer, whatever its gate has learned."""
+    if isinstance(star, GatedMLP):
+        star.release()
+        return
+    put(owner, star.site.inp, star.inp)
+    put(owner, star.site.act, star.act)
+    for name, value in star.undo.items():
+        setattr(owner, name, value)
+
+
+def settle_fast_paths(model: nn.Module) -> None:
+    """Keep `nn.TransformerEncoder` from packing its input for an inference path it has lost."""
+    for module in model.modules():
+        if not isinstance(module, nn.TransformerEncoder):
+            continue
+        lost = any(not getattr(layer, "activation_relu_or_gelu", 1) for layer in module.layers)
+        if lost and module.use_nested_tensor:
+            module.use_nested_tensor = False
+            vars(module)["star_use_nested_tensor"] = True
+        elif not lost and hasattr(module, "star_use_nested_tensor"):
+            module.use_nested_tensor = True
+            del module.star_use_nested_tensor
+
+
+def meta(star: StarProjection | GatedMLP) -> bool:
+    """Whether a star layer has parameters without values."""
+    return any(p.device == torch.device("meta") for p in star.parameters())

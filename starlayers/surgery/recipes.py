@@ -1,0 +1,217 @@
+"""How MLPs look: one function per structure, from a module to the sites inside it."""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise, permutations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from starlayers.activations import ACTIVATIONS
+from starlayers.surgery.site import Projection, Site, projection
+
+__all__ = ["RECIPES", "Recipe", "is_activation", "recognise", "register_recipe"]
+
+#: from a module to the MLPs it is made of; it may claim too much, because every claim is tried
+Recipe = Callable[[nn.Module], Iterator[Site]]
+
+#: the recipes in the order they are asked; the first whose claim holds gets the site
+RECIPES: list[Recipe] = []
+
+
+def register_recipe(recipe: Recipe) -> Recipe:
+    """Add a recipe, before those there are; usable as a decorator.
+
+    A recipe is called with every module of a model and yields a `Site` for each MLP that it sees.
+    `starify` runs every one on random input and skips what does not compute the site's formula.
+
+    Example:
+        >>> @register_recipe
+        ... def my_mlp(owner):
+        ...     if hasattr(owner, "expand") and hasattr(owner, "shrink"):
+        ...         yield Site("mine", "plain", inp="expand", act="nonlinearity", out="shrink")
+        >>> RECIPES.remove(my_mlp)
+    """
+    RECIPES.insert(0, recipe)
+    return recipe
+
+
+def is_activation(f: Any) -> bool:
+    """Whether `f` maps tensors element by element, and not in a straight line.
+
+    Dropout and identity in eval mode, norms, softmax and pooling are no activations.
+
+    Example:
+        >>> is_activation(nn.GELU()), is_activation(torch.relu), is_activation(nn.LayerNorm(4))
+        (True, True, False)
+    """
+    if isinstance(f, type):
+        return False
+    if isinstance(f, nn.Module):
+        if len(f._modules) or projection(f) or isinstance(f, (nn.Dropout, nn.Identity)):
+            return False
+        if any(p.numel() > 1 or p.device.type == "meta" for p in f.parameters()):
+            return False
+    x = torch.tensor([[-1.0, 0.0, 1.0, 2.0], [-3.0, 0.5, 5.0, 7.0]], device="cpu")
+    place = next(iter(f.parameters()), x) if isinstance(f, nn.Module) else x
+    x = x.to(place.device, place.dtype)
+    training = getattr(f, "training", False)
+    try:
+        with torch.no_grad():
+            if training:
+                f.eval()
+            y, part = f(x.clone()), f(x[:, 1:2].clone())
+    except Exception:  # whatever a foreign module raises on such an input, it is no activation
+        return False
+    finally:
+        if training:
+            f.train()
+    if not isinstance(y, Tensor) or y.shape != x.shape or not torch.equal(part, y[:, 1:2]):
+        return False
+    return bool((y[0].diff(n=2) != 0).any())  # at equal steps, a straight line has no bends
+
+
+def recognise(act: Any) -> str | None:
+    """The row of `ACTIVATIONS` that an activation is, by its values to 1e-6; `None` for no row.
+
+    Example:
+        >>> recognise(nn.SiLU()), recognise(torch.sin) is None
+        ('silu', True)
+    """
+    x = torch.linspace(-8, 8, 257, device="cpu")
+    try:
+        with torch.no_grad():
+            y = act(x.clone())
+    except Exception:  # a foreign callable may raise anything
+        return None
+    if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
+        return None
+    for name, row in ACTIVATIONS.items():
+        if name == row.name and torch.allclose(row.fn(x), y, rtol=1e-6, atol=1e-6):
+            return row.name
+    return None
+
+
+def activations(owner: nn.Module) -> list[str]:
+    """The names of the activations an owner holds itself, as modules or as functions."""
+    functions = [name for name in vars(owner) if "act" in name or "nonlin" in name]
+    held = {name: getattr(owner, name) for name in dict.fromkeys([*owner._modules, *functions])}
+    return [name for name, f in held.items() if callable(f) and is_activation(f)]
+
+
+def projections(owner: nn.Module) -> dict[str, Projection]:
+    """The projections an owner holds itself."""
+    found = {name: projection(child) for name, child in owner._modules.items()}
+    return {name: sizes for name, sizes in found.items() if sizes is not None}
+
+
+def _wide(first: Projection, last: Projection) -> bool:
+    """An MLP widens; what narrows is squeeze-and-excitation, an adapter or a bottleneck."""
+    return first.out_features >= min(first.in_features, last.out_features)
+
+
+def _returns(first: Projection, last: Projection, branches: int = 1) -> bool:
+    """Whether `last` takes the channels of `first` back to where they came from."""
+    return (
+        last.in_features * branches == first.out_features
+        and last.out_features == first.in_features
+        and last.channels_first == first.channels_first
+    )
+
+
+def _feeds(first: Projection, last: Projection) -> bool:
+    return first.out_features == last.in_features and _wide(first, last)
+
+
+def _is_sequence(owner: nn.Module) -> bool:
+    return isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward
+
+
+@register_recipe
+def chain(owner: nn.Module) -> Iterator[Site]:
+    """Two projections and an activation in one module: fc1/fc2, c_fc/c_proj, wi/wo, inline ones."""
+    if _is_sequence(owner):
+        return
+    found = projections(owner)
+    for first, last in permutations(found, 2):
+        twins = [name for name in found if found[name] == found[first]]
+        alone = twins == [first] or (found[first] == found[last] and twins == [first, last])
+        if alone and _returns(found[first], found[last]) and _wide(found[first], found[last]):
+            for act in activations(owner):
+                yield Site("chain", "plain", first, act, last)
+
+
+@register_recipe
+def split(owner: nn.Module) -> Iterator[Site]:
+    """A module that widens and activates, and a sibling that narrows: Intermediate and Output."""
+    if _is_sequence(owner):
+        return
+    held = {name: projections(child) for name, child in owner._modules.items() if child is not None}
+    for first, inside in held.items():
+        if len(inside) != 1:
+            continue
+        ((inp, sizes),) = inside.items()
+        acts = activations(owner.get_submodule(first))
+        backs = [
+            f"{name}.{out}"
+            for name, others in held.items()
+            for out, back in others.items()
+            if name != first and _returns(sizes, back) and _wide(sizes, back)
+        ]
+        if len(acts) == 1 and len(backs) == 1:
+            yield Site("split", "plain", f"{first}.{inp}", f"{first}.{acts[0]}", backs[0])
+
+
+@register_recipe
+def sequential(owner: nn.Module) -> Iterator[Site]:
+    """Projection, activation, and later another projection, in a row of layers."""
+    if not _is_sequence(owner):
+        return
+    names = list(owner._modules)
+    found = projections(owner)
+    for inp, act in pairwise(names):
+        if inp not in found or not is_activation(owner._modules[act]):
+            continue
+        later = [name for name in names[names.index(act) + 1 :] if name in found]
+        if not later and _is_stack(owner):
+            yield Site("stack", "plain", inp, act, None)
+        elif later and _feeds(found[inp], found[later[0]]):
+            yield Site("sequential", "plain", inp, act, later[0])
+
+
+def _is_stack(owner: nn.Module) -> bool:
+    """Pairs of projection and activation and nothing else, as the policies of SB3 are made of."""
+    children = list(owner.children())
+    pairs = len(children) // 2
+    return (
+        pairs > 1
+        and len(children) % 2 == 0
+        and all(projection(child) for child in children[::2])
+        and all(is_activation(child) for child in children[1::2])
+    )
+
+
+@register_recipe
+def gated(owner: nn.Module) -> Iterator[Site]:
+    """Two projections that widen and one that narrows: gate/up/down, wi_0/wi_1/wo, w1/w2/w3."""
+    if _is_sequence(owner):
+        return
+    found = projections(owner)
+    for first, up, last in permutations(found, 3):
+        alike = [name for name in found if found[name] == found[first] and name != last]
+        back = _returns(found[first], found[last]) and not found[first].channels_first
+        if alike == [first, up] and back:
+            for act in activations(owner):
+                yield Site("gated", "gated", first, act, last, up=up)
+
+
+@register_recipe
+def packed(owner: nn.Module) -> Iterator[Site]:
+    """One projection that makes both branches: Wi/Wo, gate_up_proj/down_proj, w12/w3."""
+    if _is_sequence(owner):
+        return
+    found = projections(owner)
+    for first, last in permutations(found, 2):
+        if _returns(found[first], found[last], branches=2) and not found[first].channels_first:
+            for act in activations(owner):
+                yield Site("packed", "packed", first, act, last)

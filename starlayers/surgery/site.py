@@ -1,0 +1,160 @@
+"""Where an MLP lies inside a model: dotted names, and what stands behind them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Projection", "Site", "attribute", "parent_of", "projection", "unfloatable"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One MLP of an owner module, by the names of its parts relative to the owner.
+
+    Args:
+        recipe: the recipe that found it.
+        form: "plain" `out(act(inp(x)))`, "gated" `out(act(inp(x)) * up(x))`, or "packed", where
+            `inp` makes both branches at once.
+        inp: the projection whose output the activation takes.
+        act: the activation, a module or a function attribute.
+        out: the projection after the product, `None` where it lies outside of the owner.
+        up: the second branch of a gated MLP.
+        gate_last: whether a packed projection holds the activated half last.
+
+    Example:
+        >>> Site("chain", "plain", inp="fc1", act="act", out="fc2").inp
+        'fc1'
+    """
+
+    recipe: str
+    form: str
+    inp: str
+    act: str
+    out: str | None
+    up: str | None = None
+    gate_last: bool = False
+
+    def variants(self) -> Iterator["Site"]:
+        """This site, then the other order of its branches: only a run can tell them apart."""
+        yield self
+        if self.form == "gated" and self.up is not None:
+            yield replace(self, inp=self.up, up=self.inp)
+        if self.form == "packed":
+            yield replace(self, gate_last=not self.gate_last)
+
+    def body(self) -> str:
+        """The deepest module that runs both the projection and the activation ("" is the owner).
+
+        Example:
+            >>> Site("split", "plain", "intermediate.dense", "intermediate.act", "output").body()
+            'intermediate'
+        """
+        a, b = self.inp.split(".")[:-1], self.act.split(".")[:-1]
+        shared = [x for x, y in zip(a, b) if x == y]
+        return ".".join(shared)
+
+
+class Projection(NamedTuple):
+    """The sizes of a linear map over channels, and whether they lie last or at dimension 1."""
+
+    in_features: int
+    out_features: int
+    channels_first: bool = False
+
+
+def projection(module: nn.Module | None) -> Projection | None:
+    """What `module` maps, if it is a linear layer, a `Conv1D` of transformers or a 1x1 convolution.
+
+    A layer that PEFT has wrapped counts as the layer inside it.
+
+    Example:
+        >>> projection(nn.Linear(2, 3))
+        Projection(in_features=2, out_features=3, channels_first=False)
+        >>> projection(nn.Conv2d(2, 3, 3)) is None
+        True
+    """
+    base = base_layer(module)
+    if isinstance(base, nn.Conv2d):
+        simple = base.kernel_size == (1, 1) == base.stride and base.groups == 1
+        unpadded = simple and base.padding in (0, (0, 0), "valid", "same")
+        return Projection(base.in_channels, base.out_channels, True) if unpadded else None
+    conv1d = type(base).__name__ == "Conv1D"
+    names = ("nx", "nf") if conv1d else ("in_features", "out_features")
+    n, f = (getattr(base, name, None) for name in names)
+    linear = conv1d or any("Linear" in kind.__name__ for kind in type(base).__mro__)
+    return Projection(n, f) if linear and isinstance(n, int) and isinstance(f, int) else None
+
+
+def base_layer(module: nn.Module | None) -> nn.Module | None:
+    """The layer inside of PEFT's wrappers, or the module itself."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def unfloatable(module: nn.Module) -> str | None:
+    """Why no gate can stand beside this projection: its weight is quantised, or no tensor.
+
+    Example:
+        >>> unfloatable(nn.Linear(2, 2)) is None
+        True
+    """
+    base = base_layer(module)
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor):
+        return f"{type(base).__name__} has no weight tensor: quantised? starify before quantising"
+    plain = type(weight) in (Tensor, nn.Parameter) or type(weight).__module__.startswith("torch.")
+    if not weight.is_floating_point() or weight.element_size() < 2 or not plain:
+        kind = weight.dtype if plain else type(weight).__name__
+        return f"{type(base).__name__} holds a quantised weight ({kind}): starify before quantising"
+    return None
+
+
+def parent_of(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the dotted `name`, and the last part of the name.
+
+    Example:
+        >>> parent, leaf = parent_of(nn.Sequential(nn.Sequential(nn.ReLU())), "0.0")
+        >>> parent, leaf
+        (Sequential(
+          (0): ReLU()
+        ), '0')
+    """
+    path, _, leaf = name.rpartition(".")
+    return owner.get_submodule(path), leaf
+
+
+def attribute(owner: nn.Module, name: str) -> Any:
+    """The module or function under a dotted name.
+
+    Example:
+        >>> attribute(nn.Sequential(nn.ReLU()), "0")
+        ReLU()
+    """
+    parent, leaf = parent_of(owner, name)
+    return getattr(parent, leaf)
+
+
+def put(owner: nn.Module, name: str, value: nn.Module | Callable[..., Tensor]) -> None:
+    """Set a module or function attribute where it is found, at its place among the children."""
+    parent, leaf = parent_of(owner, name)
+    # a function can hide a module of its name: torch's decoder layer has both after a deepcopy
+    if leaf in parent._modules and leaf not in vars(parent):
+        parent._modules[leaf] = value  # type: ignore[assignment]
+    else:
+        vars(parent)[leaf] = value
+
+
+def halves(h: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    """The two branches in the output of a packed projection, the activated one first."""
+    first, second = h.chunk(2, -1)
+    return (second, first) if site.gate_last else (first, second)
+
+
+def dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Where and in what type the weight of a projection lies."""
+    weight = base_layer(module).weight  # type: ignore[union-attr]
+    return weight.dtype, weight.device  # type: ignore[union-attr, return-value]
