@@ -1,5 +1,6 @@
 """Making star models of existing ones: `starify`, what it reports, and the way back."""
 
+from starlayers.surgery.anneal import Anneal
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.optim import param_groups
 from starlayers.surgery.persist import from_pretrained
@@ -19,6 +20,7 @@ from starlayers.surgery.starify import (
 
 __all__ = [
     "RECIPES",
+    "Anneal",
     "GatedMLP",
     "Report",
     "Site",

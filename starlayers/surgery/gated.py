@@ -158,14 +158,19 @@ class GatedMLP(nn.Module):
         f1, f2, g = (attribute(self, name) for name in (site.inp, site.up or "", site.out or ""))
         return cast(StarMLP, _View(f1, f2, g, role.row, n, f, out, role.recompute))
 
-    def _eager(self, x: Tensor) -> Tensor:
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the last projection takes: the product, grown and with what follows it."""
         role = self.star
         h = self._product(x)
         if role.grown:
             h = h + self.star_grown(x)  # type: ignore[operator]
         for name in role.between:
             h = attribute(self, name)(h)
-        out = attribute(self, role.site.out or "")
+        return h
+
+    def _eager(self, x: Tensor) -> Tensor:
+        h = self.hidden(x)
+        out = attribute(self, self.star.site.out or "")
         dtype = getattr(getattr(out, "weight", None), "dtype", h.dtype)
         if dtype.is_floating_point and dtype != h.dtype:  # T5 keeps its last projection in fp32
             h = h.to(dtype)

@@ -1,12 +1,13 @@
 """Putting star layers at a site, and taking them out again; nothing is tried or chosen here."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from starlayers.surgery.gated import GatedMLP, Role
-from starlayers.surgery.projection import StarProjection, make_gate
+from starlayers.surgery.projection import AnnealedActivation, StarProjection, make_gate
 from starlayers.surgery.recipes import recognise
 from starlayers.surgery.site import Site, attribute, put
 
@@ -69,6 +70,32 @@ def install_gated(
     return GatedMLP.adopt(owner, Role(site, type(owner), row, between, fused, recompute), grow)
 
 
+def activation_of(star: StarProjection | GatedMLP) -> Any:
+    """The activation of a star layer, as it is by now."""
+    return star.act if isinstance(star, StarProjection) else attribute(star, star.star.site.act)
+
+
+def anneal_activation(star: StarProjection | GatedMLP, t: float) -> None:
+    """Set how far the activation of a star layer is from what it was; 0 takes the wrapper off."""
+    role: Any = star if isinstance(star, StarProjection) else star.star
+    act = activation_of(star)
+    act = act.act if isinstance(act, AnnealedActivation) else act
+    act = AnnealedActivation(act, t).train(star.training) if t else act
+    if isinstance(star, StarProjection):
+        if not isinstance(act, nn.Module):  # torch refuses a function in a module's place
+            star._modules.pop("act", None)
+        star.act = act
+    else:
+        put(star, star.star.site.act, act)
+    role.row = recognise(act)  # the kernels know both ends, and nothing between
+
+
+def annealed(star: StarProjection | GatedMLP) -> float:
+    """How far the activation of a star layer is from what it was, from 0 to 1."""
+    act = activation_of(star)
+    return act.t if isinstance(act, AnnealedActivation) else 0.0
+
+
 def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, StarProjection | GatedMLP]]:
     """Every star layer that surgery has put into a model: owner's name, owner, layer.
 
@@ -88,6 +115,7 @@ def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, StarProjection
 
 def take_out(owner: nn.Module, star: StarProjection | GatedMLP) -> None:
     """Put back what stood at the site of a star layer, whatever its gate has learned."""
+    anneal_activation(star, 0.0)
     if isinstance(star, GatedMLP):
         star.release()
         return

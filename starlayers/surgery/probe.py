@@ -71,7 +71,7 @@ def verify(owner: nn.Module, site: Site) -> Verdict:
 
 def _try(owner: nn.Module, site: Site) -> tuple[str, ...]:
     body, local = _body(owner, site)
-    if "forward" in vars(owner.get_submodule(site.body())):
+    if "forward" in vars(body):
         raise MismatchError("its forward is replaced on the instance: starify before that")
     inp = attribute(body, local.inp)
     sizes = projection(inp)
@@ -95,10 +95,20 @@ def _body(owner: nn.Module, site: Site) -> tuple[nn.Module, Site]:
             OrderedDict((name, owner._modules[name]) for name in names[start : end + 1])  # type: ignore[misc]
         ).train(owner.training)
         return shadow(part), Site(site.recipe, site.form, site.inp, site.act, None)
-    prefix = site.body()
+    prefix = _running_part(owner, site)
     local = {part: _inside(getattr(site, part), prefix) for part in ("inp", "act", "out", "up")}
     body = shadow(owner.get_submodule(prefix))
     return body, Site(site.recipe, site.form, gate_last=site.gate_last, **local)  # type: ignore[arg-type]
+
+
+def _running_part(owner: nn.Module, site: Site) -> str:
+    """The deepest module that runs both the projection and the activation ("" is the owner)."""
+    inp, act = site.inp.split(".")[:-1], site.act.split(".")[:-1]
+    shared = [a for a, b in zip(inp, act) if a == b]
+    # lists and dicts of modules hold, but do not run
+    while shared and type(owner.get_submodule(".".join(shared))).forward is nn.Module.forward:
+        shared.pop()
+    return ".".join(shared)
 
 
 def _inside(name: str | None, prefix: str) -> str | None:
@@ -179,13 +189,28 @@ def run(body: nn.Module, x: Tensor, *, train: bool) -> Any:
     for filling in (None, x) if needed else (None,):
         torch.manual_seed(SEED)
         try:
-            return body.forward(x.clone(), **dict.fromkeys(needed, filling))
+            with _buffers_kept(body):
+                return body.forward(x.clone(), **dict.fromkeys(needed, filling))
         except Exception as problem:  # a foreign module may raise anything
             error = error or problem
     first = str(error).strip().splitlines()[0][:120] if str(error).strip() else ""
     raise MismatchError(
         f"{type(body).__name__} does not run by itself: {type(error).__name__} {first}"
     )
+
+
+@contextmanager
+def _buffers_kept(body: nn.Module) -> Iterator[None]:
+    """Let every run start from the same running statistics and counters."""
+    kept = [
+        (m, {k: b if b is None else b.clone() for k, b in m._buffers.items()})
+        for m in body.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers.update(buffers)
 
 
 class _Call:

@@ -11,7 +11,39 @@ from starlayers.backend import with_this_backend
 from starlayers.functional import star_product
 from starlayers.surgery.site import Projection, Site, dtype_and_device, projection
 
-__all__ = ["LowRankGate", "ScaleGate", "StarProjection", "make_gate", "parse_gate"]
+__all__ = [
+    "AnnealedActivation",
+    "LowRankGate",
+    "ScaleGate",
+    "StarProjection",
+    "make_gate",
+    "parse_gate",
+]
+
+
+class AnnealedActivation(nn.Module):
+    """An activation on its way to none: `(1 - t) * act(x) + t * x`, t a number from 0 to 1.
+
+    Shapes: (...) -> (...).
+
+    Example:
+        >>> AnnealedActivation(nn.ReLU(), 0.25)(torch.tensor([-1.0, 1.0]))
+        tensor([-0.2500,  1.0000])
+    """
+
+    def __init__(self, act: nn.Module | Callable[[Tensor], Tensor], t: float = 0.0) -> None:
+        super().__init__()
+        self.act = act
+        self.t = t
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.t == 0.0:
+            return self.act(x)
+        # act may work in place, as nn.ReLU(inplace=True) does
+        return x if self.t == 1.0 else torch.lerp(self.act(x.clone()), x, self.t)
+
+    def extra_repr(self) -> str:
+        return f"t={self.t}"
 
 
 class ScaleGate(nn.Module):
@@ -192,6 +224,10 @@ class StarProjection(nn.Module):
             return star_product(h, self.gate(x).to(h.dtype), self.row, offset=1.0)
         a = self.act(h)
         return torch.addcmul(a, a, self.gate(x).to(a.dtype))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the last projection takes: the output itself."""
+        return self._star(x)
 
     # Models ask the projection they once had for its type and sizes.
     @property

@@ -1,7 +1,7 @@
 """How MLPs look: one function per structure, from a module to the sites inside it."""
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise, permutations
+from itertools import combinations, pairwise, permutations
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ def chain(owner: nn.Module) -> Iterator[Site]:
     if _is_sequence(owner):
         return
     found = projections(owner)
-    for first, last in permutations(found, 2):
+    for first, last in combinations(found, 2):
         twins = [name for name in found if found[name] == found[first]]
         alone = twins == [first] or (found[first] == found[last] and twins == [first, last])
         if alone and _returns(found[first], found[last]) and _wide(found[first], found[last]):
@@ -180,14 +180,15 @@ def sequential(owner: nn.Module) -> Iterator[Site]:
 
 
 def _is_stack(owner: nn.Module) -> bool:
-    """Pairs of projection and activation and nothing else, as the policies of SB3 are made of."""
+    """Pairs of one width or more and nothing else: the trunks of SB3, without squashed actions."""
     children = list(owner.children())
-    pairs = len(children) // 2
+    maps = [sizes for child in children[::2] if (sizes := projection(child)) is not None]
     return (
-        pairs > 1
-        and len(children) % 2 == 0
-        and all(projection(child) for child in children[::2])
+        len(maps) > 1
+        and len(children) == 2 * len(maps)
         and all(is_activation(child) for child in children[1::2])
+        and len({type(child) for child in children[1::2]}) == 1
+        and 2 * maps[-1].out_features >= maps[-1].in_features
     )
 
 
@@ -211,7 +212,7 @@ def packed(owner: nn.Module) -> Iterator[Site]:
     if _is_sequence(owner):
         return
     found = projections(owner)
-    for first, last in permutations(found, 2):
+    for first, last in combinations(found, 2):
         if _returns(found[first], found[last], branches=2) and not found[first].channels_first:
             for act in activations(owner):
                 yield Site("packed", "packed", first, act, last)

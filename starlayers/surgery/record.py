@@ -6,7 +6,14 @@ from typing import Any
 from torch import nn
 
 from starlayers.surgery.gated import GatedMLP
-from starlayers.surgery.install import install_gated, install_plain, installed, settle_fast_paths
+from starlayers.surgery.install import (
+    anneal_activation,
+    annealed,
+    install_gated,
+    install_plain,
+    installed,
+    settle_fast_paths,
+)
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.site import Site
 
@@ -41,7 +48,7 @@ def _entry(path: str, star: StarProjection | GatedMLP) -> dict[str, Any]:
     else:
         role = star.star
         options = {"grow": role.grown, "between": list(role.between)}
-    flags = {"fused": role.fused, "recompute": role.recompute}
+    flags = {"fused": role.fused, "recompute": role.recompute, "anneal": annealed(star)}
     return {"owner": path, "site": asdict(role.site), **options, **flags}
 
 
@@ -74,10 +81,13 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
         owner = model.get_submodule(_resolved(entry["owner"], names, prefix, type(model)))
         site = Site(**entry["site"])
         flags = {"fused": entry["fused"], "recompute": entry["recompute"]}
+        star: StarProjection | GatedMLP
         if site.form == "plain":
-            install_plain(owner, site, entry["gate"], **flags)
+            star = install_plain(owner, site, entry["gate"], **flags)
         else:
-            install_gated(owner, site, tuple(entry["between"]), grow=entry["grow"], **flags)
+            between = tuple(entry["between"])
+            star = install_gated(owner, site, between, grow=entry["grow"], **flags)
+        anneal_activation(star, entry["anneal"])
     settle_fast_paths(model)
     return model
 
@@ -99,7 +109,10 @@ def note_in_config(model: nn.Module) -> None:
     if not hasattr(config, "save_pretrained"):
         return
     record = record_of(model)
-    new = any(entry.get("gate") or entry.get("grow") for entry in record.get("layers", ()))
+    new = any(
+        entry.get("gate") or entry.get("grow") or entry["anneal"]
+        for entry in record.get("layers", ())
+    )
     fusions = dict(getattr(config, "fusion_config", None) or {})
     fusions.pop(GUARD, None)
     if new:

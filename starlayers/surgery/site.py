@@ -45,17 +45,6 @@ class Site:
         if self.form == "packed":
             yield replace(self, gate_last=not self.gate_last)
 
-    def body(self) -> str:
-        """The deepest module that runs both the projection and the activation ("" is the owner).
-
-        Example:
-            >>> Site("split", "plain", "intermediate.dense", "intermediate.act", "output").body()
-            'intermediate'
-        """
-        a, b = self.inp.split(".")[:-1], self.act.split(".")[:-1]
-        shared = [x for x, y in zip(a, b) if x == y]
-        return ".".join(shared)
-
 
 class Projection(NamedTuple):
     """The sizes of a linear map over channels, and whether they lie last or at dimension 1."""

@@ -11,6 +11,7 @@ from torch import nn
 from starlayers.modules import positive_int
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.install import (
+    annealed,
     install_gated,
     install_plain,
     installed,
@@ -167,6 +168,13 @@ def starify(
             _revisit(star, mode, recompute=recompute, grow=grow)
     settle_fast_paths(model)
     note_in_config(model)
+    if mode == "star" and chosen and getattr(model, "peft_config", None):
+        warnings.warn(
+            "starify: this model saves its adapters only, and the gates are not among them; "
+            "starify the base model first and name modules_to_save=['gate'] in the adapter's "
+            "config, or save the state dict",
+            stacklevel=2,
+        )
     return model
 
 
@@ -236,6 +244,7 @@ def revert(model: nn.Module) -> nn.Module:
     if not stars:
         raise ValueError(f"revert: this {type(model).__name__} has no star layer of starify's")
     moved = {name_of(path, star): size for path, _, star in stars if (size := gate_size(star)) > 0}
+    bent = sum(annealed(star) > 0 for _, _, star in stars)
     for _, owner, star in stars:
         take_out(owner, star)
     settle_fast_paths(model)
@@ -244,6 +253,12 @@ def revert(model: nn.Module) -> nn.Module:
         warnings.warn(
             f"revert: {len(moved)} of {len(stars)} gates were not zero and are lost; mean |gate| "
             f"up to {max(moved.values()):.3g} ({max(moved, key=moved.__getitem__)})",
+            stacklevel=2,
+        )
+    if bent:
+        warnings.warn(
+            f"revert: {bent} activations were annealed and are back; what the model learned to do "
+            "without them is not",
             stacklevel=2,
         )
     return model
