@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from starlayers.surgery.gated import GatedMLP, Role
 from starlayers.surgery.install import install_plain
-from starlayers.surgery.recipes import recognise
+from starlayers.surgery.recipes import is_sequence, recognise
 from starlayers.surgery.site import (
     Site,
     attribute,
@@ -54,9 +54,9 @@ def verify(owner: nn.Module, site: Site) -> Verdict:
         >>> verify(mlp, Site("sequential", "plain", "0", "1", "2")).reason is None
         True
     """
-    parts = [name for name in (site.inp, site.up) if name is not None]
-    for name in parts:
-        reason = unfloatable(attribute(owner, name))
+    for name in filter(None, (site.inp, site.up)):
+        part = attribute(owner, name)
+        reason = unfloatable(part) if projection(part) else f"{name!r} is no linear map of channels"
         if reason is not None:
             return Verdict(site, reason)
     first: str | None = None
@@ -88,7 +88,7 @@ def _try(owner: nn.Module, site: Site) -> tuple[str, ...]:
 
 def _body(owner: nn.Module, site: Site) -> tuple[nn.Module, Site]:
     """A shadow of what runs the MLP, and the site by its names there."""
-    if isinstance(owner, nn.Sequential):
+    if is_sequence(owner) and site.inp in owner._modules:
         names = list(owner._modules)
         start, end = names.index(site.inp), names.index(site.act)
         part = nn.Sequential(

@@ -123,14 +123,15 @@ def _feeds(first: Projection, last: Projection) -> bool:
     return first.out_features == last.in_features and _wide(first, last)
 
 
-def _is_sequence(owner: nn.Module) -> bool:
+def is_sequence(owner: nn.Module) -> bool:
+    """Whether an owner runs its children one after the other, and nothing else."""
     return isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward
 
 
 @register_recipe
 def chain(owner: nn.Module) -> Iterator[Site]:
     """Two projections and an activation in one module: fc1/fc2, c_fc/c_proj, wi/wo, inline ones."""
-    if _is_sequence(owner):
+    if is_sequence(owner):
         return
     found = projections(owner)
     for first, last in combinations(found, 2):
@@ -144,7 +145,7 @@ def chain(owner: nn.Module) -> Iterator[Site]:
 @register_recipe
 def split(owner: nn.Module) -> Iterator[Site]:
     """A module that widens and activates, and a sibling that narrows: Intermediate and Output."""
-    if _is_sequence(owner):
+    if is_sequence(owner):
         return
     held = {name: projections(child) for name, child in owner._modules.items() if child is not None}
     for first, inside in held.items():
@@ -165,7 +166,7 @@ def split(owner: nn.Module) -> Iterator[Site]:
 @register_recipe
 def sequential(owner: nn.Module) -> Iterator[Site]:
     """Projection, activation, and later another projection, in a row of layers."""
-    if not _is_sequence(owner):
+    if not is_sequence(owner):
         return
     names = list(owner._modules)
     found = projections(owner)
@@ -195,7 +196,7 @@ def _is_stack(owner: nn.Module) -> bool:
 @register_recipe
 def gated(owner: nn.Module) -> Iterator[Site]:
     """Two projections that widen and one that narrows: gate/up/down, wi_0/wi_1/wo, w1/w2/w3."""
-    if _is_sequence(owner):
+    if is_sequence(owner):
         return
     found = projections(owner)
     for first, up, last in permutations(found, 3):
@@ -209,7 +210,7 @@ def gated(owner: nn.Module) -> Iterator[Site]:
 @register_recipe
 def packed(owner: nn.Module) -> Iterator[Site]:
     """One projection that makes both branches: Wi/Wo, gate_up_proj/down_proj, w12/w3."""
-    if _is_sequence(owner):
+    if is_sequence(owner):
         return
     found = projections(owner)
     for first, last in combinations(found, 2):

@@ -103,7 +103,8 @@ def _claims(model: nn.Module) -> Iterator[Finding]:
             continue
         for recipe in list(RECIPES):
             for site in recipe(owner):
-                yield Finding(join(path, site.inp), path, site)
+                if not isinstance(attribute(owner, site.inp), StarProjection):
+                    yield Finding(join(path, site.inp), path, site)
 
 
 def starify(
