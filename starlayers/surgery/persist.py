@@ -50,7 +50,9 @@ def from_pretrained(auto_class: Any, path: str | PathLike[str], **kwargs: Any) -
             f"{path} holds no starified model: its config has no record of one. Load it with "
             f"{auto_class.__name__}.from_pretrained, then call starify"
         )
-    fusions = {k: v for k, v in (config.fusion_config or {}).items() if k != GUARD}
+    fusions = {
+        k: v for k, v in (getattr(config, "fusion_config", None) or {}).items() if k != GUARD
+    }
     config.fusion_config = fusions or None
     own = _model_class(auto_class, config)
 

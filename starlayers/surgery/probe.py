@@ -82,7 +82,7 @@ def _try(owner: nn.Module, site: Site) -> tuple[str, ...]:
         n = sizes.in_features
         shape = (2, n, 3, 3) if sizes.channels_first else (2, 3, n)
         x = torch.randn(shape, dtype=dtype, device=device)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             return _plain(body, local, x) if site.form == "plain" else _gated(body, local, x)
 
 
