@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from starlayers.surgery.attention import GatedAttention, gated_attentions
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.install import installed
 from starlayers.surgery.projection import ScaleGate, StarProjection
@@ -22,11 +23,11 @@ __all__ = ["Report", "Row", "report"]
 
 @dataclass(frozen=True)
 class Row:
-    """One MLP of a report.
+    """One MLP, or one attention gate, of a report.
 
     Args:
         name: of its first projection in the model.
-        recipe, form: the structure that was found, as in `Site`.
+        recipe, form: the structure that was found, as in `Site`; "attention" for its gates.
         state: "star" (has a gate or grown products), "fused" (the core's forward), "ready"
             (plain, can get a gate), "is a star" (can be fused or grown), or "skipped".
         detail: the gate, or the reason.
@@ -142,6 +143,10 @@ def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = No
         state = "ready" if f.site.form == "plain" else "is a star"
         state = state if f.reason is None else "skipped"
         rows[f.path] = Row(f.path, f.site.recipe, f.site.form, state, f.reason or "")
+    for path, module in gated_attentions(model):
+        if not left_out(path, patterns(include), patterns(exclude)):
+            state = "fused" if isinstance(module, GatedAttention) else "is a star"
+            rows[path] = Row(path, "attention", "gate", state, "sigmoid")
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     ordered = sorted(rows.values(), key=lambda row: order.get(row.name, 0))
     total = sum(p.numel() for p in model.parameters())

@@ -9,6 +9,12 @@ import torch
 from torch import nn
 
 from starlayers.modules import positive_int
+from starlayers.surgery.attention import (
+    GatedAttention,
+    fuse_gates,
+    gated_attentions,
+    release_gates,
+)
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.install import (
     annealed,
@@ -87,6 +93,7 @@ def find_mlps(
                 finding.path, finding.owner, verdict.site, verdict.reason, verdict.between
             )
     claimed += [name_of(path, star) for path, _, star in installed(model)]
+    claimed += [path for path, _ in gated_attentions(model)]
     for pattern in wanted:
         if not any(_matches(path, [pattern]) for path in claimed):
             raise ValueError(
@@ -124,7 +131,8 @@ def starify(
     are left, or with `grow=r` gain r more products per channel, the second factors zero.
 
     `mode="fuse"`: MLPs that already are stars (SwiGLU, GEGLU, and those `mode="star"` made) take
-    the core's fused forward. Parameters and names stay; results agree to rounding.
+    the core's fused forward, and so do the sigmoid gates of attentions. Parameters and names stay;
+    results agree to rounding.
 
     Args:
         model: any module; its own parameters stay the same objects.
@@ -162,7 +170,14 @@ def starify(
         else:
             fused = mode == "fuse"
             install_gated(owner, site, finding.between, fused=fused, recompute=recompute, grow=grow)
-    if not chosen and not already:
+    gates = [
+        module
+        for path, module in gated_attentions(model)
+        if mode == "fuse" and not left_out(path, patterns(include), patterns(exclude))
+    ]
+    for module in gates:
+        fuse_gates(module)
+    if not chosen and not already and not gates:
         raise ValueError(_nothing(model, mode, findings))
     for path, _, star in already:
         if not left_out(name_of(path, star), patterns(include), patterns(exclude)):
@@ -242,12 +257,15 @@ def revert(model: nn.Module) -> nn.Module:
         )
     """
     stars = list(installed(model))
-    if not stars:
+    gates = [module for _, module in gated_attentions(model) if isinstance(module, GatedAttention)]
+    if not stars and not gates:
         raise ValueError(f"revert: this {type(model).__name__} has no star layer of starify's")
     moved = {name_of(path, star): size for path, _, star in stars if (size := gate_size(star)) > 0}
     bent = sum(annealed(star) > 0 for _, _, star in stars)
     for _, owner, star in stars:
         take_out(owner, star)
+    for module in gates:
+        release_gates(module)
     settle_fast_paths(model)
     note_in_config(model)
     if moved:
