@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from starlayers.surgery.gated import GatedMLP, Role
 from starlayers.surgery.install import install_plain
 from starlayers.surgery.recipes import is_sequence, recognise
+from starlayers.surgery.shadow import shadow
 from starlayers.surgery.site import (
     Site,
     attribute,
@@ -22,7 +23,7 @@ from starlayers.surgery.site import (
     unfloatable,
 )
 
-__all__ = ["Verdict", "shadow", "verify"]
+__all__ = ["Verdict", "verify"]
 
 SEED = 0x57A4
 
@@ -270,45 +271,6 @@ def _watched(f: Callable[[Tensor], Tensor], name: str, calls: _Calls) -> Callabl
         return y
 
     return watched
-
-
-def shadow(module: nn.Module, memo: dict[int, Any] | None = None) -> Any:
-    """The same parameters in new module objects, without hooks and with copied buffers.
-
-    Parameters and buffers on the meta device become random ones on the CPU.
-
-    Example:
-        >>> linear = nn.Linear(2, 2)
-        >>> other = shadow(linear)
-        >>> other is linear, other.weight is linear.weight
-        (False, True)
-    """
-    memo = {} if memo is None else memo
-    if id(module) in memo:
-        return memo[id(module)]
-    copy = object.__new__(type(module))
-    memo[id(module)] = copy
-    state = copy.__dict__
-    state.update(vars(module))
-    for name, value in vars(module).items():
-        if name.endswith("_hooks") or name.startswith(("_forward_hooks", "_forward_pre_hooks")):
-            state[name] = type(value)() if isinstance(value, dict) else value
-    state["_buffers"] = {k: _real(b, memo, clone=True) for k, b in module._buffers.items()}
-    state["_parameters"] = {k: _real(p, memo) for k, p in module._parameters.items()}
-    state["_modules"] = {
-        k: None if child is None else shadow(child, memo) for k, child in module._modules.items()
-    }
-    return copy
-
-
-def _real(tensor: Tensor | None, memo: dict[int, Any], *, clone: bool = False) -> Any:
-    if tensor is None or tensor.device.type != "meta":
-        return tensor.clone() if clone and tensor is not None else tensor
-    if id(tensor) not in memo:
-        fan_in = tensor.shape[-1] if tensor.ndim > 1 else 1
-        real = torch.randn(tensor.shape, device="cpu").div_(fan_in**0.5).to(tensor.dtype)
-        memo[id(tensor)] = nn.Parameter(real) if isinstance(tensor, nn.Parameter) else real
-    return memo[id(tensor)]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

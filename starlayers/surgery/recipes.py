@@ -1,13 +1,14 @@
 """How MLPs look: one function per structure, from a module to the sites inside it."""
 
 from collections.abc import Callable, Iterator
-from itertools import combinations, pairwise, permutations
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from starlayers.activations import ACTIVATIONS
+from starlayers.surgery.shadow import shadow
 from starlayers.surgery.site import Projection, Site, projection
 
 __all__ = ["RECIPES", "Recipe", "is_activation", "recognise", "register_recipe"]
@@ -39,34 +40,19 @@ def register_recipe(recipe: Recipe) -> Recipe:
 def is_activation(f: Any) -> bool:
     """Whether `f` maps tensors element by element, and not in a straight line.
 
-    Dropout and identity in eval mode, norms, softmax and pooling are no activations.
+    Dropout and identity, norms, softmax and pooling are no activations.
 
     Example:
         >>> is_activation(nn.GELU()), is_activation(torch.relu), is_activation(nn.LayerNorm(4))
         (True, True, False)
     """
-    if isinstance(f, type):
+    if not callable(f) or isinstance(f, (type, nn.Dropout, nn.Identity)):
         return False
-    if isinstance(f, nn.Module):
-        if len(f._modules) or projection(f) or isinstance(f, (nn.Dropout, nn.Identity)):
-            return False
-        if any(p.numel() > 1 or p.device.type == "meta" for p in f.parameters()):
-            return False
+    if isinstance(f, nn.Module) and (len(f._modules) or any(p.numel() > 1 for p in f.parameters())):
+        return False
     x = torch.tensor([[-1.0, 0.0, 1.0, 2.0], [-3.0, 0.5, 5.0, 7.0]], device="cpu")
-    place = next(iter(f.parameters()), x) if isinstance(f, nn.Module) else x
-    x = x.to(place.device, place.dtype)
-    training = getattr(f, "training", False)
-    try:
-        with torch.no_grad():
-            if training:
-                f.eval()
-            y, part = f(x.clone()), f(x[:, 1:2].clone())
-    except Exception:  # whatever a foreign module raises on such an input, it is no activation
-        return False
-    finally:
-        if training:
-            f.train()
-    if not isinstance(y, Tensor) or y.shape != x.shape or not torch.equal(part, y[:, 1:2]):
+    y, part = _applied(f, x), _applied(f, x[:, 1:2])
+    if y is None or part is None or not torch.equal(part, y[:, 1:2]):
         return False
     return bool((y[0].diff(n=2) != 0).any())  # at equal steps, a straight line has no bends
 
@@ -79,12 +65,8 @@ def recognise(act: Any) -> str | None:
         ('silu', True)
     """
     x = torch.linspace(-8, 8, 257, device="cpu")
-    try:
-        with torch.no_grad():
-            y = act(x.clone())
-    except Exception:  # a foreign callable may raise anything
-        return None
-    if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
+    y = _applied(act, x)
+    if y is None:
         return None
     for name, row in ACTIVATIONS.items():
         if name == row.name and torch.allclose(row.fn(x), y, rtol=1e-6, atol=1e-6):
@@ -92,11 +74,26 @@ def recognise(act: Any) -> str | None:
     return None
 
 
+def _applied(f: Any, x: Tensor) -> Tensor | None:
+    """What a foreign callable makes of some numbers, if that is as many numbers of their type."""
+    own = x
+    if isinstance(f, nn.Module):
+        f = shadow(f).eval()
+        own = next(f.parameters(), x)  # PReLU has one
+    try:
+        with torch.no_grad(), torch.autocast(own.device.type, enabled=False):
+            y = f(x.to(own.device, own.dtype, copy=True))
+    except Exception:  # it may raise anything
+        return None
+    fits = isinstance(y, Tensor) and y.shape == x.shape and y.is_floating_point()
+    return y.to(x.device, x.dtype) if fits else None
+
+
 def activations(owner: nn.Module) -> list[str]:
     """The names of the activations an owner holds itself, as modules or as functions."""
     functions = [name for name in vars(owner) if "act" in name or "nonlin" in name]
     held = {name: getattr(owner, name) for name in dict.fromkeys([*owner._modules, *functions])}
-    return [name for name, f in held.items() if callable(f) and is_activation(f)]
+    return [name for name, f in held.items() if is_activation(f)]
 
 
 def projections(owner: nn.Module) -> dict[str, Projection]:
@@ -128,18 +125,22 @@ def is_sequence(owner: nn.Module) -> bool:
     return isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward
 
 
+def _feeding(found: dict[str, Projection], last: str, branches: int = 1) -> list[str]:
+    """The projections that make what `last` takes back to where it came from, in their order."""
+    return [name for name in found if name != last and _returns(found[name], found[last], branches)]
+
+
 @register_recipe
 def chain(owner: nn.Module) -> Iterator[Site]:
     """Two projections and an activation in one module: fc1/fc2, c_fc/c_proj, wi/wo, inline ones."""
-    if is_sequence(owner):
-        return
-    found = projections(owner)
-    for first, last in combinations(found, 2):
-        twins = [name for name in found if found[name] == found[first]]
-        alone = twins == [first] or (found[first] == found[last] and twins == [first, last])
-        if alone and _returns(found[first], found[last]) and _wide(found[first], found[last]):
+    found = {} if is_sequence(owner) else projections(owner)
+    order = list(found)
+    for last in found:
+        # of two square ones, the one that was made first
+        firsts = [name for name in _feeding(found, last) if order.index(name) < order.index(last)]
+        if len(firsts) == 1 and _wide(found[firsts[0]], found[last]):
             for act in activations(owner):
-                yield Site("chain", "plain", first, act, last)
+                yield Site("chain", "plain", firsts[0], act, last)
 
 
 @register_recipe
@@ -196,24 +197,20 @@ def _is_stack(owner: nn.Module) -> bool:
 @register_recipe
 def gated(owner: nn.Module) -> Iterator[Site]:
     """Two projections that widen and one that narrows: gate/up/down, wi_0/wi_1/wo, w1/w2/w3."""
-    if is_sequence(owner):
-        return
-    found = projections(owner)
-    for first, up, last in permutations(found, 3):
-        alike = [name for name in found if found[name] == found[first] and name != last]
-        back = _returns(found[first], found[last]) and not found[first].channels_first
-        if alike == [first, up] and back:
+    found = {} if is_sequence(owner) else projections(owner)
+    for last in found:
+        firsts = _feeding(found, last)
+        if len(firsts) == 2 and not found[last].channels_first:
             for act in activations(owner):
-                yield Site("gated", "gated", first, act, last, up=up)
+                yield Site("gated", "gated", firsts[0], act, last, up=firsts[1])
 
 
 @register_recipe
 def packed(owner: nn.Module) -> Iterator[Site]:
     """One projection that makes both branches: Wi/Wo, gate_up_proj/down_proj, w12/w3."""
-    if is_sequence(owner):
-        return
-    found = projections(owner)
-    for first, last in combinations(found, 2):
-        if _returns(found[first], found[last], branches=2) and not found[first].channels_first:
+    found = {} if is_sequence(owner) else projections(owner)
+    for last in found:
+        firsts = _feeding(found, last, branches=2)
+        if len(firsts) == 1 and not found[last].channels_first:
             for act in activations(owner):
-                yield Site("packed", "packed", first, act, last)
+                yield Site("packed", "packed", firsts[0], act, last)

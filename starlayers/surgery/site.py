@@ -95,10 +95,14 @@ def unfloatable(module: nn.Module) -> str | None:
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor):
         return f"{type(base).__name__} has no weight tensor: quantised? starify before quantising"
-    plain = type(weight) in (Tensor, nn.Parameter) or type(weight).__module__.startswith("torch.")
-    if not weight.is_floating_point() or weight.element_size() < 2 or not plain:
-        kind = weight.dtype if plain else type(weight).__name__
-        return f"{type(base).__name__} holds a quantised weight ({kind}): starify before quantising"
+    plain = type(weight) in (Tensor, nn.Parameter)
+    if not plain:
+        kind = type(weight).__name__
+        return (
+            f"{type(base).__name__} has a {kind} for a weight: starify before quantising, sharding"
+        )
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"{type(base).__name__} holds {weight.dtype} weights: starify before quantising"
     return None
 
 

@@ -106,7 +106,8 @@ def find_mlps(
 def _claims(model: nn.Module) -> Iterator[Finding]:
     inside = {id(m) for m in model.modules() if isinstance(m, StarProjection) for m in m.modules()}
     for path, owner in model.named_modules():
-        if isinstance(owner, GatedMLP) or id(owner) in inside:
+        runs = type(owner).forward is not nn.Module.forward  # lists and dicts of modules do not
+        if isinstance(owner, GatedMLP) or id(owner) in inside or not runs:
             continue
         for recipe in list(RECIPES):
             for site in recipe(owner):
