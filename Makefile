@@ -14,7 +14,7 @@ help:
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[vision,nlp,deploy,dev]'
+	$(BIN)/python -m pip install -q -e '.[vision,nlp,rl,deploy,dev]'
 	touch $(STAMP)
 
 setup: $(STAMP)
@@ -58,6 +58,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.vision peers
 	$(BIN)/python -m benchmarks.nlp quality
 	$(BIN)/python -m benchmarks.nlp speed
+	$(BIN)/python -m benchmarks.starify quality
+	$(BIN)/python -m benchmarks.starify speed
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu
@@ -69,6 +71,8 @@ bench-smoke: setup
 	$(BIN)/python -m benchmarks.vision peers --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.nlp quality --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.nlp speed --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.starify quality --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.starify speed --smoke --out runs/smoke
 
 kernels: setup
 	$(BIN)/python -m benchmarks.kernels

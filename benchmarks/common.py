@@ -22,7 +22,8 @@ RESULTS = Path(__file__).parent / "results"
 def environment() -> dict[str, Any]:
     """Hardware, versions, date and command: the conditions every figure is reported with."""
     versions = {}
-    for package in ("torch", "torchvision", "triton", "timm", "transformers", "starlayers"):
+    names = ("torch", "torchvision", "triton", "timm", "transformers", "peft", "starlayers")
+    for package in names:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

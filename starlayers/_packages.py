@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-__all__ = ["cache_dir", "debian_package", "npm_package", "pypi_source"]
+__all__ = ["cache_dir", "debian_package", "npm_package", "pypi_source", "pypi_wheel"]
 
 TIMEOUT_S = 120
 
@@ -59,8 +59,20 @@ def pypi_source(name: str, version: str) -> Path | None:
         >>> pypi_source("no-such-project-at-all", "0") is None
         True
     """
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
-    return _archive([*command, f"{name}=={version}"], "pypi", f"{name}-{version}.tar.gz")
+    return _pypi(name, version, "--no-binary", ".tar.gz")
+
+
+def pypi_wheel(name: str, version: str) -> Path | None:
+    """The wheel (`.whl`) of a PyPI release for this Python, from the cache or downloaded by pip.
+
+    Returns:
+        The file, a zip archive under the name asked for, or `None` where it cannot be had.
+
+    Example:
+        >>> pypi_wheel("no-such-project-at-all", "0") is None
+        True
+    """
+    return _pypi(name, version, "--only-binary", ".whl")
 
 
 def npm_package(name: str, version: str) -> Path | None:
@@ -74,6 +86,11 @@ def npm_package(name: str, version: str) -> Path | None:
         True
     """
     return _archive(["npm", "pack", f"{name}@{version}"], "npm", f"{name}-{version}.tgz")
+
+
+def _pypi(name: str, version: str, kind: str, suffix: str) -> Path | None:
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", kind, ":all:"]
+    return _archive([*command, f"{name}=={version}"], "pypi", f"{name}-{version}{suffix}")
 
 
 def _archive(download: list[str], registry: str, name: str) -> Path | None:

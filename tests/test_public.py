@@ -15,6 +15,7 @@ MODULES = [
     "starlayers.modules",
     "starlayers.nlp",
     "starlayers.nlp.data",
+    "starlayers.nlp.pretrained",
     "starlayers.nlp.text",
     "starlayers.surgery",
     "starlayers.vision",

@@ -354,6 +354,50 @@ def test_translate(phrases, tmp_path, capsys):
     assert "; seed 0\n" in printed
 
 
+# --- surgery on a pretrained encoder
+
+
+@pytest.fixture
+def encoder(reviews, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = byte_level_bpe(load_sentiment(path=reviews).splits["train"]["text"][:], 300)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def test_starify(reviews, encoder, capsys):
+    main = example("starify_minilm")["main"]
+    given = {"data": reviews, "model": encoder, "steps": 60, "lr": 3e-3, "gate_lr": 3e-3}
+    figures = main(**given, gates="full low_rank=2 scale")
+    printed = capsys.readouterr().out
+    assert f"weights: local folder {encoder}" in printed
+    for gate in ("full", "low_rank=2", "scale"):
+        assert f"starified with gate={gate!r} is apart from plain by 0.0\n" in printed
+
+    majority = figures.pop("majority class")
+    assert majority == {"accuracy": 2 / 3, "f1": pytest.approx(0.8 / 2), "parameters": 0}
+    plain = figures["plain"]["parameters"]
+    added = {name: figure["parameters"] - plain for name, figure in figures.items()}
+    layer = {"plain": 0, "full": 33 * 64, "low_rank=2": 2 * (32 + 64) + 64, "scale": 64}
+    assert added == {name: 2 * size for name, size in layer.items()}
+    assert all(figure["accuracy"] > 0.8 for figure in figures.values()), figures
+    for name, figure in figures.items():
+        shown = f"{name:20}{figure['accuracy']:8.2%}  {figure['f1']:8.2%}"
+        assert f"{shown}  {figure['parameters']:10,}\n" in printed
+
+    assert main(**given, gates="scale")["scale"] == figures["scale"]
+    assert len((EXAMPLES / "starify_minilm.py").read_text().splitlines()) < 150
+
+
 # --- what must raise
 
 
