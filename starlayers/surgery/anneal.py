@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from starlayers.modules import positive_int
 from starlayers.surgery.gated import GatedMLP
+from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import anneal_activation, annealed, installed
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.record import note_in_config
 from starlayers.surgery.site import attribute, projection, unfloatable
-from starlayers.surgery.starify import name_of
 
 __all__ = ["Anneal"]
 
@@ -105,7 +105,8 @@ class Anneal:
 
         Returns:
             For each layer the error before and after, as a share of the variance of y. Layers
-            whose last projection is not known or not an ordinary one are left out.
+            whose last projection is not known, not an ordinary one, or does not take the product
+            itself are left out.
 
         Raises:
             ValueError: `t` is not from 0 to 1, or no batch came.
@@ -168,10 +169,10 @@ class _Fit:
         assert sizes is not None
         self.first = sizes.channels_first
         n = sizes.in_features + 1
-        self.hh = torch.zeros(n, n, dtype=torch.float64)
-        self.hy = torch.zeros(n, sizes.out_features, dtype=torch.float64)
-        self.yy = torch.zeros(sizes.out_features, dtype=torch.float64)
-        self.y = torch.zeros(sizes.out_features, dtype=torch.float64)
+        self.hh = torch.zeros(n, n, dtype=torch.float64, device="cpu")
+        self.hy = torch.zeros(n, sizes.out_features, dtype=torch.float64, device="cpu")
+        self.yy = torch.zeros(sizes.out_features, dtype=torch.float64, device="cpu")
+        self.y = torch.zeros(sizes.out_features, dtype=torch.float64, device="cpu")
         self.x: Tensor | None = None
 
     def enter(self, _: nn.Module, args: tuple[Any, ...]) -> None:
@@ -180,14 +181,13 @@ class _Fit:
     def leave(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         if self.x is None:
             return
+        x, self.x = self.x, None
+        if not torch.allclose(self.star.star_hidden(x), args[0], rtol=1e-3, atol=1e-5):
+            return  # a norm or the like stands between the two
         now = annealed(self.star)
         anneal_activation(self.star, self.t)
-        h = self._rows(self.star.hidden(self.x))
+        h, rows = self._rows(self.star.star_hidden(x)), self._rows(y)
         anneal_activation(self.star, now)
-        self.x = None
-        rows = self._rows(y)
-        if len(h) != len(rows):
-            return
         h = torch.cat([h, torch.ones(len(h), 1, dtype=h.dtype, device=h.device)], dim=1)
         self.hh += (h.T @ h).cpu().double()
         self.hy += (h.T @ rows).cpu().double()
@@ -205,11 +205,11 @@ class _Fit:
         turned = type(self.out).__name__ == "Conv1D"  # (in, out), where a linear has (out, in)
         g = weight.detach().double().cpu()
         g = g if turned else g.flatten(1).T
-        b = torch.zeros(1, g.shape[1], dtype=g.dtype) if bias is None else bias.double().cpu()[None]
+        b = g.new_zeros(1, g.shape[1]) if bias is None else bias.double().cpu()[None]
         g = torch.cat([g, b.detach()])
         # without a bias the last row of the system is not there to be solved for
         n = len(g) if bias is not None else len(g) - 1
-        pull = ridge * self.hh.diagonal()[:-1].mean() * torch.eye(n, dtype=g.dtype)
+        pull = ridge * self.hh.diagonal()[:-1].mean() * torch.eye(n, dtype=g.dtype, device="cpu")
         new = torch.linalg.solve(self.hh[:n, :n] + pull, self.hy[:n] + pull @ g[:n])
         before, after = self._error(g[:n], n), self._error(new, n)
         with torch.no_grad():

@@ -6,11 +6,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from starlayers.backend import fused_mlp_blocker, star_blocker, with_this_backend
 from starlayers.functional import star_packed, star_product
-from starlayers.modules import StarMLP, StarOp
+from starlayers.modules import StarMLP
 from starlayers.surgery.site import (
     Projection,
     Site,
@@ -20,7 +21,7 @@ from starlayers.surgery.site import (
     projection,
 )
 
-__all__ = ["GatedMLP", "Role"]
+__all__ = ["GatedMLP", "Grown", "Role", "adopt", "grow", "release"]
 
 
 @dataclass
@@ -70,8 +71,8 @@ class _View:
 class GatedMLP(nn.Module):
     """What a gated MLP becomes: `out(act(gate(x)) * up(x))`, or the same from a packed projection.
 
-    Not constructed: `GatedMLP.adopt` changes the class of an existing module, which keeps its
-    identity, children, parameter names, hooks and mode; `release` gives the class back.
+    Not constructed: `starify` changes the class of an existing module, which keeps its identity,
+    children, parameter names, hooks and mode; `revert` gives the class back.
 
     Shapes: (..., in) -> (..., out), those of the module it was.
 
@@ -93,104 +94,132 @@ class GatedMLP(nn.Module):
 
     star: Role
 
-    @staticmethod
-    def adopt(module: nn.Module, role: Role, grow: int = 0) -> "GatedMLP":
-        """Change the class of `module` in place, and add `grow` products with a zero factor."""
-        module.star = role  # type: ignore[assignment]
-        module.__class__ = GatedMLP
-        assert isinstance(module, GatedMLP)
-        if grow:
-            module.grow(grow)
-        return module
+    # What is ours has a prefix: the module may hold layers of any name.
 
-    def release(self) -> nn.Module:
-        """Give the module its own class back, and drop the products that were added."""
-        original = self.star.original
-        self._modules.pop("star_grown", None)
-        del self.star
-        self.__class__ = original  # type: ignore[assignment]
-        return self
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = (*args, *kwargs.values())  # the model may call its MLP by keyword
+        view = self._star_view()
+        if view is not None and fused_mlp_blocker(view, x) is None:
+            from starlayers.kernels.layer import fused_star_mlp  # defines the ops, on first use
 
-    def grow(self, rank: int) -> None:
-        """Add `rank` products per channel, whose second factors are zero."""
-        inp = attribute(self, self.star.site.inp)
-        n, f = self.sizes()[:2]
-        dtype, device = dtype_and_device(inp)
-        bias = getattr(inp, "bias", None) is not None
-        grown = StarOp(
-            n, f, act=self.star.row, rank=rank, bias=bias, dtype=dtype, device=device
-        ).train(self.training)
-        self.star_grown = grown
-        self.star.grown = rank
-        self.reset_grown()
+            return fused_star_mlp(view, x, None)
+        if self.star.recompute and torch.is_grad_enabled():
+            y: Tensor = checkpoint(with_this_backend(self._star_eager), x, use_reentrant=False)
+            return y
+        return self._star_eager(x)
 
-    def reset_grown(self) -> None:
-        """Make the products that were added zero, by their second factors."""
-        for parameter in self.star_grown.f2.parameters():  # type: ignore[union-attr]
-            nn.init.zeros_(parameter)
-
-    def sizes(self) -> tuple[int, int, int]:
+    def star_sizes(self) -> tuple[int, int, int]:
         """Input, hidden and output channels."""
         site = self.star.site
         inp = projection(attribute(self, site.inp)) or Projection(0, 0)
         out = projection(attribute(self, site.out or "")) or Projection(0, 0)
         return inp.in_features, out.in_features, out.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        view = self._view()
-        if view is not None and fused_mlp_blocker(view, x) is None:
-            from starlayers.kernels.layer import fused_star_mlp  # defines the ops, on first use
+    def star_hidden(self, x: Tensor) -> Tensor:
+        """What the last projection takes: the product, grown and with what follows it."""
+        h = self._star_product(x)
+        for name in self.star.between:
+            h = attribute(self, name)(h)
+        return h
 
-            return fused_star_mlp(view, x, None)
-        if self.star.recompute and torch.is_grad_enabled():
-            y: Tensor = checkpoint(with_this_backend(self._eager), x, use_reentrant=False)
-            return y
-        return self._eager(x)
-
-    def _view(self) -> StarMLP | None:
+    def _star_view(self) -> StarMLP | None:
         """The whole MLP for one fused op, where nothing but its three layers is at work."""
         role, site = self.star, self.star.site
         if not role.fused or role.row is None or role.grown or site.form != "gated":
             return None
         if self.training and any(_drops(attribute(self, name)) for name in role.between):
             return None
-        n, f, out = self.sizes()
+        n, f, out = self.star_sizes()
         f1, f2, g = (attribute(self, name) for name in (site.inp, site.up or "", site.out or ""))
         return cast(StarMLP, _View(f1, f2, g, role.row, n, f, out, role.recompute))
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """What the last projection takes: the product, grown and with what follows it."""
-        role = self.star
-        h = self._product(x)
-        if role.grown:
-            h = h + self.star_grown(x)  # type: ignore[operator]
-        for name in role.between:
-            h = attribute(self, name)(h)
-        return h
-
-    def _eager(self, x: Tensor) -> Tensor:
-        h = self.hidden(x)
+    def _star_eager(self, x: Tensor) -> Tensor:
+        h = self.star_hidden(x)
         out = attribute(self, self.star.site.out or "")
         dtype = getattr(getattr(out, "weight", None), "dtype", h.dtype)
         if dtype.is_floating_point and dtype != h.dtype:  # T5 keeps its last projection in fp32
             h = h.to(dtype)
         return out(h)  # type: ignore[no-any-return]
 
-    def _product(self, x: Tensor) -> Tensor:
+    def _star_product(self, x: Tensor) -> Tensor:
         role, site = self.star, self.star.site
         act: Callable[[Tensor], Tensor] = attribute(self, site.act)
+        row = role.row if role.fused else None
         h = attribute(self, site.inp)(x)
         a, b = halves(h, site) if site.up is None else (h, attribute(self, site.up)(x))
-        if not role.fused or role.row is None or star_blocker(a, b, role.row) is not None:
-            return act(a) * b
-        if site.form == "packed" and not site.gate_last:
-            return star_packed(h, role.row)
-        return star_product(a, b, role.row)
+        whole = row is not None and site.up is None and not site.gate_last
+        if whole and star_blocker(a, b, row) is None:
+            y = star_packed(h, row)
+        else:
+            y = _times(a, b, act, row)
+        if role.grown:
+            grown: Any = self.star_grown
+            pairs = _times(grown.f1(x), grown.f2(x), act, row)
+            y = y + pairs.unflatten(-1, (role.grown, -1)).sum(-2)
+        return y
 
     def extra_repr(self) -> str:
         extras = {"was": self.star.original.__name__, "act": self.star.row}
         flags = {name: getattr(self.star, name) for name in ("fused", "recompute", "grown")}
         return ", ".join(f"{k}={v}" for k, v in {**extras, **flags}.items() if v)
+
+
+def _times(a: Tensor, b: Tensor, act: Callable[[Tensor], Tensor], row: str | None) -> Tensor:
+    """The star of two branches, by the core where `act` is one of its rows."""
+    if row is not None and star_blocker(a, b, row) is None:
+        return star_product(a, b, row)
+    return act(a) * b
+
+
+class Grown(nn.Module):
+    """The products that were added to a gated MLP: two linear layers, the second zero at first.
+
+    Its owner runs them, with its own activation; the outputs lie as (rank, hidden).
+
+    Example:
+        >>> Grown(4, 8, 2, bias=False).f2.weight.shape
+        torch.Size([16, 4])
+    """
+
+    def __init__(self, n: int, hidden: int, rank: int, **factory: Any) -> None:
+        super().__init__()
+        self.f1 = nn.Linear(n, rank * hidden, **factory)
+        self.f2 = skip_init(nn.Linear, n, rank * hidden, **factory)
+        self.reset()
+
+    def reset(self) -> None:
+        """Make the products zero, by their second factors, and the first ones random."""
+        self.f1.reset_parameters()
+        for parameter in self.f2.parameters():
+            nn.init.zeros_(parameter)
+
+
+def adopt(module: nn.Module, role: Role) -> GatedMLP:
+    """Change the class of a module in place to `GatedMLP`."""
+    module.star = role  # type: ignore[assignment]
+    module.__class__ = GatedMLP
+    assert isinstance(module, GatedMLP)
+    return module
+
+
+def release(module: GatedMLP) -> nn.Module:
+    """Give a module its own class back, and drop the products that were added."""
+    original = module.star.original
+    module._modules.pop("star_grown", None)
+    del module.star
+    module.__class__ = original  # type: ignore[assignment]
+    return module
+
+
+def grow(module: GatedMLP, rank: int) -> None:
+    """Add `rank` products per channel to a gated MLP, whose second factors are zero."""
+    inp = attribute(module, module.star.site.inp)
+    n, f, _ = module.star_sizes()
+    dtype, device = dtype_and_device(inp)
+    bias = getattr(inp, "bias", None) is not None
+    grown = Grown(n, f, rank, bias=bias, dtype=dtype, device=device)
+    module.star_grown = grown.train(module.training)
+    module.star.grown = rank
 
 
 def _drops(module: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from starlayers.surgery.gated import GatedMLP, Role
+from starlayers.surgery.gated import GatedMLP, Role, adopt, grow, release
 from starlayers.surgery.projection import AnnealedActivation, StarProjection, make_gate
 from starlayers.surgery.recipes import recognise
 from starlayers.surgery.site import Site, attribute, put
@@ -57,17 +57,14 @@ def install_gated(
     *,
     fused: bool = True,
     recompute: bool = False,
-    grow: int = 0,
+    rank: int = 0,
 ) -> GatedMLP:
-    """Make a gated MLP compute as the core does, or grow, in place.
-
-    Raises:
-        ValueError: `grow` needs the activation as a row of `ACTIVATIONS`, and it is none.
-    """
+    """Make a gated MLP compute as the core does, or grow by `rank` products, in place."""
     row = recognise(attribute(owner, site.act))
-    if grow and row is None:
-        raise ValueError(f"{site.act} is no row of ACTIVATIONS; register_activation adds one")
-    return GatedMLP.adopt(owner, Role(site, type(owner), row, between, fused, recompute), grow)
+    star = adopt(owner, Role(site, type(owner), row, between, fused, recompute))
+    if rank:
+        grow(star, rank)
+    return star
 
 
 def activation_of(star: StarProjection | GatedMLP) -> Any:
@@ -104,12 +101,15 @@ def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, StarProjection
         >>> list(installed(mlp))
         []
     """
+    seen: set[int] = set()
     for path, owner in list(model.named_modules()):
         if isinstance(owner, GatedMLP):
             yield path, owner, owner
         for name, child in list(owner.named_modules(remove_duplicate=False)):
             # a dotted name below the owner tells whose site it is
-            if isinstance(child, StarProjection) and child.site.inp == name:
+            whole = isinstance(child, StarProjection) and child.site.inp == name
+            if isinstance(child, StarProjection) and whole and id(child) not in seen:
+                seen.add(id(child))
                 yield path, owner, child
 
 
@@ -117,7 +117,7 @@ def take_out(owner: nn.Module, star: StarProjection | GatedMLP) -> None:
     """Put back what stood at the site of a star layer, whatever its gate has learned."""
     anneal_activation(star, 0.0)
     if isinstance(star, GatedMLP):
-        star.release()
+        release(star)
         return
     put(owner, star.site.inp, star.inp)
     put(owner, star.site.act, star.act)

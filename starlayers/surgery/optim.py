@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from starlayers.surgery.starify import gate_parameters
+from starlayers.surgery.gates import gate_parameters
 
 __all__ = ["param_groups"]
 

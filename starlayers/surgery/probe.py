@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from starlayers.surgery.gated import GatedMLP, Role
+from starlayers.surgery.gated import Role, adopt
 from starlayers.surgery.install import install_plain
 from starlayers.surgery.recipes import is_sequence, recognise
-from starlayers.surgery.shadow import shadow
+from starlayers.surgery.shadow import seed, shadow, untraced
 from starlayers.surgery.site import (
+    Projection,
     Site,
     attribute,
     dtype_and_device,
@@ -25,11 +26,16 @@ from starlayers.surgery.site import (
 
 __all__ = ["Verdict", "verify"]
 
-SEED = 0x57A4
+#: what the branches are multiplied by: clamps and their like only show far from zero
+SCALES = (1.0, 1e-2, 30.0, 1e3)
 
 
 class MismatchError(Exception):
     """A module does not compute the formula of a site; the message says where it differs."""
+
+
+class CannotRunError(MismatchError):
+    """A module does not run by itself on one input."""
 
 
 class Verdict:
@@ -43,48 +49,72 @@ class Verdict:
         self.between = between
 
 
-def verify(owner: nn.Module, site: Site) -> Verdict:
-    """Run `owner`, or the part of it that holds the MLP, and compare with the site's formula.
+def verify(owner: nn.Module, site: Site, caller: tuple[nn.Module, str] | None = None) -> Verdict:
+    """Run the part of `owner` that holds the MLP, and compare with the site's formula.
 
-    The run is of a shadow: the same parameters in other module objects, without hooks and with
-    buffers of its own, so that nothing of the model is touched. A module on the meta device is
-    tried with random weights.
+    What runs is a shadow: a copy without hooks, so that nothing of the model is touched. A module
+    on the meta device is tried with random weights.
+
+    Args:
+        owner, site: the claim.
+        caller: for a site in a row of layers, the module that calls the row, and the row's name in
+            it. Where it runs by itself it must compute the same as well, since it may call layers
+            of the row one by one.
 
     Example:
         >>> mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
         >>> verify(mlp, Site("sequential", "plain", "0", "1", "2")).reason is None
         True
     """
-    for name in filter(None, (site.inp, site.up)):
-        part = attribute(owner, name)
-        reason = unfloatable(part) if projection(part) else f"{name!r} is no linear map of channels"
-        if reason is not None:
-            return Verdict(site, reason)
     first: str | None = None
     for variant in site.variants():
         try:
-            with torch.device("cpu"):  # whatever device the model is being made on
-                return Verdict(variant, None, _try(owner, variant))
+            for name in filter(None, (site.inp, site.up)):
+                part = attribute(owner, name)
+                reason = unfloatable(part) if projection(part) else f"{name!r} is no linear map"
+                if reason is not None:
+                    return Verdict(site, reason)
+            device = dtype_and_device(attribute(owner, site.inp))[1]
+            device = torch.device("cpu") if device.type == "meta" else device
+            # whatever device, mode and dtype the user is working in
+            with torch.device("cpu"), untraced(device), _plain_state(device):
+                between = _trial(*_body(owner, variant))
+                if caller is not None:
+                    _called(*caller, variant)
+                return Verdict(variant, None, between)
         except MismatchError as error:
             first = first or str(error)
+        except Exception as error:  # a foreign module may raise anything
+            first = first or f"it cannot be tried: {_said(error)}"
     return Verdict(site, first)
 
 
-def _try(owner: nn.Module, site: Site) -> tuple[str, ...]:
-    body, local = _body(owner, site)
+@contextmanager
+def _plain_state(device: torch.device) -> Iterator[None]:
+    autocast = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), autocast:
+        yield
+
+
+def _called(caller: nn.Module, row: str, site: Site) -> None:
+    there = Site(site.recipe, site.form, f"{row}.{site.inp}", f"{row}.{site.act}", None)
+    try:
+        _trial(shadow(caller), there)
+    except CannotRunError:
+        return  # most modules above a row of layers take other input than the MLP does
+
+
+def _trial(body: nn.Module, site: Site) -> tuple[str, ...]:
     if "forward" in vars(body):
         raise MismatchError("its forward is replaced on the instance: starify before that")
-    inp = attribute(body, local.inp)
-    sizes = projection(inp)
-    assert sizes is not None
+    inp = attribute(body, site.inp)
+    sizes = projection(inp) or Projection(1, 1)
     dtype, device = dtype_and_device(inp)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(SEED)
-        n = sizes.in_features
-        shape = (2, n, 3, 3) if sizes.channels_first else (2, 3, n)
-        x = torch.randn(shape, dtype=dtype, device=device)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return _plain(body, local, x) if site.form == "plain" else _gated(body, local, x)
+    seed(device)
+    n = sizes.in_features
+    shape = (2, n, 3, 3) if sizes.channels_first else (2, 3, n)
+    x = torch.randn(shape, dtype=dtype, device=device)
+    return _plain(body, site, x) if site.form == "plain" else _gated(body, site, x)
 
 
 def _body(owner: nn.Module, site: Site) -> tuple[nn.Module, Site]:
@@ -119,34 +149,41 @@ def _inside(name: str | None, prefix: str) -> str | None:
 
 
 def _plain(body: nn.Module, site: Site, x: Tensor) -> tuple[str, ...]:
+    inp = attribute(body, site.inp)
     with _recorded(body, site) as calls:
-        want = run(body, x, train=False)
+        run(body, x, calls=calls)
     for name in (site.inp, site.act):
         if len(calls.of(name)) != 1:
             raise MismatchError(f"one run calls {name!r} {len(calls.of(name))} times, not once")
     if not _same(calls.of(site.act)[0].taken, calls.of(site.inp)[0].given):
         raise MismatchError(f"{site.act!r} is not applied to the output of {site.inp!r}")
-    want_train = run(body, x, train=True)
+    want = _at_all_scales(body, x, [inp])
     star = install_plain(body, site, "full")
-    _equal(want, run(body, x, train=False), "with a zero gate")
-    _equal(want_train, run(body, x, train=True), "with a zero gate in training")
+    _equal(want, _at_all_scales(body, x, [inp]), "with a zero gate")
+    before = _seen(body, site, x)
     for parameter in star.gate.parameters():
         nn.init.normal_(parameter)
-    if _tensors_equal(want, run(body, x, train=False)):
-        raise MismatchError("a gate there has no effect on the output")
+    if _tensors_equal(before, _seen(body, site, x)):
+        raise MismatchError("a gate there has no effect on what follows")
     return ()
 
 
+def _seen(body: nn.Module, site: Site, x: Tensor) -> Any:
+    """What the last projection takes, which may itself be zero, or else the output."""
+    if site.out is None:
+        return run(body, x)
+    with _recorded(body, site) as calls:
+        run(body, x, calls=calls)
+    return [call.taken for call in calls.of(site.out)]
+
+
 def _gated(body: nn.Module, site: Site, x: Tensor) -> tuple[str, ...]:
-    taken = [
-        p
-        for p in inspect.signature(body.forward).parameters.values()
-        if p.kind is not p.VAR_KEYWORD
-    ]
+    parameters = inspect.signature(body.forward).parameters.values()
+    taken = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
     if len(taken) != 1:
         raise MismatchError(f"its forward takes {len(taken)} arguments, not the input alone")
     with _recorded(body, site, everything=True) as calls:
-        want = run(body, x, train=False)
+        want = run(body, x, calls=calls)
     out = calls.of(site.out or "")
     if len(out) != 1 or len(calls.of(site.inp)) != 1:
         raise MismatchError(f"one run does not call {site.inp!r} and {site.out!r} once each")
@@ -165,19 +202,35 @@ def _gated(body: nn.Module, site: Site, x: Tensor) -> tuple[str, ...]:
         for name, call in calls.order
         if name not in own and _same(call.taken, product) and _same(call.given, product)
     )
-    want_train = run(body, x, train=True)
-    role = Role(site, type(body), recognise(attribute(body, site.act)), between, fused=False)
-    GatedMLP.adopt(body, role)
-    _equal(want, run(body, x, train=False), "written as a star")
-    _equal(want_train, run(body, x, train=True), "written as a star, in training")
+    branches = [attribute(body, name) for name in (site.inp, site.up) if name is not None]
+    wanted = _at_all_scales(body, x, branches)
+    row = recognise(attribute(body, site.act))
+    adopt(body, Role(site, type(body), row, between, fused=False))
+    _equal(wanted, _at_all_scales(body, x, branches), "written as a star")
     return between
 
 
-def run(body: nn.Module, x: Tensor, *, train: bool) -> Any:
+def _at_all_scales(body: nn.Module, x: Tensor, branches: list[nn.Module]) -> list[Any]:
+    """Outputs in eval mode and, with seeded dropout, in train mode, the branches scaled."""
+    found = []
+    for scale in SCALES:
+        handles = [
+            branch.register_forward_hook(lambda _, args, y, scale=scale: y * scale)
+            for branch in branches
+        ]
+        try:
+            found += [run(body, x, train=train) for train in (False, True)]
+        finally:
+            for handle in handles:
+                handle.remove()
+    return found
+
+
+def run(body: nn.Module, x: Tensor, *, train: bool = False, calls: "_Calls | None" = None) -> Any:
     """The output of a module on one input, what else it needs being None or that input too.
 
     Raises:
-        MismatchError: it does not run.
+        CannotRunError: it does not run.
     """
     body.train(train)
     parameters = list(inspect.signature(body.forward).parameters.values())[1:]
@@ -188,16 +241,20 @@ def run(body: nn.Module, x: Tensor, *, train: bool) -> Any:
     ]
     error: Exception | None = None
     for filling in (None, x) if needed else (None,):
-        torch.manual_seed(SEED)
+        seed(x.device)
+        if calls is not None:
+            calls.order.clear()  # of an attempt that failed half way
         try:
             with _buffers_kept(body):
                 return body.forward(x.clone(), **dict.fromkeys(needed, filling))
         except Exception as problem:  # a foreign module may raise anything
             error = error or problem
-    first = str(error).strip().splitlines()[0][:120] if str(error).strip() else ""
-    raise MismatchError(
-        f"{type(body).__name__} does not run by itself: {type(error).__name__} {first}"
-    )
+    raise CannotRunError(f"{type(body).__name__} does not run by itself: {_said(error)}")
+
+
+def _said(error: Exception | None) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__} {lines[0][:120]}"
 
 
 @contextmanager
@@ -274,7 +331,10 @@ def _watched(f: Callable[[Tensor], Tensor], name: str, calls: _Calls) -> Callabl
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    """Equal to the bit wherever the first is finite."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a == b) | ~a.isfinite()).all())
 
 
 def _leaves(value: Any) -> list[Tensor]:
@@ -291,7 +351,6 @@ def _tensors_equal(a: Any, b: Any) -> bool:
 
 def _equal(want: Any, got: Any, when: str) -> None:
     if not _tensors_equal(want, got):
-        off = max(
-            (float((a - b).abs().max()) for a, b in zip(_leaves(want), _leaves(got))), default=0
-        )
+        pairs = zip(_leaves(want), _leaves(got))
+        off = max((float((a - b).abs().nan_to_num().max()) for a, b in pairs), default=0.0)
         raise MismatchError(f"{when}, its output differs by {off:.2g}")

@@ -1,10 +1,12 @@
 """The star projection: an MLP's first layer, its activation, and the gate beside them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from starlayers.backend import with_this_backend
@@ -87,20 +89,25 @@ class LowRankGate(nn.Module):
     ) -> None:
         super().__init__()
         n, f, first = sizes
-        self.down = _linear(Projection(n, rank, first), bias=False, dtype=dtype, device=device)
-        self.up = _linear(Projection(rank, f, first), dtype=dtype, device=device)
-        zero_(self)
+        self.down = _linear(Projection(n, rank, first), zero=False, dtype=dtype, device=device)
+        self.up = _linear(Projection(rank, f, first), zero=True, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))  # type: ignore[no-any-return]
 
 
 def _linear(
-    sizes: Projection, *, bias: bool = True, dtype: torch.dtype, device: torch.device | str
+    sizes: Projection, *, zero: bool, dtype: torch.dtype, device: torch.device | str
 ) -> nn.Module:
     n, f, channels_first = sizes
-    factory: dict[str, Any] = {"bias": bias, "dtype": dtype, "device": device}
-    return nn.Conv2d(n, f, 1, **factory) if channels_first else nn.Linear(n, f, **factory)
+    kind: Any = nn.Conv2d if channels_first else nn.Linear
+    factory: dict[str, Any] = {"bias": zero, "dtype": dtype, "device": device}
+    # what is made zero draws no random numbers first
+    make = partial(skip_init, kind) if zero else kind
+    layer: nn.Module = make(n, f, 1, **factory) if channels_first else make(n, f, **factory)
+    if zero:
+        zero_(layer)
+    return layer
 
 
 def parse_gate(spec: str) -> tuple[str, int]:
@@ -146,9 +153,7 @@ def make_gate(spec: str, inp: nn.Module) -> nn.Module:
         return ScaleGate(sizes, dtype=dtype, device=device)
     if kind == "low_rank":
         return LowRankGate(sizes, rank, dtype=dtype, device=device)
-    gate = _linear(sizes, dtype=dtype, device=device)
-    zero_(gate)
-    return gate
+    return _linear(sizes, zero=True, dtype=dtype, device=device)
 
 
 def zero_(gate: nn.Module) -> None:
@@ -225,7 +230,7 @@ class StarProjection(nn.Module):
         a = self.act(h)
         return torch.addcmul(a, a, self.gate(x).to(a.dtype))
 
-    def hidden(self, x: Tensor) -> Tensor:
+    def star_hidden(self, x: Tensor) -> Tensor:
         """What the last projection takes: the output itself."""
         return self._star(x)
 
@@ -239,6 +244,16 @@ class StarProjection(nn.Module):
     def bias(self) -> Tensor | None:
         """The bias of the model's own projection."""
         return self.inp.bias  # type: ignore[return-value]
+
+    @property
+    def in_features(self) -> int:
+        """Channels of the input."""
+        return (projection(self.inp) or Projection(0, 0)).in_features
+
+    @property
+    def out_features(self) -> int:
+        """Channels of the product."""
+        return (projection(self.inp) or Projection(0, 0)).out_features
 
     def reset_gate(self) -> None:
         """Make the gate zero again; what a gate made on the meta device needs once it is real."""

@@ -1,5 +1,6 @@
 """How MLPs look: one function per structure, from a module to the sites inside it."""
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,9 @@ __all__ = ["RECIPES", "Recipe", "is_activation", "recognise", "register_recipe"]
 
 #: from a module to the MLPs it is made of; it may claim too much, because every claim is tried
 Recipe = Callable[[nn.Module], Iterator[Site]]
+
+#: what functions that are activations are called
+NAMED = re.compile(r"(^|_)(act|activation|nonlin|nonlinearity)(_|\d|$)")
 
 #: the recipes in the order they are asked; the first whose claim holds gets the site
 RECIPES: list[Recipe] = []
@@ -48,7 +52,7 @@ def is_activation(f: Any) -> bool:
     """
     if not callable(f) or isinstance(f, (type, nn.Dropout, nn.Identity)):
         return False
-    if isinstance(f, nn.Module) and (len(f._modules) or any(p.numel() > 1 for p in f.parameters())):
+    if isinstance(f, nn.Module) and (len(f._modules) or len(f._parameters) > 1):
         return False
     x = torch.tensor([[-1.0, 0.0, 1.0, 2.0], [-3.0, 0.5, 5.0, 7.0]], device="cpu")
     y, part = _applied(f, x), _applied(f, x[:, 1:2])
@@ -77,10 +81,12 @@ def recognise(act: Any) -> str | None:
 def _applied(f: Any, x: Tensor) -> Tensor | None:
     """What a foreign callable makes of some numbers, if that is as many numbers of their type."""
     own = x
-    if isinstance(f, nn.Module):
-        f = shadow(f).eval()
-        own = next(f.parameters(), x)  # PReLU has one
     try:
+        if isinstance(f, nn.Module):
+            if any(p.numel() > 1 for p in f.parameters()):
+                return None
+            f = shadow(f).eval()
+            own = next(f.parameters(), x)  # PReLU has one
         with torch.no_grad(), torch.autocast(own.device.type, enabled=False):
             y = f(x.to(own.device, own.dtype, copy=True))
     except Exception:  # it may raise anything
@@ -91,7 +97,7 @@ def _applied(f: Any, x: Tensor) -> Tensor | None:
 
 def activations(owner: nn.Module) -> list[str]:
     """The names of the activations an owner holds itself, as modules or as functions."""
-    functions = [name for name in vars(owner) if "act" in name or "nonlin" in name]
+    functions = [name for name in vars(owner) if NAMED.search(name)]
     held = {name: getattr(owner, name) for name in dict.fromkeys([*owner._modules, *functions])}
     return [name for name, f in held.items() if is_activation(f)]
 
@@ -153,12 +159,14 @@ def split(owner: nn.Module) -> Iterator[Site]:
         if len(inside) != 1:
             continue
         ((inp, sizes),) = inside.items()
+        if sizes.out_features <= sizes.in_features:  # a pooler beside a projection
+            continue
         acts = activations(owner.get_submodule(first))
         backs = [
             f"{name}.{out}"
             for name, others in held.items()
             for out, back in others.items()
-            if name != first and _returns(sizes, back) and _wide(sizes, back)
+            if name != first and _returns(sizes, back)
         ]
         if len(acts) == 1 and len(backs) == 1:
             yield Site("split", "plain", f"{first}.{inp}", f"{first}.{acts[0]}", backs[0])

@@ -86,7 +86,7 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
             star = install_plain(owner, site, entry["gate"], **flags)
         else:
             between = tuple(entry["between"])
-            star = install_gated(owner, site, between, grow=entry["grow"], **flags)
+            star = install_gated(owner, site, between, rank=entry["grow"], **flags)
         anneal_activation(star, entry["anneal"])
     settle_fast_paths(model)
     return model

@@ -5,18 +5,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from starlayers.surgery.attention import GatedAttention, gated_attentions
+from starlayers.surgery.find import Chosen, Patterns, find_mlps
 from starlayers.surgery.gated import GatedMLP
+from starlayers.surgery.gates import gate_of, name_of
 from starlayers.surgery.install import installed
 from starlayers.surgery.projection import ScaleGate, StarProjection
 from starlayers.surgery.site import Projection, projection
-from starlayers.surgery.starify import (
-    Patterns,
-    find_mlps,
-    gate_of,
-    left_out,
-    name_of,
-    patterns,
-)
 
 __all__ = ["Report", "Row", "report"]
 
@@ -134,17 +128,17 @@ def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = No
         >>> [row.state for row in report(model).rows]
         ['ready']
     """
-    rows = {}
+    chosen, rows = Chosen(include, exclude), {}
     for path, _, star in installed(model):
         name = name_of(path, star)
-        if not left_out(name, patterns(include), patterns(exclude)):
+        if name in chosen:
             rows[name] = _installed_row(name, star)
     for f in find_mlps(model, include=include, exclude=exclude):
         state = "ready" if f.site.form == "plain" else "is a star"
         state = state if f.reason is None else "skipped"
         rows[f.path] = Row(f.path, f.site.recipe, f.site.form, state, f.reason or "")
     for path, module in gated_attentions(model):
-        if not left_out(path, patterns(include), patterns(exclude)):
+        if path in chosen:
             state = "fused" if isinstance(module, GatedAttention) else "is a star"
             rows[path] = Row(path, "attention", "gate", state, "sigmoid")
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
@@ -175,5 +169,5 @@ def _flops(star: StarProjection | GatedMLP) -> int:
     if isinstance(star, StarProjection):
         sizes = projection(star.inp) or Projection(0, 0)
         return matrices + (2 if isinstance(gate, ScaleGate) else 3) * sizes.out_features
-    hidden = star.sizes()[1]
+    hidden = star.star_sizes()[1]
     return matrices + 4 * star.star.grown * hidden

@@ -1,22 +1,29 @@
-"""A stand-in for a module: the same weights in objects that nobody else holds."""
+"""A stand-in for a module, to run without leaving a trace in the module or anywhere else."""
 
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["shadow"]
+__all__ = ["seed", "shadow", "untraced"]
+
+SEED = 0x57A4
+HELD = ("_parameters", "_buffers", "_modules")
 
 
 def shadow(module: nn.Module, memo: dict[int, Any] | None = None) -> Any:
-    """The same parameters in new module objects, without hooks and with copied buffers.
+    """A copy of a module without its hooks: what it runs and changes is its own.
 
     Parameters and buffers on the meta device become random ones on the CPU.
 
     Example:
         >>> linear = nn.Linear(2, 2)
         >>> other = shadow(linear)
-        >>> other is linear, other.weight is linear.weight
+        >>> other.weight is linear.weight, torch.equal(other.weight, linear.weight)
         (False, True)
     """
     memo = {} if memo is None else memo
@@ -25,23 +32,66 @@ def shadow(module: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     copy = object.__new__(type(module))
     memo[id(module)] = copy
     state = copy.__dict__
-    state.update(vars(module))
-    for name, value in vars(module).items():
-        if name.endswith("_hooks") or name.startswith(("_forward_hooks", "_forward_pre_hooks")):
-            state[name] = type(value)() if isinstance(value, dict) else value
-    state["_buffers"] = {k: _real(b, memo, clone=True) for k, b in module._buffers.items()}
-    state["_parameters"] = {k: _real(p, memo) for k, p in module._parameters.items()}
+    own = {k: v for k, v in vars(module).items() if k not in HELD}
+    for name, value in own.items():
+        hooks = name.endswith("_hooks") or name.startswith(("_forward_hooks", "_forward_pre_hooks"))
+        state[name] = type(value)() if hooks and isinstance(value, dict) else _copied(value, memo)
+    for held in HELD[:2]:
+        state[held] = {k: _copied(t, memo) for k, t in getattr(module, held).items()}
     state["_modules"] = {
         k: None if child is None else shadow(child, memo) for k, child in module._modules.items()
     }
     return copy
 
 
-def _real(tensor: Tensor | None, memo: dict[int, Any], *, clone: bool = False) -> Any:
-    if tensor is None or tensor.device.type != "meta":
-        return tensor.clone() if clone and tensor is not None else tensor
-    if id(tensor) not in memo:
-        fan_in = tensor.shape[-1] if tensor.ndim > 1 else 1
-        real = torch.randn(tensor.shape, device="cpu").div_(fan_in**0.5).to(tensor.dtype)
-        memo[id(tensor)] = nn.Parameter(real) if isinstance(tensor, nn.Parameter) else real
-    return memo[id(tensor)]
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A tensor, a generator or a plain container as a copy; anything else as it is."""
+    if id(value) in memo:
+        return memo[id(value)]
+    copy: Any
+    if isinstance(value, Tensor):
+        copy = _random(value) if value.is_meta else value.detach().clone()
+        copy = nn.Parameter(copy, value.requires_grad) if _is_parameter(value) else copy
+    elif isinstance(value, torch.Generator):
+        copy = value.clone_state()
+    elif type(value) in (list, set):
+        copy = type(value)(_copied(v, memo) for v in value)
+    elif type(value) is dict:
+        copy = {k: _copied(v, memo) for k, v in value.items()}
+    else:
+        return value
+    memo[id(value)] = copy
+    return copy
+
+
+def _is_parameter(value: Tensor) -> bool:
+    return isinstance(value, nn.Parameter)
+
+
+def _random(tensor: Tensor) -> Tensor:
+    fan_in = tensor.shape[-1] if tensor.ndim > 1 else 1
+    return torch.randn(tensor.shape, device="cpu").div_(fan_in**0.5).to(tensor.dtype)
+
+
+@contextmanager
+def untraced(device: torch.device) -> Iterator[None]:
+    """Give back every generator of random numbers as it was: torch's, Python's and numpy's."""
+    numpy = sys.modules.get("numpy")
+    python = random.getstate()
+    arrays = numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(arrays)
+
+
+def seed(device: torch.device) -> None:
+    """Seed the generators that `untraced` gives back; `torch.manual_seed` seeds every GPU too."""
+    random.seed(SEED)
+    torch.default_generator.manual_seed(SEED)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(SEED)

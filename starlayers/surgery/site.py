@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 __all__ = ["Projection", "Site", "attribute", "parent_of", "projection", "unfloatable"]
 
@@ -84,6 +85,21 @@ def base_layer(module: nn.Module | None) -> nn.Module | None:
     return module
 
 
+def weight_of(module: nn.Module) -> Any:
+    """The weight of a projection; of a parametrised one what it is made of, and nothing is run."""
+    base: Any = base_layer(module)
+    if is_parametrized(base, "weight"):
+        made_of = base.parametrizations.weight
+        return made_of.original if hasattr(made_of, "original") else made_of.original1
+    return getattr(base, "weight", None)
+
+
+def dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Where and in what type the weight of a projection lies."""
+    weight = weight_of(module)
+    return weight.dtype, weight.device
+
+
 def unfloatable(module: nn.Module) -> str | None:
     """Why no gate can stand beside this projection: its weight is quantised, or no tensor.
 
@@ -91,18 +107,14 @@ def unfloatable(module: nn.Module) -> str | None:
         >>> unfloatable(nn.Linear(2, 2)) is None
         True
     """
-    base = base_layer(module)
-    weight = getattr(base, "weight", None)
+    weight, kind = weight_of(module), type(base_layer(module)).__name__
     if not isinstance(weight, Tensor):
-        return f"{type(base).__name__} has no weight tensor: quantised? starify before quantising"
-    plain = type(weight) in (Tensor, nn.Parameter)
-    if not plain:
-        kind = type(weight).__name__
-        return (
-            f"{type(base).__name__} has a {kind} for a weight: starify before quantising, sharding"
-        )
+        return f"{kind} has no weight tensor: quantised? starify before quantising"
+    if type(weight) not in (Tensor, nn.Parameter):
+        what = type(weight).__name__
+        return f"{kind} has a {what} for a weight: starify before quantising, after initialising"
     if not weight.is_floating_point() or weight.element_size() < 2:
-        return f"{type(base).__name__} holds {weight.dtype} weights: starify before quantising"
+        return f"{kind} holds {weight.dtype} weights: starify before quantising"
     return None
 
 
@@ -131,6 +143,11 @@ def attribute(owner: nn.Module, name: str) -> Any:
     return getattr(parent, leaf)
 
 
+def join(path: str, name: str) -> str:
+    """A dotted name below a module, which is "" for the model itself."""
+    return f"{path}.{name}" if path else name
+
+
 def put(owner: nn.Module, name: str, value: nn.Module | Callable[..., Tensor]) -> None:
     """Set a module or function attribute where it is found, at its place among the children."""
     parent, leaf = parent_of(owner, name)
@@ -145,9 +162,3 @@ def halves(h: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     """The two branches in the output of a packed projection, the activated one first."""
     first, second = h.chunk(2, -1)
     return (second, first) if site.gate_last else (first, second)
-
-
-def dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Where and in what type the weight of a projection lies."""
-    weight = base_layer(module).weight  # type: ignore[union-attr]
-    return weight.dtype, weight.device  # type: ignore[union-attr, return-value]

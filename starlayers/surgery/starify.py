@@ -1,11 +1,7 @@
-"""Finding the MLPs of a model, making stars of them, and going back."""
+"""Making stars of the MLPs of a model, and going back."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from starlayers.modules import positive_int
@@ -15,104 +11,25 @@ from starlayers.surgery.attention import (
     gated_attentions,
     release_gates,
 )
+from starlayers.surgery.find import Chosen, Finding, Patterns, find_mlps
 from starlayers.surgery.gated import GatedMLP
+from starlayers.surgery.gated import grow as grow_mlp
+from starlayers.surgery.gates import gate_size, name_of
 from starlayers.surgery.install import (
     annealed,
     install_gated,
     install_plain,
     installed,
-    meta,
     settle_fast_paths,
     take_out,
 )
-from starlayers.surgery.probe import verify
 from starlayers.surgery.projection import StarProjection, parse_gate
-from starlayers.surgery.recipes import RECIPES
 from starlayers.surgery.record import note_in_config
-from starlayers.surgery.site import Projection, Site, attribute, dtype_and_device, projection
+from starlayers.surgery.site import Site
 
-__all__ = ["MODES", "Finding", "find_mlps", "gate_parameters", "reset_gates", "revert", "starify"]
+__all__ = ["MODES", "revert", "starify"]
 
 MODES = ("star", "fuse")
-Patterns = str | Sequence[str] | None
-
-
-@dataclass
-class Finding:
-    """One MLP that a recipe claims: where, and whether a run bore it out.
-
-    Args:
-        path: the name of the MLP's first projection in the model.
-        owner: the name of the module that the site is told from.
-        site: its parts.
-        reason: why it cannot be replaced, `None` where it can.
-        between: what a gated MLP has between its product and its last projection.
-
-    Example:
-        >>> (finding,) = find_mlps(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)))
-        >>> finding.path, finding.site.form, finding.reason
-        ('0', 'plain', None)
-    """
-
-    path: str
-    owner: str
-    site: Site
-    reason: str | None = None
-    between: tuple[str, ...] = ()
-
-
-def find_mlps(
-    model: nn.Module, *, include: Patterns = None, exclude: Patterns = None
-) -> list[Finding]:
-    """The MLPs of a model that are no star layers of surgery yet, each tried on random input.
-
-    Args:
-        include, exclude: names, or patterns as in `fnmatch`, of MLPs or of modules above them.
-
-    Raises:
-        ValueError: a pattern of `include` names no MLP.
-
-    Example:
-        >>> layer = nn.TransformerEncoderLayer(16, 2, 32, activation="gelu")
-        >>> [f.path for f in find_mlps(layer)]
-        ['linear1']
-    """
-    wanted, unwanted = patterns(include), patterns(exclude)
-    found: dict[str, Finding] = {}
-    claimed: list[str] = []
-    for finding in _claims(model):
-        claimed.append(finding.path)
-        known = found.get(finding.path)
-        if known is not None and known.reason is None:
-            continue
-        if left_out(finding.path, wanted, unwanted):
-            continue
-        verdict = verify(model.get_submodule(finding.owner), finding.site)
-        if known is None or verdict.reason is None:
-            found[finding.path] = Finding(
-                finding.path, finding.owner, verdict.site, verdict.reason, verdict.between
-            )
-    claimed += [name_of(path, star) for path, _, star in installed(model)]
-    claimed += [path for path, _ in gated_attentions(model)]
-    for pattern in wanted:
-        if not any(_matches(path, [pattern]) for path in claimed):
-            raise ValueError(
-                f"include pattern {pattern!r} matches none of the {len(claimed)} MLPs found"
-                + (f", the first of which is {claimed[0]}" if claimed else "")
-            )
-    return list(found.values())
-
-
-def _claims(model: nn.Module) -> Iterator[Finding]:
-    inside = {id(m) for m in model.modules() if isinstance(m, StarProjection) for m in m.modules()}
-    for path, owner in model.named_modules():
-        runs = type(owner).forward is not nn.Module.forward  # lists and dicts of modules do not
-        if isinstance(owner, GatedMLP) or id(owner) in inside or not runs:
-            continue
-        for recipe in list(RECIPES):
-            for site in recipe(owner):
-                if not isinstance(attribute(owner, site.inp), StarProjection):
-                    yield Finding(join(path, site.inp), path, site)
 
 
 def starify(
@@ -161,31 +78,29 @@ def starify(
         True
     """
     _check(model, mode, gate, grow)
+    chosen = Chosen(include, exclude)
     already = list(installed(model))
     findings = find_mlps(model, include=include, exclude=exclude)
-    chosen = [f for f in findings if f.reason is None and _wanted(f.site, mode, grow)]
-    for finding in chosen:
+    ready = [f for f in findings if f.reason is None and _wanted(f.site, mode, grow)]
+    fusing = mode == "fuse"
+    gates = [m for path, m in gated_attentions(model) if fusing and path in chosen]
+    if not ready and not already and not gates:
+        raise ValueError(_nothing(model, mode, findings))
+    for finding in ready:
         owner, site = model.get_submodule(finding.owner), finding.site
         if site.form == "plain":
             install_plain(owner, site, gate, recompute=recompute)
         else:
-            fused = mode == "fuse"
-            install_gated(owner, site, finding.between, fused=fused, recompute=recompute, grow=grow)
-    gates = [
-        module
-        for path, module in gated_attentions(model)
-        if mode == "fuse" and not left_out(path, patterns(include), patterns(exclude))
-    ]
+            between = finding.between
+            install_gated(owner, site, between, fused=fusing, recompute=recompute, rank=grow)
     for module in gates:
         fuse_gates(module)
-    if not chosen and not already and not gates:
-        raise ValueError(_nothing(model, mode, findings))
     for path, _, star in already:
-        if not left_out(name_of(path, star), patterns(include), patterns(exclude)):
-            _revisit(star, mode, recompute=recompute, grow=grow)
+        if name_of(path, star) in chosen:
+            _revisit(star, mode, recompute=recompute, rank=grow)
     settle_fast_paths(model)
     note_in_config(model)
-    if mode == "star" and chosen and getattr(model, "peft_config", None):
+    if mode == "star" and ready and getattr(model, "peft_config", None):
         warnings.warn(
             "starify: this model saves its adapters only, and the gates are not among them; "
             "starify the base model first and name modules_to_save=['gate'] in the adapter's "
@@ -198,6 +113,10 @@ def starify(
 def _check(model: nn.Module, mode: str, gate: str, grow: int) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"starify expects a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "starify: DistributedDataParallel knows no new parameters; wrap afterwards"
+        )
     if mode not in MODES:
         raise ValueError(f"starify: unknown mode {mode!r}, choose one of {', '.join(MODES)}")
     kind, _ = parse_gate(gate)
@@ -211,13 +130,13 @@ def _wanted(site: Site, mode: str, grow: int) -> bool:
     return mode == "star" if site.form == "plain" else mode == "fuse" or grow > 0
 
 
-def _revisit(star: StarProjection | GatedMLP, mode: str, *, recompute: bool, grow: int) -> None:
+def _revisit(star: StarProjection | GatedMLP, mode: str, *, recompute: bool, rank: int) -> None:
     """What starify does to a star layer that it, or an earlier call, has made: never a new gate."""
     role = star if isinstance(star, StarProjection) else star.star
     role.fused = role.fused or mode == "fuse"
     role.recompute = role.recompute or recompute
-    if isinstance(star, GatedMLP) and grow and not star.star.grown:
-        star.grow(grow)
+    if isinstance(star, GatedMLP) and rank and not star.star.grown:
+        grow_mlp(star, rank)
 
 
 def _nothing(model: nn.Module, mode: str, findings: list[Finding]) -> str:
@@ -282,98 +201,3 @@ def revert(model: nn.Module) -> nn.Module:
             stacklevel=2,
         )
     return model
-
-
-def gate_size(star: StarProjection | GatedMLP) -> float:
-    """The mean absolute gate on standard normal input; 0 means that the layer is as it was made.
-
-    Example:
-        >>> model = starify(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)))
-        >>> gate_size(model[0])
-        0.0
-    """
-    gate = gate_of(star)
-    if gate is None or meta(star):
-        return 0.0
-    inp = star.inp if isinstance(star, StarProjection) else attribute(star, star.star.site.inp)
-    sizes = projection(inp) or Projection(1, 1)
-    dtype, device = dtype_and_device(inp)
-    generator = torch.Generator().manual_seed(0)
-    n = sizes.in_features
-    x = torch.randn((16, n, 1, 1) if sizes.channels_first else (16, n), generator=generator)
-    with torch.no_grad():
-        return float(gate(x.to(device, dtype)).abs().float().mean())
-
-
-def gate_sizes(model: nn.Module) -> dict[str, float]:
-    """`gate_size` of every star layer by name: healthy fine-tuning ends at 0.05 to 0.3.
-
-    Example:
-        >>> gate_sizes(starify(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))))
-        {'0': 0.0}
-    """
-    return {name_of(path, star): gate_size(star) for path, _, star in installed(model)}
-
-
-def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that starify has added to a model, for an optimizer of their own.
-
-    Example:
-        >>> model = starify(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)))
-        >>> [tuple(p.shape) for p in gate_parameters(model)]
-        [(8, 4), (8,)]
-    """
-    gates = [gate for _, _, star in installed(model) if (gate := gate_of(star)) is not None]
-    return list(dict.fromkeys(p for gate in gates for p in gate.parameters()))
-
-
-def reset_gates(model: nn.Module) -> nn.Module:
-    """Make every gate zero: after a model starified on the meta device was given real weights.
-
-    Example:
-        >>> with torch.device("meta"):
-        ...     model = starify(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)))
-        >>> model = reset_gates(model.to_empty(device="cpu"))
-        >>> model[0].gate.weight.abs().max().item()
-        0.0
-    """
-    for _, _, star in installed(model):
-        if isinstance(star, StarProjection):
-            star.reset_gate()
-        elif star.star.grown:
-            star.reset_grown()
-    return model
-
-
-def gate_of(star: StarProjection | GatedMLP) -> nn.Module | None:
-    """What surgery has added to a star layer: its gate, its grown products, or nothing."""
-    if isinstance(star, StarProjection):
-        return star.gate
-    return star.star_grown if star.star.grown else None  # type: ignore[return-value]
-
-
-def name_of(path: str, star: StarProjection | GatedMLP) -> str:
-    """The name of a star layer's first projection in the model."""
-    site = star.site if isinstance(star, StarProjection) else star.star.site
-    return join(path, site.inp)
-
-
-def join(path: str, name: str) -> str:
-    """A dotted name below a module, which is "" for the model itself."""
-    return f"{path}.{name}" if path else name
-
-
-def patterns(given: Patterns) -> list[str]:
-    """`include` or `exclude` as a list."""
-    if given is None or isinstance(given, str):
-        return [given] if given else []
-    return list(given)
-
-
-def left_out(path: str, wanted: list[str], unwanted: list[str]) -> bool:
-    """Whether `include` and `exclude` leave an MLP alone."""
-    return (bool(wanted) and not _matches(path, wanted)) or _matches(path, unwanted)
-
-
-def _matches(path: str, patterns: list[str]) -> bool:
-    return any(fnmatchcase(path, p) or fnmatchcase(path, f"{p}.*") for p in patterns)

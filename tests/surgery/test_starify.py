@@ -295,7 +295,7 @@ class NeedsMore(MLP):
         (Twice(), "calls 'act' 2 times, not once"),
         (Skips(), "with a zero gate, its output differs by"),
         (Elsewhere(), "'act' is not applied to the output of 'fc1'"),
-        (Unused(), "no effect on the output"),
+        (Unused(), "no effect on what follows"),
         (Reads(), "calls 'fc1' 0 times"),
         (NeedsMore(), "NeedsMore does not run by itself"),
         (Gated(scale=0.5), "does not take act"),
