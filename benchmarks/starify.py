@@ -19,10 +19,10 @@ import typer
 from benchmarks import starify_speed
 from benchmarks.common import RESULTS, markdown_table, mean_interval, run_study, write_json
 from benchmarks.nlp_quality import probability_of_improvement, verdict
-from benchmarks.starify_arms import ARMS, LORA
+from benchmarks.starify_arms import ARMS, BARE, FROZEN, FULL, LORA
 from benchmarks.starify_train import RECIPE, train_one
 
-SEEDS = 5
+SEEDS, BARE_SEEDS = 5, 3
 TUNING_SEED = 100
 TUNING_STEPS = 60
 SMOKE = {"steps": 2, "batch": 8}
@@ -49,6 +49,9 @@ PICKED: dict[str, dict[str, Any]] = {
     "star low rank": {"lr": 2e-4, "times": 1},
     "star scale": {"lr": 2e-4, "times": 1},
     "widened": {"lr": 1e-4, "times": 1},
+    # not tuned: as the full gate that they have
+    "annealed": {"lr": 2e-4, "times": 1},
+    "refitted": {"lr": 2e-4, "times": 1},
     "full gate alone": {"lr": 1e-3},
     "low-rank gate alone": {"lr": 1e-2},
     "LoRA": {"lr": 3e-3, "place": "mlp"},
@@ -63,6 +66,8 @@ COMPARED = [
     ("star scale", "plain"),
     ("widened", "plain"),
     ("star full", "widened"),
+    ("annealed", "star full"),
+    ("refitted", "star full"),
     ("low-rank gate alone", "LoRA"),
     ("scale gate alone", "IA3"),
     ("full gate alone", "plain"),
@@ -92,8 +97,9 @@ def jobs(smoke: bool) -> dict[str, dict[str, Any]]:
             "settings": PICKED[arm],
             **common,
         }
-        for seed in range(2 if smoke else SEEDS)
-        for arm in ARMS
+        for arms, seeds in ((FULL | FROZEN, SEEDS), (BARE, BARE_SEEDS))
+        for seed in range(2 if smoke else seeds)
+        for arm in arms
     }
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from starlayers import param_groups, starify
+from starlayers.surgery import Anneal
 
 CLASSES = 2
 #: all parameters are trained
@@ -26,6 +27,11 @@ FULL: dict[str, dict[str, Any]] = {
     "star scale": {"gate": "scale"},
     "widened": {"widened": True},
 }
+#: all parameters are trained, and the end is without activations, a product of linear maps
+BARE: dict[str, dict[str, Any]] = {
+    "annealed": {"gate": "full", "anneal": 0.6},
+    "refitted": {"gate": "full", "refit": [0.2, 0.4, 0.6, 0.8, 1.0]},
+}
 #: only what is new and the head are trained
 FROZEN: dict[str, dict[str, Any]] = {
     "full gate alone": {"gate": "full"},
@@ -35,7 +41,7 @@ FROZEN: dict[str, dict[str, Any]] = {
     "IA3": {"adapter": "ia3"},
     "head alone": {},
 }
-ARMS = FULL | FROZEN
+ARMS = FULL | FROZEN | BARE
 #: where LoRA may be, and the rank that has the parameters of the low-rank gate
 LORA = {"attention": (["query", "value"], 21), "mlp": (["intermediate.dense"], 17)}
 
@@ -107,7 +113,7 @@ def build(arm: str, body: nn.Module, settings: dict[str, Any]) -> Classifier:
     """The classifier of an arm; the head is drawn first, so one seed has one head in all arms."""
     kind = ARMS[arm]
     model = Classifier(body)
-    body.requires_grad_(arm in FULL)
+    body.requires_grad_(arm not in FROZEN)
     if gate := kind.get("gate"):
         starify(body, gate=gate)
     if "widened" in kind:
@@ -115,6 +121,20 @@ def build(arm: str, body: nn.Module, settings: dict[str, Any]) -> Classifier:
     if adapter := kind.get("adapter"):
         adapt(body, adapter, settings.get("place", ""))
     return model
+
+
+def without_activations(
+    arm: str, model: Classifier, inputs: list[dict[str, torch.Tensor]], steps: int
+) -> Anneal | None:
+    """What takes the activations out of an arm: at once here, or at every step of training."""
+    kind = ARMS[arm]
+    if stages := kind.get("refit"):
+        anneal = Anneal(model)
+        for t in stages:
+            anneal.refit(inputs, t)
+    if share := kind.get("anneal"):
+        return Anneal(model, steps=max(1, round(share * steps)))
+    return None
 
 
 def optimizer(model: Classifier, settings: dict[str, Any], weight_decay: float) -> Any:

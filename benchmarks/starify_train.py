@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.starify_arms import FULL, build, optimizer, sizes
+from benchmarks.starify_arms import FROZEN, build, optimizer, sizes, without_activations
 
 RECIPE: dict[str, Any] = {
     "steps": 160,
@@ -21,6 +21,7 @@ RECIPE: dict[str, Any] = {
 }
 #: batches that are divided off together, by length, so that little is padding
 BUCKET = 16
+REFIT_BATCHES = 32
 Rows = list[tuple[list[int], int]]
 
 
@@ -114,15 +115,18 @@ def train_one(job: dict[str, Any]) -> dict[str, Any]:
     model = build(job["arm"], encoder(prepared["folder"]), job["settings"]).train()
     torch.manual_seed(job["seed"])  # arms draw their new weights, dropout is to be the same
     # beside frozen weights none: IA3's vectors would decay towards 0, not 1
-    weight_decay = recipe["weight_decay"] if job["arm"] in FULL else 0.0
+    weight_decay = 0.0 if job["arm"] in FROZEN else recipe["weight_decay"]
     optimiser = optimizer(model, job["settings"], weight_decay)
     warmup = max(1, round(recipe["warmup"] * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup))
     )
+    drawn = batches(prepared["train"], steps, recipe["batch"], job["seed"])
+    first = [padded(tokenizer, rows)[0] for rows in drawn[:REFIT_BATCHES]]
+    anneal = without_activations(job["arm"], model, first, steps)
     losses = []
     began = time.perf_counter()
-    for rows in batches(prepared["train"], steps, recipe["batch"], job["seed"]):
+    for rows in drawn:
         inputs, labels = padded(tokenizer, rows)
         loss = F.cross_entropy(model(**inputs), labels)
         loss.backward()
@@ -130,6 +134,8 @@ def train_one(job: dict[str, Any]) -> dict[str, Any]:
         optimiser.step()
         optimiser.zero_grad()
         schedule.step()
+        if anneal is not None:
+            anneal.step()
         losses.append(loss.item())
     seconds = time.perf_counter() - began
     model.eval()

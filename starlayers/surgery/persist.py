@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import nn
 
+from starlayers.surgery.gates import gate_parameters
 from starlayers.surgery.record import GUARD, apply_record, note_in_config
 
 __all__ = ["from_pretrained"]
 
 
-def from_pretrained(auto_class: Any, path: str | PathLike[str], **kwargs: Any) -> nn.Module:
+def from_pretrained(auto_class: Any, path: str | PathLike[str], **kwargs: Any) -> Any:
     """Load a model that was starified and then saved by `save_pretrained`, gates and all.
 
     The config names the MLPs that were changed; the model is built with its gates in place and
@@ -24,7 +25,7 @@ def from_pretrained(auto_class: Any, path: str | PathLike[str], **kwargs: Any) -
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: no starified model was saved there, or by a newer starlayers.
+        ValueError: no starified model was saved there, or by a newer starlayers, or without gates.
         TypeError: `auto_class` can load no model of this kind.
 
     Example:
@@ -64,11 +65,18 @@ def from_pretrained(auto_class: Any, path: str | PathLike[str], **kwargs: Any) -
 
     names = {"__init__": build, "__module__": own.__module__, "__qualname__": own.__qualname__}
     builder: Any = type(own.__name__, (own,), names)
-    loaded = builder.from_pretrained(path, config=config, **kwargs)
-    model: nn.Module = loaded[0] if isinstance(loaded, tuple) else loaded
+    info = kwargs.pop("output_loading_info", False)
+    model, found = builder.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     model.__class__ = own
+    gates = {id(p) for p in gate_parameters(model)}
+    ours = {name for name, p in model.named_parameters() if id(p) in gates}
+    if lost := sorted(ours & set(found["missing_keys"])):
+        raise ValueError(
+            f"{path} lacks {len(lost)} weights of the gates that its config tells of, {lost[0]} "
+            "first: a plain model was saved with a starified one's config, or a part was reverted"
+        )
     note_in_config(model)
-    return loaded  # type: ignore[no-any-return]
+    return (model, found) if info else model
 
 
 def _model_class(auto_class: Any, config: Any) -> Any:

@@ -50,7 +50,7 @@ def is_activation(f: Any) -> bool:
         >>> is_activation(nn.GELU()), is_activation(torch.relu), is_activation(nn.LayerNorm(4))
         (True, True, False)
     """
-    if not callable(f) or isinstance(f, (type, nn.Dropout, nn.Identity)):
+    if not callable(f) or isinstance(f, (type, nn.Dropout, nn.Identity, torch.jit.ScriptModule)):
         return False
     if isinstance(f, nn.Module) and (len(f._modules) or len(f._parameters) > 1):
         return False

@@ -103,19 +103,24 @@ def _resolved(path: str, names: set[str], prefix: str, kind: type[nn.Module]) ->
 def note_in_config(model: nn.Module) -> None:
     """Write the record into a config of transformers, with what makes the plain classes refuse it.
 
-    Nothing that was only fused needs either: such a model is saved as what it was.
+    Parts that can be saved by themselves and have a config of their own get records of their own.
+    Nothing that was only fused needs one: such a model is saved as what it was.
     """
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "save_pretrained"):
-        return
+    seen: set[int] = set()
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        savable = hasattr(part, "save_pretrained") or part is model
+        if savable and hasattr(config, "save_pretrained") and id(config) not in seen:
+            seen.add(id(config))
+            _note(part, config)
+
+
+def _note(model: nn.Module, config: Any) -> None:
     record = record_of(model)
-    new = any(
-        entry.get("gate") or entry.get("grow") or entry["anneal"]
-        for entry in record.get("layers", ())
-    )
+    changed = any(e.get("gate") or e.get("grow") or e["anneal"] for e in record.get("layers", ()))
     fusions = dict(getattr(config, "fusion_config", None) or {})
     fusions.pop(GUARD, None)
-    if new:
+    if changed:
         config.star_mlp = record
         fusions[GUARD] = True
     elif hasattr(config, "star_mlp"):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from starlayers.surgery.attention import GatedAttention, gated_attentions
 from starlayers.surgery.find import Chosen, Patterns, find_mlps
@@ -143,7 +144,7 @@ def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = No
             rows[path] = Row(path, "attention", "gate", state, "sigmoid")
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     ordered = sorted(rows.values(), key=lambda row: order.get(row.name, 0))
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     return Report(ordered, total - sum(row.parameters for row in ordered))
 
 

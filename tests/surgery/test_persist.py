@@ -171,3 +171,43 @@ def test_errors(tmp_path):
     model.config.save_pretrained(tmp_path / "star")
     with pytest.raises(ValueError, match=r"layer\.1', which this BertModel does not have"):
         from_pretrained(AutoModel, tmp_path / "star")
+
+
+def test_loading_twice_and_then_a_plain_one(tmp_path):
+    plain = bert()
+    plain.save_pretrained(tmp_path / "plain")
+    model = train_gates(starify(bert()))
+    model.save_pretrained(tmp_path / "star")
+    twins = [from_pretrained(BertForSequenceClassification, tmp_path / "star") for _ in range(2)]
+    outs = [twin.eval()(IDS).logits for twin in twins]
+    assert torch.equal(*outs)
+    assert twins[0].config is not twins[1].config
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "plain").eval()
+    assert torch.equal(again(IDS).logits, plain(IDS).logits)
+    assert report(again).replaced == []
+
+
+def test_a_plain_model_with_the_config_of_a_starified_one(tmp_path):
+    model = starify(bert())
+    BertForSequenceClassification(model.config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks 4 weights of the gates.*layer\.0"):
+        from_pretrained(AutoModelForSequenceClassification, tmp_path)
+
+
+def test_parts_with_configs_of_their_own(tmp_path):
+    from transformers import CLIPTextModel
+
+    from tests.surgery.architectures import ARCHITECTURES
+
+    clip = next(a for a in ARCHITECTURES if a.name == "clip").build().eval()
+    train_gates(starify(clip))
+    clip.save_pretrained(tmp_path / "whole")
+    loaded = from_pretrained(type(clip), tmp_path / "whole").eval()
+    ours, theirs = clip.state_dict(), loaded.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    clip.text_model.save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match=r"starlayers\.from_pretrained"):
+        CLIPTextModel.from_pretrained(tmp_path / "text")
+    part = from_pretrained(CLIPTextModel, tmp_path / "text").eval()
+    want = clip.text_model(IDS).last_hidden_state
+    assert torch.equal(part(IDS).last_hidden_state, want)

@@ -592,3 +592,238 @@ def test_the_report_counts(x):
     assert lines[-1].startswith("2 replaced, 0 ready, 1 skipped; +")
     assert isinstance(net.blocks[0].fc1, StarProjection)
     assert isinstance(net.blocks[1], GatedMLP)
+
+
+# --- what a trial must see
+
+
+class Clamped(Gated):
+    def forward(self, x):
+        return self.down(self.act(self.gate(x).clamp(max=5)) * self.up(x))
+
+
+class ClampedPlain(MLP):
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x).clamp(-5, 5)))
+
+
+class Limited(MLP):
+    """Clamps behind a norm, which no size of input gets at."""
+
+    def forward(self, x):
+        h = self.act(self.fc1(nn.functional.layer_norm(x, x.shape[-1:])))
+        return self.fc2(h.clamp(max=20.0))
+
+
+def test_clamps_that_rest_at_ordinary_sizes_are_seen():
+    (row,) = report(Clamped()).skipped
+    assert "written as a star, its output differs" in row.detail
+    (row,) = report(ClampedPlain()).skipped
+    assert "with a zero gate, its output differs" in row.detail
+    assert len(report(Limited()).ready) == 1  # the clamp follows the star and stays where it is
+
+
+def test_clamped_experts_of_transformers_are_left_alone():
+    from transformers import DeepseekV4Config
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4MLP
+
+    config = DeepseekV4Config(hidden_size=32, intermediate_size=64, moe_intermediate_size=64)
+    assert config.swiglu_limit
+    (row,) = report(DeepseekV4MLP(config)).skipped
+    assert "differs" in row.detail
+
+
+class Peeks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        before = self.net[0](x)
+        return self.net[2](self.net[1](before)) + before.mean(-1, keepdim=True)
+
+
+class Collects(Peeks):
+    def forward(self, x):
+        seen = []
+        for layer in self.net:
+            x = layer(x)
+            seen.append(x)
+        return seen
+
+
+class Whole(Peeks):
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_rows_whose_caller_looks_inside_are_left_alone():
+    for model in (Peeks(), Collects()):
+        (row,) = report(model).skipped
+        assert "differs" in row.detail
+    assert [row.name for row in report(Whole()).ready] == ["net.0"]
+
+
+def test_a_zero_last_projection_is_no_obstacle(x):
+    mlp = MLP()
+    nn.init.zeros_(mlp.fc2.weight)
+    assert [row.state for row in report(mlp).rows] == ["ready"]
+
+
+def test_arguments_that_cannot_be_left_out_do_not_confuse():
+    class Residual(MLP):
+        """As BLOOM and MPT write it."""
+
+        def forward(self, x, residual):
+            return residual + self.fc2(self.act(self.fc1(x)))
+
+    assert [row.state for row in report(Residual()).rows] == ["ready"]
+
+
+def test_a_trial_leaves_no_trace_anywhere():
+    import random
+
+    import numpy
+
+    class Busy(MLP):
+        def __init__(self):
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(3)
+            self.count, self.log = torch.zeros(()), []
+            self.state = nn.Parameter(torch.zeros(8), requires_grad=False)
+
+        def forward(self, x):
+            self.count += 1
+            self.log.append(len(x))
+            self.state += 1
+            torch.rand(1, generator=self.generator)
+            numpy.random.rand()
+            random.random()
+            return super().forward(x)
+
+    model = Busy()
+
+    def numbers():
+        held = model.generator.clone_state()
+        drawn = torch.rand(1, generator=held).item()
+        return [drawn, numpy.random.get_state()[2], random.getstate(), torch.get_rng_state().sum()]
+
+    before = numbers()
+    assert [row.state for row in report(model).rows] == ["ready"]
+    report(copy.deepcopy(model).to("meta"))
+    starify(model)  # a full gate draws no number either
+    assert numbers() == before
+    assert (model.count, model.log) == (0, [])
+    assert model.state.sum() == 0
+
+
+def test_other_gpus_are_not_seeded(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "manual_seed_all", lambda seed: pytest.fail("every GPU was seeded")
+    )
+    report(MLP())
+
+
+def test_layers_that_two_owners_share_are_one(x):
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.act = nn.Linear(8, 16), nn.GELU()
+
+        def forward(self, x):
+            return self.act(self.dense(x))
+
+    class Layer(nn.Module):
+        def __init__(self, half):
+            super().__init__()
+            self.first, self.output = half, nn.ModuleDict({"dense": nn.Linear(16, 8)})
+
+        def forward(self, x):
+            return self.output["dense"](self.first(x))
+
+    half = Half()
+    net = Net(Layer(half), Layer(half))
+    y = net(x)
+    starify(net)
+    assert torch.equal(net(x), y)
+    table = report(net)
+    assert len(table.replaced) == 1
+    assert table.parameters_added == 9 * 16
+    revert(net)
+    assert torch.equal(net(x), y)
+
+
+def test_mlps_that_are_called_by_keyword(x):
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = Gated()
+
+        def forward(self, x):
+            return self.mlp(x=x)
+
+    model = ByName()
+    y = model(x)
+    assert torch.equal(starify(model, mode="fuse")(x), y)
+
+
+def test_layers_of_any_name_can_grow(x):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.sizes = nn.Linear(8, 16), nn.Linear(8, 16)
+            self.release, self.grow = nn.Linear(16, 8), nn.Mish()
+
+        def forward(self, x):
+            return self.release(self.grow(self.hidden(x)) * self.sizes(x))
+
+    model = Odd()
+    y = model(x)
+    starify(model, grow=2)  # no row of ACTIVATIONS is needed
+    assert torch.equal(model(x), y)
+    train_gates(model)
+    grown, mish = model.star_grown, nn.functional.mish
+    pairs = mish(grown.f1(x)) * grown.f2(x)
+    product = mish(model.hidden(x)) * model.sizes(x) + pairs[:, :16] + pairs[:, 16:]
+    torch.testing.assert_close(model(x), model.release(product))
+
+
+@pytest.mark.parametrize("wrap", ["weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("layer", ["fc1", "fc2"])
+def test_parametrised_weights(x, wrap, layer):
+    mlp = MLP()
+    getattr(torch.nn.utils.parametrizations, wrap)(getattr(mlp, layer))
+    mlp.eval()
+    state, y = copy.deepcopy(mlp.state_dict()), mlp(x)
+    mlp.train()
+    report(mlp)
+    assert all(torch.equal(state[k], v) for k, v in mlp.state_dict().items())
+    starify(mlp)
+    assert torch.equal(mlp.eval()(x), y)
+
+
+def test_what_cannot_be_tried_is_skipped(x):
+    net = nn.ModuleDict({"a": MLP(), "b": MLP(), "lazy": nn.LazyBatchNorm1d()})
+    net["b"].act = torch.jit.script(nn.GELU())
+    net["c"] = MLP()
+    net["c"].fc1 = nn.LazyLinear(16)
+    assert [row.name for row in report(net).ready] == ["a.fc1"]
+
+
+def test_wrapped_for_distributed_training(monkeypatch):
+    model = object.__new__(nn.parallel.DistributedDataParallel)
+    with pytest.raises(ValueError, match="wrap afterwards"):
+        starify(model)
+
+
+def test_patterns_that_match_nothing():
+    with pytest.raises(ValueError, match="exclude pattern 'nonsense' matches none of the 1 MLPs"):
+        starify(MLP(), exclude="nonsense")
+    with pytest.raises(ValueError, match="found no MLP to replace"):
+        starify(MLP(), include=[])
+
+
+def test_another_default_device(x):
+    with torch.device("meta"):
+        net = starify(MLP().to_empty(device="cpu"))
+        assert gate_sizes(net) == {"fc1": 0.0}
