@@ -76,7 +76,7 @@ class StarformerConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "starformer"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     base_model_tp_plan: ClassVar[dict[str, Any] | None] = {**_TP_ATTENTION, **_TP_MLP}
     base_model_pp_plan: ClassVar[dict[str, Any] | None] = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),

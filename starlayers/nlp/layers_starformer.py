@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache_starformer import takes_cache
 from .configuration_starformer import Filled
 
 try:
@@ -184,6 +185,7 @@ class StarformerAttention(nn.Module):
         width = gates[config.attention_gate]
         self.gate_proj = linear(config.hidden_size, width) if width else None
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -199,7 +201,8 @@ class StarformerAttention(nn.Module):
             value = self._heads(self.v_proj(hidden_states))
             query, key = rotated(query, position_embeddings), rotated(key, position_embeddings)
             if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
+                # the paged cache of continuous batching says in kwargs where it put them
+                key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
         else:
             key, value = self._encoded(encoder_hidden_states, past_key_values)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -272,6 +275,7 @@ class StarConv(nn.Module):
         self.gate_proj = nn.Linear(size, size, bias=bias)
         self.o_proj = nn.Linear(size, size, bias=bias)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -373,6 +377,7 @@ class StarformerLayer(GradientCheckpointingLayer):
             )
             self.ffn.mlp = plain
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -397,8 +402,9 @@ class StarformerLayer(GradientCheckpointingLayer):
             x, _ = self.cross_attn(
                 self.cross_attn_layernorm(hidden_states),
                 encoder_attention_mask,
-                past_key_values=past_key_values,
-                encoder_hidden_states=encoder_hidden_states,
+                None,
+                past_key_values,
+                encoder_hidden_states,
                 **kwargs,
             )
             hidden_states = hidden_states + self.dropout(x)

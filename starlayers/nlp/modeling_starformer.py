@@ -1,10 +1,8 @@
 """Starformer, the decoder: a star-MLP language model and its heads."""
 
-from inspect import signature
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -24,6 +22,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .cache_starformer import CACHE, takes_cache
 from .configuration_starformer import Filled, StarformerConfig
 from .layers_starformer import (
     StarformerAttention,
@@ -31,13 +30,6 @@ from .layers_starformer import (
     StarformerRMSNorm,
     StarformerRotaryEmbedding,
 )
-
-if "past_key_values" not in signature(create_causal_mask).parameters:
-    # its generate() would hand over the cache under a name that is not looked at
-    raise ImportError(
-        f"Starformer knows transformers 5.17 to 5.23, not {transformers.__version__}, which "
-        "renamed past_key_values: pip install 'transformers>=5.17,<5.24'"
-    )
 
 __all__ = [
     "StarformerForCausalLM",
@@ -57,7 +49,7 @@ class StarformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("StarformerLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = (CACHE,)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -192,6 +184,7 @@ class StarformerModel(StarformerPreTrainedModel):
         self._build(config, config.layer_types, causal=True)
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -220,9 +213,9 @@ class StarformerModel(StarformerPreTrainedModel):
             hidden_states,
             masks,
             position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             documents=documents,
+            **{CACHE: past_key_values},
             **kwargs,
         )
         return BaseModelOutputWithPast(hidden_states, past_key_values)
@@ -255,7 +248,7 @@ def causal_masks(
         "config": config,
         "inputs_embeds": hidden_states,
         "attention_mask": attention_mask,
-        "past_key_values": cache,
+        CACHE: cache,
         "position_ids": position_ids,
     }
     padding = create_recurrent_attention_mask(**given) if has_star_conv(config) else None
@@ -306,6 +299,7 @@ class StarformerForCausalLM(StarformerPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -323,9 +317,9 @@ class StarformerForCausalLM(StarformerPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: past_key_values},
             **kwargs,
         )
         logits = self.lm_head(wanted_positions(outputs.last_hidden_state, logits_to_keep))
@@ -333,9 +327,9 @@ class StarformerForCausalLM(StarformerPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

@@ -1,9 +1,10 @@
 """Starformer, encoder-decoder: the encoder, and the decoder with cross attention to it."""
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import (
+    Cache,
     DynamicCache,
     EncoderDecoderCache,
     GenerationMixin,
@@ -22,6 +23,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .cache_starformer import CACHE, takes_cache
 from .configuration_starformer import Filled, StarformerSeq2SeqConfig
 from .layers_starformer import StarformerAttention, StarformerLayer
 from .modeling_starformer import (
@@ -82,6 +84,7 @@ class StarformerSeq2SeqDecoder(OneSide, StarformerSeq2SeqPreTrainedModel):
         self._build(config, config.layer_types, causal=True, cross_attention=True)
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -106,7 +109,10 @@ class StarformerSeq2SeqDecoder(OneSide, StarformerSeq2SeqPreTrainedModel):
                 f"{type(self).__name__} needs an EncoderDecoderCache, got a "
                 f"{type(past_key_values).__name__}; use EncoderDecoderCache(it, DynamicCache())"
             )
-        own = None if past_key_values is None else past_key_values.self_attention_cache
+        own = None
+        if past_key_values is not None:
+            own = past_key_values.self_attention_cache
+            let_attend(past_key_values.cross_attention_cache, encoder_hidden_states.shape[1])
         position_ids = next_positions(hidden_states, position_ids, own)
         masks = causal_masks(self.config, hidden_states, attention_mask, position_ids, own)
         encoder_attention_mask = create_bidirectional_mask(
@@ -121,11 +127,23 @@ class StarformerSeq2SeqDecoder(OneSide, StarformerSeq2SeqPreTrainedModel):
             position_ids,
             encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: past_key_values},
             **kwargs,
         )
         return BaseModelOutputWithPastAndCrossAttentions(hidden_states, past_key_values)
+
+
+def let_attend(cross: Cache, length: int) -> None:
+    """Give star_conv layers room for the keys of `length` encoder states.
+
+    Transformers makes a cross attention's cache by the layer types of the self attention, but a
+    star_conv layer attends to the encoder as any other does.
+    """
+    for i, layer in enumerate(cross.layers):
+        if not isinstance(layer, CacheLayerMixin):
+            static = isinstance(cross, StaticCache)
+            cross.layers[i] = StaticLayer(length) if static else DynamicLayer()
 
 
 class StarformerSeq2SeqModel(StarformerSeq2SeqPreTrainedModel):
@@ -169,6 +187,7 @@ class StarformerSeq2SeqModel(StarformerSeq2SeqPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.shared = self.encoder.embed_tokens = self.decoder.embed_tokens = value
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -198,21 +217,21 @@ class StarformerSeq2SeqModel(StarformerSeq2SeqPreTrainedModel):
             attention_mask=decoder_attention_mask,
             position_ids=decoder_position_ids,
             inputs_embeds=decoder_inputs_embeds,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
+            **{CACHE: past_key_values},
             **kwargs,
         )
         return Seq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
+            **{CACHE: getattr(decoder_outputs, CACHE)},
         )
 
 
@@ -261,27 +280,7 @@ class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, Gener
         # what stands in an ignored place is not looked at: any token serves where none is named
         return shifted.masked_fill(ignored, start if pad is None else pad)
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        made = super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, *args, **kwargs
-        )
-        cache = model_kwargs.get("past_key_values")
-        if not isinstance(cache, EncoderDecoderCache):
-            return made
-        # transformers gives the cross attention the layer types of the self attention, but a
-        # star_conv layer attends to the encoder as any other does
-        cross = cache.cross_attention_cache
-        for i, kind in enumerate(cast(list[str], self.config.layer_types)):
-            if i >= len(cross.layers):  # a lazy cache, which makes layers of attention itself
-                break
-            if kind != "full_attention" and not isinstance(cross.layers[i], CacheLayerMixin):
-                length = model_kwargs["encoder_outputs"][0].shape[1]
-                static = isinstance(cross, StaticCache)
-                cross.layers[i] = StaticLayer(length) if static else DynamicLayer()
-        return made
-
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -307,11 +306,11 @@ class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, Gener
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             decoder_position_ids=decoder_position_ids,
             use_cache=use_cache,
+            **{CACHE: past_key_values},
             **kwargs,
         )
         logits = self.lm_head(wanted_positions(outputs.last_hidden_state, logits_to_keep))
@@ -319,11 +318,11 @@ class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, Gener
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             encoder_hidden_states=outputs.encoder_hidden_states,
             encoder_attentions=outputs.encoder_attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import starify as study
-from benchmarks.starify_arms import ARMS, FULL, LORA, build, optimizer, sizes
+from benchmarks.starify_arms import ARMS, BARE, FROZEN, LORA, build, optimizer, sizes
 from benchmarks.starify_train import batches, encoder, train_one
 
 SETTINGS = {"lr": 1e-3, "times": 10, "place": "attention"}
@@ -46,7 +46,7 @@ def test_parameters_are_matched():
     gates = {"full": 4 * d * (d + 1), "low_rank=16": 16 * 5 * d + 4 * d, "scale": 4 * d}
     for arm, kind in ARMS.items():
         if "gate" in kind:
-            rest = plain if arm in FULL else head
+            rest = head if arm in FROZEN else plain
             assert trained[arm] == layers * gates[kind["gate"]] + rest
     assert trained["head alone"] == head
     assert trained["LoRA"] == trained["low-rank gate alone"]
@@ -79,13 +79,15 @@ def test_batches_are_the_seeds_and_hold_every_row_once():
 
 def test_jobs_are_whole_seeds_with_settings_that_were_tried():
     jobs = study.jobs(smoke=False)
-    assert len(jobs) == len(ARMS) * study.SEEDS == 55
+    bare = len(BARE) * study.BARE_SEEDS
+    assert len(jobs) == (len(ARMS) - len(BARE)) * study.SEEDS + bare == 61
     seeds = [job["seed"] for job in jobs.values()]
-    assert seeds == sorted(seeds)
+    assert seeds[:-bare] == sorted(seeds[:-bare])
     assert study.TUNING_SEED not in seeds
     assert json.loads(json.dumps(jobs)) == jobs  # or a stopped study would not find its runs
-    assert study.GRIDS.keys() == study.PICKED.keys() == ARMS.keys()
-    assert all(study.PICKED[arm] in study.GRIDS[arm] for arm in ARMS)
+    assert study.PICKED.keys() == ARMS.keys()
+    assert study.GRIDS.keys() == ARMS.keys() - BARE.keys()  # which were not tuned
+    assert all(study.PICKED[arm] in study.GRIDS[arm] for arm in study.GRIDS)
     tuning = study.tuning_jobs(smoke=False)
     assert len(tuning) == sum(map(len, study.GRIDS.values()))
     assert {job["seed"] for job in tuning.values()} == {study.TUNING_SEED}

@@ -126,10 +126,9 @@ def test_other_models_are_refused():
 
 
 def test_adapters_have_to_be_merged_first():
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
-    model = llama()
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), llama())
     with pytest.raises(ValueError, match=r"q_proj\S*: merge adapters and undo quantisation first"):
         from_llama(model)
 

@@ -1,9 +1,19 @@
 """Generation in all its forms, and the caches behind it."""
 
+import warnings
+from inspect import signature
+
 import pytest
 import torch
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    LlamaForCausalLM,
+)
 
+from starlayers.nlp.cache_starformer import CACHE
 from tests.nlp.tiny import VARIANTS, decoder, ids, seq2seq
 
 TOLERANCE = 1e-5
@@ -175,6 +185,44 @@ def test_seq2seq_generation_ignores_padding(variant, beams, cache):
     assert usual.shape == (1, 9)
     assert usual[0, 0] == model.config.decoder_start_token_id
     assert torch.equal(usual, model.generate(padded, attention_mask=(padded != 0).long(), **how))
+
+
+@pytest.mark.parametrize("variant", ["silu", "gate-head"])
+def test_continuous_batching_generates_the_same(variant):
+    model = decoder(variant)
+    texts = [ids(1, 5)[0].tolist(), ids(1, 7, seed=1)[0].tolist()]
+    how = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # or it takes all memory
+    batch = model.generate_batch(
+        texts, generation_config=how, continuous_batching_config=small, progress_bar=False
+    )
+    alone = [model.generate(torch.tensor([t]), generation_config=how)[0, len(t) :] for t in texts]
+    assert [made.generated_tokens for made in batch.values()] == [t.tolist() for t in alone]
+
+
+@pytest.mark.parametrize("name", dict.fromkeys([CACHE, "past_key_values"]))
+@pytest.mark.parametrize("make", [decoder, seq2seq])
+def test_a_cache_goes_by_the_names_of_the_installed_transformers(make, name):
+    assert CACHE in signature(LlamaForCausalLM.forward).parameters
+    whole, tokens = make("hybrid"), ids(2, 5)
+    inputs = {"decoder_input_ids": tokens} if make is seq2seq else {}
+    for model in (whole, whole.model):
+        cache = DynamicCache(config=model.config)
+        if make is seq2seq:  # both sides by the decoder's layer types, as transformers makes them
+            cache = EncoderDecoderCache(cache, DynamicCache(config=model.config))
+        with warnings.catch_warnings(record=True) as warned, torch.no_grad():
+            warnings.simplefilter("always")
+            output = model(tokens, **inputs, **{name: cache})
+        assert ["`past_key_values` is deprecated" in str(w.message) for w in warned] == (
+            [] if name == CACHE else [True]
+        )
+        assert CACHE in signature(model.forward).parameters
+        assert output[CACHE] is cache
+        assert cache.get_seq_length(1) == 5
+        with torch.no_grad():
+            uncached = model(tokens, **inputs, use_cache=False)
+        assert CACHE not in uncached
+        torch.testing.assert_close(output[0], uncached[0], atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_a_decoder_without_attention_cannot_count():
