@@ -98,8 +98,10 @@ def _plain_state(device: torch.device) -> Iterator[None]:
 
 def _called(caller: nn.Module, row: str, site: Site) -> None:
     there = Site(site.recipe, site.form, f"{row}.{site.inp}", f"{row}.{site.act}", None)
+    if any(p.is_meta for p in caller.parameters()):
+        return  # it may be a whole model, too large to be made real
     try:
-        _trial(shadow(caller), there)
+        _trial(shadow(caller, share=True), there)
     except CannotRunError:
         return  # most modules above a row of layers take other input than the MLP does
 

@@ -15,10 +15,11 @@ SEED = 0x57A4
 HELD = ("_parameters", "_buffers", "_modules")
 
 
-def shadow(module: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+def shadow(module: nn.Module, memo: dict[int, Any] | None = None, *, share: bool = False) -> Any:
     """A copy of a module without its hooks: what it runs and changes is its own.
 
-    Parameters and buffers on the meta device become random ones on the CPU.
+    Parameters and buffers on the meta device become random ones on the CPU. With `share` the
+    parameters are the module's own, for what may be too large to have twice.
 
     Example:
         >>> linear = nn.Linear(2, 2)
@@ -32,14 +33,17 @@ def shadow(module: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     copy = object.__new__(type(module))
     memo[id(module)] = copy
     state = copy.__dict__
-    own = {k: v for k, v in vars(module).items() if k not in HELD}
-    for name, value in own.items():
+    rest = {k: v for k, v in vars(module).items() if k not in HELD}
+    for name, value in rest.items():
         hooks = name.endswith("_hooks") or name.startswith(("_forward_hooks", "_forward_pre_hooks"))
         state[name] = type(value)() if hooks and isinstance(value, dict) else _copied(value, memo)
     for held in HELD[:2]:
-        state[held] = {k: _copied(t, memo) for k, t in getattr(module, held).items()}
+        own = held == "_parameters" and share
+        tensors = getattr(module, held).items()
+        state[held] = {k: t if own else _copied(t, memo) for k, t in tensors}
     state["_modules"] = {
-        k: None if child is None else shadow(child, memo) for k, child in module._modules.items()
+        k: None if child is None else shadow(child, memo, share=share)
+        for k, child in module._modules.items()
     }
     return copy
 
