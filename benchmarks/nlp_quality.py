@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, markdown_table, mean_interval, run_study, write_json
+from benchmarks.comparison import plot_differences, probability_of_improvement, shown, verdict
 from benchmarks.nlp_tasks import BASELINE, METRICS, RECIPES, VARIANTS, train_one
 
 SEEDS = {"sentiment": 5, "prose": 3, "translation": 3}
@@ -42,12 +43,6 @@ def values(records: Records, task: str, variant: str, metric: str) -> dict[int, 
     return {r["job"]["seed"]: r[metric] for r in matching}
 
 
-def probability_of_improvement(ours: list[float], theirs: list[float]) -> float:
-    """Share of pairs of runs, ours and theirs, that ours wins; a tie is half a win."""
-    wins = sum((a > b) + 0.5 * (a == b) for a in ours for b in theirs)
-    return wins / (len(ours) * len(theirs))
-
-
 def summarise(records: Records, task: str) -> list[dict[str, Any]]:
     """A row for each variant: means, and the difference to its baseline, better is positive."""
     rows = []
@@ -73,24 +68,10 @@ def summarise(records: Records, task: str) -> list[dict[str, Any]]:
     return rows
 
 
-def verdict(row: dict[str, Any]) -> str:
-    """Whether the interval of the difference leaves 0 out, and on which side."""
-    if "better by" not in row:
-        return "the baseline"
-    mean, half = row["better by"]
-    if mean - half > 0:
-        return "better"
-    return "worse" if mean + half < 0 else "not decided"
-
-
 def table(rows: list[dict[str, Any]], task: str) -> str:
     """The rows as Markdown, with 95 % intervals."""
     digits = {"bits_per_byte": 4}
     decides = next(iter(METRICS[task]))
-
-    def shown(pair: tuple[float, float], metric: str, sign: str = "") -> str:
-        n = digits.get(metric, 2)
-        return f"{pair[0]:{sign}.{n}f} ± {pair[1]:.{n}f}"
 
     header = ["variant", "against", *METRICS[task], f"{decides}, better by", "P(improvement)", ""]
     body = []
@@ -98,8 +79,8 @@ def table(rows: list[dict[str, Any]], task: str) -> str:
         compared = "better by" in row
         body.append(
             [row["variant"], row["baseline"] if compared else "-"]
-            + [shown(row[m], m) for m in METRICS[task]]
-            + [shown(row["better by"], decides, "+") if compared else "-"]
+            + [shown(row[m], digits.get(m, 2)) for m in METRICS[task]]
+            + [shown(row["better by"], digits.get(decides, 2), "+") if compared else "-"]
             + [f"{row['P(improvement)']:.2f}" if compared else "-"]
             + [verdict(row)]
         )
@@ -107,22 +88,11 @@ def table(rows: list[dict[str, Any]], task: str) -> str:
 
 
 def plot(summary: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * len(summary), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(summary), squeeze=False)[0]
-    colours = {"better": "C2", "worse": "C3", "not decided": "C7"}
-    for ax, (task, rows) in zip(axes, summary.items(), strict=True):
-        compared = [r for r in rows if "better by" in r][::-1]
-        for y, row in enumerate(compared):
-            mean, half = row["better by"]
-            ax.errorbar(mean, y, xerr=half, fmt="o", capsize=3, color=colours[verdict(row)])
-        names = [f"{r['variant']}\nagainst {r['baseline']}" for r in compared]
-        ax.set_yticks(range(len(names)), names, fontsize=7)
-        ax.axvline(0, color="k", lw=0.8)
-        ax.set_title(f"{task}: {next(iter(METRICS[task]))}, better by", fontsize=9)
-        ax.grid(axis="x", alpha=0.3)
-    figure.savefig(file, dpi=120)
+    panels = {}
+    for task, rows in summary.items():
+        named = {f"{r['variant']}\nagainst {r['baseline']}": r for r in rows if "better by" in r}
+        panels[f"{task}: {next(iter(METRICS[task]))}, better by"] = named
+    plot_differences(panels, file)
 
 
 def run(processes: int, smoke: bool, out: Path = RESULTS) -> None:

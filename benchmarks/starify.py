@@ -18,7 +18,7 @@ import typer
 
 from benchmarks import starify_speed
 from benchmarks.common import RESULTS, markdown_table, mean_interval, run_study, write_json
-from benchmarks.nlp_quality import probability_of_improvement, verdict
+from benchmarks.comparison import plot_differences, probability_of_improvement, shown, verdict
 from benchmarks.starify_arms import ARMS, BARE, FROZEN, FULL, LORA
 from benchmarks.starify_train import RECIPE, train_one
 
@@ -163,10 +163,6 @@ def compare(records: Records) -> list[dict[str, Any]]:
     return rows
 
 
-def shown(pair: tuple[float, float], digits: int, sign: str = "") -> str:
-    return f"{pair[0]:{sign}.{digits}f} ± {pair[1]:.{digits}f}"
-
-
 def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str:
     """Arms, and differences between them, as Markdown with 95 % intervals."""
     columns = [f"{s} {m}" for s, m in product(("validation", "test"), METRICS)]
@@ -196,22 +192,11 @@ def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str
 
 
 def plot(differences: list[dict[str, Any]], file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, len(METRICS), sharey=True)
-    colours = {"better": "C2", "worse": "C3", "not decided": "C7"}
-    for ax, metric in zip(axes, METRICS, strict=True):
-        compared = [row for row in differences if row["metric"] == metric][::-1]
-        for y, row in enumerate(compared):
-            mean, half = row["better by"]
-            ax.errorbar(mean, y, xerr=half, fmt="o", capsize=3, color=colours[verdict(row)])
-        names = [f"{row['arm']}\nagainst {row['against']}" for row in compared]
-        ax.set_yticks(range(len(names)), names, fontsize=7)
-        ax.axvline(0, color="k", lw=0.8)
-        ax.set_title(f"test {metric.replace('_', ' ')}, better by", fontsize=9)
-        ax.grid(axis="x", alpha=0.3)
-    figure.savefig(file, dpi=120)
+    panels: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in differences:
+        title = f"test {row['metric'].replace('_', ' ')}, better by"
+        panels.setdefault(title, {})[f"{row['arm']}\nagainst {row['against']}"] = row
+    plot_differences(panels, file, shared_names=True)
 
 
 @app.command()

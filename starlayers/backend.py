@@ -4,10 +4,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from starlayers.activations import get_activation
 
@@ -25,6 +26,7 @@ __all__ = [
     "is_plain_linear",
     "kernel_blocker",
     "needs_gradients",
+    "recomputed",
     "star_blocker",
     "use_backend",
     "with_this_backend",
@@ -108,6 +110,22 @@ def with_this_backend(call: Callable[..., T]) -> Callable[..., T]:
             return call(*args, **kwargs)
 
     return under
+
+
+def recomputed(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """`call(*args)` that saves only its inputs, and runs again in the backward on this backend.
+
+    Keywords go to `torch.utils.checkpoint.checkpoint`, which hands on to `call` what it does not
+    know.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> recomputed(torch.exp, x).sum().backward()
+        >>> x.grad
+        tensor([2.7183, 2.7183])
+    """
+    y: T = checkpoint(with_this_backend(call), *args, use_reentrant=False, **kwargs)
+    return y
 
 
 def _checked(name: str, where: str) -> str:

@@ -6,10 +6,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from starlayers.activations import get_activation
-from starlayers.backend import fused_mlp_blocker, is_plain, with_this_backend
+from starlayers.backend import fused_mlp_blocker, is_plain, recomputed
 from starlayers.functional import COMBINE
 
 __all__ = ["DropPath", "StarBlock", "StarMLP", "StarOp"]
@@ -160,7 +159,7 @@ class StarMLP(StarOp):
 
             return fused_star_mlp(self, x, residual)
         if self.recompute and torch.is_grad_enabled():
-            y = checkpoint(with_this_backend(self._eager), x, use_reentrant=False)
+            y = recomputed(self._eager, x)
         else:
             y = self._eager(x)
         return y if residual is None else residual + y

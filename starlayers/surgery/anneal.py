@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from starlayers.modules import positive_int
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import name_of
-from starlayers.surgery.install import anneal_activation, annealed, installed
+from starlayers.surgery.install import anneal_activation, annealed, installed, role_of
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.record import note_in_config
-from starlayers.surgery.site import attribute, projection, unfloatable
+from starlayers.surgery.site import attribute, gate_blocker, projection
 
 __all__ = ["Anneal"]
 
@@ -149,11 +149,11 @@ def _call(
 
 
 def _last_projection(owner: nn.Module, star: Star) -> nn.Module | None:
-    site = star.site if isinstance(star, StarProjection) else star.star.site
-    if site.out is None:
+    name = role_of(star).site.out
+    if name is None:
         return None
-    out: nn.Module = attribute(owner, site.out)
-    ordinary = projection(out) is not None and unfloatable(out) is None
+    out: nn.Module = attribute(owner, name)
+    ordinary = projection(out) is not None and gate_blocker(out) is None
     return out if ordinary and not hasattr(out, "base_layer") else None
 
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from starlayers.surgery.attention import gated_attentions
@@ -13,7 +12,7 @@ from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import installed
 from starlayers.surgery.probe import verify
 from starlayers.surgery.projection import StarProjection
-from starlayers.surgery.recipes import RECIPES, is_sequence
+from starlayers.surgery.recipes import RECIPES, is_sequence, runs
 from starlayers.surgery.site import Site, attribute, join, parent_of
 
 __all__ = ["Chosen", "Finding", "Patterns", "find_mlps"]
@@ -86,18 +85,12 @@ def find_mlps(
 def _claims(model: nn.Module) -> Iterator[Finding]:
     inside = {id(m) for m in model.modules() if isinstance(m, StarProjection) for m in m.modules()}
     for path, owner in model.named_modules():
-        if isinstance(owner, GatedMLP) or id(owner) in inside or not _runs(owner):
+        if isinstance(owner, GatedMLP) or id(owner) in inside or not runs(owner):
             continue
         for recipe in list(RECIPES):
             for site in recipe(owner):
                 if not isinstance(attribute(owner, site.inp), StarProjection):
                     yield Finding(join(path, site.inp), path, site)
-
-
-def _runs(owner: nn.Module) -> bool:
-    """Lists and dicts of modules do not, and what is scripted runs what was compiled."""
-    scripted = isinstance(owner, torch.jit.ScriptModule)
-    return not scripted and type(owner).forward is not nn.Module.forward
 
 
 def _caller(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
@@ -107,7 +100,7 @@ def _caller(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
     parts = path.split(".")
     for i in reversed(range(len(parts))):
         above = model.get_submodule(".".join(parts[:i]))
-        if not is_sequence(above) and _runs(above):
+        if not is_sequence(above) and runs(above):
             return above, ".".join(parts[i:])
     return None
 

@@ -1,15 +1,14 @@
 """MLPs that already are stars: their own layers, names and weights on the core's fused forward."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
-from torch.utils.checkpoint import checkpoint
 
-from starlayers.backend import fused_mlp_blocker, star_blocker, with_this_backend
+from starlayers.backend import fused_mlp_blocker, recomputed, star_blocker
 from starlayers.functional import star_packed, star_product
 from starlayers.modules import StarMLP
 from starlayers.surgery.site import (
@@ -48,7 +47,7 @@ class Role:
     fused: bool = True
     recompute: bool = False
     #: products added per channel
-    grown: int = field(default=0)
+    grown: int = 0
 
 
 @dataclass
@@ -104,8 +103,7 @@ class GatedMLP(nn.Module):
 
             return fused_star_mlp(view, x, None)
         if self.star.recompute and torch.is_grad_enabled():
-            y: Tensor = checkpoint(with_this_backend(self._star_eager), x, use_reentrant=False)
-            return y
+            return recomputed(self._star_eager, x)
         return self._star_eager(x)
 
     def star_sizes(self) -> tuple[int, int, int]:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from starlayers.surgery.gated import GatedMLP, Grown
-from starlayers.surgery.install import installed, meta
+from starlayers.surgery.install import installed, role_of
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.site import (
     Projection,
@@ -27,7 +27,7 @@ def gate_size(star: StarProjection | GatedMLP) -> float:
         0.0
     """
     gate = gate_of(star)
-    if gate is None or meta(star):
+    if gate is None or any(p.is_meta for p in star.parameters()):
         return 0.0
     inp = star.inp if isinstance(star, StarProjection) else attribute(star, star.star.site.inp)
     sizes = projection(inp) or Projection(1, 1)
@@ -93,5 +93,4 @@ def gate_of(star: StarProjection | GatedMLP) -> nn.Module | None:
 
 def name_of(path: str, star: StarProjection | GatedMLP) -> str:
     """The name of a star layer's first projection in the model."""
-    site = star.site if isinstance(star, StarProjection) else star.star.site
-    return join(path, site.inp)
+    return join(path, role_of(star).site.inp)

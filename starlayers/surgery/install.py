@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from starlayers.surgery.gated import GatedMLP, Role, adopt, grow, release
@@ -67,6 +66,11 @@ def install_gated(
     return star
 
 
+def role_of(star: StarProjection | GatedMLP) -> StarProjection | Role:
+    """What knows the site of a star layer, its row, and how it is to compute."""
+    return star if isinstance(star, StarProjection) else star.star
+
+
 def activation_of(star: StarProjection | GatedMLP) -> Any:
     """The activation of a star layer, as it is by now."""
     return star.act if isinstance(star, StarProjection) else attribute(star, star.star.site.act)
@@ -74,7 +78,6 @@ def activation_of(star: StarProjection | GatedMLP) -> Any:
 
 def anneal_activation(star: StarProjection | GatedMLP, t: float) -> None:
     """Set how far the activation of a star layer is from what it was; 0 takes the wrapper off."""
-    role: Any = star if isinstance(star, StarProjection) else star.star
     act = activation_of(star)
     act = act.act if isinstance(act, AnnealedActivation) else act
     act = AnnealedActivation(act, t).train(star.training) if t else act
@@ -84,7 +87,8 @@ def anneal_activation(star: StarProjection | GatedMLP, t: float) -> None:
         star.act = act
     else:
         put(star, star.star.site.act, act)
-    role.row = recognise(act)  # the kernels know both ends, and nothing between
+    # the kernels know both ends, and nothing between
+    role_of(star).row = recognise(act) if t in (0.0, 1.0) else None
 
 
 def annealed(star: StarProjection | GatedMLP) -> float:
@@ -102,15 +106,15 @@ def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, StarProjection
         []
     """
     seen: set[int] = set()
-    for path, owner in list(model.named_modules()):
-        if isinstance(owner, GatedMLP):
-            yield path, owner, owner
-        for name, child in list(owner.named_modules(remove_duplicate=False)):
-            # a dotted name below the owner tells whose site it is
-            whole = isinstance(child, StarProjection) and child.site.inp == name
-            if isinstance(child, StarProjection) and whole and id(child) not in seen:
-                seen.add(id(child))
-                yield path, owner, child
+    for path, star in list(model.named_modules(remove_duplicate=False)):
+        if id(star) in seen or not isinstance(star, (StarProjection, GatedMLP)):
+            continue
+        # the name of a projection's site, below its owner, ends its own name
+        inp = "" if isinstance(star, GatedMLP) else star.site.inp
+        if not inp or path == inp or path.endswith(f".{inp}"):
+            seen.add(id(star))
+            above = path.removesuffix(inp).removesuffix(".") if inp else path
+            yield above, model.get_submodule(above), star
 
 
 def take_out(owner: nn.Module, star: StarProjection | GatedMLP) -> None:
@@ -137,8 +141,3 @@ def settle_fast_paths(model: nn.Module) -> None:
         elif not lost and hasattr(module, "star_use_nested_tensor"):
             module.use_nested_tensor = True
             del module.star_use_nested_tensor
-
-
-def meta(star: StarProjection | GatedMLP) -> bool:
-    """Whether a star layer has parameters without values."""
-    return any(p.device == torch.device("meta") for p in star.parameters())

@@ -56,12 +56,13 @@ def param_groups(
     if not trainable:
         raise ValueError(f"param_groups: no parameter of this {type(model).__name__} is trainable")
     own = [p for p in trainable if id(p) not in gates]
-    groups: list[dict[str, Any]] = [
-        {"name": "decay", "params": [p for p in own if p.ndim > 1], "lr": lr}
-        | {"weight_decay": weight_decay},
-        {"name": "no_decay", "params": [p for p in own if p.ndim <= 1], "lr": lr}
-        | {"weight_decay": 0.0},
-        {"name": "star_gates", "params": [p for p in trainable if id(p) in gates], "lr": gate_lr}
-        | {"weight_decay": gate_weight_decay},
+    groups = [
+        ("decay", [p for p in own if p.ndim > 1], lr, weight_decay),
+        ("no_decay", [p for p in own if p.ndim <= 1], lr, 0.0),
+        ("star_gates", [p for p in trainable if id(p) in gates], gate_lr, gate_weight_decay),
     ]
-    return [group for group in groups if group["params"]]
+    return [
+        {"name": name, "params": params, "lr": rate, "weight_decay": decay}
+        for name, params, rate, decay in groups
+        if params
+    ]

@@ -29,8 +29,14 @@ def from_pretrained(auto_class: Any, path: str | PathLike[str], **kwargs: Any) -
         TypeError: `auto_class` can load no model of this kind.
 
     Example:
-        >>> from starlayers import from_pretrained  # doctest: +SKIP
-        >>> from_pretrained(AutoModelForCausalLM, "my-starified-gpt2")  # doctest: +SKIP
+        >>> import tempfile
+        >>> from transformers import AutoModel, BertConfig, BertModel
+        >>> from starlayers import from_pretrained, starify
+        >>> folder = tempfile.mkdtemp()
+        >>> small = BertConfig(hidden_size=8, num_attention_heads=2, intermediate_size=16)
+        >>> starify(BertModel(small), gate="scale").save_pretrained(folder)
+        >>> from_pretrained(AutoModel, folder).encoder.layer[0].intermediate.dense.spec
+        'scale'
     """
     try:
         from transformers import AutoConfig

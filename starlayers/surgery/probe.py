@@ -4,24 +4,24 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from starlayers.surgery.gated import Role, adopt
 from starlayers.surgery.install import install_plain
-from starlayers.surgery.recipes import is_sequence, recognise
+from starlayers.surgery.recipes import is_sequence, recognise, runs
 from starlayers.surgery.shadow import seed, shadow, untraced
 from starlayers.surgery.site import (
     Projection,
     Site,
     attribute,
     dtype_and_device,
+    gate_blocker,
     halves,
     projection,
     put,
-    unfloatable,
 )
 
 __all__ = ["Verdict", "verify"]
@@ -38,15 +38,12 @@ class CannotRunError(MismatchError):
     """A module does not run by itself on one input."""
 
 
-class Verdict:
+class Verdict(NamedTuple):
     """What a trial found: the site with its branches in the right order, or why there is none."""
 
-    def __init__(
-        self, site: Site, reason: str | None = None, between: tuple[str, ...] = ()
-    ) -> None:
-        self.site = site
-        self.reason = reason
-        self.between = between
+    site: Site
+    reason: str | None = None
+    between: tuple[str, ...] = ()
 
 
 def verify(owner: nn.Module, site: Site, caller: tuple[nn.Module, str] | None = None) -> Verdict:
@@ -71,7 +68,7 @@ def verify(owner: nn.Module, site: Site, caller: tuple[nn.Module, str] | None = 
         try:
             for name in filter(None, (site.inp, site.up)):
                 part = attribute(owner, name)
-                reason = unfloatable(part) if projection(part) else f"{name!r} is no linear map"
+                reason = gate_blocker(part) if projection(part) else f"{name!r} is no linear map"
                 if reason is not None:
                     return Verdict(site, reason)
             device = dtype_and_device(attribute(owner, site.inp))[1]
@@ -138,8 +135,7 @@ def _running_part(owner: nn.Module, site: Site) -> str:
     """The deepest module that runs both the projection and the activation ("" is the owner)."""
     inp, act = site.inp.split(".")[:-1], site.act.split(".")[:-1]
     shared = [a for a, b in zip(inp, act) if a == b]
-    # lists and dicts of modules hold, but do not run
-    while shared and type(owner.get_submodule(".".join(shared))).forward is nn.Module.forward:
+    while shared and not runs(owner.get_submodule(".".join(shared))):
         shared.pop()
     return ".".join(shared)
 
@@ -273,10 +269,9 @@ def _buffers_kept(body: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
-class _Call:
-    def __init__(self, taken: Tensor, given: Tensor) -> None:
-        self.taken = taken
-        self.given = given
+class _Call(NamedTuple):
+    taken: Tensor
+    given: Tensor
 
 
 class _Calls:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
-from torch.utils.checkpoint import checkpoint
 
-from starlayers.backend import with_this_backend
+from starlayers.backend import recomputed
 from starlayers.functional import star_product
 from starlayers.surgery.site import Projection, Site, dtype_and_device, projection
 
@@ -217,10 +216,7 @@ class StarProjection(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            y: Tensor = checkpoint(
-                with_this_backend(self._star), x, *args, use_reentrant=False, **kwargs
-            )
-            return y
+            return recomputed(self._star, x, *args, **kwargs)
         return self._star(x, *args, **kwargs)
 
     def _star(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

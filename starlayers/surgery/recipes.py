@@ -131,6 +131,12 @@ def is_sequence(owner: nn.Module) -> bool:
     return isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward
 
 
+def runs(owner: nn.Module) -> bool:
+    """Lists and dicts of modules do not run, and what is scripted runs what was compiled."""
+    scripted = isinstance(owner, torch.jit.ScriptModule)
+    return not scripted and type(owner).forward is not nn.Module.forward
+
+
 def _feeding(found: dict[str, Projection], last: str, branches: int = 1) -> list[str]:
     """The projections that make what `last` takes back to where it came from, in their order."""
     return [name for name in found if name != last and _returns(found[name], found[last], branches)]

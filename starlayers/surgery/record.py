@@ -12,6 +12,7 @@ from starlayers.surgery.install import (
     install_gated,
     install_plain,
     installed,
+    role_of,
     settle_fast_paths,
 )
 from starlayers.surgery.projection import StarProjection
@@ -42,11 +43,10 @@ def record_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _entry(path: str, star: StarProjection | GatedMLP) -> dict[str, Any]:
-    if isinstance(star, StarProjection):
-        options: dict[str, Any] = {"gate": star.spec}
-        role: Any = star
+    role = role_of(star)
+    if isinstance(role, StarProjection):
+        options: dict[str, Any] = {"gate": role.spec}
     else:
-        role = star.star
         options = {"grow": role.grown, "between": list(role.between)}
     flags = {"fused": role.fused, "recompute": role.recompute, "anneal": annealed(star)}
     return {"owner": path, "site": asdict(role.site), **options, **flags}

@@ -9,7 +9,7 @@ from starlayers.surgery.attention import GatedAttention, gated_attentions
 from starlayers.surgery.find import Chosen, Patterns, find_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_of, name_of
-from starlayers.surgery.install import installed
+from starlayers.surgery.install import installed, role_of
 from starlayers.surgery.projection import ScaleGate, StarProjection
 from starlayers.surgery.site import Projection, projection
 
@@ -122,7 +122,7 @@ def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = No
         include, exclude: as for `starify`.
 
     Raises:
-        ValueError: a pattern of `include` names no MLP.
+        ValueError: a pattern names no MLP.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
@@ -151,11 +151,12 @@ def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = No
 def _installed_row(name: str, star: StarProjection | GatedMLP) -> Row:
     gate = gate_of(star)
     count = 0 if gate is None else sum(p.numel() for p in gate.parameters())
-    if isinstance(star, StarProjection):
-        site, detail = star.site, star.spec + (", fused" if star.fused else "")
+    role = role_of(star)
+    if isinstance(role, StarProjection):
+        detail = role.spec + (", fused" if role.fused else "")
     else:
-        site, detail = star.star.site, star.star.row or ""
-        detail += f", grown by {star.star.grown}" if gate is not None else ""
+        detail = (role.row or "") + (f", grown by {role.grown}" if role.grown else "")
+    site = role.site
     state = "star" if gate is not None else "fused"
     return Row(name, site.recipe, site.form, state, detail, count, _flops(star))
 

@@ -55,7 +55,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     copy: Any
     if isinstance(value, Tensor):
         copy = _random(value) if value.is_meta else value.detach().clone()
-        copy = nn.Parameter(copy, value.requires_grad) if _is_parameter(value) else copy
+        copy = nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
     elif isinstance(value, torch.Generator):
         copy = value.clone_state()
     elif type(value) in (list, set):
@@ -66,10 +66,6 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
     memo[id(value)] = copy
     return copy
-
-
-def _is_parameter(value: Tensor) -> bool:
-    return isinstance(value, nn.Parameter)
 
 
 def _random(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["Projection", "Site", "attribute", "parent_of", "projection", "unfloatable"]
+__all__ = ["Projection", "Site", "attribute", "gate_blocker", "parent_of", "projection"]
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ def dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:
     return weight.dtype, weight.device
 
 
-def unfloatable(module: nn.Module) -> str | None:
+def gate_blocker(module: nn.Module) -> str | None:
     """Why no gate can stand beside this projection: its weight is quantised, or no tensor.
 
     Example:
-        >>> unfloatable(nn.Linear(2, 2)) is None
+        >>> gate_blocker(nn.Linear(2, 2)) is None
         True
     """
     weight, kind = weight_of(module), type(base_layer(module)).__name__

@@ -20,6 +20,7 @@ from starlayers.surgery.install import (
     install_gated,
     install_plain,
     installed,
+    role_of,
     settle_fast_paths,
     take_out,
 )
@@ -132,7 +133,7 @@ def _wanted(site: Site, mode: str, grow: int) -> bool:
 
 def _revisit(star: StarProjection | GatedMLP, mode: str, *, recompute: bool, rank: int) -> None:
     """What starify does to a star layer that it, or an earlier call, has made: never a new gate."""
-    role = star if isinstance(star, StarProjection) else star.star
+    role = role_of(star)
     role.fused = role.fused or mode == "fuse"
     role.recompute = role.recompute or recompute
     if isinstance(star, GatedMLP) and rank and not star.star.grown:

@@ -4,9 +4,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
-from starlayers.backend import with_this_backend
+from starlayers.backend import recomputed
 
 __all__ = ["recompute"]
 
@@ -26,7 +25,7 @@ def recompute(module: nn.Module, x: Tensor) -> Tensor:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _KeptStatistics(module)
 
-    y: Tensor = checkpoint(with_this_backend(module), x, use_reentrant=False, context_fn=contexts)
+    y: Tensor = recomputed(module, x, context_fn=contexts)
     return y
 
 

@@ -1,8 +1,6 @@
 """Text data sets: where they come from, what they hold, and how they are divided."""
 
 import json
-import socket
-import time
 from collections import Counter
 
 import datasets
@@ -12,6 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Translation
 
 from starlayers.nlp import _corpora, _rows, _sword
 from starlayers.nlp.data import load_prose, load_sentiment, load_translation
+from tests.nlp.hub import unreachable_hub
 
 SPLITS = ["train", "validation", "test"]
 
@@ -417,16 +416,11 @@ def test_offline_mode_reads_what_was_downloaded(hub, monkeypatch):
 def test_a_hub_out_of_reach_is_given_up_in_seconds(monkeypatch, answers):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(_rows, "HUB_TIMEOUT_S", 0.5)
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        if answers:  # the connection, but never the question
-            server.listen()
-        address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-        start = time.monotonic()
-        with pytest.raises(FileNotFoundError, match=f"'my/books' is none of.*tried {address}"):
-            load_prose("my/books")
-    assert time.monotonic() - start < 5
+    with (
+        unreachable_hub(monkeypatch, answers) as address,
+        pytest.raises(FileNotFoundError, match=f"'my/books' is none of.*tried {address}"),
+    ):
+        load_prose("my/books")
 
 
 # --- division

