@@ -1,5 +1,7 @@
 """Fixtures shared by the tests."""
 
+import sys
+
 import pytest
 import torch
 
@@ -25,3 +27,14 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _log_of_transformers():
+    """Examples and studies quieten transformers' log, which its own tests read."""
+    yield
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity(logging.WARNING)
+        logging.enable_progress_bar()
