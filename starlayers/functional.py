@@ -178,10 +178,12 @@ def star_packed(
     """
     if h.ndim == 0 or h.shape[-1] % 2:
         raise ValueError(f"star_packed needs an even last dimension, got shape {tuple(h.shape)}")
+    if not h.is_floating_point():
+        raise TypeError(f"star_packed expects a floating tensor, got {h.dtype}; use .float()")
+    _check_limits(clamp1=clamp1, clamp2=clamp2)
     x1, x2 = h.chunk(2, -1)
     if star_blocker(x1, x2, act) is not None:
-        return star(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
-    _check_limits(clamp1=clamp1, clamp2=clamp2)
+        return star_reference(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
     return _fused_star(h, None, act, offset, clamp1, clamp2)
 
 

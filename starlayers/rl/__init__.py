@@ -1,0 +1,57 @@
+"""Star policies for stable-baselines3. Install with `pip install 'starlayers[rl]'`.
+
+Importing it makes "StarMlpPolicy", "StarCnnPolicy" and "StarMultiInputPolicy" names of policies.
+"""
+
+try:
+    import einops as _einops  # noqa: F401
+    import stable_baselines3 as _sb3  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"starlayers.rl needs {error.name}: pip install 'starlayers[rl]'") from error
+
+from starlayers.rl.critics import ProductTrunk
+from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor, StarExtractor
+from starlayers.rl.policies import (
+    StarActorCriticCnnPolicy,
+    StarActorCriticPolicy,
+    StarDQNCnnPolicy,
+    StarDQNMultiInputPolicy,
+    StarDQNPolicy,
+    StarMultiInputActorCriticPolicy,
+    StarPPOCnnPolicy,
+    StarPPOMultiInputPolicy,
+    StarPPOPolicy,
+    StarSACCnnPolicy,
+    StarSACMultiInputPolicy,
+    StarSACPolicy,
+    StarTD3CnnPolicy,
+    StarTD3MultiInputPolicy,
+    StarTD3Policy,
+)
+from starlayers.rl.register import register
+from starlayers.rl.trunks import NETS
+
+__all__ = [
+    "NETS",
+    "ProductTrunk",
+    "StarActorCriticCnnPolicy",
+    "StarActorCriticPolicy",
+    "StarCnnExtractor",
+    "StarCombinedExtractor",
+    "StarDQNCnnPolicy",
+    "StarDQNMultiInputPolicy",
+    "StarDQNPolicy",
+    "StarExtractor",
+    "StarMultiInputActorCriticPolicy",
+    "StarPPOCnnPolicy",
+    "StarPPOMultiInputPolicy",
+    "StarPPOPolicy",
+    "StarSACCnnPolicy",
+    "StarSACMultiInputPolicy",
+    "StarSACPolicy",
+    "StarTD3CnnPolicy",
+    "StarTD3MultiInputPolicy",
+    "StarTD3Policy",
+]
+
+register()
