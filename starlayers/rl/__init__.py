@@ -9,7 +9,9 @@ try:
 except ImportError as error:
     raise ImportError(f"starlayers.rl needs {error.name}: pip install 'starlayers[rl]'") from error
 
-from starlayers.rl.critics import ProductTrunk
+from starlayers.rl.critics import ProductTerm, ProductTrunk
+from starlayers.rl.describe import Description, Network, describe
+from starlayers.rl.export import export_onnx
 from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor, StarExtractor
 from starlayers.rl.policies import (
     StarActorCriticCnnPolicy,
@@ -29,10 +31,14 @@ from starlayers.rl.policies import (
     StarTD3Policy,
 )
 from starlayers.rl.register import register
+from starlayers.rl.surgery import revert, starified, starify
 from starlayers.rl.trunks import NETS
 
 __all__ = [
     "NETS",
+    "Description",
+    "Network",
+    "ProductTerm",
     "ProductTrunk",
     "StarActorCriticCnnPolicy",
     "StarActorCriticPolicy",
@@ -52,6 +58,11 @@ __all__ = [
     "StarTD3CnnPolicy",
     "StarTD3MultiInputPolicy",
     "StarTD3Policy",
+    "describe",
+    "export_onnx",
+    "revert",
+    "starified",
+    "starify",
 ]
 
 register()

@@ -1,6 +1,7 @@
-"""The state-action star: a critic's first layer from the product of two embeddings."""
+"""The state-action star: products of state and action in critics, new and trained."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from starlayers.functional import star_product
 from starlayers.rl.trunks import NORMS, KeepsInit, build_trunk
 
-__all__ = ["ProductTrunk"]
+__all__ = ["ProductTerm", "ProductTrunk"]
 
 
 class ProductTrunk(KeepsInit):
@@ -68,3 +69,43 @@ class ProductTrunk(KeepsInit):
             self.state_norm(self.state(s)), self.action_norm(self.action(a)), self.act
         )
         return self.tail(product + self.both(x))  # type: ignore[no-any-return]
+
+
+class ProductTerm(nn.Module):
+    """A critic's network with a product of state and action beside it.
+
+    `Q(s, a) = q([s, a]) + head(tanh(Ws s + bs) * (Wa a + ba))` with a zero head: `q` to the bit at
+    first. A network over the concatenation has to learn such products; here they are given, and
+    the bounded state branch keeps the gradient in the action bounded.
+
+    Shapes: (batch, states + actions), as SB3's critics concatenate them -> that of `q`.
+
+    Args:
+        q: the critic's own network, with its gates if it has any.
+        states, actions: channels of either.
+        outputs: of `q`; quantiles have one each.
+        width: products.
+
+    Example:
+        >>> q = nn.Linear(4, 1)
+        >>> x = torch.randn(8, 4)
+        >>> torch.equal(ProductTerm(q, 3, 1, 1, 16)(x), q(x))
+        True
+    """
+
+    def __init__(self, q: nn.Module, states: int, actions: int, outputs: int, width: int) -> None:
+        super().__init__()
+        first = next(q.parameters())
+        where: dict[str, Any] = {"dtype": first.dtype, "device": first.device}
+        self.q = q
+        self.sizes = [states, actions]
+        self.state = nn.Linear(states, width, **where)
+        self.action = nn.Linear(actions, width, **where)
+        self.head = nn.Linear(width, outputs, bias=False, **where)
+        nn.init.zeros_(self.head.weight)
+        self.train(q.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, a = torch.split(x, self.sizes, -1)
+        product = star_product(self.state(s), self.action(a), "tanh")
+        return self.q(x) + self.head(product)  # type: ignore[no-any-return]

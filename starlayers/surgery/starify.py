@@ -113,7 +113,9 @@ def starify(
 
 def _check(model: nn.Module, mode: str, gate: str, grow: int) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"starify expects a torch.nn.Module, got {type(model).__name__}")
+        agent = isinstance(getattr(model, "policy", None), nn.Module)
+        hint = "; it has a policy: use starlayers.rl.starify(model)" if agent else ""
+        raise TypeError(f"starify expects a torch.nn.Module, got {type(model).__name__}{hint}")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
             "starify: DistributedDataParallel knows no new parameters; wrap afterwards"

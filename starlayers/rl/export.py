@@ -1,0 +1,124 @@
+"""Trained policies as ONNX files that need neither PyTorch nor stable-baselines3."""
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecNormalize
+
+from starlayers.rl.decision import Decision
+from starlayers.rl.parity import check_parity, samples, tensors
+
+__all__ = ["export_onnx"]
+
+
+def export_onnx(
+    model: BaseAlgorithm,
+    path: str | os.PathLike[str],
+    *,
+    vec_normalize: VecNormalize | None = None,
+    opset: int = 18,
+) -> Path:
+    """Write the deterministic `predict` of a model to an ONNX file, checked in onnxruntime.
+
+    The graph takes observations as the environment gives them (images channel first, as
+    `model.observation_space`) and returns the action that `env.step` takes: the statistics of
+    `VecNormalize`, SB3's preprocessing, the masks of MaskablePPO and the scaling or clipping of
+    actions are all inside. Before the file appears, its actions are compared with `predict` on
+    random observations; where two actions have the same score to rounding, either passes.
+
+    Inputs, with a free batch size: "obs" (batch, ...), or one input per key of a Dict space, in
+    the type of the space; "action_masks" (batch, choices), bool, for MaskablePPO; "hidden" and
+    "cell" (layers, batch, size), zeros at first, and "episode_start" (batch,), 1 at the first step
+    of an episode, for RecurrentPPO. Outputs: "action" (batch, ...); "next_hidden", "next_cell".
+
+    Args:
+        model: any algorithm of stable-baselines3 or sb3-contrib.
+        path: of the file; it is replaced in one step.
+        vec_normalize: the statistics; default those of the model's environment, if any. A model
+            that was loaded without its environment knows of none: give them.
+        opset: version of the ONNX operators.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime is missing.
+        TypeError: not a model of stable-baselines3, or not a `VecNormalize`.
+        ValueError: a policy without the usual networks, statistics of another shape, or a key of
+            the observation with the name of another input or output.
+        RuntimeError: onnxruntime and `predict` differ by more than 1e-5, relative above 1; no
+            file is written.
+
+    Example:
+        >>> import tempfile
+        >>> from stable_baselines3 import PPO
+        >>> model = PPO("MlpPolicy", "CartPole-v1", device="cpu")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_onnx(model, f"{folder}/cartpole.onnx").name
+        'cartpole.onnx'
+    """
+    if not isinstance(model, BaseAlgorithm):
+        raise TypeError(
+            "export_onnx takes a model of stable-baselines3 or sb3-contrib, such as PPO, "
+            f"got {type(model).__name__}"
+        )
+    if vec_normalize is not None and not isinstance(vec_normalize, VecNormalize):
+        raise TypeError(
+            f"export_onnx: vec_normalize must be a VecNormalize, got {type(vec_normalize).__name__}"
+        )
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # type: ignore[import-untyped]
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"export_onnx needs {error.name}: pip install 'starlayers[deploy]'"
+        ) from error
+
+    stats = model.get_vec_normalize_env() if vec_normalize is None else vec_normalize
+    path, policy = Path(path), model.policy
+    modes = [(module, module.training) for module in policy.modules()]
+    policy.set_training_mode(False)
+    try:
+        decision = Decision(policy, stats)
+        decision.training = False
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+            written = Path(folder) / path.name
+            _write(decision, written, opset)
+            session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
+            check_parity(model, decision, session, stats)
+            os.replace(written, path)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return path
+
+
+def _write(decision: Decision, path: Path, opset: int) -> None:
+    names = [*decision.inputs, *decision.extras()]
+    outputs = ["action"] + ["next_hidden", "next_cell"] * decision.recurrent
+    twice = sorted({n for n in names + outputs if (names + outputs).count(n) > 1})
+    if twice:
+        raise ValueError(f"export_onnx: rename the observation {twice}, which the graph also needs")
+    batch = torch.export.Dim("batch")
+    shapes = [{1 if name in ("hidden", "cell") else 0: batch} for name in names]
+    args = tensors(decision, next(samples(decision, (2,))))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            decision,
+            args,
+            path,
+            input_names=names,
+            output_names=outputs,
+            dynamic_shapes={"args": tuple(shapes)},
+            # the tracing exporter would record fused kernels, which ONNX does not have
+            dynamo=True,
+            external_data=False,
+            opset_version=opset,
+            verbose=False,
+        )

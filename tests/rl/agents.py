@@ -1,0 +1,112 @@
+"""Algorithms with settings for a few hundred steps, and an environment of any spaces."""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import sb3_contrib
+import stable_baselines3
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+import starlayers.rl  # noqa: F401  the names of policies
+
+ON_POLICY = {"n_steps": 32, "batch_size": 16, "n_epochs": 2}
+OFF_POLICY = {"learning_starts": 30, "batch_size": 8, "buffer_size": 300}
+TRPO = {"n_steps": 32, "batch_size": 16}
+
+#: algorithm -> settings
+SHORT: dict[str, dict[str, Any]] = {
+    "PPO": ON_POLICY,
+    "A2C": {"n_steps": 16},
+    "TRPO": TRPO,
+    "MaskablePPO": ON_POLICY,
+    "RecurrentPPO": ON_POLICY,
+    "SAC": OFF_POLICY,
+    "TD3": OFF_POLICY,
+    "DDPG": OFF_POLICY,
+    "TQC": OFF_POLICY,
+    "CrossQ": OFF_POLICY,
+    "DQN": OFF_POLICY,
+    "QRDQN": OFF_POLICY,
+    "ARS": {"n_delta": 1, "zero_policy": False},
+}
+CONTINUOUS = ("SAC", "TD3", "DDPG", "TQC", "CrossQ")
+
+OBSERVATIONS: dict[str, spaces.Space[Any]] = {
+    "box": spaces.Box(-1, 1, (3,)),
+    "discrete": spaces.Discrete(4),
+    "multi_discrete": spaces.MultiDiscrete([2, 3]),
+    "multi_binary": spaces.MultiBinary(4),
+    "image": spaces.Box(0, 255, (1, 20, 20), dtype=np.uint8),
+    "dict": spaces.Dict(
+        {
+            "vector": spaces.Box(-1, 1, (3,)),
+            "image": spaces.Box(0, 255, (1, 20, 20), dtype=np.uint8),
+            "kind": spaces.Discrete(3),
+        }
+    ),
+}
+ACTIONS: dict[str, spaces.Space[Any]] = {
+    "box": spaces.Box(-2, 1, (2,)),
+    "discrete": spaces.Discrete(3),
+    "multi_discrete": spaces.MultiDiscrete([2, 3]),
+    "multi_binary": spaces.MultiBinary(2),
+}
+POLICY = {"image": "StarCnnPolicy", "dict": "StarMultiInputPolicy"}
+
+
+class Sampled(gym.Env[Any, Any]):
+    """Observations drawn from a space, rewards from the action, episodes of ten steps."""
+
+    def __init__(self, observation: str = "box", action: str = "discrete") -> None:
+        import copy
+
+        # spaces carry a generator, and environments of one test must not share it
+        self.observation_space = copy.deepcopy(OBSERVATIONS[observation])
+        self.action_space = copy.deepcopy(ACTIONS[action])
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        reward = float(np.sum(np.asarray(action, float)))
+        return self.observation_space.sample(), reward, False, self.steps >= 10, {}
+
+    def action_masks(self) -> np.ndarray:
+        space = self.action_space
+        if isinstance(space, spaces.MultiDiscrete):
+            return np.ones(int(space.nvec.sum()), bool)
+        return np.ones(2 * space.n if isinstance(space, spaces.MultiBinary) else space.n, bool)
+
+
+def action_of(name: str) -> str:
+    """The kind of action an algorithm is tried with first."""
+    return "box" if name in CONTINUOUS else "discrete"
+
+
+def algorithm(name: str) -> type[BaseAlgorithm]:
+    """The class of an algorithm of either package."""
+    return getattr(stable_baselines3, name, None) or getattr(sb3_contrib, name)
+
+
+def agent(
+    name: str,
+    observation: str = "box",
+    action: str | None = None,
+    *,
+    policy: str | type[Any] | None = None,
+    env: Any = None,
+    seed: int = 1,
+    **kwargs: Any,
+) -> Any:
+    """A small agent that has not learned yet."""
+    env = env if env is not None else Sampled(observation, action or action_of(name))
+    policy = policy or POLICY.get(observation, "StarMlpPolicy")
+    settings = {**SHORT[name], **kwargs}
+    return algorithm(name)(policy, env, seed=seed, device="cpu", **settings)
