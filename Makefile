@@ -60,6 +60,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.nlp speed
 	$(BIN)/python -m benchmarks.starify quality
 	$(BIN)/python -m benchmarks.starify speed
+	$(BIN)/python -m benchmarks.rl quality
+	$(BIN)/python -m benchmarks.rl speed
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu
@@ -73,6 +75,8 @@ bench-smoke: setup
 	$(BIN)/python -m benchmarks.nlp speed --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.starify quality --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.starify speed --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.rl quality --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.rl speed --smoke --out runs/smoke
 
 kernels: setup
 	$(BIN)/python -m benchmarks.kernels

@@ -32,7 +32,8 @@ class ProductTrunk(KeepsInit):
         ValueError: an empty `net_arch`, an unknown norm.
 
     Source of the idea: multiplicative critics such as Schaul et al., "Universal Value Function
-    Approximators", ICML 2015; the warning is Bjorck et al., "Towards Deeper Deep RL", 2021.
+    Approximators", ICML 2015; the warning is Bjorck et al., "Towards Deeper Deep
+    Reinforcement Learning with Spectral Normalization", NeurIPS 2021.
 
     Example:
         >>> ProductTrunk(3, 1, [32, 32])(torch.randn(8, 4)).shape

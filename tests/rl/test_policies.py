@@ -304,3 +304,30 @@ def test_names_are_each_algorithms_own():
     assert isinstance(
         agent("PPO", env=DummyVecEnv([Sampled])).policy, PPO.policy_aliases["MlpPolicy"]
     )
+
+
+def test_trpo_trains_actor_and_critic():
+    model = agent("TRPO", policy_kwargs={"net_arch": [8, 8]})
+    before = parameters(model)
+    model.learn(STEPS)
+    for name, p in model.policy.named_parameters():
+        assert not torch.equal(p, before[name]), name
+
+
+def test_crossq_norms_are_those_it_knows():
+    from sb3_contrib.common.torch_layers import BatchRenorm1d
+
+    model = agent("CrossQ", policy_kwargs={"net_arch": [8, 8]})
+    norms = [m for m in model.policy.modules() if "Norm" in type(m).__name__]
+    norms += [m for m in model.policy.modules() if isinstance(m, BatchRenorm1d)]
+    assert {type(m) for m in norms} == {BatchRenorm1d}
+    # before each layer and behind the last, in the actor and in both critics
+    assert len(set(norms)) == 3 * 3
+    before = [m.ra_mean.clone() for m in norms]
+    model.learn(STEPS)
+    assert all(not torch.equal(m.ra_mean, b) for m, b in zip(norms, before))
+    # between updates the critics use their running statistics
+    assert not any(m.training for m in model.critic.modules() if isinstance(m, BatchRenorm1d))
+    bare = agent("CrossQ", policy_kwargs={"net_arch": [8], "batch_norm": False})
+    assert not any(isinstance(m, BatchRenorm1d) for m in bare.policy.modules())
+    bare.learn(STEPS)

@@ -1,0 +1,47 @@
+"""What the reinforcement-learning examples share: learning curves, and films of agents."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import imageio
+import numpy as np
+from matplotlib.figure import Figure
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv
+
+# pygame draws the frames of a film, and looks for a screen otherwise
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+
+#: environments that are evaluated on share no seed with those that are trained on
+CURVE_SEED, FINAL_SEED = 1_000_000, 2_000_000
+
+
+def learning_curve(path: Path, curves: dict[str, tuple[Any, Any]]) -> None:
+    """Plot returns over steps: label -> (steps, returns), episodes of a step in a row or one."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    ax = figure.subplots()
+    for label, (steps, returns) in curves.items():
+        rows = np.asarray(returns, dtype=float).reshape(len(steps), -1)
+        (line,) = ax.plot(steps, rows.mean(1), marker=".", label=label)
+        band = {"color": line.get_color(), "alpha": 0.2, "lw": 0}
+        ax.fill_between(steps, rows.min(1), rows.max(1), **band)
+    ax.set_xlabel("steps")
+    ax.set_ylabel("return: mean, lowest, highest")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    figure.savefig(path, dpi=120)
+
+
+def record_gif(model: Any, env_id: str | VecEnv, path: Path, steps: int) -> None:
+    """Film the deterministic agent in one environment, which may be a made one for its wrappers."""
+    env = env_id
+    if isinstance(env, str):
+        env = make_vec_env(env, 1, FINAL_SEED, env_kwargs={"render_mode": "rgb_array"})
+    frames, states = [], env.reset()
+    for _ in range(steps):
+        frames.append(env.render())
+        actions, _ = model.predict(states, deterministic=True)
+        states, *_ = env.step(actions)
+    env.close()
+    imageio.mimsave(path, frames, duration=1000 / 30, loop=0)

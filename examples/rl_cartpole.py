@@ -1,0 +1,80 @@
+"""Balance a pole with PPO and a star policy: half a minute on a CPU.
+
+python examples/rl_cartpole.py
+python examples/rl_cartpole.py --net mlp            # SB3's own network, for comparison
+python examples/rl_cartpole.py --steps 20000 --seed 3
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from _rl import CURVE_SEED, FINAL_SEED, learning_curve, record_gif
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import EvalCallback, StopTrainingOnRewardThreshold
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import LinearSchedule
+
+import starlayers.rl
+
+ENV, ENVS = "CartPole-v1", 8
+
+
+def main(
+    steps: int = 50_000,
+    seed: int = 0,
+    net: Annotated[str, typer.Option(help=f"one of {', '.join(starlayers.rl.NETS)}")] = "star",
+    out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/rl_cartpole"),
+) -> float:
+    """Train PPO on CartPole-v1 until it is solved, evaluate it, and film it."""
+    out.mkdir(parents=True, exist_ok=True)
+    # the hyperparameters of rl-baselines3-zoo
+    model = PPO(
+        "StarMlpPolicy",
+        make_vec_env(ENV, ENVS, seed),
+        n_steps=32,
+        batch_size=256,
+        gae_lambda=0.8,
+        gamma=0.98,
+        n_epochs=20,
+        learning_rate=LinearSchedule(1e-3, 0.0, 1.0),
+        clip_range=LinearSchedule(0.2, 0.0, 1.0),
+        policy_kwargs={"net": net},
+        seed=seed,
+        device="cpu",
+    )
+    # 500 is the most an episode can have
+    evaluation = EvalCallback(
+        make_vec_env(ENV, 10, CURVE_SEED),
+        callback_on_new_best=StopTrainingOnRewardThreshold(500, verbose=0),
+        n_eval_episodes=10,
+        eval_freq=max(1, min(2500, steps // 5) // ENVS),
+        log_path=str(out),
+        verbose=0,
+    )
+    began = time.perf_counter()
+    model.learn(steps, callback=evaluation, progress_bar=True)
+    seconds = time.perf_counter() - began
+    returns, _ = evaluate_policy(
+        model, make_vec_env(ENV, 20, FINAL_SEED), 20, return_episode_rewards=True
+    )
+    mean = float(np.mean(returns))
+
+    model.save(out / "model.zip")
+    curve = np.load(out / "evaluations.npz")
+    learning_curve(out / "curve.png", {net: (curve["timesteps"], curve["results"])})
+    record_gif(model, ENV, out / "agent.gif", steps=200)
+    parameters = sum(p.numel() for p in model.policy.parameters())
+    print(
+        f"{net}: {parameters:,} parameters, {model.num_timesteps:,} steps in {seconds:.0f} s; "
+        f"seed {seed}\nmean return of 20 new episodes {mean:.1f} (lowest {min(returns):.0f}, the "
+        f"most is 500); curve.png, agent.gif and model.zip in {out}"
+    )
+    return mean
+
+
+if __name__ == "__main__":
+    typer.run(main)

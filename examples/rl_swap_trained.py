@@ -1,0 +1,136 @@
+"""Put star gates into a PPO agent in the middle of its training, and train on: a minute on a CPU.
+
+python examples/rl_swap_trained.py
+python examples/rl_swap_trained.py --gate low_rank=8 --swap-at 20000
+python examples/rl_swap_trained.py --model agent.zip        # an MlpPolicy of yours on CartPole-v1
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from _rl import CURVE_SEED, FINAL_SEED, learning_curve, record_gif
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import CallbackList, ConvertCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import LinearSchedule
+from torch import Tensor
+
+from starlayers.rl.surgery import starify
+from starlayers.surgery import gate_sizes, report
+
+ENV, ENVS, EPISODES = "CartPole-v1", 8, 20
+
+
+def plain_agent(seed: int) -> PPO:
+    # the hyperparameters of rl-baselines3-zoo
+    return PPO(
+        "MlpPolicy",
+        make_vec_env(ENV, ENVS, seed),
+        n_steps=32,
+        batch_size=256,
+        gae_lambda=0.8,
+        gamma=0.98,
+        n_epochs=20,
+        learning_rate=LinearSchedule(1e-3, 0.0, 1.0),
+        clip_range=LinearSchedule(0.2, 0.0, 1.0),
+        seed=seed,
+        device="cpu",
+    )
+
+
+@torch.no_grad()
+def judged(model: PPO, observations: Tensor) -> tuple[Tensor, Tensor]:
+    logits = model.policy.get_distribution(observations).distribution.logits
+    return logits, model.policy.predict_values(observations)
+
+
+def returns(model: PPO, seed: int) -> list[float]:
+    envs = make_vec_env(ENV, EPISODES, seed)
+    return evaluate_policy(model, envs, EPISODES, return_episode_rewards=True)[0]
+
+
+def main(
+    steps: int = 50_000,
+    swap_at: Annotated[int, typer.Option(help="steps of the plain agent")] = 10_000,
+    gate: Annotated[str, typer.Option(help="full, low_rank=r or scale")] = "full",
+    model: Annotated[Path | None, typer.Option(help="a zip of PPO to start from")] = None,
+    seed: int = 0,
+    out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/rl_swap_trained"),
+) -> dict[str, float]:
+    """Train PPO on CartPole-v1, starify it with `steps - swap_at` steps to go, and train on."""
+    if not 0 < swap_at < steps:
+        raise typer.BadParameter(f"0 < swap_at < steps, got swap_at={swap_at}, steps={steps}")
+    out.mkdir(parents=True, exist_ok=True)
+    agent = plain_agent(seed)
+    if model is not None:
+        agent = PPO.load(model, env=agent.env, device="cpu")
+        agent.num_timesteps = 0
+    curve = EvalCallback(
+        make_vec_env(ENV, 10, CURVE_SEED),
+        n_eval_episodes=10,
+        eval_freq=max(1, steps // 25 // ENVS),
+        log_path=str(out),
+        verbose=0,
+    )
+    # one learning-rate schedule over both parts: the first is stopped, not finished
+    stop = ConvertCallback(lambda *_: agent.num_timesteps < swap_at)
+    agent.learn(steps, callback=CallbackList([curve, stop]), progress_bar=True)
+
+    observations = torch.as_tensor(agent.rollout_buffer.observations.reshape(-1, 4))
+    logits, values = judged(agent, observations)
+    moments = [s["exp_avg"].clone() for s in agent.policy.optimizer.state.values()]
+    before, swapped = returns(agent, FINAL_SEED), agent.num_timesteps
+
+    starify(agent, gate=gate)
+
+    after = returns(agent, FINAL_SEED)
+    apart = [
+        float((new - old).abs().max())
+        for new, old in zip(judged(agent, observations), (logits, values), strict=True)
+    ]
+    kept = [s["exp_avg"] for s in agent.policy.optimizer.state.values()]
+    print(
+        f"\n{report(agent.policy)}\n\nswapped after {swapped:,} steps, seed {seed}; largest "
+        f"difference on {len(observations)} states: logits {apart[0]}, values {apart[1]}\n"
+        f"moments of Adam kept: {all(map(torch.equal, moments, kept))}\n"
+        f"mean return of {EPISODES} episodes just before {np.mean(before):.2f}, just after "
+        f"{np.mean(after):.2f}, the same one by one: {before == after}\n"
+    )
+
+    agent.learn(steps - swapped, callback=curve, reset_num_timesteps=False, progress_bar=True)
+    final = returns(agent, FINAL_SEED)
+    agent.save(out / "model.zip")
+    again = returns(PPO.load(out / "model.zip", device="cpu"), FINAL_SEED)
+
+    log = np.load(out / "evaluations.npz")
+    at, scores = log["timesteps"], log["results"]
+    plain = at <= swapped
+    # the star's curve begins where the MLP's ends: it is the same agent
+    star = at >= at[plain].max()
+    curves = {
+        "MLP": (at[plain], scores[plain]),
+        f"starified at {swapped:,}": (at[star], scores[star]),
+    }
+    learning_curve(out / "curve.png", curves)
+    record_gif(agent, ENV, out / "agent.gif", steps=200)
+    sizes = ", ".join(f"{name} {size:.3f}" for name, size in gate_sizes(agent.policy).items())
+    print(
+        f"\nmean |gate| by now: {sizes}\nmean return at {agent.num_timesteps:,} steps "
+        f"{np.mean(final):.1f} (lowest {min(final):.0f}, the most is 500), after saving and "
+        f"loading {np.mean(again):.1f}; curve.png, agent.gif and model.zip in {out}"
+    )
+    return {
+        "before": float(np.mean(before)),
+        "after": float(np.mean(after)),
+        "logits": apart[0],
+        "values": apart[1],
+        "final": float(np.mean(final)),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)

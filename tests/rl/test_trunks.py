@@ -1,0 +1,119 @@
+"""Trunks: layouts, initialisation that survives SB3's, and the row of an activation class."""
+
+from functools import partial
+
+import pytest
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.policies import BasePolicy
+from torch import nn
+
+from starlayers import StarBlock
+from starlayers.rl import StarExtractor
+from starlayers.rl.stack import GATE_GAIN, PackedStar, StarStack
+from starlayers.rl.trunks import NETS, SimBaBlock, activation_row, build_trunk
+
+ORTHO = partial(BasePolicy.init_weights, gain=2**0.5)
+
+
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
+@pytest.mark.parametrize("net", NETS)
+def test_a_trunk_has_a_layer_for_each_width(net, norm):
+    trunk = build_trunk(net, 5, [8, 8], act="gelu", norm=norm)
+    x = torch.randn(3, 5)
+    assert trunk(x).shape == (3, 8)
+    kind = {"star": PackedStar, "simba": SimBaBlock, "star_residual": StarBlock}.get(net, nn.Linear)
+    assert sum(isinstance(m, kind) for m in trunk.modules()) == 2
+    trunk(x).sum().backward()
+    # a residual star begins as the identity: only its last layer learns from the first step
+    still = [n for n, p in trunk.named_parameters() if p.grad is None or not p.grad.abs().max()]
+    assert bool(still) is (net == "star_residual")
+    assert all(".mlp.f" in n or ".pre." in n for n in still)
+
+
+def test_an_empty_trunk_is_the_identity():
+    x = torch.randn(3, 5)
+    assert torch.equal(build_trunk("star", 5, [])(x), x)
+
+
+def test_d2rl_sees_its_input_in_every_layer():
+    trunk = build_trunk("d2rl", 5, [8, 8, 8], act="relu")
+    x = torch.randn(3, 5)
+    y = torch.relu(trunk[0][0](x))
+    for layer in list(trunk)[1:]:
+        y = torch.relu(layer[0](torch.cat([y, x], -1)))
+    assert torch.equal(trunk(x), y)
+
+
+def test_simba_is_an_embedding_blocks_and_a_norm():
+    trunk = build_trunk("simba", 5, [8], act="relu")
+    x = torch.randn(3, 5)
+    embed, block, last = trunk
+    h = embed(x)
+    expected = last(h + block.out(torch.relu(block.inp(block.norm(h)))))
+    assert torch.equal(trunk(x), expected)
+    assert block.inp.out_features == 32
+
+
+@pytest.mark.parametrize("ortho", [True, False])
+def test_the_start_of_a_residual_star_survives_ppo(ortho):
+    options = {"net": "star_residual", "net_arch": [8, 8], "ortho_init": ortho}
+    policy = PPO("StarMlpPolicy", "CartPole-v1", policy_kwargs=options, device="cpu").policy
+    blocks = [m for m in policy.modules() if isinstance(m, StarBlock)]
+    assert len(blocks) == 4
+    x = torch.randn(3, 8)
+    for block in blocks:
+        assert torch.equal(block(x), x)
+        assert block.mlp.f2.weight.abs().max() > 0
+
+
+def test_the_start_of_an_extractor_survives_a_stock_policy():
+    options = {"features_extractor_class": StarExtractor, "net_arch": []}
+    policy = PPO("MlpPolicy", "CartPole-v1", policy_kwargs=options, device="cpu").policy
+    for layer in policy.features_extractor.trunk:
+        first, second = layer.proj.weight.detach().chunk(2)
+        for branch, gain in ((first, 2**0.5), (second, GATE_GAIN)):
+            small = branch if branch.shape[0] <= branch.shape[1] else branch.t()
+            eye = torch.eye(len(small)) * gain**2
+            torch.testing.assert_close(small @ small.t(), eye, atol=1e-4, rtol=0)
+
+
+def test_one_matrix_for_both_branches_is_not_initialised_as_one():
+    # orthogonal rows shared by two branches would have half of each branch's weight
+    trunk = build_trunk("star", 64, [64], act="identity").apply(ORTHO)
+    stack = StarStack(2, 64, [64], act="identity")
+    stack.reset_branches(2**0.5)
+    x = torch.randn(4096, 64)
+    for y in (trunk(x), *stack(x)):
+        # E[(h1 (1 + h2))^2] = 2 (1 + 0.25) for unit inputs
+        assert y.pow(2).mean().item() == pytest.approx(2.5, rel=0.1)
+
+
+def test_a_users_own_initialisation_is_left_alone():
+    trunk = build_trunk("star_residual", 4, [8])
+    trunk.apply(lambda m: nn.init.ones_(m.weight) if isinstance(m, nn.Linear) else None)
+    assert trunk[1].mlp.g.weight.eq(1).all()
+
+
+def test_activation_rows():
+    rows = {nn.Tanh: "tanh", nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu", nn.ReLU6: "relu6"}
+    for kind, row in rows.items():
+        assert activation_row(kind) == row
+    assert activation_row("swiglu") == "silu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("kan", 4, [8]), "unknown net 'kan', choose one of star, star_residual, mlp"),
+        (("star", 4, [0]), r"star: net_arch\[0\] must be at least 1, got 0"),
+        (("simba", 4, [8, 4]), r"net='simba' adds its blocks up: net_arch=\[8, 4\]"),
+    ],
+)
+def test_bad_trunks_are_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        build_trunk(*arguments)
+    with pytest.raises(ValueError, match="unknown norm 'batch'"):
+        build_trunk("star", 4, [8], norm="batch")
+    with pytest.raises(TypeError, match=r"net_arch\[0\] must be an integer, got 8.5"):
+        build_trunk("star", 4, [8.5])
