@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.common import interleave, markdown_table, mean_interval, run_study, write_json
 from benchmarks.comparison import shown
-from benchmarks.rl_scores import compare
+from benchmarks.rl_scores import FEWEST, compare
 from benchmarks.rl_tasks import ARMS, TASKS, has, matched_widths, policy_kwargs
 from benchmarks.rl_train import build, train_one
 
@@ -114,6 +114,8 @@ def summarise(records: Records) -> dict[str, dict[str, Any]]:
 
 def interval(numbers: list[float], sign: str = "") -> str:
     value, low, high = numbers
+    if np.isnan(low):
+        return f"{value:{sign}.2f}"
     return f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
 
@@ -159,7 +161,7 @@ def plot_curves(records: Records, file: Path) -> None:
             mean, half = np.array(points).T
             steps = np.mean([c["timesteps"] for c in curves], 0) / 1000
             ax.plot(steps, mean, color=f"C{i}", label=arm, lw=1.2)
-            if len(curves) > 1:
+            if len(curves) >= FEWEST:
                 ax.fill_between(steps, mean - half, mean + half, color=f"C{i}", alpha=0.08, lw=0)
         # the bands of few runs are wide: the axis is that of their means
         ends = [end for line in ax.lines for end in (min(line.get_ydata()), max(line.get_ydata()))]

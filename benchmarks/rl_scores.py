@@ -12,6 +12,8 @@ from benchmarks.comparison import probability_of_improvement
 
 Scores = dict[str, list[float]]
 REPETITIONS = 2000
+#: runs of a task below which a bootstrap knows nothing of their spread: its intervals are NaN
+FEWEST = 3
 
 
 def interquartile_mean(scores: np.ndarray) -> np.ndarray:
@@ -38,7 +40,7 @@ def wins(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> np.ndarr
     found = []
     for task, runs in ours.items():
         a, b = runs[:, :, None], theirs[task][:, None]
-        found.append(((a > b) + 0.5 * (a == b)).mean((1, 2)))
+        found.append(np.where(np.isnan(a), np.nan, (a > b) + 0.5 * (a == b)).mean((1, 2)))
     return np.mean(found, 0)
 
 
@@ -52,6 +54,8 @@ def compare(ours: Scores, theirs: Scores) -> dict[str, list[float]]:
     generator = np.random.default_rng(0)
     theirs = {task: theirs[task] for task in ours}
     drawn, against = resampled(ours, generator), resampled(theirs, generator)
+    if min(len(runs) for s in (ours, theirs) for runs in s.values()) < FEWEST:
+        drawn = {task: np.full_like(runs, np.nan) for task, runs in drawn.items()}
     found = pooled(ours)
     improved = np.mean([probability_of_improvement(ours[t], theirs[t]) for t in ours])
     return {

@@ -4,7 +4,9 @@ Hyperparameters and anchors are those of rl-baselines3-zoo (`hyperparams/*.yml`,
 where MuJoCo agents are -v3 and LunarLander -v2). What deviates, for a study that two cores can
 run: budgets are shorter; DQN and TD3 have [64, 64] as PPO does, not [256, 256] and [400, 300];
 SAC on Pendulum has [64, 64]; TD3 on Pendulum starts to learn after 1,000 steps, not 10,000. All
-arms share a task's optimizer, learning rate and activation, except that SimBa's is its own relu.
+arms share a task's optimizer and learning rate. Activations are the defaults of the policies: tanh
+for PPO, relu for the others, tanh for stars and relu for SimBa everywhere; where that differs from
+the mlp's, mlp_tanh and star_relu tell the activation from the product.
 """
 
 from bisect import bisect_left
@@ -108,11 +110,15 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "star_ln": ("star", "star", {"norm": "layer"}),
     "star_critic": ("mlp", "star", {}),
     "star_actor": ("star", "mlp", {}),
+    "mlp_tanh": ("mlp", "mlp", {"activation_fn": "tanh"}),
+    "star_relu": ("star", "star", {"activation_fn": "relu"}),
     "product": ("mlp", "product", {}),
     "product_raw": ("mlp", "product", {"norm": "none"}),
 }
 #: layers or blocks of the nets that are not as deep as the task's `net_arch`: as published
 DEPTHS = {"d2rl": 4, "simba": 1}
+#: arms of tasks whose mlp has relu
+ACTIVATIONS = ("mlp_tanh", "star_relu")
 TIER_B = ("mlp", "simba", "star", "product")
 #: sides of a policy, and what the names of their parameters begin with
 SIDES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -133,6 +139,8 @@ def has(task: str, arm: str) -> bool:
     algo, tier = TASKS[task]["algo"], TASKS[task]["tier"]
     if tier == "b":
         return arm in TIER_B
+    if arm in ACTIVATIONS:
+        return algo != "PPO"
     return pi == vf if algo == "DQN" else vf != "product" or algo in ("SAC", "TD3")
 
 

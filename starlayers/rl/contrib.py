@@ -292,14 +292,16 @@ class StarARSPolicy(ARSPolicy):
         observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
         net_arch: list[int] | None = None,
-        activation_fn: str | type[nn.Module] | None = nn.ReLU,
+        activation_fn: str | type[nn.Module] | None = "default",
         squash_output: bool = True,
         *,
         net: str = "star",
         norm: str | None = None,
     ) -> None:
-        row = activation_row(activation_fn)
-        spec = resolve(type(self).__name__, ("pi",), net, row, norm)["pi"]
+        given = activation_fn != "default"
+        row = activation_row(activation_fn if given else nn.ReLU)
+        acts: dict[str, Any] = {"act": row if given else None, "usual": row}
+        spec = resolve(type(self).__name__, ("pi",), net, norm, **acts)["pi"]
         if net_arch is None:
             net_arch = default_widths(net, [64, 64])
         stock: Any = (

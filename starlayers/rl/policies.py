@@ -54,7 +54,8 @@ class StarOptions(BasePolicy):
     Args:
         net_arch: widths as in SB3, a list or one per side; one layer (or residual block) each.
             By default SB3's own widths, made smaller so that the parameters match.
-        activation_fn: a name from `ACTIVATIONS`, or a class as in SB3; default SB3's.
+        activation_fn: a name from `ACTIVATIONS`, or a class as in SB3; by default tanh for stars,
+            SB3's for other nets.
         net: a row of `NETS`, or one per side; "product" for critics of states and actions.
         norm: "layer", "rms", "none", or `None` for what the net does by itself.
         width, depth: short for `net_arch=[width] * depth`.
@@ -86,10 +87,10 @@ class StarOptions(BasePolicy):
         **kwargs: Any,
     ) -> None:
         owner = type(self).__name__
-        activation = self.base_activation if activation_fn == "default" else activation_fn
-        self.options: dict[str, Any] = {"net": net, "activation_fn": activation, "norm": norm}
-        row = activation_row(activation)
-        self.specs = resolve(owner, self.sides, net, row, norm)
+        given = activation_fn != "default"
+        row = activation_row(activation_fn if given else self.base_activation)
+        self.options: dict[str, Any] = {"net": net, "activation_fn": activation_fn, "norm": norm}
+        self.specs = resolve(owner, self.sides, net, norm, act=row if given else None, usual=row)
         extractor = kwargs.setdefault("features_extractor_class", self.base_extractor)
         arch = uniform(owner, width, depth, net_arch)
         if arch is None and net_arch is None:
@@ -101,7 +102,8 @@ class StarOptions(BasePolicy):
             # SB3 writes into the caller's own dictionary
             kwargs["features_extractor_kwargs"] = dict(kwargs["features_extractor_kwargs"])
         # SB3 calls it to make each of its own layers
-        stock = activation if isinstance(activation, type) else partial(ActivationLayer, row)
+        stock: Any = activation_fn if given else self.base_activation
+        stock = stock if isinstance(stock, type) else partial(ActivationLayer, row)
         super().__init__(
             observation_space,
             action_space,

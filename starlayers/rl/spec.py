@@ -16,6 +16,10 @@ __all__ = ["PRODUCT", "NetSpec", "default_widths", "resolve"]
 #: the net that only critics of states and actions can have
 PRODUCT = "product"
 
+#: nets whose default activation is tanh: with a bounded first branch a star layer grows as an MLP's
+#: does; with relu it grows with the square of its input, and values that bootstrap can run away
+BOUNDED = ("star", "star_residual")
+
 
 @dataclass(frozen=True)
 class NetSpec:
@@ -61,17 +65,22 @@ def resolve(
     owner: str,
     sides: Sequence[str],
     net: str | Mapping[str, str],
-    act: str,
     norm: str | None,
+    *,
+    act: str | None,
+    usual: str,
 ) -> dict[str, NetSpec]:
     """The spec of each side, from the values a user gave.
+
+    Without an `act`, stars take tanh and other nets what is `usual`.
 
     Raises:
         ValueError: an unknown net, norm or side, or a product where there is no action to take in.
 
     Example:
-        >>> resolve("A policy", ("pi", "vf"), {"vf": "simba"}, "relu", None)["pi"].net
-        'star'
+        >>> specs = resolve("P", ("pi", "vf"), {"vf": "simba"}, None, act=None, usual="relu")
+        >>> {side: (spec.net, spec.act) for side, spec in specs.items()}
+        {'pi': ('star', 'tanh'), 'vf': ('simba', 'relu')}
     """
     if norm not in (None, "none", *NORMS):
         raise ValueError(
@@ -94,7 +103,8 @@ def resolve(
             raise ValueError(
                 f"{owner}: unknown net {name!r} for {side!r}, choose one of {', '.join(choices)}"
             )
-        specs[side] = NetSpec(name, act, norm)
+        row = act or ("tanh" if name in BOUNDED else usual)
+        specs[side] = NetSpec(name, row, norm)
     return specs
 
 

@@ -11,7 +11,7 @@ from starlayers.functional import star_packed, star_product, star_reference
 __all__ = ["PackedStar", "StarStack"]
 
 #: gain of the second branches under SB3's orthogonal initialisation: a star starts near an MLP
-GATE_GAIN = 0.5
+GATE_GAIN = 0.1
 
 
 class PackedStar(nn.Module):

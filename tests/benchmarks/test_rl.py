@@ -37,6 +37,12 @@ def test_comparison_by_hand():
     assert compare(ours, theirs) == found
 
 
+def test_two_runs_say_nothing_of_their_spread():
+    found = compare({"a": [1.0, 2.0, 3.0], "b": [1.0, 2.0]}, {"a": [0.0] * 3, "b": [0.0] * 3})
+    assert found["P(improvement)"][0] == 1
+    assert np.isnan([interval[1:] for interval in found.values()]).all()
+
+
 def test_intervals_cover_the_truth():
     draw = np.random.default_rng(1)
     means = {"a": 0.2, "b": 0.6}

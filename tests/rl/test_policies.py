@@ -138,6 +138,14 @@ def test_activations_by_name_or_class(name, net, activation):
     model.learn(STEPS)
 
 
+@pytest.mark.parametrize("name", ["PPO", "SAC", "DQN", "ARS"])
+def test_the_first_branch_of_a_star_is_bounded_unless_asked_otherwise(name):
+    rows = {m.act for m in agent(name).policy.modules() if hasattr(m, "act")}
+    assert rows == {"tanh"}
+    asked = agent(name, policy_kwargs={"activation_fn": nn.ReLU})
+    assert {m.act for m in asked.policy.modules() if hasattr(m, "act")} == {"relu"}
+
+
 def test_default_widths_match_the_parameters_of_sb3():
     for name, slack in (("PPO", 0.05), ("SAC", 0.02), ("TD3", 0.02), ("DQN", 0.06)):
         env = "Pendulum-v1" if name in CONTINUOUS else "CartPole-v1"
