@@ -17,11 +17,13 @@ MODULES = [
     "starlayers.nlp.data",
     "starlayers.nlp.pretrained",
     "starlayers.nlp.text",
+    "starlayers.rl",
+    "starlayers.rl.contrib",
     "starlayers.surgery",
     "starlayers.vision",
 ]
 #: tables and tuples, documented by the comment above them
-CONSTANTS = {"ACTIVATIONS", "BACKENDS", "COMBINE", "RECIPES", "SPECIAL_TOKENS", "STARNETS"}
+CONSTANTS = {"ACTIVATIONS", "BACKENDS", "COMBINE", "NETS", "RECIPES", "SPECIAL_TOKENS", "STARNETS"}
 
 
 def public():

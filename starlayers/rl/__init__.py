@@ -13,13 +13,14 @@ from starlayers.rl.critics import ProductTerm, ProductTrunk
 from starlayers.rl.describe import Description, Network, describe
 from starlayers.rl.export import export_onnx
 from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor, StarExtractor
+from starlayers.rl.names import register as _register
 from starlayers.rl.policies import (
     StarActorCriticCnnPolicy,
+    StarActorCriticMultiInputPolicy,
     StarActorCriticPolicy,
     StarDQNCnnPolicy,
     StarDQNMultiInputPolicy,
     StarDQNPolicy,
-    StarMultiInputActorCriticPolicy,
     StarPPOCnnPolicy,
     StarPPOMultiInputPolicy,
     StarPPOPolicy,
@@ -30,7 +31,6 @@ from starlayers.rl.policies import (
     StarTD3MultiInputPolicy,
     StarTD3Policy,
 )
-from starlayers.rl.register import register
 from starlayers.rl.surgery import revert, starified, starify
 from starlayers.rl.trunks import NETS
 
@@ -41,6 +41,7 @@ __all__ = [
     "ProductTerm",
     "ProductTrunk",
     "StarActorCriticCnnPolicy",
+    "StarActorCriticMultiInputPolicy",
     "StarActorCriticPolicy",
     "StarCnnExtractor",
     "StarCombinedExtractor",
@@ -48,7 +49,6 @@ __all__ = [
     "StarDQNMultiInputPolicy",
     "StarDQNPolicy",
     "StarExtractor",
-    "StarMultiInputActorCriticPolicy",
     "StarPPOCnnPolicy",
     "StarPPOMultiInputPolicy",
     "StarPPOPolicy",
@@ -65,4 +65,4 @@ __all__ = [
     "starify",
 ]
 
-register()
+_register()

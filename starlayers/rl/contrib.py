@@ -63,13 +63,23 @@ class StarMaskablePolicy(ActorCriticOptions, MaskableActorCriticPolicy):  # type
 
 
 class StarMaskableCnnPolicy(StarMaskablePolicy):
-    """`StarMaskablePolicy` for images, behind a `StarCnnExtractor`."""
+    """`StarMaskablePolicy` for images, behind a `StarCnnExtractor`.
+
+    Example:
+        >>> StarMaskableCnnPolicy.base_extractor.__name__
+        'StarCnnExtractor'
+    """
 
     base_extractor = StarCnnExtractor
 
 
 class StarMaskableMultiInputPolicy(StarMaskablePolicy):
-    """`StarMaskablePolicy` for dictionaries, behind a `StarCombinedExtractor`."""
+    """`StarMaskablePolicy` for dictionaries, behind a `StarCombinedExtractor`.
+
+    Example:
+        >>> StarMaskableMultiInputPolicy.base_extractor.__name__
+        'StarCombinedExtractor'
+    """
 
     base_extractor = StarCombinedExtractor
 
@@ -108,13 +118,23 @@ class StarRecurrentPolicy(ActorCriticOptions, RecurrentActorCriticPolicy):  # ty
 
 
 class StarRecurrentCnnPolicy(StarRecurrentPolicy):
-    """`StarRecurrentPolicy` for images, behind a `StarCnnExtractor`."""
+    """`StarRecurrentPolicy` for images, behind a `StarCnnExtractor`.
+
+    Example:
+        >>> StarRecurrentCnnPolicy.base_extractor.__name__
+        'StarCnnExtractor'
+    """
 
     base_extractor = StarCnnExtractor
 
 
 class StarRecurrentMultiInputPolicy(StarRecurrentPolicy):
-    """`StarRecurrentPolicy` for dictionaries, behind a `StarCombinedExtractor`."""
+    """`StarRecurrentPolicy` for dictionaries, behind a `StarCombinedExtractor`.
+
+    Example:
+        >>> StarRecurrentMultiInputPolicy.base_extractor.__name__
+        'StarCombinedExtractor'
+    """
 
     base_extractor = StarCombinedExtractor
 
@@ -147,13 +167,23 @@ class StarTQCPolicy(ContinuousOptions, TQCPolicy):
 
 
 class StarTQCCnnPolicy(StarTQCPolicy):
-    """`StarTQCPolicy` for images, behind a `StarCnnExtractor`."""
+    """`StarTQCPolicy` for images, behind a `StarCnnExtractor`.
+
+    Example:
+        >>> StarTQCCnnPolicy.base_extractor.__name__
+        'StarCnnExtractor'
+    """
 
     base_extractor = StarCnnExtractor
 
 
 class StarTQCMultiInputPolicy(StarTQCPolicy):
-    """`StarTQCPolicy` for dictionaries, behind a `StarCombinedExtractor`."""
+    """`StarTQCPolicy` for dictionaries, behind a `StarCombinedExtractor`.
+
+    Example:
+        >>> StarTQCMultiInputPolicy.base_extractor.__name__
+        'StarCombinedExtractor'
+    """
 
     base_extractor = StarCombinedExtractor
 
@@ -258,13 +288,23 @@ class StarQRDQNPolicy(StarOptions, QRDQNPolicy):
 
 
 class StarQRDQNCnnPolicy(StarQRDQNPolicy):
-    """`StarQRDQNPolicy` for images, behind a `StarCnnExtractor`."""
+    """`StarQRDQNPolicy` for images, behind a `StarCnnExtractor`.
+
+    Example:
+        >>> StarQRDQNCnnPolicy.base_extractor.__name__
+        'StarCnnExtractor'
+    """
 
     base_extractor = StarCnnExtractor
 
 
 class StarQRDQNMultiInputPolicy(StarQRDQNPolicy):
-    """`StarQRDQNPolicy` for dictionaries, behind a `StarCombinedExtractor`."""
+    """`StarQRDQNPolicy` for dictionaries, behind a `StarCombinedExtractor`.
+
+    Example:
+        >>> StarQRDQNMultiInputPolicy.base_extractor.__name__
+        'StarCombinedExtractor'
+    """
 
     base_extractor = StarCombinedExtractor
 

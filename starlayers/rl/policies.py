@@ -30,12 +30,12 @@ from starlayers.rl.trunks import ActivationLayer, KeepsInit, activation_row
 
 __all__ = [
     "StarActorCriticCnnPolicy",
+    "StarActorCriticMultiInputPolicy",
     "StarActorCriticPolicy",
     "StarDQNCnnPolicy",
     "StarDQNMultiInputPolicy",
     "StarDQNPolicy",
     "StarMlpExtractor",
-    "StarMultiInputActorCriticPolicy",
     "StarPPOCnnPolicy",
     "StarPPOMultiInputPolicy",
     "StarPPOPolicy",
@@ -243,13 +243,23 @@ class StarActorCriticPolicy(ActorCriticOptions, ActorCriticPolicy):  # type: ign
 
 
 class StarActorCriticCnnPolicy(StarActorCriticPolicy):
-    """`StarActorCriticPolicy` for images, behind a `StarCnnExtractor`."""
+    """`StarActorCriticPolicy` for images, behind a `StarCnnExtractor`.
+
+    Example:
+        >>> StarActorCriticCnnPolicy.base_extractor.__name__
+        'StarCnnExtractor'
+    """
 
     base_extractor = StarCnnExtractor
 
 
-class StarMultiInputActorCriticPolicy(StarActorCriticPolicy):
-    """`StarActorCriticPolicy` for dictionaries, behind a `StarCombinedExtractor`."""
+class StarActorCriticMultiInputPolicy(StarActorCriticPolicy):
+    """`StarActorCriticPolicy` for dictionaries, behind a `StarCombinedExtractor`.
+
+    Example:
+        >>> StarActorCriticMultiInputPolicy.base_extractor.__name__
+        'StarCombinedExtractor'
+    """
 
     base_extractor = StarCombinedExtractor
 
@@ -274,13 +284,23 @@ class StarPPOPolicy(StarActorCriticPolicy):
 
 
 class StarPPOCnnPolicy(StarPPOPolicy):
-    """`StarPPOPolicy` for images, behind a `StarCnnExtractor`."""
+    """`StarPPOPolicy` for images, behind a `StarCnnExtractor`.
+
+    Example:
+        >>> StarPPOCnnPolicy.base_extractor.__name__
+        'StarCnnExtractor'
+    """
 
     base_extractor = StarCnnExtractor
 
 
 class StarPPOMultiInputPolicy(StarPPOPolicy):
-    """`StarPPOPolicy` for dictionaries, behind a `StarCombinedExtractor`."""
+    """`StarPPOPolicy` for dictionaries, behind a `StarCombinedExtractor`.
+
+    Example:
+        >>> StarPPOMultiInputPolicy.base_extractor.__name__
+        'StarCombinedExtractor'
+    """
 
     base_extractor = StarCombinedExtractor
 
@@ -385,13 +405,23 @@ class StarSACPolicy(ContinuousOptions, SACPolicy):
 
 
 class StarSACCnnPolicy(StarSACPolicy):
-    """`StarSACPolicy` for images, behind a `StarCnnExtractor`."""
+    """`StarSACPolicy` for images, behind a `StarCnnExtractor`.
+
+    Example:
+        >>> StarSACCnnPolicy.base_extractor.__name__
+        'StarCnnExtractor'
+    """
 
     base_extractor = StarCnnExtractor
 
 
 class StarSACMultiInputPolicy(StarSACPolicy):
-    """`StarSACPolicy` for dictionaries of observations, behind a `StarCombinedExtractor`."""
+    """`StarSACPolicy` for dictionaries of observations, behind a `StarCombinedExtractor`.
+
+    Example:
+        >>> StarSACMultiInputPolicy.base_extractor.__name__
+        'StarCombinedExtractor'
+    """
 
     base_extractor = StarCombinedExtractor
 
@@ -415,13 +445,23 @@ class StarTD3Policy(ContinuousOptions, TD3Policy):
 
 
 class StarTD3CnnPolicy(StarTD3Policy):
-    """`StarTD3Policy` for images, behind a `StarCnnExtractor`."""
+    """`StarTD3Policy` for images, behind a `StarCnnExtractor`.
+
+    Example:
+        >>> StarTD3CnnPolicy.base_extractor.__name__
+        'StarCnnExtractor'
+    """
 
     base_extractor = StarCnnExtractor
 
 
 class StarTD3MultiInputPolicy(StarTD3Policy):
-    """`StarTD3Policy` for dictionaries of observations, behind a `StarCombinedExtractor`."""
+    """`StarTD3Policy` for dictionaries of observations, behind a `StarCombinedExtractor`.
+
+    Example:
+        >>> StarTD3MultiInputPolicy.base_extractor.__name__
+        'StarCombinedExtractor'
+    """
 
     base_extractor = StarCombinedExtractor
 
@@ -452,12 +492,22 @@ class StarDQNPolicy(StarOptions, DQNPolicy):
 
 
 class StarDQNCnnPolicy(StarDQNPolicy):
-    """`StarDQNPolicy` for images, behind a `StarCnnExtractor`."""
+    """`StarDQNPolicy` for images, behind a `StarCnnExtractor`.
+
+    Example:
+        >>> StarDQNCnnPolicy.base_extractor.__name__
+        'StarCnnExtractor'
+    """
 
     base_extractor = StarCnnExtractor
 
 
 class StarDQNMultiInputPolicy(StarDQNPolicy):
-    """`StarDQNPolicy` for dictionaries of observations, behind a `StarCombinedExtractor`."""
+    """`StarDQNPolicy` for dictionaries of observations, behind a `StarCombinedExtractor`.
+
+    Example:
+        >>> StarDQNMultiInputPolicy.base_extractor.__name__
+        'StarCombinedExtractor'
+    """
 
     base_extractor = StarCombinedExtractor

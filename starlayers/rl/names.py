@@ -36,7 +36,7 @@ def _policies() -> Mapping[type[BaseAlgorithm], Policies]:
     actor_critic = (
         own.StarActorCriticPolicy,
         own.StarActorCriticCnnPolicy,
-        own.StarMultiInputActorCriticPolicy,
+        own.StarActorCriticMultiInputPolicy,
     )
     ppo = (own.StarPPOPolicy, own.StarPPOCnnPolicy, own.StarPPOMultiInputPolicy)
     td3 = (own.StarTD3Policy, own.StarTD3CnnPolicy, own.StarTD3MultiInputPolicy)
