@@ -9,21 +9,23 @@ try:
 except ImportError as error:
     raise ImportError(f"starlayers.rl needs {error.name}: pip install 'starlayers[rl]'") from error
 
+from starlayers.rl.actor_critic import (
+    StarActorCriticCnnPolicy,
+    StarActorCriticMultiInputPolicy,
+    StarActorCriticPolicy,
+    StarPPOCnnPolicy,
+    StarPPOMultiInputPolicy,
+    StarPPOPolicy,
+)
 from starlayers.rl.critics import ProductTerm, ProductTrunk
 from starlayers.rl.describe import Description, Network, describe
 from starlayers.rl.export import export_onnx
 from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor, StarExtractor
 from starlayers.rl.names import register as _register
-from starlayers.rl.policies import (
-    StarActorCriticCnnPolicy,
-    StarActorCriticMultiInputPolicy,
-    StarActorCriticPolicy,
+from starlayers.rl.off_policy import (
     StarDQNCnnPolicy,
     StarDQNMultiInputPolicy,
     StarDQNPolicy,
-    StarPPOCnnPolicy,
-    StarPPOMultiInputPolicy,
-    StarPPOPolicy,
     StarSACCnnPolicy,
     StarSACMultiInputPolicy,
     StarSACPolicy,

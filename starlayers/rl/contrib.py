@@ -18,9 +18,9 @@ from sb3_contrib.tqc.policies import TQCPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from torch import nn
 
+from starlayers.rl.actor_critic import ActorCriticOptions
 from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor
-from starlayers.rl.policies import (
-    ActorCriticOptions,
+from starlayers.rl.options import (
     ContinuousOptions,
     LatentActor,
     StarNetwork,

@@ -7,7 +7,7 @@ from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
-from starlayers.rl import policies as own
+from starlayers.rl import actor_critic, off_policy
 
 __all__ = ["register"]
 
@@ -33,20 +33,36 @@ def register() -> None:
 
 
 def _policies() -> Mapping[type[BaseAlgorithm], Policies]:
-    actor_critic = (
-        own.StarActorCriticPolicy,
-        own.StarActorCriticCnnPolicy,
-        own.StarActorCriticMultiInputPolicy,
+    separate = (
+        actor_critic.StarActorCriticPolicy,
+        actor_critic.StarActorCriticCnnPolicy,
+        actor_critic.StarActorCriticMultiInputPolicy,
     )
-    ppo = (own.StarPPOPolicy, own.StarPPOCnnPolicy, own.StarPPOMultiInputPolicy)
-    td3 = (own.StarTD3Policy, own.StarTD3CnnPolicy, own.StarTD3MultiInputPolicy)
+    ppo = (
+        actor_critic.StarPPOPolicy,
+        actor_critic.StarPPOCnnPolicy,
+        actor_critic.StarPPOMultiInputPolicy,
+    )
+    td3 = (
+        off_policy.StarTD3Policy,
+        off_policy.StarTD3CnnPolicy,
+        off_policy.StarTD3MultiInputPolicy,
+    )
     table: dict[type[BaseAlgorithm], Policies] = {
         PPO: ppo,
         A2C: ppo,
-        SAC: (own.StarSACPolicy, own.StarSACCnnPolicy, own.StarSACMultiInputPolicy),
+        SAC: (
+            off_policy.StarSACPolicy,
+            off_policy.StarSACCnnPolicy,
+            off_policy.StarSACMultiInputPolicy,
+        ),
         TD3: td3,
         DDPG: td3,
-        DQN: (own.StarDQNPolicy, own.StarDQNCnnPolicy, own.StarDQNMultiInputPolicy),
+        DQN: (
+            off_policy.StarDQNPolicy,
+            off_policy.StarDQNCnnPolicy,
+            off_policy.StarDQNMultiInputPolicy,
+        ),
     }
     if find_spec("sb3_contrib") is None:
         return table
@@ -54,7 +70,7 @@ def _policies() -> Mapping[type[BaseAlgorithm], Policies]:
 
     from starlayers.rl import contrib
 
-    table[sb3_contrib.TRPO] = actor_critic
+    table[sb3_contrib.TRPO] = separate
     table[sb3_contrib.MaskablePPO] = (
         contrib.StarMaskablePolicy,
         contrib.StarMaskableCnnPolicy,
