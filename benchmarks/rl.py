@@ -45,6 +45,8 @@ def quality(
     out: Out = RESULTS,
 ) -> None:
     """Train every net on every task, and compare returns, areas under curves and speed."""
+    if smoke:  # one run of each kind
+        seeds, tasks, nets = 1, tasks or "ppo-cartpole sac-pendulum", nets or "mlp star product"
     of_tier = [task for task, spec in TASKS.items() if spec["tier"] in tier]
     tasks_ = chosen(tasks, list(TASKS), "tasks") if tasks else of_tier
     arms = chosen(nets, list(ARMS), "nets")

@@ -66,7 +66,7 @@ class StarMlpExtractor(KeepsInit):
         self.share = share
         self.stack = None
         if joint and alike and not share and pi and specs["pi"].plain_star:
-            self.stack = StarStack(2, features_dim, pi, act=specs["pi"].act)
+            self.stack = StarStack(2, features_dim, pi, act=specs["pi"].row)
             self.latent_dim_pi = self.latent_dim_vf = pi[-1]
             return
         # the names are SB3's: TRPO tells critics by "value" in a parameter's name

@@ -27,8 +27,8 @@ from starlayers.rl.options import (
     StarOptions,
     critic_nets,
 )
-from starlayers.rl.spec import PRODUCT, default_widths, resolve
-from starlayers.rl.trunks import RESIDUAL, ActivationLayer, Norm, activation_row
+from starlayers.rl.spec import PRODUCT, default_widths, resolve, uniform
+from starlayers.rl.trunks import RESIDUAL, Norm, activation, activation_module
 
 __all__ = [
     "StarARSPolicy",
@@ -314,7 +314,7 @@ class StarARSPolicy(ARSPolicy):
 
     Args:
         observation_space, action_space: as for ARS.
-        net_arch, activation_fn, net, norm: as for the other star policies.
+        net_arch, activation_fn, net, norm, width, depth: as for the other star policies.
         squash_output: whether continuous actions end in a tanh.
 
     Raises:
@@ -337,16 +337,17 @@ class StarARSPolicy(ARSPolicy):
         *,
         net: str = "star",
         norm: str | None = None,
+        width: int | None = None,
+        depth: int | None = None,
     ) -> None:
-        given = activation_fn != "default"
-        row = activation_row(activation_fn if given else nn.ReLU)
-        acts: dict[str, Any] = {"act": row if given else None, "usual": row}
-        spec = resolve(type(self).__name__, ("pi",), net, norm, **acts)["pi"]
+        owner, given = type(self).__name__, activation_fn != "default"
+        act: Any = activation_fn if given else nn.ReLU
+        spec = resolve(owner, ("pi",), net, norm, act=act, given=given)["pi"]
+        net_arch = uniform(owner, width, depth, net_arch) or net_arch
         if net_arch is None:
-            net_arch = default_widths(net, [64, 64])
-        stock: Any = (
-            activation_fn if isinstance(activation_fn, type) else partial(ActivationLayer, row)
-        )
+            net_arch = default_widths(spec.net, [64, 64])
+        stock: Any = activation(act)
+        stock = stock if isinstance(stock, type) else partial(activation_module, stock)
         super().__init__(
             observation_space, action_space, net_arch, stock, squash_output=squash_output
         )

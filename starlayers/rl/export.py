@@ -50,8 +50,9 @@ def export_onnx(
         TypeError: not a model of stable-baselines3, or not a `VecNormalize`.
         ValueError: a policy without the usual networks, statistics of another shape, or a key of
             the observation with the name of another input or output.
-        RuntimeError: onnxruntime and `predict` differ by more than 1e-5, relative above 1; no
-            file is written.
+        RuntimeError: onnxruntime and `predict` differ by more than 1e-5, relative to the largest of
+            1, the action, and a tenth of any number inside the network, whose rounding reaches
+            the action; no file is written.
 
     Example:
         >>> import tempfile

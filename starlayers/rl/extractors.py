@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
 from torch import Tensor, nn
 
 from starlayers.modules import StarBlock, positive_int
@@ -87,10 +87,11 @@ class StarCnnExtractor(KeepsInit, BaseFeaturesExtractor):
         normalized_image: accepted as SB3's CNN does; floats are taken either way.
         dims: channels of the stages.
         depths: star blocks in each stage.
-        act: a row of `ACTIVATIONS`.
+        activation_fn: of the star blocks; a name from `ACTIVATIONS`, or a class as SB3 takes it.
 
     Raises:
-        ValueError: a space that is no image, `dims` and `depths` of different lengths.
+        ValueError: a space that is no image or has its channels last, `dims` and `depths` of
+            different lengths.
 
     Example:
         >>> space = spaces.Box(0, 255, (4, 84, 84), dtype="uint8")
@@ -106,13 +107,19 @@ class StarCnnExtractor(KeepsInit, BaseFeaturesExtractor):
         *,
         dims: Sequence[int] = (32, 64),
         depths: Sequence[int] = (1, 1),
-        act: str = "relu6",
+        activation_fn: str | type[nn.Module] | None = "relu6",
     ) -> None:
+        act = activation_row(activation_fn)
         shape = getattr(observation_space, "shape", None)
         if not isinstance(observation_space, spaces.Box) or shape is None or len(shape) != 3:
             raise ValueError(
                 f"StarCnnExtractor expects a Box of shape (C, H, W), got {observation_space}; "
                 "StarMlpPolicy and StarMultiInputPolicy take other spaces"
+            )
+        if shape[2] <= 4 < min(shape[:2]):
+            raise ValueError(
+                f"StarCnnExtractor expects channels first, and {shape} looks like channels last; "
+                "VecTransposeImage turns bytes, gymnasium's TransformObservation floats"
             )
         if len(dims) != len(depths) or not dims:
             raise ValueError(f"StarCnnExtractor: dims={dims} and depths={depths} differ in length")
@@ -162,7 +169,7 @@ def _block(dim: int, act: str) -> StarBlock:
     return block
 
 
-class StarCombinedExtractor(KeepsInit, BaseFeaturesExtractor):
+class StarCombinedExtractor(KeepsInit, CombinedExtractor):
     """A features extractor for dictionaries: images through a StarNet, the rest flattened.
 
     As SB3's `CombinedExtractor`, whose place it takes. Shapes: a dictionary of (batch, ...) ->
@@ -199,7 +206,9 @@ class StarCombinedExtractor(KeepsInit, BaseFeaturesExtractor):
             else get_flattened_obs_dim(space)
             for key, space in observation_space.spaces.items()
         }
-        super().__init__(observation_space, sum(sizes.values()))
+        # SB3 tells subclasses of its own extractor when images are floats already; the networks of
+        # that one are not made
+        BaseFeaturesExtractor.__init__(self, observation_space, sum(sizes.values()))
         self.extractors = nn.ModuleDict(
             {
                 key: StarCnnExtractor(space, cnn_output_dim, normalized_image, **kwargs)

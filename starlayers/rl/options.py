@@ -15,7 +15,7 @@ from torch import nn
 
 from starlayers.rl.extractors import StarCnnExtractor
 from starlayers.rl.spec import NetSpec, default_widths, resolve, uniform
-from starlayers.rl.trunks import ActivationLayer, activation_row
+from starlayers.rl.trunks import activation, activation_module
 
 __all__ = ["ContinuousOptions", "LatentActor", "StarNetwork", "StarOptions", "critic_nets"]
 
@@ -60,22 +60,32 @@ class StarOptions(BasePolicy):
     ) -> None:
         owner = type(self).__name__
         given = activation_fn != "default"
-        row = activation_row(activation_fn if given else self.base_activation)
         self.options: dict[str, Any] = {"net": net, "activation_fn": activation_fn, "norm": norm}
-        self.specs = resolve(owner, self.sides, net, norm, act=row if given else None, usual=row)
+        usual = self.base_activation
+        self.specs = resolve(
+            owner, self.sides, net, norm, act=activation_fn if given else usual, given=given
+        )
         extractor = kwargs.setdefault("features_extractor_class", self.base_extractor)
         arch = uniform(owner, width, depth, net_arch)
         if arch is None and net_arch is None:
             convolutional = issubclass(extractor, (NatureCNN, StarCnnExtractor))
             base = self.cnn_arch if convolutional else self.base_arch
+            options = {"net": net, "norm": norm, "activation_fn": activation_fn}
+            idle = ("star", "mlp", None, "default")
+            asked = [f"{k}={v!r}" for k, v in options.items() if v not in idle]
+            if asked and not any(base.values()):
+                raise ValueError(
+                    f"{owner}: behind a convolutional extractor there is no layer by default, and "
+                    f"{', '.join(asked)} would shape none; give net_arch=[64], or leave it out"
+                )
             widths = {side: default_widths(self.specs[side].net, base[side]) for side in self.sides}
             net_arch = widths if len(self.sides) > 1 else widths[self.sides[0]]
         if kwargs.get("features_extractor_kwargs") is not None:
             # SB3 writes into the caller's own dictionary
             kwargs["features_extractor_kwargs"] = dict(kwargs["features_extractor_kwargs"])
         # SB3 calls it to make each of its own layers
-        stock: Any = activation_fn if given else self.base_activation
-        stock = stock if isinstance(stock, type) else partial(ActivationLayer, row)
+        stock: Any = activation(activation_fn if given else usual)
+        stock = stock if isinstance(stock, type) else partial(activation_module, stock)
         super().__init__(
             observation_space,
             action_space,

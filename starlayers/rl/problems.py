@@ -81,13 +81,21 @@ def targets(s: Subject) -> Iterator[str]:
             )
 
 
+def log_density(s: Subject) -> Tensor:
+    """Of the likeliest actions on two observations, by which actors are told from critics."""
+    distribution = s.distribution(s.observations(2), 2)
+    density: Tensor = distribution.log_prob(distribution.get_actions(deterministic=True)).sum()
+    return density
+
+
 def frozen_by_trpo(s: Subject) -> Iterator[str]:
     """Parameters of the actor that TRPO takes for the critic's, by their names."""
     if not s.is_a("TRPO"):
         return
     named = {n: p for n, p in s.policy.named_parameters() if p.requires_grad and "value" in n}
-    distribution = s.distribution(s.observations(2), 2)
-    density = distribution.log_prob(distribution.get_actions(deterministic=True)).sum()
+    density = log_density(s)
+    if not named or not density.requires_grad:
+        return
     grads = torch.autograd.grad(density, list(named.values()), allow_unused=True)
     frozen = [name for name, grad in zip(named, grads) if grad is not None]
     if frozen:
@@ -101,13 +109,10 @@ def spared_by_trpo(s: Subject) -> Iterator[str]:
     """Trunks that TRPO takes for the actor's alone, because the actor uses them too."""
     if not s.is_a("TRPO"):
         return
-    observations = s.observations(2)
-    distribution = s.distribution(observations, 2)
-    density = distribution.log_prob(distribution.get_actions(deterministic=True)).sum()
     named = {n: p for n, p in s.policy.mlp_extractor.named_parameters() if p.requires_grad}
-    if not named:
+    density, value = log_density(s), s.policy.predict_values(s.observations(2)).sum()
+    if not (named and density.requires_grad and value.requires_grad):
         return
-    value = s.policy.predict_values(observations).sum()
     grads = [
         torch.autograd.grad(y, list(named.values()), allow_unused=True) for y in (density, value)
     ]

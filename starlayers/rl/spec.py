@@ -3,22 +3,34 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import Any
 
 from torch import nn
 
 from starlayers.modules import positive_int
 from starlayers.rl.critics import ProductTrunk
-from starlayers.rl.trunks import NETS, NORMS, RESIDUAL, Norm, Trunk, build_trunk
+from starlayers.rl.trunks import (
+    NETS,
+    NORMS,
+    RESIDUAL,
+    Activation,
+    Norm,
+    Trunk,
+    activation,
+    activation_row,
+    build_trunk,
+)
 
 __all__ = ["PRODUCT", "NetSpec", "default_widths", "resolve"]
 
 #: the net that only critics of states and actions can have
 PRODUCT = "product"
 
-#: nets whose default activation is tanh: with a bounded first branch a star layer grows as an MLP's
-#: does; with relu it grows with the square of its input, and values that bootstrap can run away
-BOUNDED = ("star", "star_residual")
+#: net -> its activation unless another is asked for. With a bounded first branch a star layer grows
+#: as an MLP's does; with relu it grows with the square of its input, and values that bootstrap can
+#: run away. SimBa is published with relu.
+DEFAULTS = {"star": "tanh", "star_residual": "tanh", "simba": "relu"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +39,7 @@ class NetSpec:
 
     Args:
         net: a row of `NETS`, or "product" for a critic of states and actions.
-        act: a row of `ACTIVATIONS`.
+        act: a row of `ACTIVATIONS`, or a class where the net has no star.
         norm: a row of `NORMS`, "none", or `None` for what the net does by itself.
 
     Example:
@@ -36,13 +48,18 @@ class NetSpec:
     """
 
     net: str
-    act: str
+    act: Activation
     norm: str | None = None
 
     @property
     def stock(self) -> bool:
         """Whether SB3's own network is just this one, and stays."""
         return self.net == "mlp" and self.norm in (None, "none")
+
+    @property
+    def row(self) -> str:
+        """The activation of a star layer."""
+        return activation_row(self.act)
 
     @property
     def plain_star(self) -> bool:
@@ -58,7 +75,7 @@ class NetSpec:
         """The trunk over states and actions, as SB3 concatenates them."""
         if self.net != PRODUCT:
             return self.trunk(states + actions, net_arch)
-        return ProductTrunk(states, actions, net_arch, act=self.act, norm=self.norm or "layer")
+        return ProductTrunk(states, actions, net_arch, act=self.row, norm=self.norm or "layer")
 
 
 def resolve(
@@ -67,18 +84,18 @@ def resolve(
     net: str | Mapping[str, str],
     norm: str | None,
     *,
-    act: str | None,
-    usual: str,
+    act: Activation | None,
+    given: bool = True,
 ) -> dict[str, NetSpec]:
     """The spec of each side, from the values a user gave.
 
-    Without an `act`, stars take tanh and other nets what is `usual`.
+    `act` is what the user has `given`, or else what SB3 takes, which `DEFAULTS` overrules.
 
     Raises:
         ValueError: an unknown net, norm or side, or a product where there is no action to take in.
 
     Example:
-        >>> specs = resolve("P", ("pi", "vf"), {"vf": "simba"}, None, act=None, usual="relu")
+        >>> specs = resolve("P", ("pi", "vf"), {"vf": "simba"}, None, act="gelu", given=False)
         >>> {side: (spec.net, spec.act) for side, spec in specs.items()}
         {'pi': ('star', 'tanh'), 'vf': ('simba', 'relu')}
     """
@@ -86,6 +103,8 @@ def resolve(
         raise ValueError(
             f"{owner}: unknown norm {norm!r}, choose one of {', '.join(NORMS)}, 'none' or None"
         )
+    if not isinstance(net, (str, Mapping)):
+        raise TypeError(f"{owner}: net must be a name or one per side, got {net!r}")
     if not isinstance(net, str):
         unknown = sorted(set(net) - set(sides))
         if unknown:
@@ -103,8 +122,8 @@ def resolve(
             raise ValueError(
                 f"{owner}: unknown net {name!r} for {side!r}, choose one of {', '.join(choices)}"
             )
-        row = act or ("tanh" if name in BOUNDED else usual)
-        specs[side] = NetSpec(name, row, norm)
+        own = act if given else DEFAULTS.get(name, act)
+        specs[side] = NetSpec(name, activation(own), norm)
     return specs
 
 
@@ -112,7 +131,7 @@ def default_widths(net: str, base: Sequence[int]) -> list[int]:
     """A `net_arch` whose trunk has about the parameters of a linear one of the widths `base`.
 
     A star layer has two branches (`width / sqrt 2`); one residual block holds eight (SimBa) or
-    six (star) times its width squared. Widths come in fours: others cost a CPU a fifth more time.
+    six (star) times its width squared. Widths come in fours: others cost a CPU up to a tenth more.
 
     Example:
         >>> default_widths("star", [64, 64]), default_widths("simba", [256, 256])
@@ -121,7 +140,8 @@ def default_widths(net: str, base: Sequence[int]) -> list[int]:
     if not base:
         return []
     if net in RESIDUAL:
-        return [_in_fours(max(base) / math.sqrt(8 if net == "simba" else 6))]
+        products = sum(map(mul, base, base[1:])) or base[0] ** 2
+        return [_in_fours(math.sqrt(products / (8 if net == "simba" else 6)))]
     if net in ("star", PRODUCT):
         return [_in_fours(width / math.sqrt(2)) for width in base]
     return list(base)

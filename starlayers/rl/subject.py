@@ -63,7 +63,9 @@ class Subject:
     """A model under examination: its parts by name, and ways to run them."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.policy = model, model.policy
+        self.model = model
+        # a compiled policy wraps the one that was built
+        self.policy = getattr(model.policy, "_orig_mod", model.policy)
         #: parts with a forward of their own: the actor, critics, Q networks and their targets
         self.parts = {
             name: part

@@ -86,7 +86,7 @@ def starify(
         reasons = dict.fromkeys(f"{f.path}: {f.reason}" for f in found[:3] if f.reason)
         raise ValueError(
             f"starify found no plain MLP in this {type(policy).__name__}: "
-            + ("; ".join(reasons) or "it has no activation between linear layers, or it is a star")
+            + ("; ".join(reasons) or "no activation is directly between two of its linear layers")
             + ("; product=64 gives its critics a product term" if _critics(policy) else "")
         )
     before = set(_layers(policy))
@@ -176,7 +176,8 @@ class Starified(BasePolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         # SB3 leaves out some of its own: an unshared features extractor would come back shared
-        return {**super()._get_constructor_parameters(), **self.made_with}
+        made_with = {k: v for k, v in self.made_with.items() if k not in ("width", "depth")}
+        return {**made_with, **super()._get_constructor_parameters()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # pickle finds no class that was made at run time, but it finds what it was made from
@@ -197,7 +198,7 @@ def starified(base: type[BasePolicy]) -> type[Starified]:
         >>> starified(SACPolicy).__name__, issubclass(starified(SACPolicy), SACPolicy)
         ('StarifiedSACPolicy', True)
     """
-    return type(f"Starified{base.__name__}", (Starified, base), {})
+    return type(f"Starified{base.__name__}", (Starified, base), {"__module__": __name__})
 
 
 def _blank(base: type[BasePolicy]) -> Starified:

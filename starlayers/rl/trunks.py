@@ -22,6 +22,8 @@ __all__ = [
 ]
 
 Norm = Callable[[int], nn.Module]
+#: a row of `ACTIVATIONS`, or a class as SB3 takes it
+Activation = str | type[nn.Module]
 
 #: name of a norm -> its layer for so many channels
 NORMS: dict[str, Norm] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -49,13 +51,15 @@ class KeepsInit(nn.Module):
         return self
 
     def reset_star(self, gain: float) -> None:
-        """Give each branch of each star its own orthogonal start; end residual blocks in zero."""
+        """Give each branch of a star its own orthogonal start, and blocks what they begin with."""
         for module in self.modules():
             if isinstance(module, PackedStar | StarStack):
                 module.reset_branches(gain)
             if isinstance(module, StarBlock):
                 nn.init.orthogonal_(module.mlp.f2.weight, GATE_GAIN)
                 end_in_zero(module)
+            if isinstance(module, SimBaBlock):
+                module.reset_parameters()
 
 
 class Trunk(nn.Sequential, KeepsInit):
@@ -110,18 +114,21 @@ class SimBaBlock(nn.Module):
         torch.Size([2, 8])
     """
 
-    def __init__(self, dim: int, act: str, norm: Norm) -> None:
+    def __init__(self, dim: int, act: Activation, norm: Norm) -> None:
         super().__init__()
         self.norm = norm(dim)
         self.inp, self.out = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.act = act
+        self.act = activation_module(act)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as published: He's normal weights, no bias."""
         for layer in (self.inp, self.out):
             nn.init.kaiming_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = get_activation(self.act).fn(self.inp(self.norm(x)))
-        return x + self.out(y)  # type: ignore[no-any-return]
+        return x + self.out(self.act(self.inp(self.norm(x))))  # type: ignore[no-any-return]
 
 
 class ActivationLayer(nn.Module):
@@ -153,7 +160,7 @@ Layers = Iterator[nn.Module]
 
 
 def _star(
-    dim: int, widths: Sequence[int], act: str, norm: Norm | None, before: Norm | None
+    dim: int, widths: Sequence[int], act: Any, norm: Norm | None, before: Norm | None
 ) -> Layers:
     for width in widths:
         if before:
@@ -165,7 +172,7 @@ def _star(
 
 
 def _mlp(
-    dim: int, widths: Sequence[int], act: str, norm: Norm | None, before: Norm | None
+    dim: int, widths: Sequence[int], act: Any, norm: Norm | None, before: Norm | None
 ) -> Layers:
     for width in widths:
         if before:
@@ -173,12 +180,12 @@ def _mlp(
         yield nn.Linear(dim, width)
         if norm:
             yield norm(width)
-        yield ActivationLayer(act)
+        yield activation_module(act)
         dim = width
 
 
 def _d2rl(
-    dim: int, widths: Sequence[int], act: str, norm: Norm | None, before: Norm | None
+    dim: int, widths: Sequence[int], act: Any, norm: Norm | None, before: Norm | None
 ) -> Layers:
     seen = dim
     for width in widths:
@@ -189,7 +196,7 @@ def _d2rl(
 def _residual(
     dim: int,
     widths: Sequence[int],
-    act: str,
+    act: Any,
     norm: Norm | None,
     before: Norm | None,
     *,
@@ -226,7 +233,7 @@ def build_trunk(
     in_features: int,
     net_arch: Sequence[int],
     *,
-    act: str = "relu",
+    act: Activation = "relu",
     norm: str | None = None,
     before: Norm | None = None,
 ) -> Trunk:
@@ -236,9 +243,9 @@ def build_trunk(
         net: a row of `NETS`.
         in_features: channels of the input.
         net_arch: widths; empty for the identity. Residual nets need equal ones.
-        act: a row of `ACTIVATIONS`.
+        act: a row of `ACTIVATIONS`; for nets without stars any class, as SB3 takes it.
         norm: a row of `NORMS`: behind the product of a star, before the activation of a linear
-            layer, before a residual block (which always has one); `None` for none.
+            layer, before a residual block (which always has one); "none" or `None` for none.
         before: makes one more norm in front of each layer, from its channels.
 
     Raises:
@@ -251,6 +258,8 @@ def build_trunk(
     """
     if net not in NETS:
         raise ValueError(f"unknown net {net!r}, choose one of {', '.join(NETS)}")
+    norm = None if norm == "none" else norm
+    act = activation_row(act) if "star" in net else activation(act)
     if norm is not None and norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}, choose one of {', '.join(NORMS)} or None")
     widths = [positive_int(net, f"net_arch[{i}]", width) for i, width in enumerate(net_arch)]
@@ -263,7 +272,37 @@ def build_trunk(
     return kind(layers, in_features, widths[-1] if widths else in_features)
 
 
-def activation_row(activation: str | type[nn.Module] | None) -> str:
+def activation(given: str | type[nn.Module] | None) -> Activation:
+    """The name of a row of `ACTIVATIONS`, or the class, that a user gave.
+
+    Raises:
+        TypeError, ValueError: neither a class nor the name of a row.
+
+    Example:
+        >>> activation("swiglu"), activation(None), activation(nn.ELU).__name__
+        ('silu', 'identity', 'ELU')
+    """
+    if given is None or isinstance(given, str):
+        return get_activation(given).name
+    if not (isinstance(given, type) and issubclass(given, nn.Module)):
+        raise TypeError(
+            "activation_fn must be a name from ACTIVATIONS or a class such as nn.Tanh, "
+            f"got {given!r}"
+        )
+    return given
+
+
+def activation_module(act: Activation) -> nn.Module:
+    """A module of what `activation` returns.
+
+    Example:
+        >>> activation_module(nn.ELU), activation_module("relu6")
+        (ELU(alpha=1.0), ActivationLayer('relu6'))
+    """
+    return act() if isinstance(act, type) else ActivationLayer(act)
+
+
+def activation_row(given: str | type[nn.Module] | None) -> str:
     """The row of `ACTIVATIONS` that a name, or an activation class as SB3 takes it, stands for.
 
     Raises:
@@ -274,17 +313,11 @@ def activation_row(activation: str | type[nn.Module] | None) -> str:
         >>> activation_row(nn.Tanh), activation_row("gelu"), activation_row(None)
         ('tanh', 'gelu', 'identity')
     """
-    if activation is None or isinstance(activation, str):
-        return get_activation(activation).name
-    if not (isinstance(activation, type) and issubclass(activation, nn.Module)):
-        raise TypeError(
-            "activation_fn must be a name from ACTIVATIONS or a class such as nn.Tanh, "
-            f"got {activation!r}"
-        )
-    row = recognise(activation())
+    found = activation(given)
+    row = found if isinstance(found, str) else recognise(found())
     if row is None:
         raise ValueError(
-            f"activation_fn={activation.__name__} is no row of ACTIVATIONS; register_activation "
-            "can add one"
+            f"activation_fn={given.__name__}: a star layer needs a row of ACTIVATIONS, and no row "  # type: ignore[union-attr]
+            "computes that; register_activation adds one, to be given by its name"
         )
     return row

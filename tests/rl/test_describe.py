@@ -364,3 +364,18 @@ def test_batch_statistics_on_policy(algorithm, norm):
 def test_other_objects_are_refused():
     with pytest.raises(TypeError, match="such as PPO, got Linear"):
         describe(nn.Linear(2, 2))
+
+
+def test_a_compiled_policy_is_described_as_it_was():
+    for algorithm in (sb3.SAC, sb3.PPO):
+        model = build(algorithm, policy="StarMlpPolicy")
+        before = describe(model)
+        model.policy = torch.compile(model.policy)
+        after = describe(model)
+        assert (after.networks, after.problems) == (before.networks, ())
+
+
+def test_trpo_with_nothing_to_train():
+    model = build(contrib.TRPO)
+    model.policy.requires_grad_(False)
+    assert describe(model).problems == ()

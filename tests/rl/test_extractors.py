@@ -66,6 +66,20 @@ def test_floats_that_are_normalised_already():
     torch.testing.assert_close(*values)
 
 
+@pytest.mark.parametrize("policy", ["MultiInputPolicy", "StarMultiInputPolicy"])
+def test_floats_in_a_dictionary(policy):
+    class Floats(Sampled):
+        def __init__(self):
+            super().__init__("dict")
+            image = spaces.Box(0, 1, (3, 36, 36))
+            self.observation_space = spaces.Dict({"image": image})
+
+    kwargs = {"normalize_images": False, "features_extractor_class": StarCombinedExtractor}
+    kwargs["features_extractor_kwargs"] = {"cnn_output_dim": 8}
+    model = agent("PPO", env=Floats(), policy=policy, policy_kwargs=kwargs)
+    assert model.policy.features_dim == 8
+
+
 def test_a_cnn_in_a_stock_policy_takes_its_arguments():
     kwargs = {
         "features_extractor_class": StarCnnExtractor,
@@ -95,6 +109,8 @@ def test_flat_observations(net):
 def test_wrong_spaces_are_named():
     with pytest.raises(ValueError, match=r"StarCnnExtractor expects a Box of shape \(C, H, W\)"):
         StarCnnExtractor(spaces.Box(-1, 1, (3,)))
+    with pytest.raises(ValueError, match=r"channels first, and \(64, 64, 3\) looks like"):
+        StarCnnExtractor(spaces.Box(0, 1, (64, 64, 3)))
     with pytest.raises(ValueError, match="StarCombinedExtractor expects a Dict space, got Box"):
         StarCombinedExtractor(spaces.Box(-1, 1, (3,)))
     with pytest.raises(ValueError, match=r"dims=\(8,\) and depths=\(1, 2\) differ in length"):

@@ -129,8 +129,8 @@ def test_activations_by_name_or_class(name, net, activation):
     model = agent(name, policy_kwargs={"activation_fn": activation, "net": net, "net_arch": [8]})
     found = {getattr(m, "act", type(m).__name__) for m in model.policy.modules()}
     row = {None: "identity", nn.SiLU: "silu", nn.Tanh: "tanh"}.get(activation, activation)
-    # SB3's own network keeps the class it was given
-    own = net == "mlp" and name != "PPO" and isinstance(activation, type)
+    # a net without stars keeps the class it was given
+    own = net == "mlp" and isinstance(activation, type)
     expected = activation.__name__ if own else row
     assert expected in found
     others = {"tanh", "relu", "gelu", "relu6", "silu", "Tanh", "ReLU", "SiLU"} - {expected}
@@ -270,9 +270,11 @@ def test_vectors_in_a_dictionary_are_the_flat_observation():
 
 
 def test_a_users_dictionary_is_not_written_to():
-    kwargs = {"features_extractor_kwargs": {"features_dim": 8}, "normalize_images": False}
-    agent("PPO", "image", policy_kwargs=kwargs)
-    assert kwargs == {"features_extractor_kwargs": {"features_dim": 8}, "normalize_images": False}
+    # SB3 writes `normalized_image` into the one that it is given, for extractors of its own
+    given = {"cnn_output_dim": 8}
+    kwargs = {"features_extractor_kwargs": given, "normalize_images": False}
+    agent("PPO", "dict", policy_kwargs=kwargs)
+    assert given == {"cnn_output_dim": 8}
 
 
 @pytest.mark.parametrize(
@@ -290,7 +292,7 @@ def test_a_users_dictionary_is_not_written_to():
         ("PPO", {"net": "simba", "net_arch": [8, 4]}, r"net_arch=\[8, 4\] needs equal widths"),
         ("SAC", {"net": {"qf": "product"}, "net_arch": []}, "needs a layer for its product"),
         ("PPO", {"activation_fn": "swishy"}, "unknown activation 'swishy'"),
-        ("PPO", {"activation_fn": nn.Softmax}, "activation_fn=Softmax is no row of ACTIVATIONS"),
+        ("PPO", {"activation_fn": nn.ELU}, "activation_fn=ELU: a star layer needs a row of ACTIV"),
         ("CrossQ", {"net": "simba"}, "net='simba' brings norms beside CrossQ's own"),
         ("CrossQ", {"net": {"qf": "product"}}, "net='product' brings norms"),
     ],
@@ -300,9 +302,48 @@ def test_bad_options_are_named(name, options, words):
         agent(name, policy_kwargs=options)
 
 
+@pytest.mark.parametrize("name", ["PPO", "A2C", "DQN"])
+@pytest.mark.parametrize(
+    "options", [{"net": "simba"}, {"norm": "layer"}, {"activation_fn": "gelu"}]
+)
+def test_options_without_a_layer_to_shape_are_named(name, options):
+    words = "behind a convolutional extractor there is no layer by default, and "
+    with pytest.raises(ValueError, match=words + next(iter(options))):
+        agent(name, "image", policy_kwargs=options)
+    agent(name, "image", policy_kwargs={**options, "net_arch": [8]})
+
+
+@pytest.mark.parametrize("name", ["PPO", "SAC", "DQN", "ARS"])
+@pytest.mark.parametrize("net", ["mlp", "d2rl", "simba"])
+def test_nets_without_stars_take_any_activation(name, net):
+    options = {"net": net, "activation_fn": nn.ELU, "width": 8, "depth": 2}
+    model = agent(name, policy_kwargs=options).learn(STEPS)
+    assert any(type(m) is nn.ELU for m in model.policy.modules())
+
+
+def test_lstms_of_ones_own_size_come_back(tmp_path):
+    model = agent("RecurrentPPO", policy_kwargs={"lstm_hidden_size": 7, "net_arch": [8]})
+    model.policy.save(tmp_path / "p.pt")
+    loaded = type(model.policy).load(tmp_path / "p.pt", device="cpu")
+    assert loaded.lstm_actor.hidden_size == 7
+
+
+@pytest.mark.parametrize("options", [{}, {"net": "mlp"}, {"norm": "layer"}, {"share_trunk": True}])
+def test_acting_and_judging_use_the_same_trunks_together_and_apart(options):
+    policy = agent("PPO", policy_kwargs={**options, "net_arch": [8, 4]}).policy
+    x = torch.randn(5, 3)
+    pi, vf = policy.mlp_extractor(x)
+    torch.testing.assert_close(policy.mlp_extractor.forward_actor(x), pi)
+    torch.testing.assert_close(policy.mlp_extractor.forward_critic(x), vf)
+    assert torch.equal(pi, vf) is ("share_trunk" in options)
+    torch.testing.assert_close(policy(x)[1], policy.predict_values(x))
+
+
 def test_activation_of_the_wrong_type():
     with pytest.raises(TypeError, match=r"activation_fn must be a name .* got 3"):
         agent("PPO", policy_kwargs={"activation_fn": 3})
+    with pytest.raises(TypeError, match="net must be a name or one per side, got None"):
+        agent("PPO", policy_kwargs={"net": None})
 
 
 def test_names_are_each_algorithms_own():

@@ -257,6 +257,9 @@ def test_product_term(name, policy, tmp_path):
     model.save(tmp_path / "model.zip")
     loaded = algorithm(name).load(tmp_path / "model.zip", env=model.env.envs[0], device="cpu")
     assert apart(outputs(model), outputs(loaded)) == 0.0
+    model.policy.save(tmp_path / "policy.pt")
+    alone = type(model.policy).load(tmp_path / "policy.pt", device="cpu")
+    assert same(alone.state_dict(), model.policy.state_dict())
     buffer = copy.deepcopy(model.replay_buffer)
     continued(model, buffer), continued(loaded, buffer)
     assert same(model.policy.state_dict(), loaded.policy.state_dict())
@@ -272,12 +275,14 @@ def test_gates_first_and_a_product_later(tmp_path):
     starify(model, product=4, gate="low_rank=2")
     assert apart(before, outputs(model)) == 0.0
     assert len(report(model.policy).replaced) == 12
-    for online, target in (("actor", "actor_target"), ("critic", "critic_target")):
-        pair = [getattr(model.policy, part) for part in (online, target)]
-        new = [gate_of(star).state_dict() for part in pair for _, _, star in installed(part)]
-        assert all(
-            same(a, b) for a, b in zip(new[: len(new) // 2], new[len(new) // 2 :]) if "up" in a
-        )
+    # what begins with random numbers begins alike in the targets
+    actors = [model.policy.actor, model.policy.actor_target]
+    new = [[gate_of(star).state_dict() for _, _, star in installed(actor)] for actor in actors]
+    assert len(new[0]) == 2
+    assert all(map(same, *new))
+    for terms in zip(model.policy.critic.q_networks, model.policy.critic_target.q_networks):
+        for part in ("state", "action", "head"):
+            assert same(*(getattr(term, part).state_dict() for term in terms))
     continued(model, None).save(tmp_path / "model.zip")
     loaded = sb3.TD3.load(tmp_path / "model.zip", env=model.env.envs[0], device="cpu")
     buffer = copy.deepcopy(model.replay_buffer)
@@ -330,7 +335,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="include pattern 'encoder' matches none"):
         starify(ppo, include="encoder")
     star = sb3.PPO("StarMlpPolicy", "CartPole-v1", device="cpu")
-    with pytest.raises(ValueError, match=r"no plain MLP in this Star\w+Policy: it has"):
+    with pytest.raises(ValueError, match=r"no plain MLP in this Star\w+Policy: no activation"):
         starify(star)
     ppo.policy = torch.compile(ppo.policy)
     with pytest.raises(ValueError, match="is a OptimizedModule, no policy"):

@@ -67,6 +67,26 @@ def test_the_start_of_a_residual_star_survives_ppo(ortho):
         assert block.mlp.f2.weight.abs().max() > 0
 
 
+def test_the_stacked_trunks_of_ppo_begin_as_stars():
+    policy = PPO("StarMlpPolicy", "CartPole-v1", device="cpu").policy
+    for weight, bias in policy.mlp_extractor.stack.rows():
+        assert bias.abs().max() == 0
+        for net in weight.detach():
+            for branch, gain in zip(net.chunk(2, -1), (2**0.5, GATE_GAIN)):
+                small = branch if branch.shape[0] <= branch.shape[1] else branch.t()
+                eye = torch.eye(len(small)) * gain**2
+                torch.testing.assert_close(small @ small.t(), eye, atol=1e-4, rtol=0)
+
+
+def test_the_start_of_simba_survives_ppo():
+    options = {"net": "simba", "net_arch": [64]}
+    policy = PPO("StarMlpPolicy", "CartPole-v1", policy_kwargs=options, device="cpu").policy
+    for block in (m for m in policy.modules() if isinstance(m, SimBaBlock)):
+        assert block.act.act == "relu"
+        # He's deviation; orthogonal columns would have half of it
+        assert block.inp.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.05)
+
+
 def test_the_start_of_an_extractor_survives_a_stock_policy():
     options = {"features_extractor_class": StarExtractor, "net_arch": []}
     policy = PPO("MlpPolicy", "CartPole-v1", policy_kwargs=options, device="cpu").policy
