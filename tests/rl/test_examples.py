@@ -9,12 +9,13 @@ import imageio
 import numpy as np
 import pytest
 import stable_baselines3
+import typer
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-STORIES = ("rl_cartpole", "rl_pendulum_sac", "rl_pong")
+STORIES = ("rl_cartpole", "rl_pendulum_sac", "rl_pong", "rl_swap_trained")
 FINAL_SEED = 2_000_000
 
 
@@ -81,6 +82,32 @@ def test_pendulum(tmp_path, capsys):
     assert evaluate_policy(model, env, 20)[0] == pytest.approx(mean)
     mlp = SAC("MlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": [64, 64]}).critic
     assert sum(p.numel() for p in mlp.parameters()) == pytest.approx(9118, rel=0.01)
+
+
+def test_a_swap_in_training(tmp_path, capsys):
+    main = example("rl_swap_trained")["main"]
+    found = main(steps=2048, swap_at=1024, out=tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert (found["logits"], found["values"]) == (0.0, 0.0)
+    assert found["before"] == found["after"]
+    assert "swapped after 1,024 steps, seed 0" in printed
+    assert "moments of Adam kept: True" in printed
+    assert "the same one by one: True" in printed
+    assert_written(tmp_path / "run", printed, evaluations=25)
+
+    # training went on: every gate has moved, and what was saved has them
+    sizes = re.search(r"mean \|gate\| by now: (.*)", printed)[1].split(", ")
+    assert len(sizes) == 4
+    assert all(float(size.split()[1]) > 0 for size in sizes)
+    loaded = PPO.load(tmp_path / "run" / "model.zip", device="cpu")
+    mean, _ = evaluate_policy(loaded, make_vec_env("CartPole-v1", 20, FINAL_SEED), 20)
+    assert mean == pytest.approx(found["final"])
+    # an agent of one's own can be the start
+    PPO("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=32).save(tmp_path / "plain.zip")
+    found = main(steps=2048, swap_at=512, model=tmp_path / "plain.zip", out=tmp_path / "own")
+    assert found["logits"] == 0.0
+    with pytest.raises(typer.BadParameter, match="swap_at=9, steps=9"):
+        main(steps=9, swap_at=9)
 
 
 def test_pong(tmp_path, monkeypatch, capsys):
