@@ -160,9 +160,12 @@ def plot_curves(records: Records, file: Path) -> None:
             points = [mean_interval(p) for p in zip(*(c["returns"] for c in curves))]
             mean, half = np.array(points).T
             steps = np.mean([c["timesteps"] for c in curves], 0) / 1000
-            ax.plot(steps, mean, color=f"C{i}", label=arm, lw=1.2)
+            style = "-" if i < 10 else "--"  # there are ten colours
+            ax.plot(steps, mean, style, color=f"C{i % 10}", label=arm, lw=1.2)
             if len(curves) >= FEWEST:
-                ax.fill_between(steps, mean - half, mean + half, color=f"C{i}", alpha=0.08, lw=0)
+                ax.fill_between(
+                    steps, mean - half, mean + half, color=f"C{i % 10}", alpha=0.08, lw=0
+                )
         # the bands of few runs are wide: the axis is that of their means
         ends = [end for line in ax.lines for end in (min(line.get_ydata()), max(line.get_ydata()))]
         margin = 0.05 * (max(ends) - min(ends)) or 1
