@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import typer
 from _rl import CURVE_SEED, FINAL_SEED, learning_curve, record_gif
 from stable_baselines3 import PPO
@@ -27,10 +28,12 @@ def main(
     steps: int = 50_000,
     seed: int = 0,
     net: Annotated[str, typer.Option(help=f"one of {', '.join(starlayers.rl.NETS)}")] = "star",
+    norm: Annotated[str, typer.Option(help="layer, rms or none")] = "layer",
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/rl_cartpole"),
 ) -> float:
     """Train PPO on CartPole-v1 until it is solved, evaluate it, and film it."""
     out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # for nets this small a second thread only costs
     # the hyperparameters of rl-baselines3-zoo
     model = PPO(
         "StarMlpPolicy",
@@ -42,34 +45,37 @@ def main(
         n_epochs=20,
         learning_rate=LinearSchedule(1e-3, 0.0, 1.0),
         clip_range=LinearSchedule(0.2, 0.0, 1.0),
-        policy_kwargs={"net": net},
+        policy_kwargs={"net": net, "norm": norm},
         seed=seed,
         device="cpu",
     )
-    # 500 is the most an episode can have
+    # 500 is the most an episode can have; where that is not reached the best agent is kept
     evaluation = EvalCallback(
-        make_vec_env(ENV, 10, CURVE_SEED),
+        make_vec_env(ENV, 20, CURVE_SEED),
         callback_on_new_best=StopTrainingOnRewardThreshold(500, verbose=0),
-        n_eval_episodes=10,
-        eval_freq=max(1, min(2500, steps // 5) // ENVS),
+        n_eval_episodes=20,
+        eval_freq=max(1, min(1250, steps // 5) // ENVS),
+        best_model_save_path=str(out),
         log_path=str(out),
         verbose=0,
     )
     began = time.perf_counter()
     model.learn(steps, callback=evaluation, progress_bar=True)
     seconds = time.perf_counter() - began
+    steps = model.num_timesteps
+    model = PPO.load(out / "best_model.zip", device="cpu")
     returns, _ = evaluate_policy(
         model, make_vec_env(ENV, 20, FINAL_SEED), 20, return_episode_rewards=True
     )
     mean = float(np.mean(returns))
 
-    model.save(out / "model.zip")
+    (out / "best_model.zip").replace(out / "model.zip")
     curve = np.load(out / "evaluations.npz")
     learning_curve(out / "curve.png", {net: (curve["timesteps"], curve["results"])})
     record_gif(model, ENV, out / "agent.gif", steps=200)
     parameters = sum(p.numel() for p in model.policy.parameters())
     print(
-        f"{net}: {parameters:,} parameters, {model.num_timesteps:,} steps in {seconds:.0f} s; "
+        f"{net}: {parameters:,} parameters, {steps:,} steps in {seconds:.0f} s; "
         f"seed {seed}\nmean return of 20 new episodes {mean:.1f} (lowest {min(returns):.0f}, the "
         f"most is 500); curve.png, agent.gif and model.zip in {out}"
     )

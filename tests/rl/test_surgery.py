@@ -28,15 +28,6 @@ ALL = (*ON_POLICY, *CONTINUOUS, *DISCRETE, "ARS")
 SITES = dict.fromkeys(ALL, 4) | {"SAC": 10, "TD3": 12, "DDPG": 8, "TQC": 10, "CrossQ": 5, "ARS": 2}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Nets this small are many times slower on several threads of a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def algorithm(name):
     return getattr(sb3, name, None) or getattr(sb3_contrib, name)
 
