@@ -38,3 +38,11 @@ def _log_of_transformers():
 
         logging.set_verbosity(logging.WARNING)
         logging.enable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _own_threads():
+    """A study sets the number of threads, on which the last bits of sums depend."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

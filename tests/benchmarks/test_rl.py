@@ -74,12 +74,13 @@ def test_parameters_are_matched(task, arm):
 def test_jobs_are_whole_seeds(tmp_path):
     tier = [task for task, spec in TASKS.items() if spec["tier"] == "a"]
     jobs = rl_quality.jobs(tier, list(ARMS), 5, "parameters", False, tmp_path)
-    assert len(jobs) == 5 * (8 + 8 + 6 + 10 + 10)
+    assert len(jobs) == 5 * (8 + 8 + 8 + 12 + 12)
     seeds = [job["seed"] for job in jobs.values()]
     assert seeds == sorted(seeds)
     assert json.loads(json.dumps(jobs)) == jobs  # or a stopped study would not find its runs
     assert all(job["scale"] == 1 for job in jobs.values())
     assert "dqn-cartpole-star_critic-seed0" not in jobs
+    assert "ppo-cartpole-star_relu-seed0" not in jobs  # its mlp has tanh, as its star
     assert "ppo-cartpole-product-seed0" not in jobs
 
 
@@ -161,8 +162,8 @@ def test_tables_and_figures_are_made_from_the_records_alone(tmp_path, monkeypatc
     text = (tmp_path / "rl-a.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
     assert "| star | 102.5 ± 2.1 | 105.5 ± 2.1 |" in text
-    assert "| product | - | 109.5 ± 2.1 |" in text
-    assert "| product (1 tasks) | 1.30 [1.30, 1.30] | +0.80 [+0.80, +0.80] | -0.08" in text
+    assert "| product | - | 111.5 ± 2.1 |" in text
+    assert "| product (1 tasks) | 1.50 [1.50, 1.50] | +1.00 [+1.00, +1.00] | -0.10" in text
     rows = json.loads((tmp_path / "rl-a.json").read_text())["arms"]
     assert rows["star"]["seeds"] == {"ppo-cartpole": 4, "sac-pendulum": 4}
     assert rows["star"]["speed over tasks"] == pytest.approx((1 / 2 * 1 / 5) ** 0.5)
