@@ -197,7 +197,9 @@ def test_gsde(name):
 
 
 def test_vec_normalize_and_subprocesses(tmp_path):
-    env = VecNormalize(make_vec_env("CartPole-v1", 2, vec_env_cls=SubprocVecEnv))
+    # not SB3's default, the fork server: it is one per process, and other tests set up their own
+    workers = {"vec_env_cls": SubprocVecEnv, "vec_env_kwargs": {"start_method": "spawn"}}
+    env = VecNormalize(make_vec_env("CartPole-v1", 2, **workers))
     model = agent("PPO", env=env, policy_kwargs={"net_arch": [8]}).learn(STEPS)
     model.save(tmp_path / "model")
     env.save(str(tmp_path / "stats"))

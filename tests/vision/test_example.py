@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
 
 from starlayers.vision import STARNETS
 
@@ -98,6 +99,7 @@ def run_example(args: list[str], log: str) -> None:
     with open(log, "a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    torch.set_num_threads(1)  # as the undisturbed run, whatever the fork server began with
     sys.argv = [str(EXAMPLE), *args]
     runpy.run_path(str(EXAMPLE), run_name="__main__")
 
