@@ -194,9 +194,8 @@ def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str
 def plot(differences: list[dict[str, Any]], file: Path) -> None:
     panels: dict[str, dict[str, dict[str, Any]]] = {}
     for row in differences:
-        if (
-            row["arm"] in BARE
-        ):  # their differences are fifty times the others' and stay in the table
+        # theirs are fifty times the others', and stay in the table
+        if row["arm"] in BARE:
             continue
         title = f"test {row['metric'].replace('_', ' ')}, better by"
         panels.setdefault(title, {})[f"{row['arm']}\nagainst {row['against']}"] = row

@@ -8,6 +8,7 @@ import imageio
 import numpy as np
 from matplotlib.figure import Figure
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
 # pygame draws the frames of a film, and looks for a screen otherwise
@@ -15,6 +16,17 @@ os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 #: environments that are evaluated on share no seed with those that are trained on
 CURVE_SEED, FINAL_SEED = 1_000_000, 2_000_000
+
+#: PPO on CartPole-v1 in rl-baselines3-zoo, with eight environments
+CARTPOLE: dict[str, Any] = {
+    "n_steps": 32,
+    "batch_size": 256,
+    "gae_lambda": 0.8,
+    "gamma": 0.98,
+    "n_epochs": 20,
+    "learning_rate": LinearSchedule(1e-3, 0.0, 1.0),
+    "clip_range": LinearSchedule(0.2, 0.0, 1.0),
+}
 
 
 def learning_curve(path: Path, curves: dict[str, tuple[Any, Any]]) -> None:

@@ -12,12 +12,11 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from _rl import CURVE_SEED, FINAL_SEED, learning_curve, record_gif
+from _rl import CARTPOLE, CURVE_SEED, FINAL_SEED, learning_curve, record_gif
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import EvalCallback, StopTrainingOnRewardThreshold
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.utils import LinearSchedule
 
 import starlayers.rl
 
@@ -34,17 +33,10 @@ def main(
     """Train PPO on CartPole-v1 until it is solved, evaluate it, and film it."""
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # for nets this small a second thread only costs
-    # the hyperparameters of rl-baselines3-zoo
     model = PPO(
         "StarMlpPolicy",
         make_vec_env(ENV, ENVS, seed),
-        n_steps=32,
-        batch_size=256,
-        gae_lambda=0.8,
-        gamma=0.98,
-        n_epochs=20,
-        learning_rate=LinearSchedule(1e-3, 0.0, 1.0),
-        clip_range=LinearSchedule(0.2, 0.0, 1.0),
+        **CARTPOLE,
         policy_kwargs={"net": net, "norm": norm},
         seed=seed,
         device="cpu",

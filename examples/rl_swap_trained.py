@@ -11,12 +11,11 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from _rl import CURVE_SEED, FINAL_SEED, learning_curve, record_gif
+from _rl import CARTPOLE, CURVE_SEED, FINAL_SEED, learning_curve, record_gif
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import CallbackList, ConvertCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
 
 from starlayers.rl.surgery import starify
@@ -26,17 +25,10 @@ ENV, ENVS, EPISODES = "CartPole-v1", 8, 20
 
 
 def plain_agent(seed: int) -> PPO:
-    # the hyperparameters of rl-baselines3-zoo
     return PPO(
         "MlpPolicy",
         make_vec_env(ENV, ENVS, seed),
-        n_steps=32,
-        batch_size=256,
-        gae_lambda=0.8,
-        gamma=0.98,
-        n_epochs=20,
-        learning_rate=LinearSchedule(1e-3, 0.0, 1.0),
-        clip_range=LinearSchedule(0.2, 0.0, 1.0),
+        **CARTPOLE,
         seed=seed,
         device="cpu",
     )

@@ -26,6 +26,7 @@ from starlayers.rl.options import (
     StarNetwork,
     StarOptions,
     critic_nets,
+    headed,
 )
 from starlayers.rl.spec import PRODUCT, default_widths, resolve, uniform
 from starlayers.rl.trunks import RESIDUAL, Norm, activation, activation_module
@@ -260,9 +261,8 @@ class StarQuantileNetwork(StarNetwork, QuantileNetwork):
     """The quantile network of QR-DQN, its trunk by a spec."""
 
     def replace(self, given: Mapping[str, Any]) -> None:
-        trunk: Any = self.spec.trunk(self.features_dim, self.net_arch)
-        outputs = int(self.action_space.n) * self.n_quantiles
-        self.quantile_net = nn.Sequential(trunk, nn.Linear(trunk.out_features, outputs))
+        trunk = self.spec.trunk(self.features_dim, self.net_arch)
+        self.quantile_net = headed(trunk, int(self.action_space.n) * self.n_quantiles)
 
 
 class StarQRDQNPolicy(StarOptions, QRDQNPolicy):
@@ -354,12 +354,10 @@ class StarARSPolicy(ARSPolicy):
         self.options = {"activation_fn": activation_fn, "net": net, "norm": norm}
         self.squashed = squash_output
         if not spec.stock:
-            trunk: Any = spec.trunk(self.features_dim, net_arch)
+            trunk = spec.trunk(self.features_dim, net_arch)
             head: Any = self.action_net[-2 if isinstance(self.action_net[-1], nn.Tanh) else -1]
             tail = [nn.Tanh()] if self.squash_output else []
-            self.action_net = nn.Sequential(
-                trunk, nn.Linear(trunk.out_features, head.out_features), *tail
-            )
+            self.action_net = headed(trunk, head.out_features, *tail)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()

@@ -19,6 +19,7 @@ from starlayers.rl.options import (
     StarNetwork,
     StarOptions,
     critic_nets,
+    headed,
 )
 
 __all__ = [
@@ -42,9 +43,8 @@ class StarTD3Actor(StarNetwork, TD3Actor):
     """The actor of TD3 and DDPG, its trunk by a spec."""
 
     def replace(self, given: Mapping[str, Any]) -> None:
-        trunk: Any = self.spec.trunk(self.features_dim, self.net_arch)
-        head = nn.Linear(trunk.out_features, get_action_dim(self.action_space))
-        self.mu = nn.Sequential(trunk, head, nn.Tanh())
+        trunk = self.spec.trunk(self.features_dim, self.net_arch)
+        self.mu = headed(trunk, get_action_dim(self.action_space), nn.Tanh())
 
 
 class StarCritic(StarNetwork, ContinuousCritic):  # type: ignore[misc]
@@ -58,8 +58,8 @@ class StarQNetwork(StarNetwork, QNetwork):
     """The Q network of DQN, its trunk by a spec."""
 
     def replace(self, given: Mapping[str, Any]) -> None:
-        trunk: Any = self.spec.trunk(self.features_dim, self.net_arch)
-        self.q_net = nn.Sequential(trunk, nn.Linear(trunk.out_features, int(self.action_space.n)))
+        trunk = self.spec.trunk(self.features_dim, self.net_arch)
+        self.q_net = headed(trunk, int(self.action_space.n))
 
 
 class StarSACPolicy(ContinuousOptions, SACPolicy):

@@ -17,7 +17,14 @@ from starlayers.rl.extractors import StarCnnExtractor
 from starlayers.rl.spec import NetSpec, default_widths, resolve, uniform
 from starlayers.rl.trunks import activation, activation_module
 
-__all__ = ["ContinuousOptions", "LatentActor", "StarNetwork", "StarOptions", "critic_nets"]
+__all__ = [
+    "ContinuousOptions",
+    "LatentActor",
+    "StarNetwork",
+    "StarOptions",
+    "critic_nets",
+    "headed",
+]
 
 
 class StarOptions(BasePolicy):
@@ -128,13 +135,18 @@ class LatentActor(StarNetwork):
         self.latent_pi: Any = self.spec.trunk(given["features_dim"], given["net_arch"])
 
 
+def headed(trunk: nn.Module, outputs: int, *tail: nn.Module) -> nn.Sequential:
+    """A trunk, a linear layer from it to so many outputs, and what comes last."""
+    width: Any = trunk.out_features
+    return nn.Sequential(trunk, nn.Linear(width, outputs), *tail)
+
+
 def critic_nets(critic: Any, given: Mapping[str, Any], outputs: int) -> None:
     """Give a critic of SB3 its Q networks anew, by its spec."""
     states, actions = given["features_dim"], get_action_dim(critic.action_space)
     critic.q_networks = []
     for i in range(critic.n_critics):
-        trunk: Any = critic.spec.critic_trunk(states, actions, given["net_arch"])
-        net = nn.Sequential(trunk, nn.Linear(trunk.out_features, outputs))
+        net = headed(critic.spec.critic_trunk(states, actions, given["net_arch"]), outputs)
         setattr(critic, f"qf{i}", net)
         critic.q_networks.append(net)
 

@@ -56,6 +56,27 @@ ACTIONS: dict[str, spaces.Space[Any]] = {
 POLICY = {"image": "StarCnnPolicy", "dict": "StarMultiInputPolicy"}
 
 
+#: algorithms that learn from a replay buffer
+BUFFERED = tuple(
+    getattr(stable_baselines3, name, None) or getattr(sb3_contrib, name)
+    for name, settings in SHORT.items()
+    if settings is OFF_POLICY
+)
+
+
+class Env(gym.Env[Any, Any]):
+    """Any observations and actions, and nothing to earn."""
+
+    def __init__(self, observation_space: Any, action_space: Any) -> None:
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> Any:
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
 class Sampled(gym.Env[Any, Any]):
     """Observations drawn from a space, rewards from the action, episodes of ten steps."""
 

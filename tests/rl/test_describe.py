@@ -2,7 +2,6 @@
 
 import copy
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import sb3_contrib as contrib
@@ -17,23 +16,12 @@ import starlayers.rl
 from starlayers import StarMLP, StarOp
 from starlayers.rl.describe import describe
 from starlayers.rl.surgery import starify
+from tests.rl.agents import BUFFERED, Env
 
 BOX = spaces.Box(-1, 1, (3,), np.float32)
 PLANE = spaces.Box(-1, 1, (2,), np.float32)
 CHOICE = spaces.Discrete(4)
 IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
-BUFFERED = (sb3.SAC, sb3.TD3, sb3.DDPG, sb3.DQN, contrib.TQC, contrib.CrossQ, contrib.QRDQN)
-
-
-class Env(gym.Env):
-    def __init__(self, observation_space, action_space):
-        self.observation_space, self.action_space = observation_space, action_space
-
-    def reset(self, *, seed=None, options=None):
-        return self.observation_space.sample(), {}
-
-    def step(self, action):
-        return self.observation_space.sample(), 0.0, False, False, {}
 
 
 def build(algorithm, observation=BOX, action=PLANE, policy="MlpPolicy", **policy_kwargs):

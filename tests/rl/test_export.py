@@ -3,7 +3,6 @@
 import copy
 import sys
 
-import gymnasium as gym
 import numpy as np
 import onnxruntime
 import pytest
@@ -20,6 +19,7 @@ from starlayers import StarMLP
 from starlayers.rl import parity
 from starlayers.rl.export import export_onnx
 from starlayers.rl.surgery import starify
+from tests.rl.agents import BUFFERED, Env
 
 BOX = spaces.Box(-2, 3, (3,), np.float32)
 WIDE = spaces.Box(-np.inf, np.inf, (2, 3), np.float32)
@@ -29,18 +29,6 @@ CHOICE, CHOICES, SWITCHES = spaces.Discrete(4), spaces.MultiDiscrete([3, 4]), sp
 IMAGE = spaces.Box(0, 255, (36, 40, 3), np.uint8)
 DICT = spaces.Dict(vector=BOX, image=IMAGE, choice=CHOICE, speed=DOUBLE)
 SMALL = {"net_arch": [8]}
-BUFFERED = (sb3.SAC, sb3.TD3, sb3.DDPG, sb3.DQN, contrib.TQC, contrib.CrossQ, contrib.QRDQN)
-
-
-class Env(gym.Env):
-    def __init__(self, observation_space, action_space):
-        self.observation_space, self.action_space = observation_space, action_space
-
-    def reset(self, *, seed=None, options=None):
-        return self.observation_space.sample(), {}
-
-    def step(self, action):
-        return self.observation_space.sample(), 0.0, False, False, {}
 
 
 def build(algorithm, observation, action, policy="MlpPolicy", norm=False, **kwargs):

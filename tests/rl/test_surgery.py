@@ -8,7 +8,6 @@ import warnings
 
 import numpy as np
 import pytest
-import sb3_contrib
 import stable_baselines3 as sb3
 import torch
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
@@ -20,16 +19,12 @@ from starlayers.rl.surgery import GROUP, ProductTerm, revert, starified, starify
 from starlayers.surgery import gate_parameters, gate_sizes, report
 from starlayers.surgery.gates import gate_of
 from starlayers.surgery.install import installed
+from tests.rl.agents import CONTINUOUS, algorithm
 
 ON_POLICY = ("PPO", "A2C", "TRPO", "MaskablePPO", "RecurrentPPO")
-CONTINUOUS = ("SAC", "TD3", "DDPG", "TQC", "CrossQ")
 DISCRETE = ("DQN", "QRDQN")
 ALL = (*ON_POLICY, *CONTINUOUS, *DISCRETE, "ARS")
 SITES = dict.fromkeys(ALL, 4) | {"SAC": 10, "TD3": 12, "DDPG": 8, "TQC": 10, "CrossQ": 5, "ARS": 2}
-
-
-def algorithm(name):
-    return getattr(sb3, name, None) or getattr(sb3_contrib, name)
 
 
 def make(name, policy=None, steps=150, **policy_kwargs):
