@@ -14,7 +14,7 @@ help:
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[vision,nlp,rl,deploy,dev]'
+	$(BIN)/python -m pip install -q -e '.[vision,nlp,rl,coefficients,deploy,dev]'
 	touch $(STAMP)
 
 setup: $(STAMP)
@@ -62,6 +62,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.starify speed
 	$(BIN)/python -m benchmarks.rl quality
 	$(BIN)/python -m benchmarks.rl speed
+	$(BIN)/python -m benchmarks.coefficients_search search
+	$(BIN)/python -m benchmarks.coefficients_search tune
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu
@@ -77,6 +79,8 @@ bench-smoke: setup
 	$(BIN)/python -m benchmarks.starify speed --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.rl quality --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.rl speed --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.coefficients_search search --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.coefficients_search tune --smoke --out runs/smoke
 
 kernels: setup
 	$(BIN)/python -m benchmarks.kernels

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from benchmarks.gpu_lab import Comparison, Lab
 
 CASES = (
-    "copy", "K1", "K3", "K6", "K4", "block", "StarNet", "wide", "K7", "training", "RL",
+    "copy", "K1", "K3", "K6", "K4", "wide", "StarNet", "block", "K7", "training", "RL",
     "max-autotune", "tiles",
 )  # fmt: skip
 LOST = "the process did not come back from it"

@@ -65,7 +65,7 @@ def k1() -> list[Comparison]:
                 trial(
                     "K1", k1_label(act, layout, direction),
                     partial(_k1, act=act, packed=layout == "packed", direction=direction),
-                    seconds=6, rank=0,
+                    seconds=3, rank=0,
                 )
             )  # fmt: skip
     return found
@@ -134,7 +134,7 @@ def _narrow(case: str, direction: str) -> list[Comparison]:
                 _star_mlp, rows=BATCH * side * side, channels=channels, direction=direction
             )
             rank = 0 if net == "S4" else 2
-            found.append(trial(case, stage_label(net, stage), build, seconds=9, rank=rank))
+            found.append(trial(case, stage_label(net, stage), build, seconds=3, rank=rank))
     for channels in (64, 256):
         build = partial(
             _star_mlp, rows=4096, channels=channels, direction=direction, dtype=torch.float32
@@ -188,8 +188,8 @@ def _star_mlp(
 
 def wide() -> list[Comparison]:
     return [
-        trial("wide", wide_label(tokens), partial(_wide, tokens=tokens), 20, rank=rank)
-        for tokens, rank in ((4096, 0), (8192, 1))
+        trial("wide", wide_label(tokens), partial(_wide, tokens=tokens), 8, rank=rank)
+        for tokens, rank in ((4096, 0), (8192, 2))
     ]
 
 

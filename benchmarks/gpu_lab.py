@@ -17,7 +17,7 @@ GRAPH = ", CUDA graph"
 OTHERS = ("eager", "torch.compile", "timm", "cuDNN", "Liger", "copy")
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU
 AHEAD_CYCLES = 4_000_000  # about two milliseconds, to queue a program's launches in
-SECONDS = 0.8  # of timing for each comparison
+SECONDS = 0.5  # of timing for each comparison
 REPEATS = (5, 50)  # least and most rounds
 
 Run = Callable[[], object]

@@ -16,7 +16,7 @@ from benchmarks.gpu_lab import Comparison, Lab
 from starlayers import use_backend
 from starlayers.vision import StarNet
 
-SECONDS = 60
+SECONDS = 30
 BACKENDS = {"fused": "triton", "eager": "eager"}
 WARMUP = 5  # steps in which kernels compile
 POINTS = 200  # of each loss curve in the results

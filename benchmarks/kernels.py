@@ -26,11 +26,14 @@ from benchmarks.kernels_variants import KINDS, Variant, variants
 PAGE = Path(__file__).parents[1] / "docs/kernels-compiled.md"
 PROCESSES = 2
 
+#: these were chosen by time, on an H100: twice the rows a tile can be worth what they spill
+TIMED = ("sm_90", 2)
+
 #: arguments that are numbers, and vectors that are float32 whatever the type of the matrices
 SIZES = {"M", "N", "K", "COLUMNS", "TILES", "PROGRAMS", "rows", "cols"}
 SIZES |= {"stride1", "stride2", "stride_dy", "stride_d"}
 VECTORS = {"b", "factor", "k", "mean", "p", "parts", "parts3", "q", "scale", "shift"}
-VECTORS |= {"x_scale", "x_shift", "zmean", "zscale"}
+VECTORS |= {"sums", "var", "x_scale", "x_shift", "zmean", "zscale"}
 
 TEXT = """\
 # Kernels as compiled
@@ -41,8 +44,8 @@ figure here is a measurement of speed.
 
 Each row is one tile configuration on one GPU, shown with the options that need most; `compiled`
 counts the variants behind it. `registers` and `spill` are per thread: bytes stored and loaded on
-NVIDIA, where none may spill, and scratch memory on AMD. `KiB` is shared memory per program,
-`matrix` the matrix instructions in the code (HGMMA on sm_90, HMMA on sm_80 and sm_89, MFMA on
+NVIDIA, where none may spill but what was timed (bf16 on sm_90), and scratch memory on AMD. `KiB` is
+shared memory per program, `matrix` the matrix instructions (HGMMA on sm_90, HMMA on sm_80, MFMA on
 gfx942; "in turn" where ptxas says that it waits for each) and `programs` how many fit on a
 multiprocessor. Tiles of K3, K4 and K7 are rows x hidden channels, for so many channels at most;
 of K6, rows x columns x channels of an image.
@@ -77,7 +80,7 @@ def offences(v: Variant, found: Stats | str) -> list[str]:
         return [f"does not compile: {found}"]
     target = TARGETS[v.target]
     reasons = []
-    if found.spill and target.backend == "cuda":
+    if found.spill and target.backend == "cuda" and (v.target, v.size) != TIMED:
         reasons.append(f"spills {found.spill} bytes a thread")
     if found.shared > target.shared_limit:
         reasons.append(f"{found.shared} bytes of shared memory, {target.shared_limit} there are")

@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from benchmarks.aot import TARGETS
-from starlayers.kernels import dwconv, star, star_linear
+from starlayers.kernels import _statistics, dwconv, star, star_linear
 from starlayers.kernels._tiles import MLP_BACKWARD, MLP_FORWARD, Tile, split_columns
 
 #: the GPUs each family of tiles is compiled for
@@ -43,6 +43,8 @@ def variants() -> Iterator[Variant]:
     for target, size in product(TARGETS, KINDS):
         yield from element_wise(target, size)
         yield from depthwise(target, size)
+    for target in TARGETS:
+        yield from statistics(target)
     for key, rows in MLP_FORWARD.items():
         for target, size, row, channels, tile in _placed(key, rows):
             yield from forward(target, size, row, channels, tile)
@@ -75,10 +77,11 @@ def element_wise(target: str, size: int) -> Iterator[Variant]:
             "CLAMP1": 3 * clamp, "LOW1": -7.0, "HIGH1": 7.0,
             "CLAMP2": 3 * clamp, "LOW2": -7.0, "HIGH2": 7.0,
         }  # fmt: skip
-        for name, function in (("forward", "star_forward"), ("backward", "star_grad")):
+        directions = {"forward": ("star_forward", {}), "backward": ("star_grad", {"PRODUCT": True})}
+        for name, (function, more) in directions.items():
             yield Variant(
                 f"K1 {name}", f"{br} x {bc}, {star.WARPS} warps", act + ", clamps" * clamp,
-                f"star.{function}", constants, target, size, star.WARPS,
+                f"star.{function}", constants | more, target, size, star.WARPS,
             )  # fmt: skip
 
 
@@ -95,22 +98,35 @@ def depthwise(target: str, size: int) -> Iterator[Variant]:
     if size == 4:
         convolutions = {k: convolutions[k] for k in ("forward, statistics", "dx, z")}
     for height, channels in STAGES:
-        th, bp, bc = dwconv.tile_shape(height, channels)
-        row = f"{height}x{height}, {channels} channels: {th} x {bp} x {bc}, {dwconv.WARPS} warps"
-        shape = {"HEIGHT": height, "WIDTH": height, "C": channels, "K": 7}
-        shape |= {"TH": th, "BP": bp, "BC": bc}
-        for options, (given, reduce) in convolutions.items():
-            constants = {**shape, **{f: f in given for f in flags}, "REDUCE": reduce}
-            yield Variant(
-                "K6 convolution", row, options, "dwconv.dw_convolve", constants, target, size,
-                dwconv.WARPS,
-            )  # fmt: skip
-        for options, (z, affine) in weights.items():
-            constants = {**shape, "Z": z, "AFFINE": affine}
-            yield Variant(
-                "K6 weights", row, options, "dwconv.dw_weights", constants, target, size,
-                dwconv.WARPS,
-            )  # fmt: skip
+        for kernel, among in (("convolution", dwconv.ROWS), ("weights", dwconv.ROWS_WEIGHTS)):
+            th, bp, bc = dwconv.tile_shape(height, channels, among)
+            tile = f"{th} x {bp} x {bc}, {dwconv.WARPS} warps"
+            row = f"{height}x{height}, {channels} channels: {tile}"
+            shape = {"HEIGHT": height, "WIDTH": height, "C": channels, "K": 7}
+            shape |= {"TH": th, "BP": bp, "BC": bc}
+            if kernel == "weights":
+                function = "dwconv.dw_weights"
+                more = {n: {"Z": z, "AFFINE": affine} for n, (z, affine) in weights.items()}
+            else:
+                function = "dwconv.dw_convolve"
+                more = {
+                    name: {**{f: f in given for f in flags}, "REDUCE": reduce}
+                    for name, (given, reduce) in convolutions.items()
+                }
+            for options, constants in more.items():
+                yield Variant(
+                    f"K6 {kernel}", row, options, function, shape | constants, target, size,
+                    dwconv.WARPS,
+                )  # fmt: skip
+
+
+def statistics(target: str) -> Iterator[Variant]:
+    """What merges the statistics of tiles, at its widest."""
+    constants = {"C": 32, "BT": _statistics.TILES, "BC": _statistics.CHANNELS}
+    row = f"{_statistics.TILES} x {_statistics.CHANNELS}, {_statistics.WARPS} warps"
+    yield Variant(
+        "statistics", row, "", "tile.merge_statistics", constants, target, 4, _statistics.WARPS
+    )
 
 
 def _matrix(

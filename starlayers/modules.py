@@ -2,7 +2,7 @@
 
 import math
 import operator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,13 @@ from starlayers.activations import get_activation
 from starlayers.backend import fused_mlp_blocker, is_plain, recomputed
 from starlayers.functional import COMBINE
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["DropPath", "StarBlock", "StarMLP", "StarOp"]
+
+#: how the size of each product is set: by the weights alone, by learned factors, or per sample
+COEFFICIENTS = ("fixed", "scale", "dynamic")
 
 
 class StarOp(nn.Module):
@@ -28,13 +34,18 @@ class StarOp(nn.Module):
             a plain `act(f1(x))`, which makes function-preserving conversion possible.
         rank: products summed per output channel (1 is the paper). The branches then have
             `rank * out_features` outputs, laid out (rank, out_features).
+        coefficients: "scale" learns a factor and an offset for every product,
+            `scale * act(f1(x)) * (shift + f2(x))`, which start at 1 and `offset`; `fold()` makes
+            them part of `f2`. "dynamic" has these and a factor per sample, `1 + tanh(gate(mean))`,
+            of the input's mean over all dimensions between the first and the last; it starts at 1
+            too. That mean sees whole sequences, so it is not for causal models.
         bias: whether the branches have biases.
         device, dtype: where and in what type the parameters are made.
 
     Raises:
         TypeError: a size is not an integer, or the input is not floating.
-        ValueError: a size is below 1, a name is unknown, `offset` is set for "sum", or the
-            input has another number of channels.
+        ValueError: a size is below 1, a name is unknown, `offset` or `coefficients` is set for
+            "sum", or the input has another number of channels.
 
     Source: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
 
@@ -42,6 +53,10 @@ class StarOp(nn.Module):
         >>> StarOp(16, 32, act="gelu")(torch.randn(2, 5, 16)).shape
         torch.Size([2, 5, 32])
     """
+
+    coefficients: str = "fixed"  # of layers pickled before there was a choice, too
+    scale: nn.Parameter
+    shift: nn.Parameter
 
     def __init__(
         self,
@@ -52,6 +67,7 @@ class StarOp(nn.Module):
         combine: str = "mul",
         offset: float = 0.0,
         rank: int = 1,
+        coefficients: str = "fixed",
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -67,22 +83,107 @@ class StarOp(nn.Module):
             )
         if combine != "mul" and offset:
             raise ValueError(f"{owner}: offset={offset} needs combine='mul', got {combine!r}")
+        if coefficients not in COEFFICIENTS:
+            names = ", ".join(COEFFICIENTS)
+            raise ValueError(
+                f"{owner}: unknown coefficients {coefficients!r}, choose one of {names}"
+            )
+        if combine != "mul" and coefficients != "fixed":
+            raise ValueError(
+                f"{owner}: coefficients={coefficients!r} needs combine='mul', got {combine!r}"
+            )
         self.act = get_activation(act).name
         self.combine = combine
         self.offset = float(offset)
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.f1 = nn.Linear(in_features, rank * out_features, **factory)
         self.f2 = nn.Linear(in_features, rank * out_features, **factory)
+        self.coefficients = coefficients
+        if coefficients == "fixed":
+            return
+        factory.pop("bias")
+        self.scale = nn.Parameter(torch.empty(rank * out_features, **factory))
+        self.shift = nn.Parameter(torch.empty(rank * out_features, **factory))
+        if coefficients == "dynamic":
+            squeezed = max(8, in_features // 16)
+            self.gate = nn.Sequential(
+                nn.Linear(in_features, squeezed, **factory),
+                nn.ReLU(),
+                nn.Linear(squeezed, rank * out_features, **factory),
+            )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the learned coefficients to their start; the branches belong to the children."""
+        if self.coefficients != "fixed":
+            nn.init.ones_(self.scale)
+            nn.init.constant_(self.shift, self.offset)
+        if self.coefficients == "dynamic":
+            for parameter in self.gate[2].parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         return self._combined(x)
 
     def _combined(self, x: Tensor) -> Tensor:
-        y = COMBINE[self.combine](self.f1(x), self.f2(x), self.act, offset=self.offset)
+        h1, h2, offset = self.f1(x), self.f2(x), self.offset
+        if self.coefficients != "fixed":
+            h2, offset = self._scaled(x, h2), 0.0
+        y = COMBINE[self.combine](h1, h2, self.act, offset=offset)
         if self.rank > 1:
             y = y.unflatten(-1, (self.rank, -1)).sum(-2)
         return y
+
+    def _scaled(self, x: Tensor, h2: Tensor) -> Tensor:
+        """The second branch, its offset and its factors."""
+        y = self.scale * (self.shift + h2)
+        if self.coefficients == "dynamic":
+            between = tuple(range(1, x.ndim - 1))
+            y = y * (1 + self.gate(x.mean(between, keepdim=True) if between else x).tanh())
+        return y.to(h2.dtype)  # under autocast the parameters are wider than the branch
+
+    @torch.no_grad()
+    def fold(self) -> "Self":
+        """Make the learned `scale` and `shift` part of `f2`, in place; returns the layer.
+
+        The layer computes the same up to rounding and has `coefficients="fixed"`, with which the
+        fused paths serve it. `f2` gets a bias where it has none and needs one. Nothing happens to
+        a layer that is fixed already. Optimizers made before hold the two parameters still.
+
+        Raises:
+            ValueError: the coefficients are "dynamic", which depend on the input, or `f2` is
+                wrapped or parametrised.
+
+        Example:
+            >>> op, x = StarOp(4, 3, coefficients="scale"), torch.randn(2, 4)
+            >>> _ = nn.init.normal_(op.scale)
+            >>> before = op(x)
+            >>> torch.allclose(op.fold()(x), before, atol=1e-6), op.coefficients
+            (True, 'fixed')
+        """
+        owner = type(self).__name__
+        if self.coefficients == "dynamic":
+            raise ValueError(f"{owner}: dynamic coefficients depend on the input: nothing to fold")
+        if self.coefficients == "fixed":
+            return self
+        f2 = self.f2
+        if not isinstance(f2, nn.Linear) or "weight" not in f2._parameters:
+            raise ValueError(
+                f"{owner}: f2 is a wrapped or parametrised {type(f2).__name__}; merge it first"
+            )
+        scale, shift = self.scale.double(), self.shift.double()
+        bias = 0.0 if f2.bias is None else f2.bias.double()
+        # the offset stays outside: 1 + 1e-3 would be 1 in bfloat16
+        bias = scale * (shift + bias) - self.offset
+        f2.weight.copy_(scale[:, None] * f2.weight.double())
+        if f2.bias is not None:
+            f2.bias.copy_(bias)
+        elif bias.any():
+            f2.bias = nn.Parameter(bias.to(f2.weight), requires_grad=f2.weight.requires_grad)
+        del self.scale, self.shift
+        self.coefficients = "fixed"
+        return self
 
     def check_input(self, x: Tensor) -> None:
         """Raise with the user's own numbers where `x` cannot be an input of this layer."""
@@ -95,6 +196,7 @@ class StarOp(nn.Module):
 
     def extra_repr(self) -> str:
         defaults = {"combine": "mul", "offset": 0.0, "rank": 1, "recompute": False}
+        defaults["coefficients"] = "fixed"
         changed = [k for k, default in defaults.items() if getattr(self, k, default) != default]
         extras = [f"{k}={getattr(self, k)!r}" for k in ("act", *changed)]
         return ", ".join([str(self.in_features), str(self.out_features), *extras])
@@ -109,7 +211,8 @@ class StarMLP(StarOp):
         dim: channels of the input.
         hidden: channels of the product; default `4 * dim`.
         out_features: channels of the result; default `dim`.
-        act, combine, offset, rank, bias, device, dtype: as for `StarOp`; `bias` covers `g` too.
+        act, combine, offset, rank, coefficients, bias, device, dtype: as for `StarOp`; `bias`
+            covers `g` too.
         recompute: save only the input for the backward, and compute both branches again there.
             The fused narrow layers always do; this extends it to every other path.
 
@@ -136,6 +239,7 @@ class StarMLP(StarOp):
         combine: str = "mul",
         offset: float = 0.0,
         rank: int = 1,
+        coefficients: str = "fixed",
         bias: bool = True,
         recompute: bool = False,
         device: torch.device | str | None = None,
@@ -146,7 +250,16 @@ class StarMLP(StarOp):
         hidden = 4 * dim if hidden is None else positive_int(owner, "hidden", hidden)
         out = dim if out_features is None else positive_int(owner, "out_features", out_features)
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        super().__init__(dim, hidden, act=act, combine=combine, offset=offset, rank=rank, **factory)
+        super().__init__(
+            dim,
+            hidden,
+            act=act,
+            combine=combine,
+            offset=offset,
+            rank=rank,
+            coefficients=coefficients,
+            **factory,
+        )
         self.hidden_features = hidden
         self.recompute = recompute
         self.out_features = out
@@ -208,7 +321,7 @@ class StarBlock(nn.Module):
     Args:
         dim: channels.
         expansion: hidden channels per channel; `dim * expansion` must be a whole number.
-        act, combine, offset, rank, bias, device, dtype: as for `StarMLP`.
+        act, combine, offset, rank, coefficients, bias, device, dtype: as for `StarMLP`.
         pre, post: modules before and after the MLP, (..., dim) -> (..., dim); default none.
         drop_path: probability of dropping the branch for a whole sample in training.
         layer_scale: start value of the learned per-channel factor `gamma`; `None` for no factor.
@@ -235,6 +348,7 @@ class StarBlock(nn.Module):
         combine: str = "mul",
         offset: float = 0.0,
         rank: int = 1,
+        coefficients: str = "fixed",
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -258,6 +372,7 @@ class StarBlock(nn.Module):
             combine=combine,
             offset=offset,
             rank=rank,
+            coefficients=coefficients,
             bias=bias,
             **factory,
         )

@@ -28,9 +28,8 @@ properties = settings(deadline=None, derandomize=True, database=None, max_exampl
 
 def randn(*shape, seed=0, dtype=torch.float32, grad=False):
     generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
-    )
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device(), dtype).requires_grad_(grad)
 
 
 def star_op_formula(op, x):

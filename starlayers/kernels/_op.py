@@ -1,5 +1,6 @@
 """How a kernel becomes a library op: one registration for GPUs, CPUs and the Triton interpreter."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ __all__ = [
     "multiprocessors",
     "no_autocast",
     "precision",
+    "tap_rows",
     "unit_stride",
 ]
 
@@ -81,6 +83,8 @@ def define_op(name: str, kernel: Impl, *, plain: Impl, fake: Impl, traced: bool 
             with _device_of(first):
                 return kernel(*args)
 
+        # triton_op reads it before PyTorch 2.12 or so, whatever schema it is given
+        serve.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
         define = torch.library.triton_op if traced else torch.library.custom_op
         op = define(qualified, serve, mutates_args=(), schema=schema)
         op.register_kernel("cpu")(plain)
@@ -189,6 +193,11 @@ def given(t: Tensor | None, other: Tensor) -> Tensor:
     `other` is a weight: were it a computed activation, Inductor would copy it for each such use.
     """
     return other if t is None else unit_stride(t)
+
+
+def tap_rows(k: Tensor) -> Tensor:
+    """Depthwise kernels (C, 1, K, K) as (K K, C) in float32: a warp reads neighbouring channels."""
+    return k.reshape(k.shape[0], -1).t().contiguous().float()
 
 
 def ceil_div(a: int, b: int) -> int:

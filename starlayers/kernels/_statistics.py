@@ -3,6 +3,13 @@
 import torch
 from torch import Tensor
 
+from starlayers.kernels._op import ceil_div, launch
+from starlayers.kernels._tiles import next_power_of_2
+
+# TILES * CHANNELS elements at a time: few programs, so each has to keep many loads in flight
+TILES, CHANNELS = 1024, 4
+WARPS = 8
+
 __all__ = [
     "empty_statistics",
     "fake_statistics",
@@ -21,13 +28,19 @@ def empty_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 def merged_statistics(parts: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance from per-tile counts, means and squared deviations.
 
-    `parts` is (tiles, 3, channels). Source: Chan et al., "Updating formulae and a pairwise
-    algorithm for computing sample variances", 1979.
+    `parts` is (tiles, 3, channels), as the kernels leave them. Source: Chan et al., "Updating
+    formulae and a pairwise algorithm for computing sample variances", 1979.
     """
-    count, means, squares = parts.unbind(1)
-    total = count.sum(0)
-    mean = (count * means).sum(0) / total
-    var = (squares.sum(0) + (count * (means - mean).square()).sum(0)) / total
+    tiles, _, channels = parts.shape
+    mean, var = parts.new_empty(channels), parts.new_empty(channels)
+    if not tiles:
+        return mean.fill_(torch.nan), var.fill_(torch.nan)  # of nothing, as torch has it
+    from starlayers.kernels.device.tile import merge_statistics
+
+    launch(
+        merge_statistics, (ceil_div(channels, CHANNELS),), parts, mean, var, tiles, C=channels,
+        BT=min(TILES, max(16, next_power_of_2(tiles))), BC=CHANNELS, num_warps=WARPS,
+    )  # fmt: skip
     return mean, var
 
 

@@ -21,6 +21,7 @@ from starlayers.kernels._op import (
     library_gradients,
     multiprocessors,
     no_autocast,
+    tap_rows,
 )
 from starlayers.kernels._statistics import (
     empty_statistics,
@@ -34,10 +35,12 @@ from starlayers.kernels._statistics import (
 __all__ = ["dwconv", "dwconv_backward"]
 
 
-ROWS = (8, 7, 4, 2)  # candidates for TH
+ROWS = (14, 8, 7, 4, 2)  # candidates for TH
+ROWS_WEIGHTS = ROWS[1:]  # in the kernel gradient 14 need too many registers
 CHANNELS = (64, 32, 16)  # and for BC, from 32 bytes up
 ELEMENTS = 512  # BP * BC: four a thread
 WARPS = 4
+RESIDENT = 8  # programs of the kernel gradient for each multiprocessor
 
 
 def _both_or_none(scale: Tensor | None, shift: Tensor | None) -> None:
@@ -70,9 +73,9 @@ def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     return (wide * scale + shift).to(x.dtype)
 
 
-def tile_shape(height: int, channels: int) -> tuple[int, int, int]:
+def tile_shape(height: int, channels: int, among: tuple[int, ...] = ROWS) -> tuple[int, int, int]:
     """TH, BP, BC: as many rows, and as many channels, as leave the fewest idle; columns fill up."""
-    rows = min(ROWS, key=lambda n: (ceil_div(height, n) * n, -n))
+    rows = min(among, key=lambda n: (ceil_div(height, n) * n, -n))
     across = min(CHANNELS, key=lambda n: (ceil_div(channels, n) * n, -n))
     return rows, ELEMENTS // across, across
 
@@ -114,11 +117,11 @@ def _backward_kernel(
     )
     n, height, width, channels = x.shape
     size = k.shape[-1]
-    th, bp, bc = tile_shape(height, channels)
+    th, bp, bc = tile_shape(height, channels, ROWS_WEIGHTS)
     tiles = ceil_div(n * width, bp) * ceil_div(height, th)
     blocks = ceil_div(channels, bc)
-    # four programs a multiprocessor; the K columns of taps share what they read through the cache
-    programs = min(tiles, max(1, 4 * multiprocessors(x.device) // (blocks * size)))
+    # the K columns of taps share what they read through the cache
+    programs = min(tiles, max(1, RESIDENT * multiprocessors(x.device) // (blocks * size)))
     sums = x.new_empty(programs, size * size + 1, channels, dtype=torch.float32)
     if x.numel():
         from starlayers.kernels.device.dwconv import dw_weights
@@ -156,7 +159,7 @@ def _convolve(
     flip: bool = False,
     reduce: str = "",
 ) -> tuple[Tensor, Tensor]:
-    x, k = x.contiguous(), k.contiguous()
+    x, size, k = x.contiguous(), k.shape[-1], tap_rows(k)
     n, height, width, channels = x.shape
     th, bp, bc = tile_shape(height, channels)
     tiles = ceil_div(n * width, bp) * ceil_div(height, th)
@@ -175,7 +178,7 @@ def _convolve(
             dw_convolve, (tiles * ceil_div(channels, bc),),
             x, given(z, k), k, b_, scale_, shift_, zmean_, zscale_, residual_,
             other_, factor_, y, parts, n * width, HEIGHT=height, WIDTH=width, C=channels,
-            K=k.shape[-1], FLIP=flip, SCALE=scale is not None, SHIFT=shift is not None,
+            K=size, FLIP=flip, SCALE=scale is not None, SHIFT=shift is not None,
             Z=z is not None, BIAS=b is not None, FACTOR=factor is not None,
             RESIDUAL=residual is not None, REDUCE=reduce, TH=th, BP=bp, BC=bc, num_warps=WARPS,
         )  # fmt: skip
@@ -222,8 +225,11 @@ def _plain_backward(
     if scale is None:
         return dv.contiguous(), dk, db, *empty_statistics(x)
     dv = dv.to(wide)
+    dx = (dv * scale).to(x.dtype).contiguous()
+    # of what is returned: a BatchNorm's mean then takes out the rounding errors, too
+    dv = torch.where(scale == 0, dv, dx.to(wide) / torch.where(scale == 0, 1, scale))
     dscale, dshift = (dv * x).sum((0, 1, 2)), dv.sum((0, 1, 2))
-    return (dv * scale).to(x.dtype).contiguous(), dk, db, dscale, dshift
+    return dx, dk, db, dscale, dshift
 
 
 def _fake_backward(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from starlayers import backend
 from starlayers.backend import backend_name, compute_dtype, needs_gradients
 from starlayers.kernels._dispatch import choose, tuning, winner
 from starlayers.kernels._op import INTERPRET, cast, no_autocast
@@ -17,7 +18,7 @@ from starlayers.kernels.star_mlp_wide import PROGRAMS, star_mlp_wide
 if TYPE_CHECKING:
     from starlayers.modules import StarMLP
 
-__all__ = ["fused_star_mlp", "too_wide"]
+__all__ = ["fused_star_mlp", "too_few", "too_wide"]
 
 
 def fused_star_mlp(mlp: "StarMLP", x: Tensor, residual: Tensor | None) -> Tensor:
@@ -56,6 +57,16 @@ def too_wide(
         if mlp_tile(table, device, width, dtype.itemsize) is None:
             return f"{widths[0]} -> {widths[1]} channels are too wide for a {name} tile in {dtype}"
     return None
+
+
+def too_few(x: Tensor, mlp: "StarMLP") -> str | None:
+    """Why `x` has too few rows for a fused star MLP to pay, or None: it does, or was asked for."""
+    rows, width = x.numel() // mlp.in_features, max(mlp.in_features, mlp.out_features)
+    if backend_name() == "triton" or rows >= backend.MIN_ROWS:
+        return None
+    if width * compute_dtype(x).itemsize <= backend.MAX_BYTES_ANY_ROWS:
+        return None
+    return f"{rows} rows of {width} channels would leave most of a GPU idle"
 
 
 def _gemm(x: Tensor, parameters: Sequence[Tensor | None], mlp: "StarMLP") -> str:

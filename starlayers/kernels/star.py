@@ -2,7 +2,7 @@
 
 `starlayers::star(x1, x2, ...)` is `functional.star_reference`; with `x2=None`, `x1` holds both
 branches in the halves of its last dimension, and so does the gradient. Nothing is written in place,
-and only the inputs are saved.
+and only the inputs are saved. `star_backward(..., product=True)` yields the star as well.
 """
 
 import math
@@ -137,9 +137,11 @@ def _backward_kernel(
     offset: float,
     clamp1: list[float],
     clamp2: list[float],
-) -> tuple[Tensor, Tensor]:
+    product: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     d1 = x1.new_empty(x1.shape)
     d2 = x1.new_empty(0 if x2 is None else x2.shape)
+    s = x1.new_empty(dy.shape if product else 0)
     if x1.numel():
         from starlayers.kernels.device.star import star_grad
 
@@ -153,10 +155,10 @@ def _backward_kernel(
             out1, out2 = d1.view(rows, cols), d2.view(rows, cols)
         options = _options(act, offset, clamp1, clamp2, rows, cols)
         launch(
-            star_grad, _grid(rows, cols), g, a, b, out1, out2, rows, cols,
-            g.stride(0), a.stride(0), b.stride(0), out1.stride(0), **options,
+            star_grad, _grid(rows, cols), g, a, b, out1, out2, s if product else d1, rows, cols,
+            g.stride(0), a.stride(0), b.stride(0), out1.stride(0), PRODUCT=product, **options,
         )  # fmt: skip
-    return d1, d2
+    return d1, d2, s
 
 
 def _fake(
@@ -176,7 +178,8 @@ def _plain_backward(
     offset: float,
     clamp1: Limits,
     clamp2: Limits,
-) -> tuple[Tensor, Tensor]:
+    product: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     row = get_activation(act)
     a, b = _branches(x1, x2)
     inner = a.clamp(*_limits(clamp1)) if clamp1 else a  # type: ignore[misc]
@@ -184,14 +187,16 @@ def _plain_backward(
     slope = row.derivative(inner)
     # 0 where the activation is flat, also for an infinite dy
     d1 = (dy * (outer + offset) * slope).where(slope != 0, 0)
-    d2 = dy * row.fn(inner)
+    value = row.fn(inner)
+    d2 = dy * value
+    s = (value * (outer + offset)).contiguous() if product else dy.new_empty(0)
     if clamp1:
         d1 = d1.where((a > clamp1[0]) & (a < clamp1[1]), 0)
     if clamp2:
         d2 = d2.where((b > clamp2[0]) & (b < clamp2[1]), 0)
     if x2 is None:
-        return torch.cat((d1, d2), -1), dy.new_empty(0)
-    return d1.contiguous(), d2.contiguous()
+        return torch.cat((d1, d2), -1), dy.new_empty(0), s
+    return d1.contiguous(), d2.contiguous(), s
 
 
 def _fake_backward(
@@ -202,8 +207,10 @@ def _fake_backward(
     offset: float,
     clamp1: Limits,
     clamp2: Limits,
-) -> tuple[Tensor, Tensor]:
-    return x1.new_empty(x1.shape), x1.new_empty(0 if x2 is None else x2.shape)
+    product: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d2 = x1.new_empty(0 if x2 is None else x2.shape)
+    return x1.new_empty(x1.shape), d2, x1.new_empty(dy.shape if product else 0)
 
 
 star_backward = define_op(
@@ -226,7 +233,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         grads = library_gradients(definition, [x1, x2], ctx.needs_input_grad[:2], [dy])
         return *grads, None, None, None, None
     with no_autocast(x1):
-        d1, d2 = star_backward(dy, x1, x2, *ctx.options)
+        d1, d2, _ = star_backward(dy, x1, x2, *ctx.options, False)
     return d1, (None if x2 is None else d2), None, None, None, None
 
 

@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from starlayers.kernels._op import ceil_div, given, launch, multiprocessors, precision, unit_stride
+from starlayers.kernels._op import (
+    ceil_div,
+    given,
+    launch,
+    multiprocessors,
+    precision,
+    tap_rows,
+    unit_stride,
+)
 from starlayers.kernels._statistics import empty_statistics, merged_statistics
 from starlayers.kernels._tiles import MLP_BACKWARD, MLP_FORWARD, Tile, mlp_tile, split_columns
 
@@ -45,7 +53,7 @@ def dw_star_mlp_kernel(
     """Launch K7 on x (N, height, width, C), kernels k (C, 1, K, K) and their bias kb (C)."""
     n, height, width, channels = x.shape
     rows = unit_stride(x.reshape(-1, channels))
-    conv = (k.contiguous(), kb.contiguous(), k.shape[-1], height, width)
+    conv = (tap_rows(k), kb.contiguous(), k.shape[-1], height, width)
     y, _, _ = _launch(rows, w1, b1, w2, b2, w3, b3, None, act, offset, False, conv)
     return y.view(n, height, width, w3.shape[0])
 
@@ -166,15 +174,17 @@ def star_mlp_backward_kernel(
     separate = mlp_tile(MLP_BACKWARD["dw"], x.device, width, x.element_size())
     spill = separate is None
     d1, d2, s = (x.new_empty(rows if spill else 0, hidden) for _ in range(3))
+    tiles = ceil_div(rows, tile.rows)
+    sums = x.new_empty(tiles if spill else 0, 2 * hidden + out, dtype=torch.float32)
     g = dy if z is None else x.new_empty(rows, out)
     if rows:
         launch(
-            mlp_dx, (ceil_div(rows, tile.rows),), dy, *inputs, dx, g, d1, d2, s, rows,
+            mlp_dx, (tiles,), dy, *inputs, dx, g, d1, d2, s, sums, rows,
             SPILL=spill, AFFINE=z is not None, stride_dy=dy.stride(0), **same, **tiled(tile),
         )  # fmt: skip
     if separate is not None:
         return _typed(dx, weights(separate, g, with_dx=False), w1)
-    db1, db2, db3 = (t.sum(0, dtype=torch.float32) for t in (d1, d2, g))
+    db1, db2, db3 = sums.sum(0).split((hidden, hidden, out))
     return _typed(dx, (d1.t() @ x, db1, d2.t() @ x, db2, g.t() @ s, db3), w1)
 
 

@@ -58,6 +58,7 @@ def star_mlp_wide_backward(
     w2: Tensor,
     b2: Tensor | None,
     w3: Tensor,
+    b3: Tensor | None,
     h1: Tensor,
     h2: Tensor,
     act: str,
@@ -72,15 +73,23 @@ def star_mlp_wide_backward(
     elif recompute:
         _, h1, h2 = product(x, w1, b1, w2, b2, act, offset, True)
     d1, d2, s = gate(dy, w3, h1, h2, act, offset)
+    dw3 = dy.t() @ s
+    del h1, h2, s
     dx = (d1 @ w1).addmm_(d2, w2)
-    dw1, dw2, dw3 = d1.t() @ x, d2.t() @ x, dy.t() @ s
-    return dx, dw1, d1.sum(0), dw2, d2.sum(0), dw3, dy.sum(0)
+    dw1, dw2 = d1.t() @ x, d2.t() @ x
+    db1, db2, db3 = (_sum(d, b) for d, b in ((d1, b1), (d2, b2), (dy, b3)))
+    return dx, dw1, db1, dw2, db2, dw3, db3
+
+
+def _sum(d: Tensor, b: Tensor | None) -> Tensor:
+    """The gradient of a bias, as a matrix product: sum(0) took three times as long as reading d."""
+    return d.new_empty(0) if b is None else (d.new_ones(1, len(d)) @ d).view(-1)
 
 
 @star_mlp_wide_backward.register_fake
-def _(dy, x, w1, b1, w2, b2, w3, h1, h2, *options):  # type: ignore[no-untyped-def]
-    hidden, out = w1.shape[0], w3.shape[0]
-    shapes = (x.shape, w1.shape, (hidden,), w2.shape, (hidden,), w3.shape, (out,))
+def _(dy, x, w1, b1, w2, b2, w3, b3, h1, h2, *options):  # type: ignore[no-untyped-def]
+    biases = ((0,) if b is None else b.shape for b in (b1, b2, b3))
+    shapes = (x.shape, w1.shape, next(biases), w2.shape, next(biases), w3.shape, next(biases))
     return tuple(x.new_empty(shape) for shape in shapes)
 
 
@@ -100,10 +109,10 @@ def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
             return star_mlp_reference(*inputs, ctx.act, offset=ctx.offset)  # type: ignore[misc]
 
         return *library_gradients(definition, inputs, ctx.needs_input_grad[:7], [dy]), *nothing
-    x, w1, b1, w2, b2, w3, _b3 = inputs
+    x, w1, b1, w2, b2, w3, b3 = inputs
     with no_autocast(x):
         grads = star_mlp_wide_backward(
-            dy, x, w1, b1, w2, b2, w3, h1, h2, ctx.act, ctx.offset, ctx.recompute, ctx.gemm
+            dy, x, w1, b1, w2, b2, w3, b3, h1, h2, ctx.act, ctx.offset, ctx.recompute, ctx.gemm
         )
     return *(None if t is None else g for t, g in zip(inputs, grads, strict=True)), *nothing
 

@@ -65,6 +65,7 @@ class _View:
     combine: str = "mul"
     rank: int = 1
     offset: float = 0.0
+    coefficients: str = "fixed"
 
 
 class GatedMLP(nn.Module):

@@ -85,8 +85,8 @@ class StarBlock2d(StarBlock):
     Args:
         dim: channels.
         kernel_size: side of the depthwise kernels, odd.
-        expansion, act, drop_path, layer_scale, combine, offset, rank, device, dtype: as for
-            `StarBlock`.
+        expansion, act, drop_path, layer_scale, combine, offset, rank, coefficients, device, dtype:
+            as for `StarBlock`; dynamic coefficients see the mean over height and width.
 
     Raises:
         TypeError, ValueError: as `StarBlock`; an even `kernel_size`; an input that is not
@@ -111,6 +111,7 @@ class StarBlock2d(StarBlock):
         combine: str = "mul",
         offset: float = 0.0,
         rank: int = 1,
+        coefficients: str = "fixed",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -135,6 +136,7 @@ class StarBlock2d(StarBlock):
             combine=combine,
             offset=offset,
             rank=rank,
+            coefficients=coefficients,
             **factory,
         )
         self.dim = dim
@@ -152,13 +154,18 @@ class StarBlock2d(StarBlock):
         return rearrange(y, "n h w c -> n c h w")
 
     def fuse(self) -> None:
-        """Fold both BatchNorms into their neighbours, in place; eval statistics, idempotent."""
+        """Fold both BatchNorms and a learned scale into their neighbours, in place.
+
+        With the statistics of eval; idempotent. Dynamic coefficients stay.
+        """
         pre, post, mlp = self.pre, self.post, self.mlp
         if isinstance(pre.bn, nn.BatchNorm2d) and isinstance(post.bn, nn.BatchNorm2d):
             pre.conv, pre.bn = fuse_conv_bn_eval(pre.conv, pre.bn), nn.Identity()
             # g is pointwise, so the norm after it folds into it; the padding of the second
             # depthwise convolution comes after the norm and stays right
             mlp.g, post.bn = fuse_linear_bn_eval(mlp.g, post.bn), nn.Identity()
+        if mlp.coefficients == "scale":
+            mlp.fold()
 
 
 def check_images(owner: str, x: Tensor, channels: int) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from starlayers.activations import get_activation
-from starlayers.modules import positive_int, probability
+from starlayers.modules import StarOp, positive_int, probability
 from starlayers.vision.blocks import ConvNorm, StarBlock2d, channels_last, check_images
 from starlayers.vision.recompute import recompute
 
@@ -55,6 +55,7 @@ class StarNet(nn.Module):
         drop_path_rate: stochastic depth, rising linearly from 0 to this over the blocks.
         act: a row of `ACTIVATIONS` for stem and blocks; `None` for none.
         combine: "mul", or "sum" for the paper's ablation.
+        coefficients: of the star MLPs, "fixed", "scale" or "dynamic", as for `StarOp`.
         global_pool: "avg", "max", "avgmax", or "" for none (needs `num_classes=0`).
         kernel_size: side of the depthwise kernels, odd.
         stem_stride: stride of the stem; 1 suits images of 28 to 64 pixels.
@@ -89,6 +90,7 @@ class StarNet(nn.Module):
         drop_path_rate: float = 0.0,
         act: str | None = "relu6",
         combine: str = "mul",
+        coefficients: str = "fixed",
         global_pool: str = "avg",
         kernel_size: int = 7,
         stem_stride: int = 2,
@@ -134,6 +136,7 @@ class StarNet(nn.Module):
                     expansion=mlp_ratio,
                     act=act,
                     combine=combine,
+                    coefficients=coefficients,
                     drop_path=next(rates),
                     **factory,
                 )
@@ -159,6 +162,9 @@ class StarNet(nn.Module):
                 reset()
             if isinstance(m, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
+        for m in self.modules():
+            if isinstance(m, StarOp):
+                m.reset_parameters()  # once more, since gates start at zero
         if isinstance(self.head, nn.Linear):
             nn.init.zeros_(self.head.bias)
 

@@ -1,5 +1,7 @@
 """Inputs and definitions of the library's ops, for the tests of whoever serves them."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 
@@ -10,6 +12,8 @@ from starlayers.kernels.star import star, star_backward
 from starlayers.kernels.star_mlp import star_mlp, star_mlp_backward
 from tests.helpers import randn
 
+#: "cuda" runs the tests marked `interpret` compiled, on a GPU
+DEVICE = os.environ.get("STARLAYERS_TEST_DEVICE", "cpu")
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -145,11 +149,14 @@ def dw_mlp_pair(act, offset=0.0):
     return op, definition
 
 
-def calls(*, dtype=torch.float32, device="cpu"):
+def calls(*, dtype=torch.float32, device=None):
     """name -> (op, arguments): every op, with its optional arguments and without them."""
 
     def put(tensors):
-        return [None if t is None else t.detach().to(device) for t in tensors]
+        return [
+            None if t is None else t.detach().to(device or torch.get_default_device())
+            for t in tensors
+        ]
 
     def asking(tensors):
         return [None if t is None else t.requires_grad_() for t in put(tensors)]
@@ -161,10 +168,17 @@ def calls(*, dtype=torch.float32, device="cpu"):
             star,
             (*asking([x1, None]), "relu6", 1.0, [-float("inf"), 1.0], [-1.0, 1.0]),
         ),
-        "star_backward": (star_backward, (*put([x1, x2, x1]), "silu", 0.0, [], [])),
+        "star_backward": (star_backward, (*put([x1, x2, x1]), "silu", 0.0, [], [], True)),
         "star_backward packed, clamped": (
             star_backward,
-            (*put([x2[:, :6], x1, None]), "relu6", 1.0, [-1.0, 1.0], [-1.0, 1.0]),
+            (
+                *put([x2[:, :6], x1, None]),
+                "relu6",
+                1.0,
+                [-1.0, 1.0],
+                [-1.0, 1.0],
+                False,
+            ),
         ),
     }
     full = mlp_tensors(21, 17, 40, 24, dtype=dtype)

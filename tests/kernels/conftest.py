@@ -4,13 +4,18 @@ import pytest
 import torch
 
 from starlayers.kernels import _op, _tiles
+from tests.kernels.cases import DEVICE
+
+TRITON = _op.INTERPRET or DEVICE == "cuda"
 
 
 @pytest.fixture(autouse=True)
 def _own_process(request):
-    """Tests marked `interpret` need kernels registered for the interpreter, all others need not."""
-    if request.node.get_closest_marker("interpret") and not _op.INTERPRET:
+    """Tests marked `interpret` need kernels that run here, all others need not."""
+    if request.node.get_closest_marker("interpret") and not TRITON:
         pytest.fail("needs TRITON_INTERPRET=1, set before starlayers.kernels is first imported")
+    with torch.device(DEVICE):
+        yield
 
 
 @pytest.fixture
@@ -29,13 +34,19 @@ def nan_memory():
 @pytest.fixture
 def on_family(monkeypatch):
     """`on_family(name)`: kernels take their tiles from that family's tables."""
-    return lambda name: monkeypatch.setattr(_tiles, "family", lambda device: name)
+
+    def on_family(name):
+        if DEVICE == "cuda" and name != _tiles.family(torch.device(DEVICE)):
+            pytest.skip("tiles of another family of GPUs")
+        monkeypatch.setattr(_tiles, "family", lambda device: name)
+
+    return on_family
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """(kernel, grid, options) of every Triton launch, in order."""
-    from starlayers.kernels import dwconv, star, star_mlp_launch
+    from starlayers.kernels import _statistics, dwconv, star, star_mlp_launch
 
     seen = []
 
@@ -43,7 +54,7 @@ def launches(monkeypatch):
         seen.append((kernel.fn.__name__, grid, options))
         _op.launch(kernel, grid, *args, **options)
 
-    for module in (dwconv, star, star_mlp_launch):
+    for module in (_statistics, dwconv, star, star_mlp_launch):
         monkeypatch.setattr(module, "launch", recorded)
     return seen
 
@@ -52,10 +63,10 @@ def launches(monkeypatch):
 def served_by(request, launches):
     """Runs a test with whatever serves CPU tensors in this process, once in each kind of process.
 
-    In the ordinary one that is torch code, under TRITON_INTERPRET=1 it is the kernels.
+    In the ordinary one that is torch code, under TRITON_INTERPRET=1 and on a GPU the kernels.
     """
     wanted = request.param
-    if (wanted == "triton") != _op.INTERPRET:
+    if (wanted == "triton") != TRITON:
         pytest.fail(f"this process does not serve by {wanted}; see the marker `interpret`")
     yield wanted
     assert bool(launches) == (wanted == "triton")

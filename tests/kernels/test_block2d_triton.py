@@ -11,6 +11,7 @@ from starlayers import StarMLP, use_backend
 from starlayers.vision import StarBlock2d, StarNet, starnet_s4
 from starlayers.vision.recompute import recompute
 from tests.helpers import RecordOps, randn
+from tests.kernels.cases import DEVICE
 from tests.kernels.test_layer_triton import held_to_eager
 
 pytestmark = pytest.mark.interpret
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.interpret
 
 def lively(module):
     """BatchNorms away from their start values, as after training."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(3)
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             for t, low, high in (
@@ -142,6 +143,7 @@ def test_small_starnet_matches_eager_with_relu6():
     held_to_eager(net, randn(2, 3, 32, 32), factor=3.0, floor=1e-2)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="no tile for its widest blocks in float32")
 def test_starnet_s4_matches_eager():
     net = lively(starnet_s4(num_classes=4, act="silu")).train()
     counts = held_to_eager(net, randn(2, 3, 64, 64), factor=2.0, floor=1e-5)

@@ -15,6 +15,7 @@ from starlayers import StarBlock, StarMLP, StarOp, star, use_backend
 from starlayers.backend import fused_mlp_blocker, star_blocker
 from starlayers.functional import star_packed
 from tests.helpers import RecordOps, gradients, randn, star_mlp_formula
+from tests.kernels.cases import DEVICE
 
 pytestmark = pytest.mark.interpret
 
@@ -111,6 +112,7 @@ def test_checkpointing_gives_the_same_gradients():
             assert torch.equal(a, b)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is no interpreter")
 def test_auto_leaves_cpu_tensors_alone_in_the_interpreter():
     mlp, x = StarMLP(16), randn(9, 16)
     assert "small enough for eager" in fused_mlp_blocker(mlp, x)

@@ -109,6 +109,15 @@ def test_clamped_branches(act, clamps, packed, order):
     against_definition(star_pair(act, 1.0, *CLAMPS[clamps]), tensors, order)
 
 
+def clamp_is_closed():
+    """Before PyTorch 2.12 or so the gradient of clamp is 1 at a limit, since then 0."""
+    x = torch.ones(1, requires_grad=True)
+    return bool(torch.autograd.grad(x.clamp(max=1.0), x)[0])
+
+
+@pytest.mark.skipif(
+    clamp_is_closed(), reason="this PyTorch's clamp lets the gradient through there"
+)
 def test_the_gradient_at_a_limit_is_that_of_clamp():
     op, definition = star_pair("silu", 1.0, (-1.0, 2.0), (-0.5, 0.5))
     values = [[-1.0, 2.0, -1.5, 2.5, 0.0], [-0.5, 0.5, 0.1, -0.6, 0.6]]
@@ -134,7 +143,8 @@ def test_nan_is_where_torch_has_it(act, clamped):
         tensors[0][0, 0] = tensors[1][1, 1] = tensors[0][2, 2] = tensors[1][2, 2] = NAN
         tensors[0][1, 1] = 0.5  # where no activation is flat
     found, expected = results(op, tensors), results(definition, tensors)
-    if act == "relu6":  # hardtanh_backward: 0 there in its vectorised loop, 1 in the scalar one
+    # by PyTorch's loop: 0 or 1 in hardtanh_backward, the gradient or NaN in hardswish_backward
+    if act in ("relu6", "hardswish"):
         found[1][tensors[0].isnan()] = expected[1][tensors[0].isnan()] = 0
     for ours, theirs in zip(found, expected, strict=True):
         assert theirs.isnan().any() or clamped

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starlayers.kernels.star_mlp import star_mlp
+from starlayers.kernels.star_mlp import star_mlp, star_mlp_backward
 from tests.helpers import (
     FORMULAS,
     assert_as_exact_as_eager,
@@ -372,3 +372,20 @@ def test_half_precision_gradients_survive_a_loss_scale_of_65536(sizes, stats):
     assert all(g.isfinite().all() for g in found)
     for ours, exact in zip(found, true, strict=True):
         assert (ours - exact).norm() <= 0.01 * exact.norm()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("hidden", [16, 140], ids=["one pass", "two passes"])
+def test_a_mean_far_below_a_rounding_step_of_the_gradient_is_not_lost(hidden):
+    """Rounded to the nearest, dy + q would be dy again nearly everywhere."""
+    rows, out, q = 1500, 24, 1e-4
+    x, w1, b1, w2, b2, w3, *_ = (
+        t.detach() for t in mlp_tensors(rows, 17, hidden, out, dtype=torch.float16)
+    )
+    dy = randn(rows, out, seed=7, dtype=torch.float16)
+    zero = torch.zeros(out)
+    *_, db3 = star_mlp_backward(dy, dy, zero, zero, zero + q, x, w1, b1, w2, b2, w3, "silu", 0.0)
+    added = (db3.double() - dy.double().sum(0)).mean() / rows
+    nearest = (dy.double() + q).half().double().mean() - dy.double().mean()
+    assert nearest < 0.8 * q
+    assert abs(added - q) < 0.1 * q

@@ -24,6 +24,7 @@ def parts_of(y, rows):
     return torch.stack(tiles)
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("rows", [1, 32, 128, 5000])
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (3.0, 2.0), (1e4, 0.1), (-1e4, 0.1)])
 def test_merged_statistics_do_not_cancel(mean, std, rows):
@@ -42,6 +43,7 @@ def test_a_sum_of_squares_would_have_cancelled():
     assert ((naive - true).abs() > 0.5 * true).any()
 
 
+@pytest.mark.interpret
 def test_tiles_of_unequal_length_weigh_by_their_rows():
     parts = torch.tensor([[[3.0], [1.0], [6.0]], [[1.0], [5.0], [0.0]]])
     mean, var = merged_statistics(parts)

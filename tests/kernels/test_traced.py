@@ -9,16 +9,17 @@ from starlayers.kernels import _op
 from starlayers.kernels._tiles import MLP_BACKWARD, mlp_tile
 from tests.kernels.cases import calls
 
+MERGE = ("merge_statistics", {"mean", "var"})
 WRAPPER = "triton_kernel_wrapper_functional"
 #: op -> (kernel, the arguments it writes) in the order of launches, where no table has a say
 KERNELS = {
     "star": [("star_forward", {"y"})],
     "star packed, clamped": [("star_forward", {"y"})],
-    "star_backward": [("star_grad", {"d1", "d2"})],
+    "star_backward": [("star_grad", {"d1", "d2", "s"})],
     "star_backward packed, clamped": [("star_grad", {"d1", "d2"})],
-    "star_mlp": [("mlp_forward", {"y", "parts"})],
+    "star_mlp": [("mlp_forward", {"y", "parts"}), MERGE],
     "star_mlp bare": [("mlp_forward", {"y"})],
-    "dwconv": [("dw_convolve", {"y", "parts"})],
+    "dwconv": [("dw_convolve", {"y", "parts"}), MERGE],
     "dwconv bare": [("dw_convolve", {"y"})],
     "dwconv_backward": [("dw_convolve", {"y", "parts"}), ("dw_weights", {"parts"})],
     "dwconv_backward bare": [("dw_convolve", {"y"}), ("dw_weights", {"parts"})],
@@ -39,7 +40,7 @@ def expected(name, dtype):
     dx = {"dx"} if "bare" in name else {"dx", "g"}
     if tiles[1]:
         return [("mlp_dx", dx), ("mlp_dw", {"parts", "parts3"})]
-    return [("mlp_dx", dx | {"d1", "d2", "s"})]
+    return [("mlp_dx", dx | {"d1", "d2", "s", "sums"})]
 
 
 @pytest.fixture

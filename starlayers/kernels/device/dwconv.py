@@ -87,9 +87,10 @@ def dw_convolve(
 ):
     """y = factor (k * v + b) + residual, with sums over the tile where REDUCE names them.
 
+    k is (K K, C): channels side by side, so that a warp reads a tap in one go.
     FLIP turns the kernel by half a turn, which makes this the input gradient. "statistics" of y
-    are (tiles, 3, C) as in `store_statistics`; "dot" is (tiles, 2, C): sums of k * v + b, and of
-    its product with `other`.
+    are (tiles, 3, C) as in `store_statistics`; "dot" is (tiles, 2, C): sums of k * v + b as
+    stored, and of its product with `other`.
     """
     PAD: tl.constexpr = K // 2
     blocks: tl.constexpr = (C + BC - 1) // BC
@@ -111,7 +112,7 @@ def dw_convolve(
                 at = K * K - 1 - i * K - j
             else:
                 at = i * K + j
-            tap = tl.load(k + channel * (K * K) + at, mask=real, other=0.0)
+            tap = tl.load(k + at * C + channel, mask=real, other=0.0)
             taps = taps + (tap.to(tl.float32)[None, :],)
         for r in tl.static_range(TH + K - 1):
             v = _row(
@@ -127,8 +128,9 @@ def dw_convolve(
             sums = added
     bias = _vector(b, channel, real, BIAS)[None, :]
     by = _vector(factor, channel, real, FACTOR)[None, :]
-    total = tl.zeros([BC], tl.float32)
-    second = tl.zeros([BC], tl.float32)
+    # summed over the tile once, at the end: a sum across warps costs two barriers
+    total = tl.zeros([BP, BC], tl.float32)
+    second = tl.zeros([BP, BC], tl.float32)
     done = ()
     for t in tl.static_range(TH):
         value = sums[t]
@@ -137,38 +139,41 @@ def dw_convolve(
         live = (there & (top + t < HEIGHT))[:, None] & real[None, :]
         at = ((image.to(tl.int64) * HEIGHT + top + t) * WIDTH + column)[:, None] * C
         at = at + channel[None, :]
-        if REDUCE == "dot":
-            value = tl.where(live, value, 0.0)
-            total += tl.sum(value, axis=0)
-            second += tl.sum(
-                value * tl.load(other + at, mask=live, other=0.0).to(tl.float32), axis=0
-            )
+        undone = value
         if FACTOR:
             value = value * by
         if RESIDUAL:
             value += tl.load(residual + at, mask=live, other=0.0).to(tl.float32)
         rounded = value.to(y.dtype.element_ty)
         tl.store(y + at, rounded, mask=live)
+        if REDUCE == "dot":
+            # of what was stored: a BatchNorm's mean then takes out the rounding errors, too
+            if FACTOR:
+                stored = rounded.to(tl.float32) / tl.where(by == 0.0, 1.0, by)
+                undone = tl.where(by == 0.0, undone, stored)
+            undone = tl.where(live, undone, 0.0)
+            total += undone
+            second += undone * tl.load(other + at, mask=live, other=0.0).to(tl.float32)
         if REDUCE == "statistics":
             value = tl.where(live, rounded.to(tl.float32), 0.0)
-            total += tl.sum(value, axis=0)
+            total += value
         done = done + (value,)
     if REDUCE == "dot":
         base = parts + tile.to(tl.int64) * (2 * C) + channel
-        tl.store(base, total, mask=real)
-        tl.store(base + C, second, mask=real)
+        tl.store(base, tl.sum(total, axis=0), mask=real)
+        tl.store(base + C, tl.sum(second, axis=0), mask=real)
     if REDUCE == "statistics":
         rows = tl.minimum(HEIGHT - top, TH)
         count = (tl.sum(there.to(tl.int32), axis=0) * rows).to(tl.float32)
-        mean = total / count
+        mean = tl.sum(total, axis=0) / count
         for t in tl.static_range(TH):
             live = (there & (top + t < HEIGHT))[:, None]
             off = tl.where(live, done[t] - mean[None, :], 0.0)
-            second += tl.sum(off * off, axis=0)
+            second += off * off
         base = parts + tile.to(tl.int64) * (3 * C) + channel
         tl.store(base, tl.zeros([BC], tl.float32) + count, mask=real)
         tl.store(base + C, mean, mask=real)
-        tl.store(base + 2 * C, second, mask=real)
+        tl.store(base + 2 * C, tl.sum(second, axis=0), mask=real)
 
 
 @triton.jit

@@ -74,6 +74,7 @@ def star_grad(
     x2,
     d1,
     d2,
+    s,
     rows,
     cols,
     stride_dy,
@@ -88,9 +89,11 @@ def star_grad(
     CLAMP2: tl.constexpr,
     LOW2: tl.constexpr,
     HIGH2: tl.constexpr,
+    PRODUCT: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
+    """Both gradients; with PRODUCT also the product itself, from what is loaded anyway."""
     r, c, live = _tile(rows, cols, BR, BC)
     g = tl.load(dy + r * stride_dy + c, mask=live, other=0.0).to(tl.float32)
     raw1 = tl.load(x1 + r * stride1 + c, mask=live, other=0.0).to(tl.float32)
@@ -98,8 +101,12 @@ def star_grad(
     a = _clamped(raw1, LOW1, HIGH1, CLAMP1)
     b = _clamped(raw2, LOW2, HIGH2, CLAMP2)
     g1 = act_backward(g * (OFFSET + b), a, ACT)
-    g2 = g * act_value(a, ACT)
+    value = act_value(a, ACT)
+    g2 = g * value
     g1 = _inside(g1, raw1, LOW1, HIGH1, CLAMP1)
     g2 = _inside(g2, raw2, LOW2, HIGH2, CLAMP2)
     tl.store(d1 + r * stride_d + c, g1.to(d1.dtype.element_ty), mask=live)
     tl.store(d2 + r * stride_d + c, g2.to(d2.dtype.element_ty), mask=live)
+    if PRODUCT:
+        product = value * (OFFSET + b)
+        tl.store(s + r * cols + c, product.to(s.dtype.element_ty), mask=live)

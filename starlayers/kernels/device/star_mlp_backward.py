@@ -27,8 +27,37 @@ def _upstream(
         t -= load_vector(mean, FIRST, WIDTH, N)[None, :]
         full = g.to(tl.float32) + load_vector(q, FIRST, WIDTH, N)[None, :]
         full += load_vector(p, FIRST, WIDTH, N)[None, :] * t
+        if g.dtype != tl.float32:
+            half: tl.constexpr = 2.0**-8 if g.dtype == tl.bfloat16 else 2.0**-11
+            full += _dither(full, rows, FIRST, WIDTH, half)
         g = tl.where(live[:, None], full, 0.0).to(g.dtype)
     return g
+
+
+@triton.jit
+def _dither(x, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, HALF_STEP: tl.constexpr):
+    """Up to half a rounding step of x either way, by a hash of the position.
+
+    dy is rounded already, and q + p (z - mean) often less than half a step of it: rounded to the
+    nearest, the sum would be dy again nearly everywhere, and the mean that a BatchNorm takes out
+    of its gradient would stay in. With this the rounding is right on average.
+    """
+    cols = (FIRST + tl.arange(0, WIDTH)).to(tl.uint32)
+    h = rows.to(tl.uint32)[:, None] * 0x9E3779B1 + cols[None, :] * 0x85EBCA77
+    h = (h ^ (h >> 15)) * 0x2C1B3C6D
+    h = (h ^ (h >> 12)) * 0x297A2D39
+    unit = (h >> 8).to(tl.float32) * (2.0 / 16777216.0) - 1.0
+    # x without its mantissa: the power of two below it
+    power = (x.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return unit * (HALF_STEP * power)
+
+
+@triton.jit
+def _store_sums(base, tile, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr):
+    """Sums over the live rows of a tile, at columns FIRST.. of N."""
+    cols = FIRST + tl.arange(0, WIDTH)
+    total = tl.sum(tl.where(live[:, None], tile.to(tl.float32), 0.0), axis=0)
+    tl.store(base + cols, total, mask=cols < N)
 
 
 @triton.jit
@@ -49,6 +78,7 @@ def mlp_dx(
     d1,
     d2,
     s,
+    sums,
     M,
     stride_dy: tl.constexpr,
     stride_z: tl.constexpr,
@@ -76,9 +106,11 @@ def mlp_dx(
 ):
     """dx of a row tile; with AFFINE also the whole upstream gradient g, which `mlp_dw` reads.
 
-    With SPILL also d1, d2 and the product s, for dW by matrix products.
+    With SPILL also d1, d2 and the product s, for dW by matrix products, and sums over the tile of
+    d1, d2 and g, the bias gradients: (tiles, 2 H + OUT).
     """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    sums += tl.program_id(0).to(tl.int64) * (2 * H + OUT)
     live = rows < M
     x0 = load_rows(x, rows, live, stride_x, 0, C0, C)
     g0 = _upstream(dy, z, mean, p, q, rows, live, stride_dy, stride_z, 0, O0, OUT, AFFINE)
@@ -122,8 +154,14 @@ def mlp_dx(
         if BIAS2:
             h2 += load_vector(b2, h, BH, H)[None, :]
         a = act_value(h1, ACT)
-        e1 = act_backward(ds * (OFFSET + h2), h1, ACT).to(x.dtype.element_ty)
-        e2 = (ds * a).to(x.dtype.element_ty)
+        e1 = act_backward(ds * (OFFSET + h2), h1, ACT)
+        e2 = ds * a
+        if SPILL:
+            tl.store(sums + hidden, tl.sum(tl.where(live[:, None], e1, 0.0), axis=0), mask=there)
+            at = sums + H + hidden
+            tl.store(at, tl.sum(tl.where(live[:, None], e2, 0.0), axis=0), mask=there)
+        e1 = e1.to(x.dtype.element_ty)
+        e2 = e2.to(x.dtype.element_ty)
         if SPILL:
             at = rows.to(tl.int64)[:, None] * H + hidden[None, :]
             inside = live[:, None] & there[None, :]
@@ -138,6 +176,10 @@ def mlp_dx(
     store_rows(dx, dx0, rows, live, C, 0, C0, C)
     if C1 > 0:
         store_rows(dx, dx1, rows, live, C, C0, C1, C)
+    if SPILL:
+        _store_sums(sums + 2 * H, g0, live, 0, O0, OUT)
+        if O1 > 0:
+            _store_sums(sums + 2 * H, g1, live, O0, O1, OUT)
 
 
 @triton.jit

@@ -137,6 +137,6 @@ def _convolved(
         dj = tap % KSIZE - PAD
         inside = live & (i + di >= 0) & (i + di < HEIGHT) & (j + dj >= 0) & (j + dj < WIDTH)
         t = load_rows(x, rows + di * WIDTH + dj, inside, stride, FIRST, COLS, N)
-        f = tl.load(k + channel * (KSIZE * KSIZE) + tap, mask=channel < N, other=0.0)
+        f = tl.load(k + tap * N + channel, mask=channel < N, other=0.0)
         acc += t.to(tl.float32) * f.to(tl.float32)[None, :]
     return acc.to(x.dtype.element_ty)

@@ -7,7 +7,14 @@ kernel holds a channel axis in two parts of C0 and C1 columns (96 = 64 + 32; C1 
 import triton
 import triton.language as tl
 
-__all__ = ["load_columns", "load_rows", "load_vector", "store_rows", "store_statistics"]
+__all__ = [
+    "load_columns",
+    "load_rows",
+    "load_vector",
+    "merge_statistics",
+    "store_rows",
+    "store_statistics",
+]
 
 
 @triton.jit
@@ -64,3 +71,34 @@ def store_statistics(
     tl.store(at, tl.zeros([WIDTH], tl.float32) + count, mask=inside)
     tl.store(at + N, mean, mask=inside)
     tl.store(at + 2 * N, tl.sum(off * off, axis=0), mask=inside)
+
+
+@triton.jit
+def merge_statistics(parts, mean, var, TILES, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """Mean and biased variance of BC channels from what `store_statistics` left, in one pass.
+
+    Each lane merges its tiles by Chan's formula, then the lanes are merged; nothing cancels.
+    """
+    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    inside = cols < C
+    n = tl.zeros([BT, BC], tl.float32)
+    m = tl.zeros([BT, BC], tl.float32)
+    squares = tl.zeros([BT, BC], tl.float32)
+    for first in tl.range(0, TILES, BT):
+        tiles = first + tl.arange(0, BT)
+        live = (tiles < TILES)[:, None] & inside[None, :]
+        at = parts + tiles[:, None] * (3 * C) + cols[None, :]
+        more = tl.load(at, mask=live, other=0.0)
+        apart = tl.load(at + C, mask=live, other=0.0) - m
+        share = tl.where(more > 0.0, more / tl.maximum(n + more, 1.0), 0.0)
+        squares += tl.load(at + 2 * C, mask=live, other=0.0) + apart * apart * n * share
+        m += apart * share
+        n += more
+    total = tl.sum(n, axis=0)
+    # around the first lane's mean, which a first tile always fills
+    near = tl.sum(tl.where((tl.arange(0, BT) == 0)[:, None], m, 0.0), axis=0)
+    center = near + tl.sum(n * (m - near[None, :]), axis=0) / total
+    off = m - center[None, :]
+    deviations = tl.sum(squares + n * off * off, axis=0)
+    tl.store(mean + cols, center, mask=inside)
+    tl.store(var + cols, deviations / total, mask=inside)
