@@ -62,8 +62,12 @@ bench: setup
 	$(BIN)/python -m benchmarks.starify speed
 	$(BIN)/python -m benchmarks.rl quality
 	$(BIN)/python -m benchmarks.rl speed
-	$(BIN)/python -m benchmarks.coefficients_search search
-	$(BIN)/python -m benchmarks.coefficients_search tune
+	$(BIN)/python -m benchmarks.coefficients dimension
+	$(BIN)/python -m benchmarks.coefficients penalties
+	$(BIN)/python -m benchmarks.coefficients eigen
+	$(BIN)/python -m benchmarks.coefficients cost
+	$(BIN)/python -m benchmarks.coefficients searches search
+	$(BIN)/python -m benchmarks.coefficients searches tune
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu
@@ -79,8 +83,12 @@ bench-smoke: setup
 	$(BIN)/python -m benchmarks.starify speed --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.rl quality --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.rl speed --smoke --out runs/smoke
-	$(BIN)/python -m benchmarks.coefficients_search search --smoke --out runs/smoke
-	$(BIN)/python -m benchmarks.coefficients_search tune --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.coefficients dimension --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.coefficients penalties --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.coefficients eigen --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.coefficients cost --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.coefficients searches search --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.coefficients searches tune --smoke --out runs/smoke
 
 kernels: setup
 	$(BIN)/python -m benchmarks.kernels

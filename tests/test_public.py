@@ -11,6 +11,7 @@ MODULES = [
     "starlayers",
     "starlayers.activations",
     "starlayers.backend",
+    "starlayers.coefficients",
     "starlayers.functional",
     "starlayers.modules",
     "starlayers.nlp",

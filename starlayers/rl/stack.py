@@ -52,6 +52,10 @@ class PackedStar(nn.Module):
             nn.init.orthogonal_(branch, g)
         nn.init.zeros_(self.proj.bias)
 
+    def star_vectors(self) -> list[tuple[Tensor, Tensor]]:
+        """Both factors of every product, for `starlayers.coefficients`."""
+        return [_vectors(torch.cat([self.proj.weight, self.proj.bias[:, None]], 1))]
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, act={self.act!r}"
 
@@ -121,6 +125,17 @@ class StarStack(nn.Module):
             y = combine(h1, h2, self.act, offset=1.0)
         return y
 
+    def star_vectors(self) -> list[tuple[Tensor, Tensor]]:
+        """Both factors of every product, layer by layer, for `starlayers.coefficients`."""
+        return [_vectors(torch.cat([weight, bias], 1).mT) for weight, bias in self.rows()]
+
     def extra_repr(self) -> str:
         widths = [weight.shape[-1] // 2 for weight, _ in self.rows()]
         return f"{self.nets}, {self.in_features}, {widths}, act={self.act!r}"
+
+
+def _vectors(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `[w1; w2]` over (x, 1) of one net or several as (channels, 1, d + 1), w2 with its 1."""
+    w1, w2 = packed.chunk(2, -2)
+    w2 = torch.cat([w2[..., :-1], w2[..., -1:] + 1], -1)
+    return w1.reshape(-1, 1, w1.shape[-1]), w2.reshape(-1, 1, w2.shape[-1])

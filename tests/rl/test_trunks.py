@@ -9,6 +9,7 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
 from starlayers import StarBlock
+from starlayers.coefficients import spectrum
 from starlayers.rl import StarExtractor
 from starlayers.rl.stack import GATE_GAIN, PackedStar, StarStack
 from starlayers.rl.trunks import NETS, SimBaBlock, activation_row, build_trunk
@@ -137,3 +138,19 @@ def test_bad_trunks_are_named(arguments, words):
         build_trunk("star", 4, [8], norm="batch")
     with pytest.raises(TypeError, match=r"net_arch\[0\] must be an integer, got 8.5"):
         build_trunk("star", 4, [8.5])
+
+
+def test_the_coefficients_of_packed_and_stacked_stars_are_seen():
+    stack = StarStack(2, 5, [8, 4], act="identity")
+    packed = PackedStar(5, 8, act="identity")
+    for star in (packed, stack):
+        for p in star.parameters():
+            nn.init.normal_(p)
+    ((w1, w2),) = packed.star_vectors()
+    x = torch.randn(3, 5)
+    rows = torch.cat([x, torch.ones(3, 1)], 1)
+    torch.testing.assert_close((rows @ w1[:, 0].T) * (rows @ w2[:, 0].T), packed(x))
+    assert [tuple(w.shape) for w, _ in stack.star_vectors()] == [(16, 1, 6), (8, 1, 9)]
+    found = spectrum(nn.ModuleDict({"packed": packed, "stack": stack}))
+    assert list(found) == ["packed", "stack.0", "stack.1"]
+    assert all(bool((s.norm > 0).all()) for s in found.values())

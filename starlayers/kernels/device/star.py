@@ -102,11 +102,11 @@ def star_grad(
     b = _clamped(raw2, LOW2, HIGH2, CLAMP2)
     g1 = act_backward(g * (OFFSET + b), a, ACT)
     value = act_value(a, ACT)
+    if PRODUCT:
+        product = value * (OFFSET + b)
+        tl.store(s + r * cols + c, product.to(s.dtype.element_ty), mask=live)
     g2 = g * value
     g1 = _inside(g1, raw1, LOW1, HIGH1, CLAMP1)
     g2 = _inside(g2, raw2, LOW2, HIGH2, CLAMP2)
     tl.store(d1 + r * stride_d + c, g1.to(d1.dtype.element_ty), mask=live)
     tl.store(d2 + r * stride_d + c, g2.to(d2.dtype.element_ty), mask=live)
-    if PRODUCT:
-        product = value * (OFFSET + b)
-        tl.store(s + r * cols + c, product.to(s.dtype.element_ty), mask=live)

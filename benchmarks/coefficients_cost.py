@@ -1,0 +1,148 @@
+"""What a penalty on the coefficients costs a training step of StarNet-S4 on a CPU: time, memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.common import RESULTS, environment, interleave, markdown_table, write_json
+from benchmarks.rl_speed import cpu_clock
+from starlayers import StarOp
+from starlayers.coefficients import CoefficientPenalty, quadratic_form
+from starlayers.vision import starnet_s4
+
+BASELINE = "no penalty"
+ARMS: dict[str, dict[str, Any]] = {
+    "p=2": {"p": 2},
+    "p=2 and balance": {"p": 2, "balance": 0.1},
+    "p=1": {"p": 1},
+    "p=1, its bound": {"p": 1, "bound": True},
+}
+STRENGTH = 1e-4
+
+
+class Made(TorchDispatchMode):
+    """Notes the largest tensor that anything makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(t, Tensor):
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
+        return result
+
+
+def memory(penalty: CoefficientPenalty) -> dict[str, int]:
+    """Bytes kept for the backward, each storage once, and the largest tensor of both passes."""
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with Made() as made, saved_tensors_hooks(keep, lambda t: t):
+        penalty().backward()
+    return {"kept": sum(kept.values()), "largest": made.largest}
+
+
+def check() -> None:
+    """No time of a penalty that is not what the matrices say."""
+    op = StarOp(12, 6, act=None, dtype=torch.float64)
+    q = quadratic_form(op)
+    for p, expected in ((2, q.square().sum()), (1, q.abs().sum())):
+        found = CoefficientPenalty(op, p, normalise=False)()
+        torch.testing.assert_close(found, expected)
+        parameters = list(op.parameters())
+        for a, b in zip(
+            torch.autograd.grad(found, parameters),
+            torch.autograd.grad(expected, parameters, retain_graph=True),
+        ):
+            torch.testing.assert_close(a, b)
+
+
+def steps(
+    model: nn.Module, penalties: dict[str, CoefficientPenalty], batch: int, size: int
+) -> dict[str, Callable[[], object]]:
+    """A training step without and with each of the penalties."""
+    x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (batch,))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def step(penalty: CoefficientPenalty | None) -> None:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), labels)
+        if penalty is not None:
+            loss = loss + STRENGTH * penalty()
+        loss.backward()
+        optimizer.step()
+
+    named = {BASELINE: None, **penalties}
+    return {name: (lambda p=penalty: step(p)) for name, penalty in named.items()}
+
+
+def run(smoke: bool, out: Path = RESULTS) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    check()
+    model = starnet_s4().train()
+    penalties = {name: CoefficientPenalty(model, **options) for name, options in ARMS.items()}
+    batch, size = (2, 64) if smoke else (32, 224)
+    runs = steps(model, penalties, batch, size)
+    repeats = 2 if smoke else 21
+    whole = interleave(runs, baselines=[BASELINE], repeats=repeats, clock=cpu_clock)
+    # a step is some hundred times as long as its penalty: by itself that is measured more finely
+    alone = interleave(
+        {name: (lambda p=penalty: p().backward()) for name, penalty in penalties.items()},
+        baselines=[next(iter(penalties))],
+        repeats=2 if smoke else 21,
+        clock=cpu_clock,
+    )
+    for name, penalty in penalties.items():
+        whole[name] |= {
+            "penalty_ms": alone[name]["median_ms"],
+            "penalty_share": alone[name]["median_ms"] / whole[BASELINE]["median_ms"],
+            **memory(penalty),
+        }
+    parameters = sum(p.nbytes for p in model.parameters())
+    result = {
+        "model": "starnet_s4",
+        "batch": batch,
+        "image": size,
+        "parameter_bytes": parameters,
+        "rows": whole,
+        "clock": "CPU",
+        "environment": environment(),
+    }
+    print(table(result))
+    name = "coefficients-cost-smoke.json" if smoke else "coefficients-cost.json"
+    write_json(out / name, result)
+
+
+def table(result: dict[str, Any]) -> str:
+    header = [
+        "penalty",
+        "step, s of CPU",
+        "x no penalty",
+        "penalty alone, ms",
+        "share of a step",
+        "kept, x parameters",
+        "largest tensor, x parameters",
+    ]
+    body = []
+    for name, row in result["rows"].items():
+        cells = [name, f"{row['median_ms'] / 1e3:.2f}", f"{row['ratio']:.3f}"]
+        if "penalty_ms" in row:
+            cells += [f"{row['penalty_ms']:.1f}", f"{100 * row['penalty_share']:.2f} %"]
+            cells += [f"{row[k] / result['parameter_bytes']:.2f}" for k in ("kept", "largest")]
+        else:
+            cells += ["-"] * 4
+        body.append(cells)
+    return markdown_table(header, body)

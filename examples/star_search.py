@@ -1,0 +1,148 @@
+"""Search for the coefficients of a star classifier, and tune those of the trained net.
+
+python examples/star_search.py                         # Fashion-MNIST, two minutes on a CPU
+python examples/star_search.py --trials 100            # goes on where the last call ended
+python examples/star_search.py --data digits --methods "tpe cma"
+"""
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from starlayers import StarBlock
+from starlayers.coefficients import (
+    CoefficientPenalty,
+    SearchResult,
+    apply_initialisation,
+    coefficient_space,
+    search,
+    tune_coefficients,
+)
+from starlayers.vision.data import load_images
+
+Split = tuple[Tensor, Tensor]
+Rows = dict[str, tuple[float, float]]
+#: CMA-ES knows numbers only, and all methods are to have the same choices
+SEARCHED = ("l2", "gain1", "gain2", "offset", "rank", "layer_scale_0", "layer_scale_1")
+
+
+def splits(data: Any, seed: int, most: int = 2000) -> dict[str, Split]:
+    """A few images to learn from, others to choose by, and all those that are for testing."""
+    n = min(most, len(data.train) // 2)
+    drawn = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
+    halves = {"train": drawn[:n], "validation": drawn[n : 2 * n]}
+    parts = {name: data.train[i] for name, i in halves.items()} | {"test": data.test[:]}
+    return {
+        name: ((pixels.float().flatten(1) / 255 - data.mean[0]) / data.std[0], labels)
+        for name, (pixels, labels) in parts.items()
+    }
+
+
+def fit(values: dict[str, Any], data: Split, steps: int, seed: int) -> nn.Module:
+    """A net with two star layers of these values, trained; the same for the same arguments."""
+    torch.manual_seed(seed)
+    rank = values.get("rank", 1)
+    blocks = [StarBlock(32, expansion=2, pre=nn.LayerNorm(32), rank=rank) for _ in range(2)]
+    pixels, labels = data
+    net = nn.Sequential(nn.Linear(pixels.shape[1], 32), *blocks, nn.Linear(32, 10))
+    apply_initialisation(net, values)
+    penalty, strength = CoefficientPenalty(net, p=2), values.get("l2", 0.0)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        i = torch.randint(len(labels), (128,))
+        loss = F.cross_entropy(net(pixels[i]), labels[i]) + strength * penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return net.eval()
+
+
+@torch.inference_mode()
+def accuracy(net: nn.Module, data: Split) -> float:
+    pixels, labels = data
+    return float((net(pixels).argmax(1) == labels).double().mean())
+
+
+def figure(results: dict[str, SearchResult], rows: Rows, scales: Any, file: Path) -> None:
+    """What was found over the trials, what it is worth on test, and the factors of the products."""
+    picture = Figure(figsize=(13, 4), layout="constrained")
+    found, worth, factors = picture.subplots(1, 3)
+    for name, result in results.items():
+        curve = [100 * value for value in result.best_so_far]
+        found.step(range(1, len(curve) + 1), curve, where="post", label=name)
+    found.axhline(100 * rows["defaults"][0], color="k", ls=":", label="defaults")
+    found.set(xlabel="trials", ylabel="best validation accuracy so far, %")
+    for i, pair in enumerate(rows.values()):
+        worth.plot([i, i], [100 * p for p in pair], color="0.8", zorder=0)
+    for name, values in zip(("validation", "test"), zip(*rows.values())):
+        worth.plot(range(len(rows)), [100 * v for v in values], "o", label=name)
+    worth.set_xticks(range(len(rows)), rows, rotation=30, ha="right")
+    worth.set(ylabel="accuracy, %")
+    for name, scale in scales.items():
+        factors.plot(scale.sort(descending=True).values, label=f"layer {name}")
+    factors.axhline(1, color="k", ls=":")
+    factors.set(xlabel="products of a layer, sorted", ylabel="factor that tuning gave them")
+    for ax in (found, worth, factors):
+        ax.grid(alpha=0.3)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    picture.savefig(file, dpi=120)
+
+
+def main(
+    data: Annotated[str, typer.Option(help="fashion-mnist or digits")] = "fashion-mnist",
+    methods: Annotated[str, typer.Option(help="of search")] = "tpe gp cma random",
+    trials: Annotated[int, typer.Option(help="of each method")] = 30,
+    steps: Annotated[int, typer.Option(help="of training in a trial")] = 250,
+    tuning: Annotated[int, typer.Option(help="trials of tuning")] = 300,
+    seed: int = 0,
+    out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/star_search"),
+) -> Rows:
+    """Compare ways to search for coefficients, then tune those of the best net that was found."""
+    torch.set_num_threads(1)  # for nets this small a second thread only costs
+    images = load_images(data)
+    parts = splits(images, seed)
+    sizes = ", ".join(f"{len(labels)} {name}" for name, (_, labels) in parts.items())
+    print(f"data: {images.source}; images: {sizes}; seed {seed}")
+    space = {name: coefficient_space(layers=2)[name] for name in SEARCHED}
+
+    def objective(trial: Any) -> float:
+        return accuracy(fit(trial.params, parts["train"], steps, seed), parts["validation"])
+
+    def measured(net: nn.Module) -> tuple[float, float]:
+        return accuracy(net, parts["validation"]), accuracy(net, parts["test"])
+
+    rows: Rows = {"defaults": measured(fit({}, parts["train"], steps, seed))}
+    nets, results = {}, {}
+    for method in methods.split():
+        # a study's name has all that its trials depend on: other options are another study
+        name = f"{method}-{images.name}-steps{steps}-seed{seed}"
+        options = {"trials": trials, "storage": out / "search.db", "name": name, "seed": seed}
+        results[method] = search(objective, space, method=method, **options)
+        nets[method] = fit(results[method].best, parts["train"], steps, seed)
+        rows[method] = measured(nets[method])
+    best = max(results, key=lambda method: results[method].value)
+    results[best].plot(out / best)
+    net = copy.deepcopy(nets[best])
+    tuned = tune_coefficients(
+        net, lambda m: accuracy(m, parts["validation"]), trials=tuning, seed=seed
+    )
+    rows[f"{best}, tuned"] = measured(net)
+    figure(results, rows, tuned.scales, out / "star_search.png")
+    print(f"{'':16}validation    test")
+    for name, (validation, test) in rows.items():
+        print(f"{name:16}{validation:10.2%}{test:8.2%}")
+    chosen = {k: float(f"{v:.3g}") for k, v in results[best].best.items()}
+    print(f"the best of {best}: {chosen}; star_search.png, {best}/*.png and search.db in {out}")
+    return rows
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,194 @@
+"""A model whose only nonlinearity is one activation-free star, as products and their mixture."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from starlayers.coefficients.form import branch_vectors, check_form
+from starlayers.modules import StarMLP, StarOp
+
+Layers = list[tuple[str, nn.Module]]
+
+#: sizes of the inputs on which layers are tried, so that a clamp has room to show
+SCALES = (1e-3, 1.0, 1e3, 1e6)
+CHUNK_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Affine layers, a star, affine layers; and the shape of one input."""
+
+    before: Layers
+    star: StarOp
+    after: Layers
+    shape: tuple[int, ...]
+
+    @property
+    def features(self) -> int:
+        """Numbers in an input."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def is_star_op(self) -> bool:
+        """Whether outputs are the star's own channels, unmixed."""
+        return not self.after and not isinstance(self.star, StarMLP)
+
+    @property
+    def products(self) -> int:
+        return int(self.star.f1.out_features)
+
+
+@dataclass(frozen=True)
+class Products:
+    """Output `o` is `sum_k mix[o, k] (first[k] . x~) (second[k] . x~) + constant[o]`.
+
+    `first` and `second` (products, d + 1) are float64 on the CPU; `tail` are the layers that `mix`
+    and `constant` stand for, which are only computed for what is asked.
+    """
+
+    first: Tensor
+    second: Tensor
+    tail: Layers
+    rank: int
+    outputs: int
+
+    def weights(self, direction: Tensor) -> tuple[Tensor, float]:
+        """What each product counts in `direction . outputs`, and the constant of that."""
+        channels = (len(self.first) // self.rank,)
+        mixed, constant = _pulled(self.tail, direction[None], channels)
+        return mixed[0].repeat_interleave(self.rank), float(constant)
+
+
+def outline(owner: str, model: nn.Module, shape: tuple[int, ...] | None) -> Outline:
+    """Find the star of `model`, and what is before and after it, without copying anything.
+
+    Raises:
+        ValueError: there is not exactly one star, it is no quadratic form, a layer is in training
+            mode, or the shape of an input cannot be told.
+    """
+    layers = list(_layers(model))
+    stars = [i for i, (_, layer) in enumerate(layers) if isinstance(layer, StarOp)]
+    if len(stars) != 1:
+        raise ValueError(
+            f"{owner} needs a StarOp, a StarMLP, or an nn.Sequential of affine layers and exactly "
+            f"one of them; {type(model).__name__} has {len(stars)}"
+        )
+    star = layers[stars[0]][1]
+    assert isinstance(star, StarOp)
+    check_form(owner, star)
+    for name, layer in layers:
+        for part in layer.modules():
+            if isinstance(part, _BatchNorm | _DropoutNd) and part.training:
+                raise ValueError(
+                    f"{owner}: {type(part).__name__} ({name}) is in training mode, where it is "
+                    "not affine; call model.eval()"
+                )
+    size = _input_shape(owner, layers) if shape is None else shape
+    return Outline(layers[: stars[0]], star, layers[stars[0] + 1 :], size)
+
+
+def compose(owner: str, found: Outline) -> Products:
+    """The products of a model as functions of its own input.
+
+    Raises:
+        ValueError: a layer is not affine, or inputs of that shape do not fit.
+    """
+    before, star, after = copy.deepcopy((found.before, found.star, found.after))
+    star.cpu().double()
+    for _, layer in before + after:
+        layer.cpu().double().requires_grad_(False)
+    reached = _affine_on(owner, before, found.shape)
+    if reached != (star.in_features,):
+        raise ValueError(
+            f"{owner}: an input of shape {found.shape} reaches the star as {reached}, where one "
+            f"vector of {star.in_features} features is needed; give shape=, that of one input"
+        )
+    tail = [("g", star.g.requires_grad_(False)), *after] if isinstance(star, StarMLP) else after
+    channels = found.products // star.rank
+    outputs = _affine_on(owner, tail, (channels,))
+    branches: list[Tensor] = []
+    for vectors in branch_vectors(star):
+        rows = vectors.detach().flatten(0, 1)
+        pulled, constant = _pulled(before, rows[:, :-1], found.shape)
+        branches.append(torch.cat([pulled, (constant + rows[:, -1])[:, None]], 1))
+    first, second = branches
+    return Products(first, second, tail, star.rank, torch.Size(outputs).numel())
+
+
+def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    if type(model) is nn.Sequential:
+        for name, child in model._modules.items():  # named_children leaves repeated ones out
+            assert child is not None
+            yield from _layers(child, f"{prefix}.{name}" if prefix else name)
+    else:
+        yield prefix or "model", model
+
+
+def _input_shape(owner: str, layers: Layers) -> tuple[int, ...]:
+    for name, layer in layers:
+        if isinstance(layer, nn.Linear | StarOp):
+            return (layer.in_features,)
+        if isinstance(layer, nn.BatchNorm1d):
+            return (layer.num_features,)
+        if not isinstance(layer, nn.Flatten | nn.Identity | _DropoutNd):
+            raise ValueError(
+                f"{owner}: {type(layer).__name__} ({name}) takes inputs of a shape that only you "
+                "know; give shape=, that of one input, such as (1, 28, 28)"
+            )
+    raise AssertionError("a star has in_features")
+
+
+@torch.no_grad()
+def _affine_on(owner: str, layers: Layers, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what `layers` make of an input of `shape`, all of them seen to be affine."""
+    draw = torch.Generator().manual_seed(0)
+    for name, layer in layers:
+        a, b = torch.randn(
+            2, len(SCALES), *shape, generator=draw, dtype=torch.float64, device="cpu"
+        )
+        scales = torch.tensor(SCALES, dtype=torch.float64, device="cpu")
+        a, b = (t * scales.view(-1, *[1] * len(shape)) for t in (a, b))
+        try:
+            f0, fa, fb, fab = (layer(t) for t in (torch.zeros_like(a), a, b, a + b))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{owner}: {type(layer).__name__} ({name}) fails on inputs of shape {shape}: "
+                f"{error}; give shape=, that of one input of the model"
+            ) from error
+        # affine: f(a + b) - f(0) = (f(a) - f(0)) + (f(b) - f(0))
+        size = torch.stack([f0, fa, fb, fab]).abs().flatten(2).amax((0, 2))
+        bend = (fab + f0 - fa - fb).abs().flatten(1).amax(1)
+        if not (bend <= 1e-9 * size).all():
+            raise ValueError(
+                f"{owner}: {type(layer).__name__} ({name}) is not affine, so the model is no "
+                "quadratic form of its input"
+            )
+        shape = tuple(f0.shape[1:])
+    return shape
+
+
+def _pulled(layers: Layers, rows: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """`rows` (n, c) times the affine function `layers` of x: what x (n, d) and one (n,) count.
+
+    By vector-Jacobian products: these cost `n` passes whatever the size of an input.
+    """
+    if not layers:
+        return rows, rows.new_zeros(len(rows))
+    width = torch.Size(shape).numel()
+    pulled, constants = [], []
+    for part in rows.split(max(1, CHUNK_BYTES // (8 * max(width, rows.shape[1])))):
+        with torch.enable_grad():
+            x = rows.new_zeros(len(part), *shape).requires_grad_()
+            y = x
+            for _, layer in layers:
+                y = layer(y)
+            value = (y.flatten(1) * part).sum(1)
+            (gradient,) = torch.autograd.grad(value.sum(), x)
+        pulled.append(gradient.flatten(1))
+        constants.append(value.detach())
+    return torch.cat(pulled), torch.cat(constants)

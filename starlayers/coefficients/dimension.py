@@ -1,0 +1,116 @@
+"""How many dimensions a star layer works in: counted, and measured as a rank."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from starlayers.modules import StarOp, positive_int
+
+__all__ = ["empirical_rank", "implicit_dimension"]
+
+MAX_BYTES = 2**30
+
+
+def implicit_dimension(d: int, layers: int = 1, *, exact: bool = True) -> int | float:
+    """The number of dimensions that activation-free star layers on `d` inputs work in.
+
+    Each layer doubles the degree, so that `layers` of them compute polynomials of degree
+    `n = 2^layers`; these have `C(d + n, n)` monomials, the constant among them.
+
+    Args:
+        d: inputs of the first layer.
+        layers: star layers one after another.
+        exact: whether to count; otherwise the paper's approximation `(d / sqrt 2)^n`, which for one
+            layer is the largest term of the count. For more layers it takes the products of
+            products for different, and is too large by up to `n! / 2^(n / 2)`.
+
+    Raises:
+        TypeError, ValueError: a number is no integer of at least 1.
+
+    Source: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967, section 3.
+
+    Example:
+        >>> implicit_dimension(2)  # x^2, xy, y^2, x, y, 1
+        6
+        >>> implicit_dimension(128, layers=2), implicit_dimension(128, layers=2, exact=False)
+        (12082785, 67108864.0)
+    """
+    d = positive_int("implicit_dimension", "d", d)
+    degree = 2 ** positive_int("implicit_dimension", "layers", layers)
+    if exact:
+        return math.comb(d + degree, degree)
+    try:
+        # d^n / 2^(n / 2), which the square root of 2 would round
+        return float((d * d / 2) ** (degree // 2))
+    except OverflowError:
+        return math.inf
+
+
+def empirical_rank(
+    model: nn.Module | Callable[[Tensor], Tensor],
+    d: int | None = None,
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    tol: float | None = None,
+) -> int:
+    """The dimension of the space of functions that a model's outputs span, measured.
+
+    The rank of the matrix of outputs on random inputs, in float64. For one star layer it is
+    `implicit_dimension(d)`, for two `implicit_dimension(d, 2)`, for a sum of branches d + 1,
+    provided that there are at least as many outputs: a rank cannot exceed their number.
+
+    Args:
+        model: a module, of which a float64 copy on the CPU in eval mode is asked, or a function
+            of inputs (samples, d) in float64. What it returns is flattened to (samples, outputs).
+        d: numbers in an input; by default those of a model that starts with a star layer.
+        samples: inputs drawn; by default twice the number of outputs.
+        seed: of the inputs.
+        tol: smallest singular value that counts, as a share of the largest, columns being scaled
+            to one length; by default the rounding error of a matrix of that size.
+
+    Raises:
+        ValueError: `d` cannot be told, there are fewer samples than outputs, an output is not
+            finite, or the matrix would take more than 1 GiB.
+
+    Example:
+        >>> empirical_rank(StarOp(3, 20, act=None)), implicit_dimension(3)
+        (10, 10)
+        >>> empirical_rank(StarOp(3, 20, act=None, combine="sum"))
+        4
+    """
+    if d is None:
+        first: object = model
+        while isinstance(first, nn.Sequential) and len(first):
+            first = first[0]
+        if not isinstance(first, StarOp):
+            raise ValueError(
+                f"empirical_rank: {type(model).__name__} does not start with a star layer; say how "
+                "many numbers an input has, d="
+            )
+        d = first.in_features
+    d = positive_int("empirical_rank", "d", d)
+    call = copy.deepcopy(model).cpu().double().eval() if isinstance(model, nn.Module) else model
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        outputs = call(torch.zeros(1, d, dtype=torch.float64)).numel()
+        rows = 2 * outputs if samples is None else positive_int("", "samples", samples)
+        if rows < outputs:
+            raise ValueError(f"empirical_rank: {rows} samples are too few for {outputs} outputs")
+        if (size := 8 * rows * outputs) > MAX_BYTES:
+            raise ValueError(
+                f"empirical_rank: a matrix of {rows} samples and {outputs} outputs takes "
+                f"{size / 2**30:.1f} GiB, more than {MAX_BYTES / 2**30:g} GiB; take a smaller d, "
+                "fewer outputs or samples="
+            )
+        x = torch.randn(rows, d, generator=draw, dtype=torch.float64)
+        y = call(x).reshape(rows, -1)
+        if not y.isfinite().all():
+            raise ValueError("empirical_rank: an output is infinite or not a number")
+        # neither changes the rank, and the singular values lie closer together
+        y = y / y.norm(dim=1, keepdim=True).clamp(min=torch.finfo(y.dtype).tiny)
+        y = y / y.norm(dim=0).clamp(min=torch.finfo(y.dtype).tiny)
+        return int(torch.linalg.matrix_rank(y, rtol=tol))

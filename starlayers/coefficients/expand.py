@@ -1,0 +1,154 @@
+"""The polynomials that small star layers compute, written out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from starlayers.coefficients.form import check_form, quadratic_form
+from starlayers.modules import StarOp
+
+if TYPE_CHECKING:
+    import sympy  # type: ignore[import-untyped]
+
+__all__ = ["Polynomial", "expand"]
+
+#: as many can still be read, printed and kept in a dictionary
+MAX_TERMS = 100_000
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """A polynomial of degree two: the coefficient of every monomial by the names in it.
+
+    `terms` is in order of degree, squares and products first; the constant has the key `()`.
+    Calling it evaluates it: inputs (..., d) -> (...).
+
+    Args:
+        names: of the d inputs.
+        terms: coefficients, as `{("x0", "x0"): 2.0, ("x0", "x1"): -1.0, ("x1",): 3.0, (): 1.0}`.
+
+    Example:
+        >>> p = Polynomial(("a", "b"), {("a", "a"): 2.0, ("a", "b"): -1.0, (): 0.5})
+        >>> print(p)
+        2*a**2 - a*b + 0.5
+        >>> p(torch.tensor([3.0, 1.0]))
+        tensor(15.5000)
+    """
+
+    names: tuple[str, ...]
+    terms: dict[tuple[str, ...], float]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.ndim == 0 or x.shape[-1] != len(self.names):
+            raise ValueError(
+                f"the polynomial has {len(self.names)} variables, got inputs of shape "
+                f"{tuple(x.shape)}"
+            )
+        column = {name: x[..., i] for i, name in enumerate(self.names)}
+        total = x.new_zeros(x.shape[:-1])
+        for monomial, coefficient in self.terms.items():
+            value = torch.full_like(total, coefficient)
+            for name in monomial:
+                value = value * column[name]
+            total = total + value
+        return total
+
+    def __str__(self) -> str:
+        parts = [part for term in self.terms.items() for part in _printed(*term)]
+        text = " ".join(parts) or "0"
+        return text.removeprefix("+ ") if text.startswith("+ ") else text.replace("- ", "-", 1)
+
+    def sympy(self) -> "sympy.Expr":
+        """The same as an expression of sympy, with a symbol for each name.
+
+        Raises:
+            ImportError: sympy is not there.
+        """
+        try:
+            import sympy
+        except ImportError as error:
+            raise ImportError(
+                "Polynomial.sympy needs sympy: pip install 'starlayers[coefficients]'"
+            ) from error
+        symbols = {name: sympy.Symbol(name) for name in self.names}
+        return sympy.Add(
+            *(
+                sympy.Float(coefficient) * sympy.Mul(*(symbols[name] for name in monomial))
+                for monomial, coefficient in self.terms.items()
+            )
+        )
+
+
+def _printed(monomial: tuple[str, ...], coefficient: float) -> Iterator[str]:
+    if coefficient == 0.0:
+        return
+    words = [*monomial]
+    if len(words) == 2 and words[0] == words[1]:
+        words = [f"{words[0]}**2"]
+    size = f"{abs(coefficient):.6g}"
+    if size != "1" or not words:
+        words.insert(0, size)
+    yield "+" if coefficient > 0 else "-"
+    yield "*".join(words)
+
+
+def expand(
+    op: StarOp,
+    names: Sequence[str] | None = None,
+    *,
+    outputs: int | Sequence[int] | None = None,
+    max_terms: int = MAX_TERMS,
+) -> list[Polynomial]:
+    """The polynomial that each output of a small star layer is, with named monomials.
+
+    Args:
+        op: as for `quadratic_form`.
+        names: of the inputs; by default "x0", "x1", ...
+        outputs: those that are asked for, one number or several; `None` for all.
+        max_terms: monomials of all polynomials together beyond which it is refused.
+
+    Returns:
+        A `Polynomial` for each output, with `(d + 1)(d + 2) / 2` terms each.
+
+    Raises:
+        TypeError, ValueError: as `quadratic_form`; there is not one name for each input, one name
+            comes twice, or there are too many terms.
+
+    Example:
+        >>> op = StarOp(2, 1, act=None)
+        >>> with torch.no_grad():
+        ...     _ = op.f1.weight.copy_(torch.tensor([[1.0, 2.0]])), op.f1.bias.fill_(0)
+        ...     _ = op.f2.weight.copy_(torch.tensor([[1.0, 0.0]])), op.f2.bias.fill_(3)
+        >>> print(expand(op, names=["u", "v"])[0])  # (u + 2 v) (u + 3)
+        u**2 + 2*u*v + 3*u + 6*v
+    """
+    check_form("expand", op)
+    d = op.in_features
+    own = tuple(f"x{i}" for i in range(d)) if names is None else tuple(names)
+    if len(own) != d or len(set(own)) != d:
+        raise ValueError(f"expand: {d} different names are needed for {d} inputs, got {own}")
+    asked = range(op.out_features) if outputs is None else outputs
+    count = 1 if isinstance(asked, int) else len(asked)
+    if (terms := count * (d + 1) * (d + 2) // 2) > max_terms:
+        raise ValueError(
+            f"expand: {count} outputs on {d} inputs have {terms:,} terms, more than max_terms="
+            f"{max_terms:,}; choose some by outputs=, or take the matrices of quadratic_form"
+        )
+    forms = quadratic_form(op, outputs).detach().tolist()
+    return [Polynomial(own, _terms(q, own)) for q in forms]
+
+
+def _terms(q: list[list[float]], names: tuple[str, ...]) -> dict[tuple[str, ...], float]:
+    d = len(names)
+    terms: dict[tuple[str, ...], float] = {}
+    for i in range(d):
+        terms[names[i], names[i]] = q[i][i]
+        for j in range(i + 1, d):
+            terms[names[i], names[j]] = 2 * q[i][j]
+    for i in range(d):
+        terms[names[i],] = 2 * q[i][d]
+    terms[()] = q[d][d]
+    return terms

@@ -1,0 +1,277 @@
+"""The quadratic forms that star layers compute: their factors, and the dense matrices."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from starlayers.modules import StarMLP, StarOp, positive_int
+
+__all__ = ["branch_vectors", "iter_quadratic_forms", "quadratic_form"]
+
+#: forms that take more are refused: `outputs=` and `iter_quadratic_forms` are there for them
+MAX_BYTES = 2**30
+CHUNK_BYTES = 2**26
+
+
+def branch_vectors(op: StarOp) -> tuple[Tensor, Tensor]:
+    """The two factors of every product of a star layer, as vectors over (x, 1).
+
+    Channel k is `sum_r act(w1[k, r] . (x, 1)) (w2[k, r] . (x, 1))`: biases, the offset and a
+    learned scale are inside. The activation is not, so that for layers with one these are the
+    vectors of the bilinear part alone. The factor of `coefficients="dynamic"`, which depends on
+    the input, is left out.
+
+    Args:
+        op: a star layer with `combine="mul"`. Of a `StarMLP` these are the hidden channels.
+
+    Returns:
+        w1 and w2, each (channels, rank, in_features + 1), in float32 at least, with gradients.
+
+    Raises:
+        TypeError: `op` is not a star layer.
+        ValueError: `combine="sum"`, or a branch is not a linear layer of floating numbers.
+
+    Example:
+        >>> w1, w2 = branch_vectors(StarOp(4, 3, rank=2))
+        >>> w1.shape
+        torch.Size([3, 2, 5])
+    """
+    check_products("branch_vectors", op)
+    w1, w2 = (_augmented(name, branch) for name, branch in (("f1", op.f1), ("f2", op.f2)))
+    if op.coefficients != "fixed":
+        shift, scale = op.shift.to(w2.dtype), op.scale.to(w2.dtype)
+        w2 = scale[:, None] * torch.cat([w2[:, :-1], (w2[:, -1] + shift)[:, None]], 1)
+    elif op.offset:
+        w2 = torch.cat([w2[:, :-1], (w2[:, -1] + op.offset)[:, None]], 1)
+    first, second = (w.unflatten(0, (op.rank, -1)).transpose(0, 1) for w in (w1, w2))
+    return first, second
+
+
+def check_products(owner: str, op: object) -> None:
+    """Raise where `op` is no star layer with products."""
+    if not isinstance(op, StarOp):
+        raise TypeError(f"{owner} needs a StarOp or StarMLP, got a {type(op).__name__}")
+    if op.combine != "mul":
+        raise ValueError(f"{owner} needs combine='mul', got {op.combine!r}, which has no products")
+
+
+def find_stars(owner: str, model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a model that have products by their names, "" for the model itself.
+
+    They are `StarOp` and `StarMLP` with `combine="mul"`, and layers of other classes that have a
+    method `star_vectors()`, which returns a list of pairs as `branch_vectors` does.
+
+    Raises:
+        ValueError: there is none.
+
+    Example:
+        >>> list(find_stars("this", nn.Sequential(nn.Linear(4, 4), StarOp(4, 8))))
+        ['1']
+    """
+    found = {
+        name: layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "star_vectors") or (isinstance(layer, StarOp) and layer.combine == "mul")
+    }
+    if not found:
+        raise ValueError(
+            f"{owner}: {type(model).__name__} has no star layers (StarOp or StarMLP with "
+            "combine='mul')"
+        )
+    return found
+
+
+def named_vectors(layers: dict[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The branch vectors of what `find_stars` found; a layer that has several gets numbers."""
+    found = {}
+    for name, layer in layers.items():
+        if isinstance(layer, StarOp):
+            found[name] = branch_vectors(layer)
+            continue
+        pairs = layer.star_vectors()  # type: ignore[operator]
+        for i, pair in enumerate(pairs):
+            found[name if len(pairs) == 1 else f"{name}.{i}".lstrip(".")] = pair
+    return found
+
+
+def _augmented(name: str, branch: nn.Module) -> Tensor:
+    # adapters such as LoRA's show the weight of their base layer, which is not what they compute
+    if not isinstance(branch, nn.Linear) or not branch.weight.is_floating_point():
+        raise ValueError(
+            f"branch {name!r} is a {type(branch).__name__}, whose weights are not those of a "
+            "floating linear layer; merge adapters and dequantise first"
+        )
+    w = branch.weight
+    b = w.new_zeros(len(w)) if branch.bias is None else branch.bias
+    dtype = torch.promote_types(w.dtype, torch.float32)
+    return torch.cat([w.to(dtype), b.to(dtype)[:, None]], 1)
+
+
+def quadratic_form(
+    op: StarOp, outputs: int | Sequence[int] | None = None, *, chunk: int | None = None
+) -> Tensor:
+    """The symmetric matrices Q of a star layer: output k is `(x, 1)' Q[k] (x, 1)`.
+
+    `Q[k] = sum_r (w1 w2' + w2 w1') / 2` over the vectors of `branch_vectors`; for a `StarMLP` the
+    sum of these over hidden channels with the weights of `g`, whose bias is in the last corner.
+    `Q[k, i, i]` is the coefficient of x_i squared, `2 Q[k, i, j]` that of x_i x_j, `2 Q[k, i, d]`
+    that of x_i, and `Q[k, d, d]` the constant.
+
+    Args:
+        op: a `StarOp` or `StarMLP` with `act=None`, `combine="mul"` and coefficients that do not
+            depend on the input.
+        outputs: the outputs whose forms are asked for, one number or several; `None` for all.
+        chunk: outputs computed at a time; by default as many as fit in 64 MiB.
+
+    Returns:
+        (outputs, in_features + 1, in_features + 1), the constant coordinate last, in float32 at
+        least, with gradients.
+
+    Raises:
+        TypeError: `op` is not a star layer.
+        ValueError: `op` is no quadratic form, an output does not exist, or the result would take
+            more than `MAX_BYTES` (1 GiB).
+
+    Example:
+        >>> op, x = StarOp(4, 3, act=None), torch.randn(4)
+        >>> x1 = torch.cat([x, torch.ones(1)])
+        >>> torch.allclose(quadratic_form(op) @ x1 @ x1, op(x), atol=1e-6)
+        True
+    """
+    check_form("quadratic_form", op)
+    chosen = _outputs(op, outputs)
+    side = op.in_features + 1
+    needed = len(chosen) * side * side * _itemsize(op)
+    if needed > MAX_BYTES:
+        raise ValueError(
+            f"quadratic_form: {len(chosen)} matrices of {side} x {side} take "
+            f"{needed / 2**30:.1f} GiB, more than {MAX_BYTES / 2**30:g} GiB; choose some of the "
+            f"{op.out_features} outputs by outputs=, go through them in chunks by "
+            "iter_quadratic_forms, or work with the factors from branch_vectors"
+        )
+    size = _chunk(op, CHUNK_BYTES) if chunk is None else positive_int("chunk", "chunk", chunk)
+    factors = _factors(op)
+    parts = [_dense(factors, chosen[i : i + size]) for i in range(0, len(chosen), size)]
+    if not parts:
+        return factors[0].new_zeros(0, side, side)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def iter_quadratic_forms(
+    op: StarOp, *, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[tuple[slice, Tensor]]:
+    """The matrices of `quadratic_form`, a few outputs at a time.
+
+    Args:
+        op: as for `quadratic_form`.
+        chunk_bytes: size of the matrices made at a time; there is at least one of them.
+
+    Returns:
+        Pairs: which outputs, and their matrices (n, in_features + 1, in_features + 1).
+
+    Raises:
+        TypeError, ValueError: as `quadratic_form`, where a single matrix is too large.
+
+    Example:
+        >>> op = StarOp(63, 8, act=None)
+        >>> for where, q in iter_quadratic_forms(op, chunk_bytes=3 * 64 * 64 * 4):
+        ...     print(where, tuple(q.shape))
+        slice(0, 3, None) (3, 64, 64)
+        slice(3, 6, None) (3, 64, 64)
+        slice(6, 8, None) (2, 64, 64)
+    """
+    check_form("iter_quadratic_forms", op)
+    side = op.in_features + 1
+    if (needed := side * side * _itemsize(op)) > MAX_BYTES:
+        raise ValueError(
+            f"iter_quadratic_forms: a single matrix of {side} x {side} takes "
+            f"{needed / 2**30:.1f} GiB, more than {MAX_BYTES / 2**30:g} GiB; work with the factors "
+            "from branch_vectors"
+        )
+    size = _chunk(op, positive_int("iter_quadratic_forms", "chunk_bytes", chunk_bytes))
+    return _chunks(op, size)
+
+
+def _chunks(op: StarOp, size: int) -> Iterator[tuple[slice, Tensor]]:
+    factors = _factors(op)
+    for start in range(0, op.out_features, size):
+        stop = min(start + size, op.out_features)
+        yield slice(start, stop), _dense(factors, list(range(start, stop)))
+
+
+def check_form(owner: str, op: object) -> None:
+    """Raise where `op` is no star layer, or one whose outputs are no quadratic forms."""
+    check_products(owner, op)
+    assert isinstance(op, StarOp)
+    if op.act != "identity":
+        raise ValueError(
+            f"{owner} needs act=None, got {op.act!r}, which makes the layer no quadratic form"
+        )
+    if op.coefficients == "dynamic":
+        raise ValueError(
+            f"{owner} needs coefficients that do not depend on the input, got 'dynamic'"
+        )
+
+
+def _outputs(op: StarOp, outputs: int | Sequence[int] | None) -> list[int]:
+    if outputs is None:
+        return list(range(op.out_features))
+    chosen = [int(i) for i in ([outputs] if isinstance(outputs, int) else outputs)]
+    for i in chosen:
+        if not -op.out_features <= i < op.out_features:
+            raise ValueError(f"quadratic_form: there is no output {i} among {op.out_features}")
+    return [i % op.out_features for i in chosen]
+
+
+def _itemsize(op: StarOp) -> int:
+    return torch.promote_types(op.f1.weight.dtype, torch.float32).itemsize
+
+
+def _chunk(op: StarOp, size: int) -> int:
+    """Outputs at a time: their matrices and, for a StarMLP, weighted factors fit in `size`."""
+    side = op.in_features + 1
+    rows = op.f1.out_features if isinstance(op, StarMLP) else op.rank
+    return max(1, size // (_itemsize(op) * side * max(side, rows)))
+
+
+#: both vectors of each product, and for a StarMLP the weights and the bias of g
+_Factors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _factors(op: StarOp) -> _Factors:
+    w1, w2 = branch_vectors(op)
+    if not isinstance(op, StarMLP):
+        return w1, w2, None, None
+    weight = _augmented("g", op.g)
+    return (
+        w1.flatten(0, 1),
+        w2.flatten(0, 1),
+        weight[:, :-1].repeat_interleave(op.rank, 1),
+        weight[:, -1],
+    )
+
+
+def _dense(factors: _Factors, outputs: list[int]) -> Tensor:
+    w1, w2, weights, bias = factors
+    if weights is None:
+        return dense(w1[outputs], w2[outputs])
+    q = dense(weights[outputs][:, :, None] * w1, w2)
+    if bias is not None:
+        q = q + nn.functional.pad(bias[outputs][:, None, None], (w1.shape[-1] - 1, 0) * 2)
+    return q
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Products of matrices in their own type, also within a training step under autocast."""
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def dense(w1: Tensor, w2: Tensor) -> Tensor:
+    """The matrices (n, D, D) of sums of products, from their vectors (n, products, D)."""
+    with no_autocast(w1):
+        half = w1.mT @ w2
+    return (half + half.mT) / 2

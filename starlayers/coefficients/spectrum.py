@@ -1,0 +1,146 @@
+"""How the coefficients of star layers are distributed: numbers per channel, layer and model."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from starlayers.coefficients import _sums
+from starlayers.coefficients.form import find_stars, named_vectors
+
+__all__ = ["Spectrum", "spectrum"]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The coefficients of one star layer: a number for each channel, about its matrix Q.
+
+    Everything but `entropy` comes from the two vectors of a product, without the matrix. Entries
+    count as they are in the symmetric matrix, so `Q_ij` and `Q_ji` are two of the `N = (d + 1)^2`.
+
+    Args:
+        features: inputs d of the layer.
+        eigenvalues: those not always zero, ascending (channels, 2 rank).
+        norm: `|Q|_F`.
+        absolute: `sum |Q_ij|`.
+        participation: the effective number of entries, `(sum Q_ij^2)^2 / sum Q_ij^4`, as a share of
+            N: 1 where all have one size.
+        square, cross, linear, constant: the shares of `|Q|_F^2` in the coefficients of squares
+            x_i^2, of products x_i x_j, of x_i, and in the constant; together 1.
+        entropy: `-sum p log p` of the shares `p = Q_ij^2 / |Q|_F^2`, over `log N`: 1 where all have
+            one size; `None` where it was not asked for.
+
+    Example:
+        >>> from starlayers import StarOp
+        >>> found = spectrum(StarOp(8, 32))[""]
+        >>> found.norm.shape, found.eigenvalues.shape
+        (torch.Size([32]), torch.Size([32, 2]))
+        >>> torch.allclose(found.eigenvalues.norm(dim=1), found.norm)
+        True
+    """
+
+    features: int
+    eigenvalues: Tensor
+    norm: Tensor
+    absolute: Tensor
+    participation: Tensor
+    square: Tensor
+    cross: Tensor
+    linear: Tensor
+    constant: Tensor
+    entropy: Tensor | None = None
+
+    @property
+    def sparsity(self) -> Tensor:
+        """Hoyer's `(sqrt N - |Q|_1 / |Q|_F) / (sqrt N - 1)`: 0 for one size, 1 for a single entry.
+
+        Source: Hoyer, "Non-negative matrix factorization with sparseness constraints", JMLR 2004.
+        """
+        root = self.features + 1
+        spread = self.absolute / _sums.positive(self.norm)
+        return ((root - spread) / (root - 1)).clamp(0, 1)
+
+    def summary(self) -> dict[str, float]:
+        """Means over the channels, and how much their norms differ (deviation over mean).
+
+        `positive` and `negative` are the means of the largest and the least eigenvalue.
+        """
+        means = {
+            "norm": self.norm,
+            "positive": self.eigenvalues[:, -1],
+            "negative": self.eigenvalues[:, 0],
+            "sparsity": self.sparsity,
+            "participation": self.participation,
+            "square": self.square,
+            "cross": self.cross,
+            "linear": self.linear,
+            "constant": self.constant,
+        }
+        if self.entropy is not None:
+            means["entropy"] = self.entropy
+        deviation = self.norm.std(correction=0) / _sums.positive(self.norm.mean())
+        return {
+            **{name: float(values.mean()) for name, values in means.items()},
+            "norm_variation": float(deviation),
+        }
+
+
+@torch.no_grad()
+def spectrum(model: nn.Module, *, entropy: bool = True) -> dict[str, Spectrum]:
+    """The distribution of coefficients in every star layer of a model, by the layers' names.
+
+    For rank 1 the eigenvalues of a channel are `(w1 . w2 -+ |w1| |w2|) / 2` over its vectors (see
+    `branch_vectors`): whatever the weights, one is not negative and the other not positive. Layers
+    with an activation count by their weights alone.
+
+    Args:
+        model: a star layer, whose name is "", or a model that has some; those with `combine="sum"`
+            are left out.
+        entropy: whether to compute the entropy, which takes `(d + 1)^2` operations a channel where
+            the other numbers of rank-1 layers take `d log d`.
+
+    Raises:
+        ValueError: the model has no star layers, or a single matrix takes more than 1 GiB where
+            the entropy or `rank > 1` needs it.
+
+    Example:
+        >>> from starlayers import StarBlock
+        >>> model = nn.Sequential(StarBlock(8), StarBlock(8))
+        >>> list(spectrum(model))
+        ['0.mlp', '1.mlp']
+        >>> 0.5 < spectrum(model)["0.mlp"].summary()["entropy"] < 1
+        True
+    """
+    return {
+        name: _spectrum(*pair, entropy)
+        for name, pair in named_vectors(find_stars("spectrum", model)).items()
+    }
+
+
+def _spectrum(w1: Tensor, w2: Tensor, entropy: bool) -> Spectrum:
+    # scaled to where squares and fourth powers of small weights do not vanish
+    scales = [_sums.positive(w.square().mean((1, 2)).sqrt()) for w in (w1, w2)]
+    v1, v2 = (w / s[:, None, None] for w, s in zip((w1, w2), scales))
+    scale = scales[0] * scales[1]
+    squares = _sums.squares(v1, v2)
+    total = _sums.positive(squares)
+    rank, width = w1.shape[1:]
+    channel_bytes = 3 * (2 * rank) ** 2 * width * w1.element_size()
+    fourth = _sums.in_chunks(_sums.fourth_powers, v1, v2, channel_bytes)
+    diagonal, edge = _sums.diagonals(v1, v2)
+    square = diagonal[:, :-1].square().sum(1) / total
+    linear = 2 * edge.square().sum(1) / total
+    constant = diagonal[:, -1].square() / total
+    return Spectrum(
+        features=width - 1,
+        eigenvalues=_sums.eigenvalues(v1, v2) * scale[:, None],
+        norm=squares.sqrt() * scale,
+        absolute=_sums.absolutes(v1, v2) * scale,
+        participation=squares.square() / _sums.positive(fourth) / width**2,
+        square=square,
+        cross=(squares / total - square - linear - constant).clamp(min=0),
+        linear=linear,
+        constant=constant,
+        entropy=_sums.entropies(v1, v2) / (2 * math.log(width)) if entropy else None,
+    )

@@ -1,0 +1,160 @@
+"""Stars cut down to their largest eigenvectors, and what that costs a classifier."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from starlayers.coefficients.eigen import Eigenfeatures, flat, need_all
+from starlayers.modules import StarOp, positive_int
+
+__all__ = ["TruncationCurve", "truncate", "truncation_curve"]
+
+CHUNK_BYTES = 1 << 26
+
+
+def truncate(features: Sequence[Eigenfeatures], k: int) -> nn.Sequential:
+    """A model that computes outputs from their `k` largest eigenvectors alone, a star itself.
+
+    `y_o = sum_{i < k} lambda_oi (v_oi . x~)^2`, which is `StarOp(d, out, act=None, rank=k)` with
+    the eigenvectors as both branches. float64; `.float()` makes it an ordinary model.
+
+    Shapes: (..., *shape) -> (..., out).
+
+    Raises:
+        ValueError: `k` is below 1 or more than there are, or the features are of different inputs.
+
+    Example:
+        >>> from starlayers import StarMLP
+        >>> from starlayers.coefficients import eigenfeatures
+        >>> model = StarMLP(4, 8, out_features=3, act=None)
+        >>> small = truncate(eigenfeatures(model), 2)
+        >>> small[1].extra_repr(), small(torch.randn(5, 4).double()).shape
+        ("4, 3, act='identity', rank=2", torch.Size([5, 3]))
+    """
+    shape, kept = _alike("truncate", features)
+    if positive_int("truncate", "k", k) > kept:
+        raise ValueError(f"truncate: k={k} is more than the {kept} eigenvectors there are")
+    star = StarOp(
+        torch.Size(shape).numel(),
+        len(features),
+        act=None,
+        rank=k,
+        device="cpu",
+        dtype=torch.float64,
+    )
+    # (k, out, d + 1): the layout of a StarOp's rank
+    vectors = torch.stack([f.vectors[:k] for f in features], 1)
+    scaled = torch.stack([f.values[:k] for f in features], 1)[..., None] * vectors
+    with torch.no_grad():
+        for branch, rows in ((star.f1, vectors), (star.f2, scaled)):
+            branch.weight.copy_(rows[..., :-1].flatten(0, 1))
+            branch.bias.copy_(rows[..., -1].flatten())
+    return nn.Sequential(nn.Flatten(-len(shape)), star)
+
+
+@dataclass(frozen=True)
+class TruncationCurve:
+    """What is left of a classifier when `k` eigenvectors are kept per class, for several `k`.
+
+    `accuracy` against the labels, `agreement` with the whole model's answers, and `explained`, the
+    share `1 - Var(logit - kept) / Var(logit)` of the logits' variance, mean over classes: each a
+    number per entry of `k`, and below 0 for `explained` where a logit is worse than its mean.
+
+    Example:
+        >>> TruncationCurve((1, 2), (0.5, 0.75), (0.5, 1.0), (0.3, 1.0)).smallest(0.01)
+        2
+    """
+
+    k: tuple[int, ...]
+    accuracy: tuple[float, ...]
+    agreement: tuple[float, ...]
+    explained: tuple[float, ...]
+
+    def smallest(self, loss: float) -> int:
+        """Return the `k` from which on accuracy is at most `loss` below that of the last `k`."""
+        found = self.k[-1]
+        for n, accuracy in zip(self.k[::-1], self.accuracy[::-1]):
+            if accuracy < self.accuracy[-1] - loss:
+                break
+            found = n
+        return found
+
+
+def truncation_curve(
+    features: Sequence[Eigenfeatures],
+    x: Tensor,
+    labels: Tensor,
+    *,
+    k: Sequence[int] | None = None,
+) -> TruncationCurve:
+    """Accuracy of the exact truncated classifiers, all `k` in one pass over the inputs.
+
+    Args:
+        features: all eigenfeatures of all classes, `eigenfeatures(model)`.
+        x, labels: inputs (n, *shape) and their class numbers (n,).
+        k: numbers of eigenvectors to try; by default 1, 2, 3, 5, 7, 10, ... and all.
+
+    Raises:
+        ValueError: eigenvectors were left out, a `k` is not there, or there are no labels for
+            the inputs.
+
+    Example:
+        >>> from starlayers import StarMLP
+        >>> from starlayers.coefficients import eigenfeatures
+        >>> model, x = StarMLP(4, 8, out_features=3, act=None), torch.randn(20, 4)
+        >>> curve = truncation_curve(eigenfeatures(model), x, model(x).argmax(1))
+        >>> curve.k, curve.accuracy[-1]
+        ((1, 2, 3, 5), 1.0)
+    """
+    shape, kept = _alike("truncation_curve", features)
+    need_all("truncation_curve", features)
+    if k is None:
+        k = sorted({*(n for n in _ladder() if n < kept), kept})
+    if not k or min(k) < 1 or max(k) > kept:
+        raise ValueError(f"truncation_curve: k must be numbers from 1 to {kept}, got {list(k)}")
+    inputs = flat("truncation_curve", x, shape)
+    if inputs.ndim != 2 or labels.shape != inputs.shape[:1]:
+        raise ValueError(
+            f"truncation_curve: {tuple(labels.shape)} labels for inputs {tuple(x.shape)}; there "
+            "must be one for each"
+        )
+    columns = torch.tensor([n - 1 for n in k], device="cpu")
+    labels = labels.cpu()
+    right = torch.zeros(len(k), device="cpu")
+    agree = torch.zeros(len(k), device="cpu")
+    logits, errors = [], []
+    rows = max(1, CHUNK_BYTES // (8 * len(features) * kept))
+    for part, truth in zip(inputs.split(rows), labels.split(rows), strict=True):
+        part = part.unflatten(1, shape)
+        # (rows, classes, k)
+        sums = torch.stack([f.terms(part).cumsum(1)[:, columns] for f in features], 1)
+        whole = torch.stack([f.terms(part).sum(1) for f in features], 1)
+        answers = sums.argmax(1)
+        right += (answers == truth[:, None]).sum(0)
+        agree += (answers == whole.argmax(1)[:, None]).sum(0)
+        logits.append(whole)
+        errors.append(whole[..., None] - sums)
+    variance = torch.cat(logits).var(0, correction=0)
+    unexplained = torch.cat(errors).var(0, correction=0) / variance[:, None]
+    return TruncationCurve(
+        tuple(k),
+        tuple((right / len(inputs)).tolist()),
+        tuple((agree / len(inputs)).tolist()),
+        tuple((1 - unexplained.mean(0)).tolist()),
+    )
+
+
+def _ladder() -> Sequence[int]:
+    return [m * 10**e for e in range(4) for m in (1, 2, 3, 5, 7)]
+
+
+def _alike(owner: str, features: Sequence[Eigenfeatures]) -> tuple[tuple[int, ...], int]:
+    """The shape of inputs and the number of eigenvectors that all have in common."""
+    if isinstance(features, Eigenfeatures) or not features:
+        raise ValueError(f"{owner} needs a list of Eigenfeatures, one for each output")
+    kinds = {(f.shape, len(f.values)) for f in features}
+    if len(kinds) > 1:
+        raise ValueError(f"{owner}: the eigenfeatures differ in shape and number: {kinds}")
+    return kinds.pop()
