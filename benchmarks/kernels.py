@@ -28,8 +28,8 @@ PROCESSES = 2
 
 #: these were chosen by time, on an H100: twice the rows a tile can be worth what they spill
 TIMED = ("sm_90", 2)
-#: bytes a thread that others may spill: sixteen registers, once or twice a program
-MAX_SPILL = 64
+#: bytes a thread that others may spill: two dozen registers, stored and loaded
+MAX_SPILL = 192
 
 #: arguments that are numbers, and vectors that are float32 whatever the type of the matrices
 SIZES = {"M", "N", "K", "COLUMNS", "TILES", "PROGRAMS", "rows", "cols"}
