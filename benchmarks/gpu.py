@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from benchmarks.gpu_lab import Comparison, Lab
 
 CASES = (
-    "copy", "K1", "K3", "K6", "K4", "wide", "StarNet", "block", "K7", "training", "RL",
+    "copy", "K1", "K3", "K6", "K4", "wide", "StarNet", "block", "training", "RL",
     "max-autotune", "tiles",
 )  # fmt: skip
 LOST = "the process did not come back from it"
@@ -59,7 +59,6 @@ def comparisons(data: Path | None = None) -> list["Comparison"]:
         "block": gpu_nets.block(),
         "StarNet": gpu_nets.starnet(),
         "wide": gpu_kernels.wide(),
-        "K7": gpu_depthwise.k7(),
         "training": gpu_training.training(data),
         "RL": gpu_nets.rl(),
         "max-autotune": [*gpu_kernels.autotuned(), *gpu_nets.autotuned()],

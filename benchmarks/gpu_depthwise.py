@@ -1,4 +1,4 @@
-"""Comparisons of the kernels that convolve: K6, its gradients, and K7."""
+"""Comparisons of the kernels that convolve: K6 and its gradients."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,12 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import kernels_floor as floors
-from benchmarks.gpu_kernels import BASES, BATCH, least_work, mlp_inputs, stage_label, stages
-from benchmarks.gpu_lab import Comparison, Lab, Subject, Trial, compare, trial
-from starlayers.functional import star_mlp_reference
+from benchmarks.gpu_kernels import BASES, BATCH, least_work, stage_label, stages
+from benchmarks.gpu_lab import Comparison, Lab, Trial, trial
 from starlayers.kernels import dwconv as depthwise
-from starlayers.kernels.dw_star_mlp import dw_star_mlp
-from starlayers.kernels.star_mlp import star_mlp
 
 CONVOLUTIONS = ("forward", "dx", "dw", "dx and dw")
 
@@ -99,37 +96,3 @@ def _dwconv(lab: Lab, side: int, channels: int, direction: str) -> Trial:
         if direction != "dx and dw"
         else {},
     )
-
-
-# ---- K7: convolution and star MLP in one kernel
-
-
-def k7() -> list[Comparison]:
-    found = []
-    for stage, side, channels in stages(BASES["S4"]):
-        if side <= 14:
-            build = partial(_one_kernel, side=side, channels=channels)
-            found.append(trial("K7", stage_label("S4", stage), build, seconds=5))
-    return found
-
-
-def _one_kernel(lab: Lab, side: int, channels: int) -> Trial:
-    x, k, kb = images(lab, side, channels)
-    _, *weights = (t.detach() for t in mlp_inputs(lab, 1, channels, x.dtype))
-
-    def definition(x: Tensor, k: Tensor, kb: Tensor, *weights: Tensor) -> Tensor:
-        y = F.conv2d(x.permute(0, 3, 1, 2), k, kb, padding=3, groups=channels)
-        return star_mlp_reference(y.permute(0, 2, 3, 1), *weights)  # type: ignore[arg-type]
-
-    def two() -> Tensor:
-        y = depthwise.dwconv(x, k, kb, None, None, None, False)[0].view(-1, channels)
-        z = star_mlp(y, *weights, None, "relu6", 0.0, False)[0]
-        return z.view(x.shape)  # type: ignore[no-any-return]
-
-    subjects = {
-        "eager": Subject(partial(definition, x, k, kb, *weights)),
-        "K6 and K3": Subject(two),
-        "K7": Subject(lambda: dw_star_mlp(x, k, kb, *weights, "relu6", 0.0)),
-    }
-    exact = Subject(partial(definition, *(t.double() for t in (x, k, kb, *weights))))
-    return compare(lab, subjects, exact, "forward", baselines=["K6 and K3"])

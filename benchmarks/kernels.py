@@ -49,7 +49,7 @@ counts the variants behind it. `registers` and `spill` are per thread: bytes sto
 NVIDIA, where none but what was timed (bf16 on sm_90) may spill more than {spill}, and scratch
 memory on AMD. `KiB` is shared memory per program, `matrix` the matrix instructions (HGMMA on sm_90,
 HMMA on sm_80 and sm_89, MFMA on gfx942; "in turn" where ptxas says that it waits for each) and
-`programs` how many fit on a multiprocessor. Tiles of K3, K4 and K7 are rows x hidden channels, for
+`programs` how many fit on a multiprocessor. Tiles of K3 and K4 are rows x hidden channels, for
 so many channels at most;
 of K6, rows x columns x channels of an image.
 

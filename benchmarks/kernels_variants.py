@@ -154,19 +154,15 @@ def _row(channels: int, tile: Tile) -> str:
 
 
 def forward(target: str, size: int, row: int, channels: int, tile: Tile) -> Iterator[Variant]:
-    """K3 with what surrounds it, and K7, which computes its input."""
-    options = [(act, "statistics", 0, 4) for act in ACTIVATIONS]
-    options += [("gelu", "residual", 0, 3)]
-    if 64 <= channels <= 256:  # as StarNets have them where their images are small
-        options += [("relu6", "7x7", 14, 4), ("gelu", "7x7", 7, 4)]
-    for act, extra, image, ratio in options:
+    """K3 with what surrounds it."""
+    options = [(act, "statistics", 4) for act in ACTIVATIONS] + [("gelu", "residual", 3)]
+    for act, extra, ratio in options:
         constants = _matrix(target, size, channels, tile, act, ratio) | {
-            "stride_r": channels, "BIAS3": not image, "RESIDUAL": extra == "residual",
-            "STATS": extra == "statistics", "KSIZE": 7 if image else 0,
-            "HEIGHT": image or 1, "WIDTH": image or 1,
+            "stride_r": channels, "BIAS3": True, "RESIDUAL": extra == "residual",
+            "STATS": extra == "statistics",
         }  # fmt: skip
         yield Variant(
-            "K7" if image else "K3", _row(row, tile), f"{channels} channels, {act}, {extra}",
+            "K3", _row(row, tile), f"{channels} channels, {act}, {extra}",
             "star_mlp_forward.mlp_forward", constants, target, size, tile.warps, tile.stages,
             products=True,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Launches of the star MLP kernels K3, K4 and K7: tiles, strides and partial sums."""
+"""Launches of the star MLP kernels K3 and K4: tiles, strides and partial sums."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,12 @@ from starlayers.kernels._op import (
     launch,
     multiprocessors,
     precision,
-    tap_rows,
     unit_stride,
 )
 from starlayers.kernels._statistics import empty_statistics, merged_statistics
 from starlayers.kernels._tiles import MLP_BACKWARD, MLP_FORWARD, Tile, mlp_tile, split_columns
 
-__all__ = ["dw_star_mlp_kernel", "star_mlp_backward_kernel", "star_mlp_kernel"]
+__all__ = ["star_mlp_backward_kernel", "star_mlp_kernel"]
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -34,44 +33,6 @@ def star_mlp_kernel(
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch K3; see `starlayers.kernels.star_mlp` for the contract."""
-    return _launch(x, w1, b1, w2, b2, w3, b3, residual, act, offset, stats)
-
-
-def dw_star_mlp_kernel(
-    x: Tensor,
-    k: Tensor,
-    kb: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
-    act: str,
-    offset: float,
-) -> Tensor:
-    """Launch K7 on x (N, height, width, C), kernels k (C, 1, K, K) and their bias kb (C)."""
-    n, height, width, channels = x.shape
-    rows = unit_stride(x.reshape(-1, channels))
-    conv = (tap_rows(k), kb.contiguous(), k.shape[-1], height, width)
-    y, _, _ = _launch(rows, w1, b1, w2, b2, w3, b3, None, act, offset, False, conv)
-    return y.view(n, height, width, w3.shape[0])
-
-
-def _launch(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
-    residual: Tensor | None,
-    act: str,
-    offset: float,
-    stats: bool,
-    conv: tuple[Tensor, Tensor, int, int, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
     x, w1, w2, w3 = (unit_stride(t) for t in (x, w1, w2, w3))
     rows, channels = x.shape
     out, hidden = w3.shape
@@ -84,19 +45,18 @@ def _launch(
     programs = ceil_div(rows, tile.rows)
     parts = x.new_empty(programs if stats else 0, 3, out, dtype=torch.float32)
     residual = None if residual is None else unit_stride(residual)
-    k, kb, size, height, width = conv or (w1, w1, 0, 1, 1)
     if rows:
         from starlayers.kernels.device.star_mlp_forward import mlp_forward
 
         launch(
             mlp_forward, (programs,),
-            x, w1, given(b1, w1), w2, given(b2, w1), w3, given(b3, w1), given(residual, w1), k, kb,
+            x, w1, given(b1, w1), w2, given(b2, w1), w3, given(b3, w1), given(residual, w1),
             y, parts, rows,
             stride_x=x.stride(0), stride_w1=w1.stride(0), stride_w2=w2.stride(0),
             stride_w3=w3.stride(0), stride_r=0 if residual is None else residual.stride(0),
             C=channels, H=hidden, OUT=out, ACT=act, OFFSET=offset,
             BIAS1=b1 is not None, BIAS2=b2 is not None, BIAS3=b3 is not None,
-            RESIDUAL=residual is not None, STATS=stats, KSIZE=size, HEIGHT=height, WIDTH=width,
+            RESIDUAL=residual is not None, STATS=stats,
             PRECISION=precision(x), BM=tile.rows, BH=tile.hidden, C0=c0, C1=c1, O0=o0, O1=o1,
             STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["fused_block", "fused_block_blocker"]
 
-# One kernel for convolution and MLP saves a launch and a trip through memory, but took 1.7 times as
-# long as two on an H100 at 14 x 14 and 7 x 7 pixels and batch 256: it is never taken.
-MAX_PIXELS_ONE_KERNEL = 0
-MAX_CHANNELS_ONE_KERNEL = 256  # beyond, K7 spills registers
-
 
 def fused_block_blocker(block: "StarBlock2d", x: Tensor) -> str | None:
     """Why `block(x)` must run module by module, or `None` when the fused kernels serve.
@@ -103,7 +98,6 @@ def _depthwise(conv: nn.Conv2d) -> bool:
 def fused_block(block: "StarBlock2d", x: Tensor) -> Tensor:
     """`block` on x (N, height, width, C), where `fused_block_blocker` found no obstacle."""
     from starlayers.kernels._op import no_autocast
-    from starlayers.kernels.dw_star_mlp import dw_star_mlp
     from starlayers.kernels.dwconv import dwconv
     from starlayers.kernels.star_mlp import star_mlp
 
@@ -114,21 +108,14 @@ def fused_block(block: "StarBlock2d", x: Tensor) -> Tensor:
     count = x[..., 0].numel()
     with no_autocast(x):
         v = x.to(dtype)
-        if _one_kernel(block, x):
-            k, kb = _folded_convolution(first, _normed(block.pre.bn, None, None, count))
-            branches = _branches(mlp, None, dtype)
-            y = dw_star_mlp(v, k, kb, *branches, w3, b3, mlp.act, mlp.offset)
-            after = _normed(block.post.bn, None, None, count)
-        else:
-            statistics = [_batch_statistics(side.bn) for side in (block.pre, block.post)]
-            y, mean, var = dwconv(v, first.weight, first.bias, None, None, None, statistics[0])
-            branches = _branches(mlp, _normed(block.pre.bn, mean, var, count), dtype)
-            rows, mean, var = star_mlp(
-                y.view(-1, mlp.in_features), *branches, w3, b3, None, mlp.act, mlp.offset,
-                statistics[1],
-            )  # fmt: skip
-            y, after = rows.view(x.shape), _normed(block.post.bn, mean, var, count)
-        k, kb = last.weight, last.bias  # type: ignore[assignment]
+        statistics = [_batch_statistics(side.bn) for side in (block.pre, block.post)]
+        y, mean, var = dwconv(v, first.weight, first.bias, None, None, None, statistics[0])
+        branches = _branches(mlp, _normed(block.pre.bn, mean, var, count), dtype)
+        rows, mean, var = star_mlp(
+            y.view(-1, mlp.in_features), *branches, w3, b3, None, mlp.act, mlp.offset, statistics[1]
+        )
+        y, after = rows.view(x.shape), _normed(block.post.bn, mean, var, count)
+        k, kb = last.weight, last.bias
         if block.gamma is not None:
             k = k * block.gamma[:, None, None, None]
             kb = None if kb is None else kb * block.gamma
@@ -143,18 +130,6 @@ def _drops(drop_path: nn.Module) -> bool:
     """Whether anything happens between the block and the sum with its input."""
     idle = is_plain(drop_path, DropPath) and not drop_path.training
     return not (idle or is_plain(drop_path, nn.Identity))
-
-
-def _one_kernel(block: "StarBlock2d", x: Tensor) -> bool:
-    """Whether convolution and MLP run as one kernel: inference on a small feature map."""
-    small = x.shape[1] * x.shape[2] <= MAX_PIXELS_ONE_KERNEL
-    small = small and block.mlp.in_features <= MAX_CHANNELS_ONE_KERNEL
-    norms = (block.pre.bn, block.post.bn)
-    return (
-        small
-        and not needs_gradients(x, *block.parameters())
-        and not any(map(_batch_statistics, norms))
-    )
 
 
 def _batch_statistics(norm: nn.Module) -> bool:
@@ -224,12 +199,3 @@ def _branches(
         moved = w.float() @ affine.bias - folded.float() @ affine.center
         found += [folded, moved if b is None else moved + b]
     return tuple(found)
-
-
-def _folded_convolution(conv: nn.Conv2d, affine: _Affine | None) -> tuple[Tensor, Tensor]:
-    """Kernel and bias of a convolution with the norm behind it folded in, in float32."""
-    k = conv.weight.float()
-    b = k.new_zeros(k.shape[0]) if conv.bias is None else conv.bias.float()
-    if affine is None:
-        return k, b
-    return k * affine.scale[:, None, None, None], b * affine.scale + affine.shift

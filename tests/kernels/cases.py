@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from starlayers.functional import star_mlp_reference, star_reference
-from starlayers.kernels.dw_star_mlp import dw_star_mlp
 from starlayers.kernels.dwconv import dwconv, dwconv_backward
 from starlayers.kernels.star import star, star_backward
 from starlayers.kernels.star_mlp import star_mlp, star_mlp_backward
@@ -120,35 +119,6 @@ def convolved(x, k, b):
     return y.permute(0, 2, 3, 1)
 
 
-# dw_star_mlp: x, k, kb, w1, b1, w2, b2, w3, b3
-
-
-def dw_mlp_tensors(n, height, width, channels, size, hidden, out, *, missing=(), dtype=None):
-    shapes = {
-        "x": (n, height, width, channels),
-        "k": (channels, 1, size, size),
-        "kb": (channels,),
-        "w1": (hidden, channels),
-        "b1": (hidden,),
-        "w2": (hidden, channels),
-        "b2": (hidden,),
-        "w3": (out, hidden),
-        "b3": (out,),
-    }
-    tensors = drawn(shapes, missing, dtype or torch.float32)
-    return [None if t is None else t.detach() for t in tensors]
-
-
-def dw_mlp_pair(act, offset=0.0):
-    def op(*tensors):
-        return dw_star_mlp(*tensors, act, offset)
-
-    def definition(x, k, kb, *weights):
-        return star_mlp_reference(convolved(x, k, kb), *weights, act, offset=offset)
-
-    return op, definition
-
-
 def calls(*, dtype=torch.float32, device=None):
     """name -> (op, arguments): every op, with its optional arguments and without them."""
 
@@ -209,10 +179,6 @@ def calls(*, dtype=torch.float32, device=None):
         "dwconv_backward bare": (
             dwconv_backward,
             put([dy, None, None, None, None, x, k, None, None]),
-        ),
-        "dw_star_mlp": (
-            dw_star_mlp,
-            (*put(dw_mlp_tensors(2, 4, 3, 18, 3, 40, 24, dtype=dtype)), "silu", 1.0),
         ),
     }
     return found

@@ -77,18 +77,17 @@ def test_one_value_per_channel_raises_as_batch_norm_does():
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["norms", "folded"])
-@pytest.mark.parametrize("size", [7, 15], ids=["one-kernel", "two-kernels"])
-def test_inference(fused, size):
+def test_inference(fused):
     block = lively(StarBlock2d(16, 3, act="silu")).eval()
-    x = randn(1, 16, size, size)
+    x = randn(1, 16, 9, 9)
     with torch.no_grad(), use_backend("eager"):
         expected = block(x)
         if fused:
             block.fuse()
     with torch.no_grad(), use_backend("triton"), RecordOps() as ops:
         torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
-    assert ops.counts.get("starlayers::dw_star_mlp", 0) == (size == 7)
-    assert ops.counts["starlayers::dwconv"] == (1 if size == 7 else 2)
+    assert ops.counts["starlayers::dwconv"] == 2
+    assert ops.counts["starlayers::star_mlp"] == 1
 
 
 def test_drop_path_draws_as_eager_does():

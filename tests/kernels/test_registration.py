@@ -9,7 +9,6 @@ from tests.kernels.cases import calls, mlp_pair, mlp_tensors
 served = pytest.mark.usefixtures("served_by")
 CALLS = list(calls())
 FORWARD = [name for name in CALLS if "backward" not in name]
-TRAINABLE = [name for name in FORWARD if name != "dw_star_mlp"]
 #: all that opcheck knows but "test_aot_dispatch_static", which is this one without symbolic sizes
 UTILS = (
     "test_schema",
@@ -64,23 +63,13 @@ def split(arguments):
 @served
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", TRAINABLE)
+@pytest.mark.parametrize("name", FORWARD)
 def test_compiled_whole_it_gives_the_same(name, dynamic):
     op, arguments = calls()[name]
     tensors, options = split(arguments)
     f = scaled(op, options)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     torch.testing.assert_close(results(compiled, tensors), results(f, tensors))
-
-
-@served
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_whole_for_inference():
-    op, arguments = calls()["dw_star_mlp"]
-    tensors, options = split(arguments)
-    f = scaled(op, options)
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*tensors), f(*tensors))
 
 
 class Called(torch.nn.Module):

@@ -23,7 +23,6 @@ KERNELS = {
     "dwconv bare": [("dw_convolve", {"y"})],
     "dwconv_backward": [("dw_convolve", {"y", "parts"}), ("dw_weights", {"parts"})],
     "dwconv_backward bare": [("dw_convolve", {"y"}), ("dw_weights", {"parts"})],
-    "dw_star_mlp": [("mlp_forward", {"y"})],
 }
 
 

@@ -1,8 +1,7 @@
 """K3: the star MLP forward in Triton; the hidden activation never leaves the chip.
 
 A program owns BM rows: their x tile stays resident while it loops over BH hidden channels at a
-time, so memory sees x, y and the weights only. With KSIZE > 0 (K7) the rows are the pixels of
-images and the x tile is their depthwise convolution, computed on the way in.
+time, so memory sees x, y and the weights only.
 """
 
 import triton
@@ -30,8 +29,6 @@ def mlp_forward(
     w3,
     b3,
     residual,
-    k,
-    kb,
     y,
     parts,
     M,
@@ -50,9 +47,6 @@ def mlp_forward(
     BIAS3: tl.constexpr,
     RESIDUAL: tl.constexpr,
     STATS: tl.constexpr,
-    KSIZE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BH: tl.constexpr,
@@ -65,15 +59,9 @@ def mlp_forward(
     part = tl.program_id(0)
     rows = part * BM + tl.arange(0, BM)
     live = rows < M
-    if KSIZE > 0:
-        x0 = _convolved(x, k, kb, rows, live, stride_x, KSIZE, HEIGHT, WIDTH, 0, C0, C)
-    else:
-        x0 = load_rows(x, rows, live, stride_x, 0, C0, C)
+    x0 = load_rows(x, rows, live, stride_x, 0, C0, C)
     if C1 > 0:
-        if KSIZE > 0:
-            x1 = _convolved(x, k, kb, rows, live, stride_x, KSIZE, HEIGHT, WIDTH, C0, C1, C)
-        else:
-            x1 = load_rows(x, rows, live, stride_x, C0, C1, C)
+        x1 = load_rows(x, rows, live, stride_x, C0, C1, C)
     y0 = tl.zeros([BM, O0], tl.float32)
     if O1 > 0:
         y1 = tl.zeros([BM, O1], tl.float32)
@@ -118,25 +106,3 @@ def mlp_forward(
             y1 = y1.to(y.dtype.element_ty).to(tl.float32)
             store_statistics(parts, y1, live, count, part, O0, O1, OUT)
         store_rows(y, y1, rows, live, OUT, O0, O1, OUT)
-
-
-@triton.jit
-def _convolved(
-    x, k, kb, rows, live, stride,
-    KSIZE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    FIRST: tl.constexpr, COLS: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Depthwise KSIZE x KSIZE convolution of (images, HEIGHT, WIDTH, N) at the given pixels."""
-    PAD: tl.constexpr = KSIZE // 2
-    i = (rows // WIDTH) % HEIGHT
-    j = rows % WIDTH
-    channel = FIRST + tl.arange(0, COLS)
-    acc = tl.zeros([rows.shape[0], COLS], tl.float32) + load_vector(kb, FIRST, COLS, N)[None, :]
-    for tap in range(KSIZE * KSIZE):
-        di = tap // KSIZE - PAD
-        dj = tap % KSIZE - PAD
-        inside = live & (i + di >= 0) & (i + di < HEIGHT) & (j + dj >= 0) & (j + dj < WIDTH)
-        t = load_rows(x, rows + di * WIDTH + dj, inside, stride, FIRST, COLS, N)
-        f = tl.load(k + tap * N + channel, mask=channel < N, other=0.0)
-        acc += t.to(tl.float32) * f.to(tl.float32)[None, :]
-    return acc.to(x.dtype.element_ty)
