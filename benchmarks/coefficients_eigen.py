@@ -20,8 +20,9 @@ import typer
 from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 
+from benchmarks.coefficients_train import fit
 from benchmarks.common import RESULTS, markdown_table, mean_interval, run_study, write_json
-from benchmarks.comparison import shown
+from benchmarks.comparison import measured, shown
 from benchmarks.data import benchmark_images
 from starlayers import StarMLP
 from starlayers.coefficients import (
@@ -104,25 +105,11 @@ def trained(job: dict[str, Any], x: Tensor, labels: Tensor) -> StarMLP:
     model = StarMLP(x.shape[1], recipe["hidden"], out_features=10, act=None)
     strength, options = settings.get("penalty", (0.0, {}))
     penalty = CoefficientPenalty(model, **options) if strength else None
-    optimizer = torch.optim.AdamW(
-        model.parameters(), recipe["lr"], weight_decay=settings.get("weight_decay", 0.0)
-    )
-    steps = recipe["epochs"] * -(-len(x) // recipe["batch"])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], steps, pct_start=0.1)
-    noise = settings.get("noise", 0.0)
-    for _ in range(recipe["epochs"]):
-        for rows in torch.randperm(len(x)).split(recipe["batch"]):
-            batch = x[rows]
-            if noise:
-                batch = batch + noise * torch.randn_like(batch)
-            loss = F.cross_entropy(model(batch), labels[rows])
-            if penalty is not None:
-                loss = loss + strength * penalty()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval()
+    fit(
+        model, x, labels, recipe, penalty=penalty, strength=strength,
+        weight_decay=settings.get("weight_decay", 0.0), noise=settings.get("noise", 0.0),
+    )  # fmt: skip
+    return model
 
 
 @torch.inference_mode()
@@ -232,10 +219,7 @@ def summarise(records: Records) -> dict[str, dict[str, Any]]:
 
 def tables(rows: dict[str, dict[str, Any]]) -> str:
     """Measures by arm; accuracy by eigenvectors, and by products, kept."""
-    by_arm = [
-        [arm, *(shown((s * row[m][0], s * row[m][1]), d) for m, (_, s, d) in MEASURES.items())]
-        for arm, row in rows.items()
-    ]
+    by_arm = [[arm, *measured(row, MEASURES)] for arm, row in rows.items()]
     text = markdown_table(["arm", *(name for name, _, _ in MEASURES.values())], by_arm)
     kept = next(iter(rows.values()))["curves"]["k"][:-1]
     for what, title in (("accuracy", "eigenvectors kept"), ("products", "products kept")):
@@ -314,8 +298,6 @@ def plot_pictures(records: Records, file: Path) -> None:
 def run(runs: Records, folder: Path, report: Path, processes: int) -> None:
     """Run what is missing, and write table, figures and summary beside each other."""
     records = run_study(folder, runs, train_one, processes=processes)
-    if not records:
-        raise FileNotFoundError(f"no runs in {folder} yet: give --processes, the runs at a time")
     rows = summarise(records)
     text = tables(rows)
     print(text)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.coefficients_train import fit
 from benchmarks.common import markdown_table, mean_interval, run_study, write_json
-from benchmarks.comparison import plot_differences, shown, verdict
+from benchmarks.comparison import measured, plot_differences, shown, verdict
 from starlayers import StarMLP
 from starlayers.coefficients import CoefficientPenalty, quadratic_form, spectrum
 
@@ -137,22 +138,10 @@ def train_one(job: dict[str, Any]) -> dict[str, Any]:
     recipe, settings, strength = job["recipe"], job["settings"], job["strength"]
     net = model(job, x.shape[1], int(y.max()) + 1)
     penalty = CoefficientPenalty(net, **settings["penalty"]) if "penalty" in settings else None
-    decay = strength if "decay" in settings else 0.0
-    optimizer = torch.optim.AdamW(net.parameters(), recipe["lr"], weight_decay=decay)
-    steps = recipe["epochs"] * -(-len(x) // recipe["batch"])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], steps, pct_start=0.1)
     began = time.perf_counter()
-    for _ in range(recipe["epochs"]):
-        for rows in torch.randperm(len(x)).split(recipe["batch"]):
-            loss = F.cross_entropy(net(x[rows]), y[rows])
-            if penalty is not None:
-                loss = loss + strength * penalty()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    decay = strength if "decay" in settings else 0.0
+    fit(net, x, y, recipe, penalty=penalty, strength=strength, weight_decay=decay)
     seconds = time.perf_counter() - began
-    net.eval()
     found = _quality(net, job["task"], x_test, y_test) | {"seconds": seconds}
     found["parameters"] = _parameters(net)
     found |= {"train_accuracy": _accuracy(net, x[:10_000], y[:10_000])}
@@ -205,7 +194,7 @@ def _pruned(net: StarMLP, x: Tensor, y: Tensor) -> list[float]:
     return found
 
 
-MEASURES = {
+MEASURES: dict[str, tuple[str, float, int]] = {
     "accuracy": ("accuracy, %", 100, 2),
     "log_loss": ("log loss", 1, 3),
     "calibration_error": ("calibration error, %", 100, 1),
@@ -256,10 +245,7 @@ def tables(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
         header += [f"{100 * share:g} % kept" for share in KEPT] + ["accuracy against fixed"]
         lines = []
         for arm, row in arms.items():
-            cells = [
-                shown((scale * row[m][0], scale * row[m][1]), digits) if m in row else ""
-                for m, (_, scale, digits) in MEASURES.items()
-            ]
+            cells = measured(row, MEASURES)
             pruned = row.get("pruned", [None] * len(KEPT))
             cells += ["" if p is None else shown((100 * p[0], 100 * p[1]), 1) for p in pruned]
             against = shown(row["better by"], 2, "+") if "better by" in row else ""

@@ -178,10 +178,7 @@ def finish(name: str, records: Records, rows: Any, table: str, smoke: bool, out:
 
 def run(name: str, jobs: Any, work: Any, smoke: bool, out: Path, processes: int) -> Records:
     folder = out / "coefficients" / f"{name}{'-smoke' if smoke else ''}"
-    records = run_study(folder, jobs(smoke), work, processes=processes)
-    if not records:
-        raise FileNotFoundError(f"no runs in {folder} yet: give --processes, the runs at a time")
-    return records
+    return run_study(folder, jobs(smoke), work, processes=processes)
 
 
 @app.command()

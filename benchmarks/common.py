@@ -22,7 +22,8 @@ RESULTS = Path(__file__).parent / "results"
 def environment() -> dict[str, Any]:
     """Hardware, versions, date and command: the conditions every figure is reported with."""
     versions = {}
-    names = ("torch", "torchvision", "triton", "timm", "transformers", "peft", "starlayers")
+    names = ("torch", "torchvision", "triton", "timm", "transformers", "peft", "optuna", "cmaes")
+    names += ("starlayers",)
     for package in names:
         try:
             versions[package] = version(package)
@@ -121,7 +122,7 @@ def run_study(
 
     Each result is stored with its job, one file a run, so a stopped study goes on where it was;
     a file made for another job of that name is an error, not a result. With `processes=0` nothing
-    is run and the results there are come back.
+    is run and the results there are come back; it is an error if there are none.
     """
     from tqdm import tqdm
 
@@ -134,6 +135,8 @@ def run_study(
                 raise ValueError(f"{file} is of another job ({record['job']}, now {job}): move it")
             done[name] = record
     todo = {name: job for name, job in jobs.items() if name not in done}
+    if not processes and not done:
+        raise FileNotFoundError(f"no runs in {folder} yet: give --processes, the runs at a time")
     if not todo or not processes:
         return done
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread)

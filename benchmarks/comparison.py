@@ -25,6 +25,14 @@ def shown(pair: tuple[float, float], digits: int, sign: str = "") -> str:
     return f"{pair[0]:{sign}.{digits}f} ± {pair[1]:.{digits}f}"
 
 
+def measured(row: dict[str, Any], measures: dict[str, tuple[str, float, int]]) -> list[str]:
+    """The cells of a row; `measures` are name -> (heading, factor, digits)."""
+    return [
+        shown((scale * row[name][0], scale * row[name][1]), digits) if name in row else ""
+        for name, (_, scale, digits) in measures.items()
+    ]
+
+
 def plot_differences(
     panels: dict[str, dict[str, dict[str, Any]]], file: Path, *, shared_names: bool = False
 ) -> None:

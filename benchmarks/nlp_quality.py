@@ -98,8 +98,6 @@ def plot(summary: dict[str, list[dict[str, Any]]], file: Path) -> None:
 def run(processes: int, smoke: bool, out: Path = RESULTS) -> None:
     folder = out / ("nlp-smoke" if smoke else "nlp")
     records = run_study(folder, jobs(smoke), train_one, processes=processes)
-    if not records:
-        raise FileNotFoundError(f"no runs in {folder} yet: give --processes, the runs at a time")
     summary = {task: rows for task in RECIPES if (rows := summarise(records, task))}
     for task, rows in summary.items():
         print(f"\n{task}, {rows[0]['parameters'] / 1e6:.2f} M parameters\n{table(rows, task)}")

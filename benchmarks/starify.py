@@ -207,8 +207,6 @@ def quality(processes: Processes = 2, smoke: Smoke = False, out: Out = RESULTS) 
     """Fine-tune every arm with the learning rates that `tune` chose, and compare them."""
     folder = out / ("starify-smoke" if smoke else "starify")
     records = run_study(folder, jobs(smoke), train_one, processes=processes)
-    if not records:
-        raise FileNotFoundError(f"no runs in {folder} yet: give --processes, the runs at a time")
     rows, differences = summarise(records), compare(records)
     print(tables(rows, differences))
     first = next(iter(records.values()))

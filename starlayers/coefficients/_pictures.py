@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from starlayers.coefficients._extra import needs
 from starlayers.coefficients.eigen import Eigenfeatures
 from starlayers.modules import positive_int
 
@@ -55,12 +56,9 @@ def plot_eigenfeatures(
         >>> len(figure.axes)  # two rows of eigenvalues, one picture for, a gap, one against
         8
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "plot_eigenfeatures needs matplotlib: pip install 'starlayers[coefficients]'"
-        ) from error
+    needs("plot_eigenfeatures", "matplotlib.figure")
+    from matplotlib.figure import Figure
+
     rows = [features] if isinstance(features, Eigenfeatures) else list(features)
     top = positive_int("plot_eigenfeatures", "top", top)
     if names is None:

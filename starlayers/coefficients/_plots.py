@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from starlayers.coefficients._trials import import_optuna
+from starlayers.coefficients._extra import needs
 
 if TYPE_CHECKING:
     import optuna
@@ -12,17 +12,12 @@ if TYPE_CHECKING:
 
 def plot_study(study: "optuna.Study", folder: Path) -> list[Path]:
     """Write the figures that fit the study to `folder`, and return their files."""
-    import_optuna("SearchResult.plot")
-    try:
-        import matplotlib.pyplot as plt
-        import numpy as np
-        import sklearn  # noqa: F401  importances need it
-        from matplotlib.ticker import NullFormatter
-    except ImportError as error:
-        raise ImportError(
-            f"SearchResult.plot needs {error.name}: pip install 'starlayers[coefficients]'"
-        ) from error
+    for module in ("optuna", "matplotlib", "sklearn"):  # importances need the last
+        needs("SearchResult.plot", module)
+    import matplotlib.pyplot as plt
+    import numpy as np
     import optuna
+    from matplotlib.ticker import NullFormatter
     from optuna.visualization import matplotlib as draw
 
     complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from starlayers.coefficients.form import find_stars
 from starlayers.modules import StarOp
 
 __all__ = ["Products", "star_layers"]
@@ -26,11 +27,12 @@ def star_layers(
         >>> list(star_layers("this", nn.Sequential(nn.Linear(4, 4), StarOp(4, 8))))
         ['1']
     """
-    found = {
-        name: m for name, m in model.named_modules() if isinstance(m, StarOp) and m.combine == "mul"
-    }
+    found = {n: m for n, m in find_stars(owner, model).items() if isinstance(m, StarOp)}
     if not found:
-        raise ValueError(f"{owner}: {type(model).__name__} has no star layers (StarOp, StarMLP)")
+        raise ValueError(
+            f"{owner}: {type(model).__name__} has no star layers with factors of their own "
+            "(StarOp, StarMLP)"
+        )
     chosen = found
     if layers is not None:
         asked = [layers] if isinstance(layers, str) else list(layers)

@@ -22,17 +22,6 @@ Objective = Callable[["optuna.Trial"], Any]
 Space = Mapping[str, "optuna.distributions.BaseDistribution"]
 
 
-def import_optuna(owner: str) -> Any:
-    """The package, or an error that says what to install."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError(
-            f"{owner} needs optuna: pip install 'starlayers[coefficients]'"
-        ) from error
-    return optuna
-
-
 def make_sampler(method: str, seed: int, index: int, space: Space | None) -> Any:
     """The sampler of trial `index`: made anew for each, so that a resumed search draws the same."""
     import numpy as np

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from starlayers.coefficients._extra import needs
 from starlayers.coefficients.form import check_form, quadratic_form
 from starlayers.modules import StarOp
 
@@ -67,12 +68,9 @@ class Polynomial:
         Raises:
             ImportError: sympy is not there.
         """
-        try:
-            import sympy
-        except ImportError as error:
-            raise ImportError(
-                "Polynomial.sympy needs sympy: pip install 'starlayers[coefficients]'"
-            ) from error
+        needs("Polynomial.sympy", "sympy")
+        import sympy
+
         symbols = {name: sympy.Symbol(name) for name in self.names}
         return sympy.Add(
             *(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from starlayers.coefficients._extra import needs
 from starlayers.coefficients.form import branch_vectors, check_form
 from starlayers.modules import StarBlock, StarOp, positive_int
 
@@ -157,12 +158,9 @@ def decision_boundary(
         "layers": layers, "width": width, "steps": steps, "samples": samples, "grid": grid
     }.items():  # fmt: skip
         positive_int("decision_boundary", name, value)
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ImportError(
-            "decision_boundary needs scikit-learn: pip install 'starlayers[coefficients]'"
-        ) from error
+    needs("decision_boundary", "sklearn", "scikit-learn")
+    from sklearn import datasets
+
     maker, options = DATA[data]
     if noise is not None:
         options = {**options, "noise": noise}
@@ -279,12 +277,9 @@ def plot_boundaries(boundaries: Sequence[DecisionBoundary]) -> "Figure":
     """
     if not boundaries or any(b.scores.keys() != boundaries[0].scores.keys() for b in boundaries):
         raise ValueError("plot_boundaries needs boundaries of the same models, and at least one")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "plot_boundaries needs matplotlib: pip install 'starlayers[coefficients]'"
-        ) from error
+    needs("plot_boundaries", "matplotlib.figure")
+    from matplotlib.figure import Figure
+
     names = list(boundaries[0].scores)
     figure = Figure(figsize=(2.6 * len(names), 2.5 * len(boundaries) + 0.2), layout="constrained")
     axes = figure.subplots(len(boundaries), len(names), squeeze=False)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from starlayers.coefficients._extra import needs
 from starlayers.coefficients._plots import plot_study
 from starlayers.coefficients._study import Runner, only_one
-from starlayers.coefficients._trials import METHODS, Objective, Space, import_optuna
+from starlayers.coefficients._trials import METHODS, Objective, Space
 from starlayers.modules import positive_int
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def search(
         >>> result.value > -0.1
         True
     """
-    import_optuna("search")
+    needs("search", "optuna")
     if isinstance(directions, str):
         directions = [directions]
     trials = positive_int("search", "trials", trials)

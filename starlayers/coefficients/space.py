@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from starlayers.coefficients._extra import needs
 from starlayers.coefficients._scales import Products, star_layers
-from starlayers.coefficients._trials import import_optuna
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -44,7 +44,7 @@ def coefficient_space(layers: int = 0) -> "dict[str, BaseDistribution]":
         >>> len(space), space["layer_scale_1"]
         (10, FloatDistribution(high=4.0, log=True, low=0.25, step=None))
     """
-    import_optuna("coefficient_space")
+    needs("coefficient_space", "optuna")
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if layers < 0:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
+from starlayers.coefficients._extra import needs
 from starlayers.coefficients.spectrum import spectrum
 from starlayers.modules import positive_int
 
@@ -105,12 +106,9 @@ class SpectrumLogger:
         Raises:
             ImportError: transformers is not there.
         """
-        try:
-            from transformers import TrainerCallback
-        except ImportError as error:
-            raise ImportError(
-                "as_trainer_callback needs transformers: pip install 'starlayers[nlp]'"
-            ) from error
+        needs("as_trainer_callback", "transformers", extra="nlp")
+        from transformers import TrainerCallback
+
         logger = self
 
         class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
@@ -133,12 +131,9 @@ class SpectrumLogger:
         Raises:
             ImportError: stable-baselines3 is not there.
         """
-        try:
-            from stable_baselines3.common.callbacks import BaseCallback
-        except ImportError as error:
-            raise ImportError(
-                "as_sb3_callback needs stable_baselines3: pip install 'starlayers[rl]'"
-            ) from error
+        needs("as_sb3_callback", "stable_baselines3.common.callbacks", extra="rl")
+        from stable_baselines3.common.callbacks import BaseCallback
+
         logger = self
 
         class SpectrumCallback(BaseCallback):
@@ -153,11 +148,8 @@ class SpectrumLogger:
 
 
 def _summary_writer(folder: "str | os.PathLike[str]") -> Writer:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "SpectrumLogger needs tensorboard: pip install 'starlayers[coefficients]'"
-        ) from error
+    needs("SpectrumLogger", "torch.utils.tensorboard", "tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
     writer: Writer = SummaryWriter(os.fspath(folder))
     return writer

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from starlayers.coefficients._extra import needs
 from starlayers.coefficients.spectrum import Spectrum, spectrum
 
 if TYPE_CHECKING:
@@ -38,12 +39,9 @@ def plot_spectrum(model: nn.Module | Mapping[str, Spectrum]) -> "Figure":
         >>> [ax.get_title() for ax in figure.axes[:2]]
         ['eigenvalues of channels', 'norms of channels, sorted']
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "plot_spectrum needs matplotlib: pip install 'starlayers[coefficients]'"
-        ) from error
+    needs("plot_spectrum", "matplotlib.figure")
+    from matplotlib.figure import Figure
+
     found = spectrum(model) if isinstance(model, nn.Module) else dict(model)
     if not found:
         raise ValueError("plot_spectrum: there are no layers to draw")

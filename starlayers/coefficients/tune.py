@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from starlayers.coefficients._extra import needs
 from starlayers.coefficients._scales import Products, star_layers
-from starlayers.coefficients._trials import import_optuna
 from starlayers.coefficients.search import SearchResult, check_method, run_search, storage_path
 from starlayers.modules import positive_int
 
@@ -106,7 +106,7 @@ def tune_coefficients(
         (True, True)
     """
     owner = "tune_coefficients"
-    import_optuna(owner)
+    needs(owner, "optuna")
     from optuna.distributions import FloatDistribution
 
     trials = positive_int(owner, "trials", trials)

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from starlayers.kernels._op import ceil_div, launch
-from starlayers.kernels._tiles import next_power_of_2
 
 # TILES * CHANNELS elements at a time: few programs, so each has to keep many loads in flight
 TILES, CHANNELS = 1024, 4
@@ -39,7 +38,7 @@ def merged_statistics(parts: Tensor) -> tuple[Tensor, Tensor]:
 
     launch(
         merge_statistics, (ceil_div(channels, CHANNELS),), parts, mean, var, tiles, C=channels,
-        BT=min(TILES, max(16, next_power_of_2(tiles))), BC=CHANNELS, num_warps=WARPS,
+        BT=TILES, BC=CHANNELS, num_warps=WARPS,
     )  # fmt: skip
     return mean, var
 

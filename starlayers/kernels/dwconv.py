@@ -159,7 +159,7 @@ def _convolve(
     flip: bool = False,
     reduce: str = "",
 ) -> tuple[Tensor, Tensor]:
-    x, size, k = x.contiguous(), k.shape[-1], tap_rows(k)
+    x, taps, size = x.contiguous(), tap_rows(k), k.shape[-1]
     n, height, width, channels = x.shape
     th, bp, bc = tile_shape(height, channels)
     tiles = ceil_div(n * width, bp) * ceil_div(height, th)
@@ -176,7 +176,7 @@ def _convolve(
 
         launch(
             dw_convolve, (tiles * ceil_div(channels, bc),),
-            x, given(z, k), k, b_, scale_, shift_, zmean_, zscale_, residual_,
+            x, given(z, k), taps, b_, scale_, shift_, zmean_, zscale_, residual_,
             other_, factor_, y, parts, n * width, HEIGHT=height, WIDTH=width, C=channels,
             K=size, FLIP=flip, SCALE=scale is not None, SHIFT=shift is not None,
             Z=z is not None, BIAS=b is not None, FACTOR=factor is not None,

@@ -7,7 +7,4 @@ import torch
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Nets this small are many times slower on several threads of a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # what was set before comes back with `_own_threads`

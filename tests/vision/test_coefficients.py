@@ -62,21 +62,15 @@ def test_the_start_survives_init_weights_after_meta():
         assert not star.gate[2].weight.any()
 
 
-def test_a_fused_net_has_its_scales_folded():
-    net = learned(StarNet(8, **SMALL, coefficients="scale"))
+@pytest.mark.parametrize(("before", "after"), [("scale", "fixed"), ("dynamic", "dynamic")])
+def test_a_fused_net_has_its_scales_folded_and_keeps_what_is_dynamic(before, after):
+    net = learned(StarNet(8, **SMALL, coefficients=before))
     x = image(2, 3, 32, 32)
-    before = net(x)
-    torch.testing.assert_close(net.fuse()(x), before, rtol=1e-4, atol=1e-4)
-    assert {star.coefficients for star in stars(net)} == {"fixed"}
-    assert not any("scale" in name or "shift" in name for name in net.state_dict())
-
-
-def test_a_fused_net_keeps_dynamic_coefficients():
-    net = learned(StarNet(8, **SMALL, coefficients="dynamic"))
-    x = image(2, 3, 32, 32)
-    before = net(x)
-    torch.testing.assert_close(net.fuse()(x), before, rtol=1e-4, atol=1e-4)
-    assert {star.coefficients for star in stars(net)} == {"dynamic"}
+    y = net(x)
+    torch.testing.assert_close(net.fuse()(x), y, rtol=1e-4, atol=1e-4)
+    assert {star.coefficients for star in stars(net)} == {after}
+    named = any("scale" in name or "shift" in name for name in net.state_dict())
+    assert named is (after == "dynamic")
 
 
 def test_factories_take_the_option_and_training_moves_it():
