@@ -102,7 +102,7 @@ def _reviews() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sentences of film reviews as weights of their most frequent terms (tf-idf)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    from starlayers.nlp.data import load_sentiment
+    from starlayers.datasets.text import load_sentiment
 
     splits = load_sentiment().splits
     vectors = TfidfVectorizer(max_features=TERMS, sublinear_tf=True)

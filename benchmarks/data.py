@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from torch.utils.data import Subset
 
-from starlayers.vision.data import ImageData, load_images
+from starlayers.datasets.images import ImageData, load_images
 
 
 def benchmark_images(*, train: int | None = None, test: int | None = None) -> ImageData:

@@ -94,8 +94,8 @@ def _matched_width(task: str, options: dict[str, Any]) -> int:
 @cache
 def data(task: str, small: bool) -> dict[str, Any]:
     """Tokenizer and tokenised splits of a task; a part of them where `small`."""
-    from starlayers.nlp.data import load_prose, load_sentiment, load_translation
-    from starlayers.nlp.text import byte_level_bpe, windows
+    from starlayers.datasets.text import load_prose, load_sentiment, load_translation
+    from starlayers.datasets.tokens import byte_level_bpe, windows
 
     loaders: dict[str, Callable[[], Any]] = {
         "sentiment": load_sentiment,

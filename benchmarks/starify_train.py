@@ -30,9 +30,9 @@ def data(small: bool, longest: int) -> dict[str, Any]:
     """Tokenizer, where the encoder is, and the splits as ids and labels."""
     from transformers import AutoTokenizer
 
-    from starlayers.nlp.data import load_sentiment
-    from starlayers.nlp.pretrained import pretrained_minilm
-    from starlayers.nlp.text import byte_level_bpe
+    from starlayers.datasets.pretrained import pretrained_minilm
+    from starlayers.datasets.text import load_sentiment
+    from starlayers.datasets.tokens import byte_level_bpe
 
     found = load_sentiment()
     splits = {

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from starlayers.datasets.text import load_prose
+from starlayers.datasets.tokens import byte_level_bpe, windows
 from starlayers.nlp import StarformerConfig, StarformerForCausalLM
-from starlayers.nlp.data import load_prose
-from starlayers.nlp.text import byte_level_bpe, windows
 
 LENGTH = 128  # tokens in a row
 ASKED_ANEW = {"out", "resume", "prompt", "temperature", "top_p"}  # the rest a resumed run keeps

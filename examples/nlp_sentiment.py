@@ -23,9 +23,9 @@ from tokenizers.normalizers import Lowercase
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
+from starlayers.datasets.text import load_sentiment
+from starlayers.datasets.tokens import byte_level_bpe
 from starlayers.nlp import StarformerEncoderConfig, StarformerEncoderForSequenceClassification
-from starlayers.nlp.data import load_sentiment
-from starlayers.nlp.text import byte_level_bpe
 
 
 def scores(labels: Any, said: Any) -> dict[str, float]:

@@ -20,9 +20,9 @@ from transformers import (
     set_seed,
 )
 
+from starlayers.datasets.text import load_translation
+from starlayers.datasets.tokens import byte_level_bpe
 from starlayers.nlp import StarformerForConditionalGeneration, StarformerSeq2SeqConfig
-from starlayers.nlp.data import load_translation
-from starlayers.nlp.text import byte_level_bpe
 
 
 def scores(said: list[str], wanted: list[str]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from starlayers.coefficients import (
     plot_eigenfeatures,
     truncation_curve,
 )
-from starlayers.vision.data import Images, load_images
+from starlayers.datasets.images import Images, load_images
 
 BATCH = 256
 

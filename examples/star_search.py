@@ -24,7 +24,7 @@ from starlayers.coefficients import (
     search,
     tune_coefficients,
 )
-from starlayers.vision.data import load_images
+from starlayers.datasets.images import load_images
 
 Split = tuple[Tensor, Tensor]
 Rows = dict[str, tuple[float, float]]

@@ -20,8 +20,8 @@ from transformers.trainer_utils import set_seed
 from transformers.utils import logging
 
 from starlayers import param_groups, starify
-from starlayers.nlp.data import load_sentiment
-from starlayers.nlp.pretrained import pretrained_minilm
+from starlayers.datasets.pretrained import pretrained_minilm
+from starlayers.datasets.text import load_sentiment
 from starlayers.surgery import report
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]

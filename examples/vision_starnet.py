@@ -14,11 +14,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from starlayers.datasets.images import ImageData, load_images
 from starlayers.vision import StarNet
-from starlayers.vision.data import ImageData, load_images
 from starlayers.vision.models import MODELS
-from starlayers.vision.rundir import RunDir, process_state
 from starlayers.vision.training import TrainConfig, train
+from starlayers.vision.training.rundir import RunDir, process_state
 
 # The published strides leave a single pixel of a 28x28 image. These give maps of 14, 14, 7, 4 and
 # 4 pixels, on which a 7x7 kernel would mostly see padding, and 3x3 trains twice as fast on a CPU.

@@ -10,8 +10,8 @@ from torch.utils.data import Subset, TensorDataset
 
 from benchmarks import data as data_module
 from benchmarks import vision_demonet as study
+from starlayers.datasets.images import load_images
 from starlayers.vision import DemoNet
-from starlayers.vision.data import load_images
 
 SHAPES = [(16, 4), (32, 2), (32, 4), (32, 8), (64, 4)]
 

@@ -12,7 +12,7 @@ from torch import nn
 from starlayers import StarBlock, StarMLP, StarOp
 from starlayers.coefficients._trials import METHODS
 from starlayers.coefficients.tune import tune_coefficients
-from starlayers.vision.data import load_images
+from starlayers.datasets.images import load_images
 from tests.helpers import randn, star_op_formula
 
 

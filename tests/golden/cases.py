@@ -486,9 +486,9 @@ def run_net() -> nn.Module:
 
 def train_digits(folder: Path, *, resume: bool) -> Any:
     """Train `run_net` on the digits for an epoch, or find that the run in `folder` is finished."""
-    from starlayers.vision.data import load_images
-    from starlayers.vision.rundir import RunDir
+    from starlayers.datasets.images import load_images
     from starlayers.vision.training import TrainConfig, train
+    from starlayers.vision.training.rundir import RunDir
 
     config = TrainConfig(epochs=1, batch_size=64, lr=2e-2, ema=0.8)
     run = RunDir(folder, vars(config), resume=resume)

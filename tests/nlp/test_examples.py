@@ -23,8 +23,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 
 from starlayers import nlp
-from starlayers.nlp.data import load_prose, load_sentiment, load_translation
-from starlayers.nlp.text import byte_level_bpe
+from starlayers.datasets.text import load_prose, load_sentiment, load_translation
+from starlayers.datasets.tokens import byte_level_bpe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STORIES = ("nlp_sentiment", "nlp_generate", "nlp_translate")

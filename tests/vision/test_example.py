@@ -246,7 +246,7 @@ def right_by_hand(run: Path) -> int:
     import torch
     from safetensors.torch import load_file
 
-    from starlayers.vision.data import load_images
+    from starlayers.datasets.images import load_images
 
     data = load_images("digits")
     example = runpy.run_path(str(EXAMPLE))

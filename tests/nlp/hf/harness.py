@@ -16,7 +16,7 @@ from types import ModuleType
 
 import transformers
 
-from starlayers._packages import cache_dir, pypi_source
+from starlayers.datasets.packages import cache_dir, pypi_source
 
 PACKAGE = "transformers_tests"
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from starlayers.vision import StarNet
-from starlayers.vision.recipe import param_groups
 from starlayers.vision.training import TrainConfig, TrainResult
+from starlayers.vision.training.recipe import param_groups
 
 from .runs import CLASSES, RECIPE, ByHand, numbers, run, tiny_data, tiny_model, weights
 

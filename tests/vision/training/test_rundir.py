@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from starlayers.vision.rundir import RunDir
+from starlayers.vision.training.rundir import RunDir
 
 CONFIG = {"epochs": 3, "lr": 0.1, "shape": (1, 2), "path": None, "name": "a"}
 READ = {**CONFIG, "shape": [1, 2]}

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from starlayers.vision.data import ImageData
-from starlayers.vision.rundir import RunDir
+from starlayers.datasets.images import ImageData
 from starlayers.vision.training import TrainConfig, TrainResult, train
+from starlayers.vision.training.rundir import RunDir
 
 CLASSES, SIDE = 4, 6
 

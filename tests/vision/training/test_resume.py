@@ -6,8 +6,8 @@ import signal
 import pytest
 import torch
 
-from starlayers.vision.rundir import RunDir
 from starlayers.vision.training import TrainConfig, train
+from starlayers.vision.training.rundir import RunDir
 
 from .runs import (
     RECIPE,

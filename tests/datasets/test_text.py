@@ -8,9 +8,9 @@ import huggingface_hub
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Translation
 
-from starlayers.nlp import _corpora, _rows, _sword
-from starlayers.nlp.data import load_prose, load_sentiment, load_translation
-from tests.nlp.hub import unreachable_hub
+from starlayers.datasets import corpora, splits, sword
+from starlayers.datasets.text import load_prose, load_sentiment, load_translation
+from tests.datasets.hub import unreachable_hub
 
 SPLITS = ["train", "validation", "test"]
 
@@ -66,7 +66,7 @@ def test_brown():
     assert len(set(texts)) == 500
     assert all(9000 < len(text) < 16000 for text in texts)
     assert 5_900_000 < sum(map(len, texts)) < 6_000_000
-    kind = {text: file[:2] for file, text in _corpora.brown().items()}
+    kind = {text: file[:2] for file, text in corpora.brown().items()}
     for split in SPLITS:
         assert len({kind[text] for text in data.splits[split]["text"]}) == 15
     (report,) = [text for text in texts if text.startswith("The Fulton County Grand Jury")]
@@ -106,7 +106,7 @@ def test_brown():
     ],
 )
 def test_prose_of_tagged_words(tagged, text):
-    assert _corpora.prose(tagged) == text
+    assert corpora.prose(tagged) == text
 
 
 def test_king_james_bible():
@@ -158,7 +158,7 @@ def test_bible_verses():
         "Rejoice evermore.": "Estad siempre gozosos.",
     }.items():
         assert spanish[verse] == translated
-    assert _sword.verse_pairs()[-1] == (
+    assert sword.verse_pairs()[-1] == (
         "The grace of our Lord Jesus Christ be with you all. Amen.",
         "La gracia de nuestro Señor Jesucristo sea con todos vosotros. Amén.",
     )
@@ -178,13 +178,13 @@ def test_bible_verses():
     ],
 )
 def test_plain_text_of_osis(osis, text):
-    assert _sword.plain(osis) == text
+    assert sword.plain(osis) == text
 
 
 def test_forgotten_spaces_between_spanish_words():
     osis = "<w>uno</w><transChange>llamado</transChange><w>Lázaro</w>, <w>Dad</w><w>me</w>"
-    assert _sword.plain(osis, spaces=True) == "uno llamado Lázaro, Dadme"
-    assert _sword.plain(osis) == "unollamadoLázaro, Dadme"
+    assert sword.plain(osis, spaces=True) == "uno llamado Lázaro, Dadme"
+    assert sword.plain(osis) == "unollamadoLázaro, Dadme"
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_interface_strings(language, count, example):
     ],
 )
 def test_accelerators_go_and_names_stay(source, target, clean_source, clean_target):
-    assert _corpora._interface_pair(source, target) == (clean_source, clean_target)
+    assert corpora._interface_pair(source, target) == (clean_source, clean_target)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_accelerators_go_and_names_stay(source, target, clean_source, clean_targ
 )
 def test_what_cannot_be_had_says_what_to_install(monkeypatch, load, name, needed):
     for package in ("pypi_source", "npm_package", "debian_package"):
-        for module in (_corpora, _sword):
+        for module in (corpora, sword):
             if hasattr(module, package):
                 monkeypatch.setattr(module, package, lambda *a: None)
     with pytest.raises(FileNotFoundError, match=f"'{name}' cannot be had.*{needed}.*path="):
@@ -415,7 +415,7 @@ def test_offline_mode_reads_what_was_downloaded(hub, monkeypatch):
 @pytest.mark.parametrize("answers", [False, True])
 def test_a_hub_out_of_reach_is_given_up_in_seconds(monkeypatch, answers):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(_rows, "HUB_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(splits, "HUB_TIMEOUT_S", 0.5)
     with (
         unreachable_hub(monkeypatch, answers) as address,
         pytest.raises(FileNotFoundError, match=f"'my/books' is none of.*tried {address}"),
@@ -430,14 +430,14 @@ def test_every_stratum_is_divided_and_nothing_is_lost():
     strata = ["a"] * 100 + ["b"] * 40 + ["c"] * 3 + ["d"] * 2
     rows = Dataset.from_dict({"i": range(145)})
     parts = {
-        name: part["i"][:] for name, part in _rows.divide(rows, _rows.share(20), strata).items()
+        name: part["i"][:] for name, part in splits.divide(rows, splits.share(20), strata).items()
     }
     assert sorted(i for part in parts.values() for i in part) == list(range(145))
     for name in ("validation", "test"):
         assert Counter(strata[i] for i in parts[name]) == {"a": 5, "b": 2, "c": 1}
         assert parts[name] != sorted(parts[name])
-    assert [_rows.share(10)(n) for n in (0, 1, 2, 3, 14, 16, 1000)] == [0, 0, 0, 1, 1, 2, 100]
-    pairs = _rows.translations(
+    assert [splits.share(10)(n) for n in (0, 1, 2, 3, 14, 16, 1000)] == [0, 0, 0, 1, 1, 2, 100]
+    pairs = splits.translations(
         [("A", "x"), ("b", "y"), ("a", "z"), ("c", "Y"), ("d", "z")], "en", "de"
     )
     assert pairs["translation"][:] == [

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.transforms import v2
 
-from starlayers._packages import cache_dir, debian_package
+from starlayers.datasets.packages import cache_dir, debian_package
 
 __all__ = ["ImageData", "load_images"]
 

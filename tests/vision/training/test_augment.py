@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
-from starlayers.vision.augment import Augmented, image_transform, mixing
+from starlayers.vision.training.augment import Augmented, image_transform, mixing
 
 N, SIDE = 24, 8
 

@@ -23,7 +23,8 @@ class TrainConfig:
         warmup: fraction of all steps with rising rate.
         label_smoothing: of the cross entropy.
         clip: largest gradient norm, 0 for no clipping.
-        flip, crop, randaugment, mixup, cutmix: augmentations, see `starlayers.vision.augment`.
+        flip, crop, randaugment, mixup, cutmix: augmentations, see
+            `starlayers.vision.training.augment`.
         ema: decay of the averaged weights that are validated and saved; 0 for none.
         amp: bf16 mixed precision. compile: `torch.compile` the model.
         seed: of weights (by the caller), order, augmentation and dropout.

