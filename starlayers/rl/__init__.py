@@ -21,7 +21,6 @@ from starlayers.rl.critics import ProductTerm, ProductTrunk
 from starlayers.rl.describe import Description, Network, describe
 from starlayers.rl.export import export_onnx
 from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor, StarExtractor
-from starlayers.rl.names import register as _register
 from starlayers.rl.off_policy import (
     StarDQNCnnPolicy,
     StarDQNMultiInputPolicy,
@@ -33,6 +32,7 @@ from starlayers.rl.off_policy import (
     StarTD3MultiInputPolicy,
     StarTD3Policy,
 )
+from starlayers.rl.registration import register as _register
 from starlayers.rl.surgery import revert, starified, starify
 from starlayers.rl.trunks import NETS
 

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
+from starlayers.rl.base import StarOptions
 from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor
-from starlayers.rl.options import StarOptions
 from starlayers.rl.spec import NetSpec
 from starlayers.rl.stack import StarStack
 from starlayers.rl.trunks import KeepsInit

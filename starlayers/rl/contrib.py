@@ -19,8 +19,7 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from torch import nn
 
 from starlayers.rl.actor_critic import ActorCriticOptions
-from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor
-from starlayers.rl.options import (
+from starlayers.rl.base import (
     ContinuousOptions,
     LatentActor,
     StarNetwork,
@@ -28,6 +27,7 @@ from starlayers.rl.options import (
     critic_nets,
     headed,
 )
+from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor
 from starlayers.rl.spec import PRODUCT, default_widths, resolve, uniform
 from starlayers.rl.trunks import RESIDUAL, Norm, activation, activation_module
 

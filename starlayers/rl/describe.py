@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from starlayers.rl.problems import CHECKS
-from starlayers.rl.subject import Network, Subject
+from starlayers.rl.checks import CHECKS
+from starlayers.rl.inspect import Network, Subject
 
 __all__ = ["Description", "Network", "describe"]
 

@@ -9,7 +9,7 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
-from starlayers.rl.decision import Decision
+from starlayers.rl.onnx import Decision
 from starlayers.rl.parity import check_parity, samples, tensors
 
 __all__ = ["export_onnx"]

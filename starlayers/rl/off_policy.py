@@ -12,8 +12,7 @@ from stable_baselines3.td3.policies import Actor as TD3Actor
 from stable_baselines3.td3.policies import TD3Policy
 from torch import nn
 
-from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor
-from starlayers.rl.options import (
+from starlayers.rl.base import (
     ContinuousOptions,
     LatentActor,
     StarNetwork,
@@ -21,6 +20,7 @@ from starlayers.rl.options import (
     critic_nets,
     headed,
 )
+from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor
 
 __all__ = [
     "StarDQNCnnPolicy",

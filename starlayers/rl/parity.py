@@ -11,7 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor, nn
 
-from starlayers.rl.decision import MASKED, Decision
+from starlayers.rl.onnx import MASKED, Decision
 
 __all__ = ["check_parity", "samples", "tensors"]
 

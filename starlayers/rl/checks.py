@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from starlayers.modules import StarOp
-from starlayers.rl.subject import Subject
+from starlayers.rl.inspect import Subject
 
 __all__ = ["CHECKS"]
 

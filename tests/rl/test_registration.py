@@ -7,13 +7,13 @@ import sys
 import pytest
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 
-from starlayers.rl.names import NAMES, _policies
+from starlayers.rl.registration import NAMES, _policies
 
 
 def test_without_contrib_sb3_has_all_of_its_names(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        "starlayers.rl.names.find_spec", lambda name: None if "contrib" in name else found(name)
+        "starlayers.rl.registration.find_spec", lambda name: None if "contrib" in name else found(name)
     )
     assert set(_policies()) == {PPO, A2C, SAC, TD3, DDPG, DQN}
 
