@@ -17,7 +17,7 @@ from starlayers.surgery.find import Patterns, find_mlps
 from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import install_plain, installed, settle_fast_paths
 from starlayers.surgery.projection import StarProjection, parse_gate
-from starlayers.surgery.record import apply_record, record_of
+from starlayers.surgery.saving import apply_record, record_of
 from starlayers.surgery.site import join
 from starlayers.surgery.starify import revert as revert_module
 

@@ -12,7 +12,7 @@ from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import anneal_activation, annealed, installed, role_of
 from starlayers.surgery.projection import StarProjection
-from starlayers.surgery.record import note_in_config
+from starlayers.surgery.saving import note_in_config
 from starlayers.surgery.site import attribute, gate_blocker, projection
 
 __all__ = ["Anneal"]

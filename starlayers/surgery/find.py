@@ -10,7 +10,7 @@ from starlayers.surgery.attention import gated_attentions
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import installed
-from starlayers.surgery.probe import verify
+from starlayers.surgery.verify import verify
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.recipes import RECIPES, is_sequence, runs
 from starlayers.surgery.site import Site, attribute, join, parent_of

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from starlayers.surgery.gates import gate_parameters
-from starlayers.surgery.record import GUARD, apply_record, note_in_config
+from starlayers.surgery.saving import GUARD, apply_record, note_in_config
 
 __all__ = ["from_pretrained"]
 

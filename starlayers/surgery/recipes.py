@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from starlayers.activations import ACTIVATIONS
-from starlayers.surgery.shadow import shadow
+from starlayers.surgery.sandbox import shadow
 from starlayers.surgery.site import Projection, Site, projection
 
 __all__ = ["RECIPES", "Recipe", "is_activation", "recognise", "register_recipe"]

@@ -25,7 +25,7 @@ from starlayers.surgery.install import (
     take_out,
 )
 from starlayers.surgery.projection import StarProjection, parse_gate
-from starlayers.surgery.record import note_in_config
+from starlayers.surgery.saving import note_in_config
 from starlayers.surgery.site import Site
 
 __all__ = ["MODES", "revert", "starify"]

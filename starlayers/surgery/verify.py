@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from starlayers.surgery.gated import Role, adopt
 from starlayers.surgery.install import install_plain
 from starlayers.surgery.recipes import is_sequence, recognise, runs
-from starlayers.surgery.shadow import seed, shadow, untraced
+from starlayers.surgery.sandbox import seed, shadow, untraced
 from starlayers.surgery.site import (
     Projection,
     Site,
