@@ -14,8 +14,8 @@ from benchmarks.gpu_lab import Comparison, Lab, Subject, Trial, compare, trial
 from starlayers.functional import star_mlp_reference
 from starlayers.kernels import dwconv as depthwise
 from starlayers.kernels import star_mlp_launch
-from starlayers.kernels._tiles import MLP_BACKWARD, MLP_FORWARD, Tile
 from starlayers.kernels.star_mlp import star_mlp
+from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, Tile
 
 SHIPPED = "shipped"
 #: what each table is tried with: rows, hidden channels, warps, stages

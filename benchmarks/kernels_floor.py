@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.common import markdown_table
-from starlayers.kernels._tiles import MLP_BACKWARD, split_columns
+from starlayers.kernels.tiles import MLP_BACKWARD, split_columns
 from starlayers.vision.models import STARNETS
 
 BANDWIDTH = 3.0e12  # bytes a second that an H100 reaches

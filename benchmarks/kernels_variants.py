@@ -6,8 +6,9 @@ from itertools import product
 from typing import Any
 
 from benchmarks.aot import TARGETS
-from starlayers.kernels import _statistics, dwconv, star, star_linear
-from starlayers.kernels._tiles import MLP_BACKWARD, MLP_FORWARD, Tile, split_columns
+from starlayers.kernels import dwconv, star, star_linear
+from starlayers.kernels import statistics as kernel_statistics
+from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, Tile, split_columns
 
 #: the GPUs each family of tiles is compiled for
 GPUS = {"sm_90": ("sm_90",), "sm_80": ("sm_80",), "small": ("sm_89", "gfx942")}
@@ -122,10 +123,19 @@ def depthwise(target: str, size: int) -> Iterator[Variant]:
 
 def statistics(target: str) -> Iterator[Variant]:
     """What merges the statistics of tiles, at its widest."""
-    constants = {"C": 32, "BT": _statistics.TILES, "BC": _statistics.CHANNELS}
-    row = f"{_statistics.TILES} x {_statistics.CHANNELS}, {_statistics.WARPS} warps"
+    constants = {"C": 32, "BT": kernel_statistics.TILES, "BC": kernel_statistics.CHANNELS}
+    row = (
+        f"{kernel_statistics.TILES} x {kernel_statistics.CHANNELS}, {kernel_statistics.WARPS} warps"
+    )
     yield Variant(
-        "statistics", row, "", "tile.merge_statistics", constants, target, 4, _statistics.WARPS
+        "statistics",
+        row,
+        "",
+        "tile.merge_statistics",
+        constants,
+        target,
+        4,
+        kernel_statistics.WARPS,
     )
 
 

@@ -223,7 +223,7 @@ def kernel_blocker(tensors: Sequence[Tensor], act: str | None) -> str | None:
         >>> kernel_blocker([torch.ones(2)], None)
         "no Triton kernel for device 'cpu'"
     """
-    from starlayers.kernels._op import HAS_TRITON, INTERPRET, TRITON_ACTIVATIONS
+    from starlayers.kernels.registration import HAS_TRITON, INTERPRET, TRITON_ACTIVATIONS
 
     x = tensors[0]
     if x.device.type != "cuda" and not (INTERPRET and x.device.type == "cpu"):
@@ -290,7 +290,7 @@ def needs_gradients(*tensors: Tensor | None) -> bool:
 
 
 def _interpreting() -> bool:
-    from starlayers.kernels._op import INTERPRET
+    from starlayers.kernels.registration import INTERPRET
 
     return INTERPRET
 
@@ -304,8 +304,8 @@ def _gpu_blocker(mlp: "StarMLP", x: Tensor) -> str | None:
     reason = kernel_blocker((x, *parameters), mlp.act)
     if reason is not None:
         return reason
-    from starlayers.kernels._dispatch import tuning
     from starlayers.kernels.layer import too_few, too_wide
+    from starlayers.kernels.tuning import tuning
 
     training = needs_gradients(x, *parameters)
     reason = too_few(x, mlp)

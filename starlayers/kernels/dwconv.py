@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from starlayers.kernels._op import (
+from starlayers.kernels.registration import (
     ceil_div,
     define_op,
     given,
@@ -23,7 +23,7 @@ from starlayers.kernels._op import (
     no_autocast,
     tap_rows,
 )
-from starlayers.kernels._statistics import (
+from starlayers.kernels.statistics import (
     empty_statistics,
     fake_statistics,
     merged_statistics,

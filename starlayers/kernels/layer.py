@@ -9,11 +9,11 @@ from torch import Tensor
 
 from starlayers import backend
 from starlayers.backend import backend_name, compute_dtype, needs_gradients
-from starlayers.kernels._dispatch import choose, tuning, winner
-from starlayers.kernels._op import INTERPRET, cast, no_autocast
-from starlayers.kernels._tiles import MLP_BACKWARD, MLP_FORWARD, mlp_tile, split_columns
+from starlayers.kernels.registration import INTERPRET, cast, no_autocast
 from starlayers.kernels.star_mlp import star_mlp
 from starlayers.kernels.star_mlp_wide import PROGRAMS, star_mlp_wide
+from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, mlp_tile, split_columns
+from starlayers.kernels.tuning import choose, tuning, winner
 
 if TYPE_CHECKING:
     from starlayers.modules import StarMLP

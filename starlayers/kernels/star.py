@@ -13,7 +13,7 @@ from torch import Tensor
 
 from starlayers.activations import get_activation
 from starlayers.functional import star_reference
-from starlayers.kernels._op import (
+from starlayers.kernels.registration import (
     ceil_div,
     define_op,
     launch,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from starlayers.kernels._op import ceil_div, define_op, given, launch
+from starlayers.kernels.registration import ceil_div, define_op, given, launch
 from starlayers.kernels.star import star, star_backward
 
 __all__ = ["dgated", "star_linear"]

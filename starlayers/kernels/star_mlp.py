@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from starlayers.functional import star_mlp_reference
-from starlayers.kernels._op import cast, define_op, library_gradients, no_autocast
-from starlayers.kernels._statistics import (
+from starlayers.kernels.registration import cast, define_op, library_gradients, no_autocast
+from starlayers.kernels.star_mlp_cpu import blocked_backward, blocked_forward
+from starlayers.kernels.star_mlp_launch import star_mlp_backward_kernel, star_mlp_kernel
+from starlayers.kernels.statistics import (
     fake_statistics,
     statistics_gradient,
     upstream,
     with_statistics,
 )
-from starlayers.kernels.star_mlp_cpu import blocked_backward, blocked_forward
-from starlayers.kernels.star_mlp_launch import star_mlp_backward_kernel, star_mlp_kernel
 
 __all__ = ["star_mlp", "star_mlp_backward"]
 

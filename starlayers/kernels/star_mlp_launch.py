@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from starlayers.kernels._op import (
+from starlayers.kernels.registration import (
     ceil_div,
     given,
     launch,
@@ -11,8 +11,8 @@ from starlayers.kernels._op import (
     precision,
     unit_stride,
 )
-from starlayers.kernels._statistics import empty_statistics, merged_statistics
-from starlayers.kernels._tiles import MLP_BACKWARD, MLP_FORWARD, Tile, mlp_tile, split_columns
+from starlayers.kernels.statistics import empty_statistics, merged_statistics
+from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, Tile, mlp_tile, split_columns
 
 __all__ = ["star_mlp_backward_kernel", "star_mlp_kernel"]
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from starlayers.functional import star_mlp_reference
-from starlayers.kernels._op import library_gradients, no_autocast
+from starlayers.kernels.registration import library_gradients, no_autocast
 from starlayers.kernels.star_linear import dgated, star_linear
 
 __all__ = ["PROGRAMS", "star_mlp_wide"]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from starlayers.kernels._op import ceil_div, launch
+from starlayers.kernels.registration import ceil_div, launch
 
 # TILES * CHANNELS elements at a time: few programs, so each has to keep many loads in flight
 TILES, CHANNELS = 1024, 4

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from starlayers.kernels._op import INTERPRET
+from starlayers.kernels.registration import INTERPRET
 
 __all__ = [
     "FAMILIES",

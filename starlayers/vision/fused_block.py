@@ -97,8 +97,8 @@ def _depthwise(conv: nn.Conv2d) -> bool:
 
 def fused_block(block: "StarBlock2d", x: Tensor) -> Tensor:
     """`block` on x (N, height, width, C), where `fused_block_blocker` found no obstacle."""
-    from starlayers.kernels._op import no_autocast
     from starlayers.kernels.dwconv import dwconv
+    from starlayers.kernels.registration import no_autocast
     from starlayers.kernels.star_mlp import star_mlp
 
     dtype = compute_dtype(x)

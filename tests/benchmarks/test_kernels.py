@@ -14,8 +14,8 @@ triton = pytest.importorskip("triton")
 from benchmarks import kernels  # noqa: E402
 from benchmarks.aot import TARGETS, Stats, amd_stats, parse_ptxas  # noqa: E402
 from benchmarks.kernels_variants import WIDTHS, variants  # noqa: E402
-from starlayers.kernels import _tiles  # noqa: E402
-from starlayers.kernels._tiles import MLP_BACKWARD, MLP_FORWARD, split_columns  # noqa: E402
+from starlayers.kernels import tiles  # noqa: E402
+from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, split_columns  # noqa: E402
 
 FINE = Stats(registers=168, spill=0, shared=65536, matrix=12, programs=2)
 
@@ -165,17 +165,17 @@ def test_a_small_configuration_compiles_for_every_gpu(everything):
 
 
 def test_float32_has_tiles_of_its_own(monkeypatch):
-    gpu = _tiles.torch.device("cuda")
-    monkeypatch.setattr(_tiles, "INTERPRET", False)
-    monkeypatch.setattr(_tiles, "family", lambda device: "sm_90")
-    tile = _tiles.mlp_tile
+    gpu = tiles.torch.device("cuda")
+    monkeypatch.setattr(tiles, "INTERPRET", False)
+    monkeypatch.setattr(tiles, "family", lambda device: "sm_90")
+    tile = tiles.mlp_tile
     assert tile(MLP_FORWARD, gpu, 64) is MLP_FORWARD["sm_90"][64]
     assert tile(MLP_FORWARD, gpu, 64, 4) is MLP_FORWARD["sm_90 float32"][64]
     assert tile(MLP_FORWARD, gpu, 40, 4) is MLP_FORWARD["sm_90 float32"][64]
     assert tile(MLP_FORWARD, gpu, 256, 4) is None
     assert tile(MLP_BACKWARD["all"], gpu, 32, 4) is None  # not even a table
     # bfloat16 reaches kernels as float32 there, and nothing spills
-    monkeypatch.setattr(_tiles, "INTERPRET", True)
+    monkeypatch.setattr(tiles, "INTERPRET", True)
     assert tile(MLP_FORWARD, gpu, 256, 4) is MLP_FORWARD["sm_90"][256]
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from starlayers.kernels import _op, _tiles
+from starlayers.kernels import registration, tiles
 from tests.kernels.cases import DEVICE
 
-TRITON = _op.INTERPRET or DEVICE == "cuda"
+TRITON = registration.INTERPRET or DEVICE == "cuda"
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +36,9 @@ def on_family(monkeypatch):
     """`on_family(name)`: kernels take their tiles from that family's tables."""
 
     def on_family(name):
-        if DEVICE == "cuda" and name != _tiles.family(torch.device(DEVICE)):
+        if DEVICE == "cuda" and name != tiles.family(torch.device(DEVICE)):
             pytest.skip("tiles of another family of GPUs")
-        monkeypatch.setattr(_tiles, "family", lambda device: name)
+        monkeypatch.setattr(tiles, "family", lambda device: name)
 
     return on_family
 
@@ -46,15 +46,15 @@ def on_family(monkeypatch):
 @pytest.fixture
 def launches(monkeypatch):
     """(kernel, grid, options) of every Triton launch, in order."""
-    from starlayers.kernels import _statistics, dwconv, star, star_mlp_launch
+    from starlayers.kernels import dwconv, star, star_mlp_launch, statistics
 
     seen = []
 
     def recorded(kernel, grid, *args, **options):
         seen.append((kernel.fn.__name__, grid, options))
-        _op.launch(kernel, grid, *args, **options)
+        registration.launch(kernel, grid, *args, **options)
 
-    for module in (_statistics, dwconv, star, star_mlp_launch):
+    for module in (statistics, dwconv, star, star_mlp_launch):
         monkeypatch.setattr(module, "launch", recorded)
     return seen
 

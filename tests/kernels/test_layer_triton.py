@@ -256,7 +256,7 @@ def test_float32_precision_follows_the_user(way):
     }[way]
     assert matmul.fp32_precision in ("none", "ieee")
     script = f"""import torch
-from starlayers.kernels._op import precision
+from starlayers.kernels.registration import precision
 assert precision(torch.ones(1)) == "tf32x3"
 {code}
 assert precision(torch.ones(1)) == "tf32"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from starlayers.kernels._statistics import (
+from starlayers.kernels.statistics import (
     empty_statistics,
     merged_statistics,
     statistics_gradient,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from starlayers.kernels import _tiles, star_mlp_launch
-from starlayers.kernels._tiles import FAMILIES, Tile
+from starlayers.kernels import star_mlp_launch, tiles
 from starlayers.kernels.star_mlp import star_mlp
+from starlayers.kernels.tiles import FAMILIES, Tile
 from tests.helpers import assert_as_exact_as_eager, converted, results
 from tests.kernels.cases import DEVICE, DTYPES, mlp_pair, mlp_tensors
 
@@ -23,7 +23,7 @@ def rows_of(table, path=()):
 
 TABLES = {
     name: dict(rows_of(table))
-    for name, table in vars(_tiles).items()
+    for name, table in vars(tiles).items()
     if isinstance(table, dict) and any(rows_of(table))
 }
 SHIPPED = [(name, path) for name, rows in TABLES.items() for path in rows]
@@ -74,7 +74,7 @@ def test_tile(name, path, dtype, on_family, launches, monkeypatch):
     if DEVICE == "cuda" and for_float32 != (dtype == torch.float32):
         pytest.skip("float32 has tiles of its own on a GPU")
     if for_float32:  # the interpreter itself takes no such row
-        monkeypatch.setattr(_tiles, "INTERPRET", False)
+        monkeypatch.setattr(tiles, "INTERPRET", False)
     # one multiprocessor: a program takes several row tiles one after the other
     monkeypatch.setattr(star_mlp_launch, "multiprocessors", lambda device: 1)
     tensors = mlp_tensors(*sizes_of(name, path, tile), dtype=dtype)
@@ -105,7 +105,7 @@ def test_every_row_the_tables_ship_is_run(request):
         per_kernel[path[0] if name == "MLP_BACKWARD" else name] += 1
     print(f"{len(SHIPPED)} tile rows {per_kernel}, {len(ran)} with their dtypes")
     assert {(name, path) for name, path, _ in ran} == set(SHIPPED)
-    assert len(SHIPPED) == sum(per_kernel.values()) == repr(vars(_tiles)).count("Tile(rows=")
+    assert len(SHIPPED) == sum(per_kernel.values()) == repr(vars(tiles)).count("Tile(rows=")
     assert len(ran) == len(CASES)
     families = {family_of(path) for _, path in SHIPPED}
     assert families >= {(family, False) for family in FAMILIES}

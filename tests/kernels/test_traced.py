@@ -5,8 +5,8 @@ import torch
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from starlayers.kernels import _op
-from starlayers.kernels._tiles import MLP_BACKWARD, mlp_tile
+from starlayers.kernels import registration
+from starlayers.kernels.tiles import MLP_BACKWARD, mlp_tile
 from tests.kernels.cases import calls
 
 MERGE = ("merge_statistics", {"mean", "var"})
@@ -56,7 +56,7 @@ def imagined_gpu(monkeypatch):
         def get_current_target(self):
             return GPUTarget("cuda", 90, 32)
 
-    assert not _op.INTERPRET
+    assert not registration.INTERPRET
     monkeypatch.setattr(driver, "_active", Imagined())
 
 

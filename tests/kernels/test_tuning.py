@@ -2,13 +2,13 @@
 
 import pytest
 
-from starlayers.kernels import _dispatch
-from starlayers.kernels._dispatch import choose, tuning
+from starlayers.kernels import tuning
+from starlayers.kernels.tuning import choose
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(_dispatch, "_winners", {})
+    monkeypatch.setattr(tuning, "_winners", {})
 
 
 def test_the_fastest_serves_and_is_timed_once():
@@ -35,7 +35,7 @@ def test_every_key_has_a_winner_of_its_own_and_ties_go_to_the_first():
 
 @pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("1", True)])
 def test_tuning_is_asked_for_by_the_environment(monkeypatch, value, expected):
-    monkeypatch.delenv(_dispatch.ENV_VAR, raising=False)
+    monkeypatch.delenv(tuning.ENV_VAR, raising=False)
     if value is not None:
-        monkeypatch.setenv(_dispatch.ENV_VAR, value)
-    assert tuning() is expected
+        monkeypatch.setenv(tuning.ENV_VAR, value)
+    assert tuning.tuning() is expected
