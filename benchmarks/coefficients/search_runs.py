@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.data import benchmark_images
+from benchmarks.harness.images import benchmark_images
 from starlayers import StarBlock
-from starlayers.coefficients._scales import star_layers
+from starlayers.coefficients.scaling import star_layers
 from starlayers.coefficients.penalty import CoefficientPenalty
 from starlayers.coefficients.search import search as search_values
 from starlayers.coefficients.space import apply_initialisation, coefficient_space

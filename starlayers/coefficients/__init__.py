@@ -15,11 +15,11 @@ from starlayers.coefficients.kernel import (
     star_kernel,
 )
 from starlayers.coefficients.penalty import CoefficientPenalty
+from starlayers.coefficients.plots import plot_spectrum
 from starlayers.coefficients.search import SearchResult, search
 from starlayers.coefficients.space import apply_initialisation, coefficient_space
 from starlayers.coefficients.spectrum import Spectrum, spectrum
 from starlayers.coefficients.spectrum_logger import SpectrumLogger
-from starlayers.coefficients.spectrum_plot import plot_spectrum
 from starlayers.coefficients.truncation import TruncationCurve, truncate, truncation_curve
 from starlayers.coefficients.tune import TuneResult, tune_coefficients
 

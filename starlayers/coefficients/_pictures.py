@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from starlayers.coefficients._extra import needs
 from starlayers.coefficients.eigen import Eigenfeatures
+from starlayers.coefficients.optional import needs
 from starlayers.modules import positive_int
 
 if TYPE_CHECKING:

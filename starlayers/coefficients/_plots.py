@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from starlayers.coefficients._extra import needs
+from starlayers.coefficients.optional import needs
 
 if TYPE_CHECKING:
     import optuna

@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-from starlayers.coefficients._compose import Products, compose, outline
+from starlayers.coefficients.compose import Products, compose, outline
 from starlayers.modules import positive_int
 
 __all__ = [

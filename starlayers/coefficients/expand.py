@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from starlayers.coefficients._extra import needs
 from starlayers.coefficients.form import check_form, quadratic_form
+from starlayers.coefficients.optional import needs
 from starlayers.modules import StarOp
 
 if TYPE_CHECKING:

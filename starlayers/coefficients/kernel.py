@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from starlayers.coefficients._extra import needs
 from starlayers.coefficients.form import branch_vectors, check_form
+from starlayers.coefficients.optional import needs
 from starlayers.modules import StarBlock, StarOp, positive_int
 
 if TYPE_CHECKING:

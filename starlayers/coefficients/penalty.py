@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from starlayers.coefficients import _sums
+from starlayers.coefficients import norms
 from starlayers.coefficients.form import find_stars, named_vectors
 
 __all__ = ["CoefficientPenalty"]
@@ -78,10 +78,10 @@ class CoefficientPenalty:
     def _layer(self, w1: Tensor, w2: Tensor, share: float) -> Tensor:
         term = w1.new_zeros(())
         if self.p == 2:
-            found = _sums.squares(w1, w2)
+            found = norms.squares(w1, w2)
             term = found.mean() * share if self.normalise else found.sum()
         elif self.p == 1:
-            found = (_sums.absolutes_bound if self.bound else _sums.absolutes)(w1, w2)
+            found = (norms.absolutes_bound if self.bound else norms.absolutes)(w1, w2)
             term = found.mean() * (share / w1.shape[2]) if self.normalise else found.sum()
         if self.balance:
             term = term + self.balance * share * imbalance(w1, w2)
@@ -97,11 +97,11 @@ class CoefficientPenalty:
 def imbalance(w1: Tensor, w2: Tensor) -> Tensor:
     """`1 - log(P) / log(N)` of a layer's N coefficients, P of which are effective; a scalar."""
     # no change but to keep fourth powers of small weights from vanishing
-    w1, w2 = (w / _sums.positive(w.detach().square().mean().sqrt()) for w in (w1, w2))
+    w1, w2 = (w / norms.positive(w.detach().square().mean().sqrt()) for w in (w1, w2))
     rank, width = w1.shape[1:]
     channel_bytes = 3 * (2 * rank) ** 2 * width * w1.element_size()
-    fourth = _sums.in_chunks(_sums.fourth_powers, w1, w2, channel_bytes).sum()
-    second = _sums.squares(w1, w2).sum()
-    effective = 2 * _sums.positive(second).log() - _sums.positive(fourth).log()
+    fourth = norms.in_chunks(norms.fourth_powers, w1, w2, channel_bytes).sum()
+    second = norms.squares(w1, w2).sum()
+    effective = 2 * norms.positive(second).log() - norms.positive(fourth).log()
     count = len(w1) * width * width
     return 1 - effective.clamp(min=0) / math.log(count)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from starlayers.coefficients._extra import needs
+from starlayers.coefficients.optional import needs
 from starlayers.coefficients.spectrum import Spectrum, spectrum
 
 if TYPE_CHECKING:

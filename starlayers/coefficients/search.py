@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from starlayers.coefficients._extra import needs
 from starlayers.coefficients._plots import plot_study
 from starlayers.coefficients._study import Runner, only_one
 from starlayers.coefficients._trials import METHODS, Objective, Space
+from starlayers.coefficients.optional import needs
 from starlayers.modules import positive_int
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from starlayers.coefficients._extra import needs
-from starlayers.coefficients._scales import Products, star_layers
+from starlayers.coefficients.optional import needs
+from starlayers.coefficients.scaling import Products, star_layers
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from starlayers.coefficients import _sums
+from starlayers.coefficients import norms
 from starlayers.coefficients.form import find_stars, named_vectors
 
 __all__ = ["Spectrum", "spectrum"]
@@ -58,7 +58,7 @@ class Spectrum:
         Source: Hoyer, "Non-negative matrix factorization with sparseness constraints", JMLR 2004.
         """
         root = self.features + 1
-        spread = self.absolute / _sums.positive(self.norm)
+        spread = self.absolute / norms.positive(self.norm)
         return ((root - spread) / (root - 1)).clamp(0, 1)
 
     def summary(self) -> dict[str, float]:
@@ -79,7 +79,7 @@ class Spectrum:
         }
         if self.entropy is not None:
             means["entropy"] = self.entropy
-        deviation = self.norm.std(correction=0) / _sums.positive(self.norm.mean())
+        deviation = self.norm.std(correction=0) / norms.positive(self.norm.mean())
         return {
             **{name: float(values.mean()) for name, values in means.items()},
             "norm_variation": float(deviation),
@@ -120,27 +120,27 @@ def spectrum(model: nn.Module, *, entropy: bool = True) -> dict[str, Spectrum]:
 
 def _spectrum(w1: Tensor, w2: Tensor, entropy: bool) -> Spectrum:
     # scaled to where squares and fourth powers of small weights do not vanish
-    scales = [_sums.positive(w.square().mean((1, 2)).sqrt()) for w in (w1, w2)]
+    scales = [norms.positive(w.square().mean((1, 2)).sqrt()) for w in (w1, w2)]
     v1, v2 = (w / s[:, None, None] for w, s in zip((w1, w2), scales))
     scale = scales[0] * scales[1]
-    squares = _sums.squares(v1, v2)
-    total = _sums.positive(squares)
+    squares = norms.squares(v1, v2)
+    total = norms.positive(squares)
     rank, width = w1.shape[1:]
     channel_bytes = 3 * (2 * rank) ** 2 * width * w1.element_size()
-    fourth = _sums.in_chunks(_sums.fourth_powers, v1, v2, channel_bytes)
-    diagonal, edge = _sums.diagonals(v1, v2)
+    fourth = norms.in_chunks(norms.fourth_powers, v1, v2, channel_bytes)
+    diagonal, edge = norms.diagonals(v1, v2)
     square = diagonal[:, :-1].square().sum(1) / total
     linear = 2 * edge.square().sum(1) / total
     constant = diagonal[:, -1].square() / total
     return Spectrum(
         features=width - 1,
-        eigenvalues=_sums.eigenvalues(v1, v2) * scale[:, None],
+        eigenvalues=norms.eigenvalues(v1, v2) * scale[:, None],
         norm=squares.sqrt() * scale,
-        absolute=_sums.absolutes(v1, v2) * scale,
-        participation=squares.square() / _sums.positive(fourth) / width**2,
+        absolute=norms.absolutes(v1, v2) * scale,
+        participation=squares.square() / norms.positive(fourth) / width**2,
         square=square,
         cross=(squares / total - square - linear - constant).clamp(min=0),
         linear=linear,
         constant=constant,
-        entropy=_sums.entropies(v1, v2) / (2 * math.log(width)) if entropy else None,
+        entropy=norms.entropies(v1, v2) / (2 * math.log(width)) if entropy else None,
     )

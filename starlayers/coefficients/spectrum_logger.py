@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from starlayers.coefficients._extra import needs
+from starlayers.coefficients.optional import needs
 from starlayers.coefficients.spectrum import spectrum
 from starlayers.modules import positive_int
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from starlayers.coefficients._extra import needs
-from starlayers.coefficients._scales import Products, star_layers
+from starlayers.coefficients.optional import needs
+from starlayers.coefficients.scaling import Products, star_layers
 from starlayers.coefficients.search import SearchResult, check_method, run_search, storage_path
 from starlayers.modules import positive_int
 

@@ -12,8 +12,8 @@ from starlayers import StarBlock, StarMLP, StarOp
 from starlayers.coefficients import (
     Eigenfeatures,
     TruncationCurve,
-    _compose,
     attribute,
+    compose,
     eigen,
     eigenfeatures,
     plot_eigenfeatures,
@@ -377,7 +377,7 @@ def test_rows_are_pulled_back_in_parts(monkeypatch):
     x = randn(3, 2, 3, 3, dtype=torch.float64)
     model = pipeline()
     whole = eigenfeatures(model, 0, shape=(2, 3, 3))
-    monkeypatch.setattr(_compose, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(compose, "CHUNK_BYTES", 1)
     parts = eigenfeatures(model, 0, shape=(2, 3, 3))
     assert torch.allclose(parts.terms(x), whole.terms(x), atol=1e-12)
 

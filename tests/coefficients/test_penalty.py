@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from starlayers import StarBlock, StarMLP, StarOp, use_backend
-from starlayers.coefficients import CoefficientPenalty, _sums, branch_vectors
+from starlayers.coefficients import CoefficientPenalty, branch_vectors, norms
 from starlayers.coefficients.penalty import imbalance
 from tests.coefficients.layers import CLOSE, DOUBLE, OPTIONS, dense_forms, filled, star_mlp, star_op
 from tests.helpers import properties
@@ -126,7 +126,7 @@ def test_chunks_change_nothing_and_save_only_the_vectors(p, rank, backend, monke
     penalty = CoefficientPenalty(op, p, balance=0.2)
     parameters = list(op.parameters())
     whole = [penalty(), *torch.autograd.grad(penalty(), parameters)]
-    monkeypatch.setattr(_sums, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(norms, "CHUNK_BYTES", 1)
     with use_backend(backend):
         value = penalty()
     for a, b in zip([value, *torch.autograd.grad(value, parameters)], whole):
@@ -149,7 +149,7 @@ def saved_numbers(call):
 @pytest.mark.parametrize(("p", "most"), [(2, 4), (1, 4)])
 def test_memory_is_of_the_order_of_the_parameters(p, most, monkeypatch):
     # for p=1 in chunks of 2 MiB, beyond which everything is computed again
-    monkeypatch.setattr(_sums, "CHUNK_BYTES", 2**21)
+    monkeypatch.setattr(norms, "CHUNK_BYTES", 2**21)
     op = StarOp(512, 2048, act=None)
     parameters = sum(t.numel() for t in op.parameters())
     kept, _ = saved_numbers(CoefficientPenalty(op, p))
@@ -192,8 +192,8 @@ def test_balance_does_not_care_for_size_and_survives_zero():
 def test_training_with_it_does_what_it_says():
     torch.manual_seed(0)
     for options, measured in (
-        ({"p": 2}, lambda w: _sums.squares(*w).sum()),
-        ({"p": 1}, lambda w: _sums.absolutes(*w).sum()),
+        ({"p": 2}, lambda w: norms.squares(*w).sum()),
+        ({"p": 1}, lambda w: norms.absolutes(*w).sum()),
         ({"p": None, "balance": 1.0}, lambda w: imbalance(*w)),
     ):
         op = StarOp(6, 4, act="gelu")

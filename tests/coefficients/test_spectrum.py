@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from starlayers import StarBlock, StarMLP, StarOp
-from starlayers.coefficients import Spectrum, SpectrumLogger, _sums, plot_spectrum, spectrum
+from starlayers.coefficients import Spectrum, SpectrumLogger, norms, plot_spectrum, spectrum
 from tests.coefficients.layers import CLOSE, DOUBLE, OPTIONS, dense_forms, star_mlp, star_op
 from tests.helpers import properties, randn
 
@@ -91,7 +91,7 @@ def test_extremes():
 def test_chunks_make_no_difference(rank, monkeypatch):
     op = star_mlp(5, 7, rank=rank)
     whole = spectrum(op)[""]
-    monkeypatch.setattr(_sums, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(norms, "CHUNK_BYTES", 1)
     parts = spectrum(op)[""]
     for name in ("absolute", "participation", "entropy", "norm"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), **CLOSE)

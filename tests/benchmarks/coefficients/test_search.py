@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from benchmarks import coefficients_search as study
 from benchmarks import coefficients_search_runs as runs
-from benchmarks.coefficients_search_runs import DEFAULTS, RECIPE, SMOKE, TUNED
+from benchmarks.coefficients.search_runs import DEFAULTS, RECIPE, SMOKE, TUNED
 from benchmarks.common import write_json
-from starlayers.coefficients._scales import star_layers
+from starlayers.coefficients.scaling import star_layers
 
 SMALL = RECIPE | SMOKE
 
