@@ -1,7 +1,7 @@
-"""Starformer: star-MLP transformers inside Hugging Face transformers.
+"""Starformer: transformers with star MLPs, as Hugging Face transformers models.
 
-Install with `pip install 'starlayers[nlp]'`. Importing this registers the family with the Auto
-classes.
+Install with `pip install 'starlayers[nlp]'`. Importing this package registers the models with
+transformers' Auto classes (`AutoModelForCausalLM` and the others).
 """
 
 try:

@@ -1,4 +1,4 @@
-"""The family's places in transformers' Auto classes."""
+"""Registration of the Starformer models with transformers' Auto classes."""
 
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -10,7 +10,7 @@ from starlayers.nlp import modeling_starformer_seq2seq as seq2seq
 
 __all__ = ["AUTO_CLASSES", "register_auto_classes"]
 
-#: Auto class -> the models it can make; each model knows its configuration
+#: Auto class -> models it can create; `model.config_class` tells which configuration selects one
 AUTO_CLASSES: dict[str, tuple[type[transformers.PreTrainedModel], ...]] = {
     "AutoModel": (
         decoder.StarformerModel,
@@ -36,22 +36,27 @@ AUTO_CLASSES: dict[str, tuple[type[transformers.PreTrainedModel], ...]] = {
 
 
 def register_auto_classes() -> None:
-    """Make `AutoConfig`, `AutoModel` and its kin know the family; calling it again is harmless.
+    """Register the Starformer classes with transformers' Auto classes.
+
+    Importing `starlayers.nlp` calls this once; further calls change nothing.
+
 
     Example:
         >>> register_auto_classes()
-        >>> transformers.AutoConfig.for_model("starformer").model_type
-        'starformer'
+        >>> config = transformers.AutoConfig.for_model("starformer", num_hidden_layers=2)
+        >>> type(config).__name__, config.layer_types
+        ('StarformerConfig', ['full_attention', 'full_attention'])
     """
-    for config in (
+    for config_class in (
         configuration.StarformerConfig,
         configuration.StarformerEncoderConfig,
         configuration.StarformerSeq2SeqConfig,
     ):
-        transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-    for name, models in AUTO_CLASSES.items():
+        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto_class, models in AUTO_CLASSES.items():
         for model in models:
-            getattr(transformers, name).register(model.config_class, model, exist_ok=True)
-    # by this table of names Trainer's label smoothing knows whose labels it has to shift
-    name = decoder.StarformerForCausalLM.__name__
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("starformer", name)
+            getattr(transformers, auto_class).register(model.config_class, model, exist_ok=True)
+    # Trainer's label smoothing shifts the labels of the models in this table only
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(
+        configuration.StarformerConfig.model_type, decoder.StarformerForCausalLM.__name__
+    )

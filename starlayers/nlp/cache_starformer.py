@@ -1,8 +1,9 @@
-"""What the installed transformers calls the cache: `past_key_values`, from 5.24 on `cache`.
+"""Name of the cache argument in the installed transformers.
 
-The family's code says `past_key_values`; where it meets transformers' own (masks, layers under
-gradient checkpointing, outputs, `generate`) it says `CACHE`. Taking both names everywhere would be
-wrong: up to 5.23 `cache` is the paged one of continuous batching, and goes through to attention.
+Up to 5.23 it is `past_key_values`, from 5.24 on `cache`. Starformer code says `past_key_values`
+and uses `CACHE` where it calls transformers (masks, layers under gradient checkpointing, outputs,
+`generate`). Accepting both names everywhere would be wrong: up to 5.23 `cache` is the paged cache
+of continuous batching, which has to reach the attention function unchanged.
 """
 
 from collections.abc import Callable
@@ -21,28 +22,33 @@ CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "pas
 
 
 def takes_cache(forward: Forward) -> Forward:
-    """A `forward` whose parameter `past_key_values` has the installed transformers' name.
+    """Rename the argument `past_key_values` of `forward` to `CACHE`.
 
-    Where that is `cache`, the old one is taken too, with the warning of transformers' own models.
+    Where `CACHE` is "cache", `past_key_values` still works and warns that it is deprecated, as in
+    transformers' own models. Where it is "past_key_values", `forward` is returned unchanged.
 
     Example:
-        >>> forward = takes_cache(lambda x, past_key_values=None: past_key_values)
-        >>> list(signature(forward).parameters) == ["x", CACHE], forward(1, **{CACHE: 2})
-        (True, 2)
+        >>> @takes_cache
+        ... def forward(x, past_key_values=None):
+        ...     return x, past_key_values
+        >>> list(signature(forward).parameters) == ["x", CACHE]
+        True
+        >>> forward(1, **{CACHE: 2})
+        (1, 2)
     """
     if CACHE == "past_key_values":
         return forward
 
     @wraps(forward)
-    def renamed(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         if CACHE in kwargs:
             kwargs["past_key_values"] = kwargs.pop(CACHE)
         return forward(*args, **kwargs)
 
-    named = signature(forward)
+    original = signature(forward)
     parameters = [
         p.replace(name=CACHE) if p.name == "past_key_values" else p
-        for p in named.parameters.values()
+        for p in original.parameters.values()
     ]
-    renamed.__signature__ = named.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return deprecate_kwarg("past_key_values", "5.40.0", new_name=CACHE)(renamed)
+    wrapper.__signature__ = original.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return deprecate_kwarg("past_key_values", "5.40.0", new_name=CACHE)(wrapper)

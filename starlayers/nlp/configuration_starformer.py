@@ -1,4 +1,4 @@
-"""Configurations of the Starformer family: decoder, encoder, encoder-decoder."""
+"""Configurations of the Starformer decoder, encoder and encoder-decoder."""
 
 from typing import Any, ClassVar
 
@@ -7,19 +7,19 @@ from transformers import PreTrainedConfig
 
 __all__ = ["StarformerConfig", "StarformerEncoderConfig", "StarformerSeq2SeqConfig"]
 
-#: a configuration after `__post_init__`, which fills in the fields that may be left `None`
-Filled = Any
+#: a configuration after `__post_init__`: optional fields have values, so `Any` instead of a union
+ResolvedConfig = Any
 
 MLP_TYPES = ("star", "sum", "plain")
 ATTENTION_GATES = ("none", "head", "channel")
 POOLINGS = ("mean", "bos")
-#: what a user may write, and the name transformers' caches and masks know it by
+#: accepted name of a layer type -> name that transformers' caches and masks use
 LAYER_TYPES = {
     "attention": "full_attention",
     "full_attention": "full_attention",
     "star_conv": "conv",
     "conv": "conv",
-    "linear_attention": "conv",  # what transformers before 5.18 makes of it
+    "linear_attention": "conv",  # name of "conv" in transformers before 5.18
 }
 
 _TP_ATTENTION = {
@@ -38,35 +38,49 @@ _TP_MLP = {
 
 @strict
 class StarformerConfig(PreTrainedConfig):
-    """Configuration of a star-MLP decoder, and the base of the other two.
+    """Configuration of a star-MLP decoder; base class of the other two.
 
-    A layer is `x + mixer(norm(x))`, then `x + g(act(f1(norm(x))) * (offset + f2(norm(x))))`.
+    A layer computes `x = x + mixer(norm(x))`, then `x + g(act(f1(z)) * (offset + f2(z)))` with
+    `z = norm(x)`. The mixer is grouped-query attention or a `StarConv`.
 
     Args:
         vocab_size, hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
         head_dim, max_position_embeddings, rope_parameters, rms_norm_eps, attention_bias,
         attention_dropout, mlp_bias, initializer_range, tie_word_embeddings, use_cache and the
             token ids: as in `LlamaConfig`.
-        intermediate_size: channels of the star product; default 8/3 of `hidden_size`, rounded to
-            a multiple of 64, which has the parameters of a plain MLP of 4 times `hidden_size`.
-        hidden_act: a row of `starlayers.ACTIVATIONS` for the first branch; `None` for none.
-        mlp_type: "star"; "sum", the paper's ablation; or "plain", `g(act(f1(x)))`, the baseline.
-        mlp_rank, mlp_offset, mlp_recompute: `rank`, `offset`, `recompute` of `starlayers.StarMLP`;
-            to recompute saves the memory of the MLPs' branches in training, for a third product.
-        attention_gate: "none"; "head" or "channel" for a star after the attention: its output
-            times `attention_gate_act` of a linear branch of the input, per head or per channel.
-        attention_gate_act: a row of `starlayers.ACTIVATIONS`.
-        layer_types: "attention" or "star_conv" for each layer; default all attention. They are
-            stored under transformers' own names, "full_attention" and "conv".
-        conv_kernel_size, conv_act, conv_bias: of the star_conv layers.
-        hidden_dropout: dropout on what a mixer or MLP adds.
-        classifier_dropout: dropout before a classification head.
+        intermediate_size: hidden features of the MLP. Default: 8/3 of `hidden_size`, rounded to a
+            multiple of 64, at least 64. With it a star MLP (three matrices) has as many parameters
+            as a plain MLP (two matrices) with `intermediate_size = 4 * hidden_size`. The default
+            is the same for `mlp_type="plain"`, which then has two thirds of the parameters of a
+            star MLP; pass `intermediate_size=4 * hidden_size` to compare at equal parameters.
+        hidden_act: activation of the first branch, a name in `starlayers.ACTIVATIONS`; `None` for
+            no activation (bilinear).
+        mlp_type: "star"; "sum" for `g(act(f1(x)) + f2(x))`, the ablation of the StarNet paper; or
+            "plain" for `g(act(f1(x)))`, an MLP with one branch.
+        mlp_rank: number of products summed in each hidden feature, `rank` of `StarMLP`.
+        mlp_offset: constant added to the second branch, `offset` of `StarMLP`.
+        mlp_recompute: save only the MLP's input for the backward pass and compute the branches
+            again there, `recompute` of `StarMLP`.
+        attention_gate: "none"; "head" or "channel" to multiply the output of the attention by
+            `attention_gate_act(gate_proj(x))`, one factor per head or one per channel.
+        attention_gate_act: activation of the gate, a name in `starlayers.ACTIVATIONS`, or `None`.
+        layer_types: "attention" or "star_conv" for each layer. Default: attention in all layers.
+            Stored under the names that transformers uses, "full_attention" and "conv".
+        conv_kernel_size: tokens that a star_conv layer combines.
+        conv_act: activation of both products in star_conv layers; default `None`.
+        conv_bias: biases in the linear layers and the convolution of star_conv layers.
+        hidden_dropout: dropout probability on the output of each mixer, cross-attention and MLP.
+        classifier_dropout: dropout probability before a classification head; `None` means 0.
+            `StarformerForSequenceClassification` and the question-answering heads have no dropout,
+            as in transformers' own models.
 
     Raises:
-        ValueError: sizes that do not fit each other, or an unknown name.
+        ValueError: sizes that do not divide each other, an odd head size, an unknown `mlp_type`,
+            `attention_gate` or layer type, a list of layer types of the wrong length or without
+            attention, or options of a star MLP together with `mlp_type="plain"`.
 
-    Source: the gate after attention is from "Gated Attention for Large Language Models", NeurIPS
-    2025; a short convolution between two products is the mixer of LFM2.
+    Source: the gate is from "Gated Attention for Large Language Models", NeurIPS 2025; a short
+    convolution between two products is the mixer of LFM2 (Liquid AI, 2025).
 
     Example:
         >>> config = StarformerConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2,
@@ -128,93 +142,98 @@ class StarformerConfig(PreTrainedConfig):
             self.intermediate_size = max(64, round(self.hidden_size * 8 / 3 / 64) * 64)
         self._check_choice("mlp_type", MLP_TYPES)
         self._check_choice("attention_gate", ATTENTION_GATES)
-        self.layer_types = self._checked_layers(
+        self.layer_types = self._resolve_layer_types(
             "layer_types", "num_hidden_layers", causal=self.causal
         )
         if self.attention_gate == "none":
-            self._leave_out_of_tp_plan("attn.gate_proj")
+            self._remove_from_tp_plan("attn.gate_proj")
         if self.mlp_type == "plain":
-            self._leave_out_of_tp_plan("ffn.mlp.f2")
+            self._remove_from_tp_plan("ffn.mlp.f2")
         elif self.mlp_rank > 1:
-            # a branch is laid out (rank, intermediate): its rows cannot be split in one piece
-            self._leave_out_of_tp_plan("ffn")
+            # a branch is laid out (rank, intermediate), so a block of its rows is no whole product
+            self._remove_from_tp_plan("ffn")
         super().__post_init__(**kwargs)
 
-    def _leave_out_of_tp_plan(self, part: str) -> None:
-        whole = self.base_model_tp_plan or {}
-        plan = {name: style for name, style in whole.items() if part not in name}
+    def _remove_from_tp_plan(self, part: str) -> None:
+        """Set a plan on this instance without the modules whose name contains `part`."""
+        class_plan = self.base_model_tp_plan or {}
+        plan = {name: style for name, style in class_plan.items() if part not in name}
         self.base_model_tp_plan = plan  # type: ignore[misc]
 
     def _check_sizes(self) -> None:
-        owner, heads = type(self).__name__, self.num_attention_heads
+        name, heads = type(self).__name__, self.num_attention_heads
         if self.head_dim is None and self.hidden_size % heads:
             raise ValueError(
-                f"{owner}: hidden_size={self.hidden_size} is no multiple of "
+                f"{name}: hidden_size={self.hidden_size} is no multiple of "
                 f"num_attention_heads={heads}; give head_dim or change one of them"
             )
-        groups = self.num_key_value_heads or heads
-        if heads % groups:
+        key_value_heads = self.num_key_value_heads or heads
+        if heads % key_value_heads:
             raise ValueError(
-                f"{owner}: num_attention_heads={heads} is no multiple of "
-                f"num_key_value_heads={groups}"
+                f"{name}: num_attention_heads={heads} is no multiple of "
+                f"num_key_value_heads={key_value_heads}"
             )
-        if (self.head_dim or self.hidden_size // heads) % 2:
-            size = self.head_dim or self.hidden_size // heads
-            raise ValueError(f"{owner}: rotary embeddings need an even head size, got {size}")
-        stars_own = (self.mlp_rank != 1, self.mlp_offset, self.mlp_recompute)
-        if self.mlp_type == "plain" and any(stars_own):
+        head_dim = self.head_dim or self.hidden_size // heads
+        if head_dim % 2:
+            raise ValueError(f"{name}: rotary embeddings need an even head size, got {head_dim}")
+        star_options = (self.mlp_rank != 1, self.mlp_offset, self.mlp_recompute)
+        if self.mlp_type == "plain" and any(star_options):
             raise ValueError(
-                f"{owner}: mlp_type='plain' has no second branch for mlp_rank={self.mlp_rank}, "
+                f"{name}: mlp_type='plain' has no second branch for mlp_rank={self.mlp_rank}, "
                 f"mlp_offset={self.mlp_offset}, mlp_recompute={self.mlp_recompute}"
             )
 
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
+    def _check_choice(self, field: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, field) not in choices:
             raise ValueError(
-                f"{type(self).__name__}: unknown {name} {getattr(self, name)!r}, choose one of "
+                f"{type(self).__name__}: unknown {field} {getattr(self, field)!r}, choose one of "
                 f"{', '.join(choices)}"
             )
 
-    def _checked_layers(self, name: str, number: str, *, causal: bool) -> list[str]:
-        owner, types, count = type(self).__name__, getattr(self, name), getattr(self, number)
+    def _resolve_layer_types(self, field: str, count_field: str, *, causal: bool) -> list[str]:
+        """Check the layer types in `field` and return them under transformers' names."""
+        name, types = type(self).__name__, getattr(self, field)
+        count = getattr(self, count_field)
         if types is None:
             return ["full_attention"] * count
         unknown = [t for t in types if t not in LAYER_TYPES]
         if unknown:
             raise ValueError(
-                f"{owner}: unknown {name} {unknown}, choose from 'attention' and 'star_conv'"
+                f"{name}: unknown {field} {unknown}, choose from 'attention' and 'star_conv'"
             )
         if len(types) != count:
-            raise ValueError(f"{owner}: {len(types)} {name} for {number}={count}")
-        known = [LAYER_TYPES[t] for t in types]
-        if causal and count and "full_attention" not in known:
+            raise ValueError(f"{name}: {len(types)} {field} for {count_field}={count}")
+        resolved = [LAYER_TYPES[t] for t in types]
+        if causal and count and "full_attention" not in resolved:
             raise ValueError(
-                f"{owner}: {name} needs one 'attention' layer at least: a decoder's cache counts "
+                f"{name}: {field} needs one 'attention' layer at least: a decoder's cache counts "
                 "its tokens there"
             )
-        if "conv" in known and not causal and self.conv_kernel_size % 2 == 0:
+        if "conv" in resolved and not causal and self.conv_kernel_size % 2 == 0:
             raise ValueError(
-                f"{owner}: a star_conv encoder layer looks to both sides alike and needs an odd "
+                f"{name}: a star_conv encoder layer looks to both sides alike and needs an odd "
                 f"conv_kernel_size, got {self.conv_kernel_size}"
             )
-        return known
+        return resolved
 
 
 @strict
 class StarformerEncoderConfig(StarformerConfig):
-    """Configuration of a star-MLP encoder: every token sees every other.
+    """Configuration of a star-MLP encoder, in which every token sees every other.
 
     Args:
-        classifier_pooling: what `StarformerEncoderForSequenceClassification` classifies: the
-            "mean" of all tokens, or the first, "bos".
-        All others: as `StarformerConfig`.
+        classifier_pooling: input of the head of `StarformerEncoderForSequenceClassification`:
+            "mean" for the mean over all tokens, "bos" for the first token.
+        All others: as in `StarformerConfig`.
 
     Raises:
-        ValueError: as `StarformerConfig`, and for an even `conv_kernel_size` where used.
+        ValueError: as `StarformerConfig`, except that no attention layer is needed; an unknown
+            `classifier_pooling`; an even `conv_kernel_size` with star_conv layers.
 
     Example:
-        >>> StarformerEncoderConfig(num_hidden_layers=2).classifier_pooling
-        'mean'
+        >>> config = StarformerEncoderConfig(num_hidden_layers=1, layer_types=["star_conv"])
+        >>> config.classifier_pooling, config.layer_types
+        ('mean', ['conv'])
     """
 
     model_type: ClassVar[str] = "starformer_encoder"
@@ -233,14 +252,16 @@ class StarformerSeq2SeqConfig(StarformerConfig):
     """Configuration of a star-MLP encoder-decoder with one vocabulary and one width.
 
     Args:
-        num_hidden_layers, layer_types: of the decoder.
-        encoder_layers, encoder_layer_types: of the encoder; as many as the decoder has, all
-            attention, by default.
-        decoder_start_token_id: what generation starts from; default `bos_token_id`.
-        All others: as `StarformerConfig`, for both sides.
+        num_hidden_layers, layer_types: layers of the decoder.
+        encoder_layers: number of layers of the encoder; default `num_hidden_layers`.
+        encoder_layer_types: "attention" or "star_conv" for each layer of the encoder. Default:
+            attention in all layers.
+        decoder_start_token_id: first token of the decoder's input; default `bos_token_id`.
+        All others: as in `StarformerConfig`, for encoder and decoder alike.
 
     Raises:
-        ValueError: as `StarformerConfig`.
+        ValueError: as `StarformerConfig`; an even `conv_kernel_size` with star_conv layers in the
+            encoder.
 
     Example:
         >>> config = StarformerSeq2SeqConfig(num_hidden_layers=2, encoder_layers=4)
@@ -279,7 +300,7 @@ class StarformerSeq2SeqConfig(StarformerConfig):
             self.encoder_layers = self.num_hidden_layers
         if self.decoder_start_token_id is None:
             self.decoder_start_token_id = self.bos_token_id
-        self.encoder_layer_types = self._checked_layers(
+        self.encoder_layer_types = self._resolve_layer_types(
             "encoder_layer_types", "encoder_layers", causal=False
         )
         super().__post_init__(**kwargs)

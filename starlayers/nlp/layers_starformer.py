@@ -1,4 +1,4 @@
-"""The one block of the Starformer family: a token mixer, then a star MLP."""
+"""Layers of the Starformer models: token mixers and the block around them."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_starformer import takes_cache
-from .configuration_starformer import Filled
+from .configuration_starformer import ResolvedConfig
 
 try:
     from starlayers.activations import get_activation
     from starlayers.functional import star_product
     from starlayers.modules import StarBlock
-except ImportError:  # a model folder that travels without starlayers carries this file instead
+except ImportError:  # loaded from a folder that `save_with_code` wrote, without starlayers
     from .portable_starformer import (  # type: ignore[assignment]
         StarBlock,
         get_activation,
@@ -35,15 +35,16 @@ __all__ = [
     "StarformerRotaryEmbedding",
 ]
 
+#: cosines and sines of the rotation angles, each (batch, length, head_dim)
 Rotation = tuple[Tensor, Tensor]
 
 
 @use_kernel_forward_from_hub("RMSNorm")
 class StarformerRMSNorm(nn.Module):
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension, computed in float32.
+    """RMSNorm over the last dimension: `weight * x / sqrt(mean(x^2) + eps)`.
 
-    The normalised value is rounded to the input's dtype before it meets the weight, as in Llama,
-    so that converted models agree bit for bit.
+    The mean and the quotient are computed in float32. The quotient is rounded to the dtype of the
+    input before the multiplication with `weight`, as in Llama: converted models agree bit for bit.
 
     Shapes: (..., dim) -> (..., dim).
 
@@ -55,7 +56,7 @@ class StarformerRMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
-        self.variance_epsilon = eps  # the name kernels from the hub read
+        self.variance_epsilon = eps  # the kernels of the hub read this name
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.float()
@@ -67,9 +68,13 @@ class StarformerRMSNorm(nn.Module):
 
 
 class StarformerRotaryEmbedding(nn.Module):
-    """Cosines and sines of rotary positions, with every scaling that transformers knows.
+    """Cosines and sines of rotary positions, with the scalings of transformers.
 
-    Shapes: positions (batch, length) -> two of (batch, length, head_dim), in the dtype of `x`.
+    The angle of position p and pair i is `p * theta^(-2i / head_dim)`, changed by the scaling that
+    `config.rope_parameters["rope_type"]` names.
+
+    Shapes: positions (batch, length) -> cosines and sines, each (batch, length, head_dim), in the
+    dtype of `x`.
 
     Source: Su et al., "RoFormer", arXiv 2104.09864.
 
@@ -77,30 +82,32 @@ class StarformerRotaryEmbedding(nn.Module):
         >>> from starlayers.nlp import StarformerConfig
         >>> config = StarformerConfig(hidden_size=8, num_attention_heads=2)
         >>> rotary = StarformerRotaryEmbedding(config)
-        >>> rotary(torch.ones(1), torch.arange(3)[None])[0].shape
-        torch.Size([1, 3, 4])
+        >>> cos, sin = rotary(torch.ones(1), torch.arange(3)[None])
+        >>> sin[0, 1]  # position 1 and frequencies 1 and 0.01
+        tensor([0.8415, 0.0100, 0.8415, 0.0100])
     """
 
     inv_freq: Tensor
 
-    def __init__(self, config: Filled) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         super().__init__()
         self.config = config
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
-        initial: Callable[..., Any] = self.compute_default_rope_parameters
+        compute_parameters: Callable[..., Any] = self.compute_default_rope_parameters
         if self.rope_type != "default":
-            initial = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inverse, self.attention_scaling = initial(config)
-        self.register_buffer("inv_freq", inverse, persistent=False)
-        self.register_buffer("original_inv_freq", inverse.clone(), persistent=False)
+            compute_parameters = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = compute_parameters(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
-    def compute_default_rope_parameters(config: Filled, **kwargs: Any) -> tuple[Tensor, float]:
-        """Inverse wavelengths `theta^(-2i/head_dim)`, and no scaling of the attention."""
-        size = config.head_dim
-        powers = torch.arange(0, size, 2, dtype=torch.float) / size
-        return 1.0 / config.rope_parameters["rope_theta"] ** powers, 1.0
+    def compute_default_rope_parameters(
+        config: ResolvedConfig, **kwargs: Any
+    ) -> tuple[Tensor, float]:
+        """Return the frequencies `theta^(-2i / head_dim)` and the scale 1.0."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -111,8 +118,11 @@ class StarformerRotaryEmbedding(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def rotated(x: Tensor, rotation: Any) -> Tensor:
-    """`x` (batch, heads, length, head_dim) turned by its positions' angles, half against half."""
+def apply_rotary(x: Tensor, rotation: Any) -> Tensor:
+    """Rotate `x` (batch, heads, length, head_dim) by the angles of its positions.
+
+    Channel i is paired with channel i + head_dim / 2.
+    """
     cos, sin = (t[:, None] for t in rotation)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
@@ -128,10 +138,12 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as its definition reads, with its weights: what the fast ones are held to.
+    """Compute attention by its definition and return its weights too.
 
-    Shapes: (batch, heads, length, head_dim) -> (batch, length, heads, head_dim) and weights
-    (batch, heads, length, keys); `key` and `value` may have fewer heads.
+    The tests compare the other implementations (sdpa, flex) with this one.
+
+    Shapes: query (batch, heads, length, head_dim), key and value (batch, key_value_heads, keys,
+    head_dim) -> (batch, length, heads, head_dim) and weights (batch, heads, length, keys).
     """
     groups = module.num_key_value_groups
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
@@ -144,10 +156,13 @@ def eager_attention(
 
 
 class StarformerAttention(nn.Module):
-    """Grouped-query attention, optionally followed by a star: `act(gate(x)) * attention(x)`.
+    """Grouped-query attention, optionally gated: `act(gate_proj(x)) * attention(x)`.
 
-    Shapes: (batch, length, hidden_size) -> the same, and the attention weights where the
-    implementation gives them. With `encoder_hidden_states` it attends to those instead.
+    With `encoder_hidden_states` keys and values come from these (cross-attention), without rotary
+    positions.
+
+    Shapes: (batch, length, hidden_size) -> the same, and the attention weights (batch, heads,
+    length, keys), or `None` where the attention implementation does not return them.
 
     Source of the gate: "Gated Attention for Large Language Models", NeurIPS 2025.
 
@@ -161,7 +176,7 @@ class StarformerAttention(nn.Module):
         torch.Size([1, 3, 8])
     """
 
-    def __init__(self, config: Filled, layer_idx: int, *, causal: bool = True) -> None:
+    def __init__(self, config: ResolvedConfig, layer_idx: int, *, causal: bool = True) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -171,19 +186,19 @@ class StarformerAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = causal
         self.gate_act = config.attention_gate_act
-        inner = config.num_attention_heads * self.head_dim
-        shared = config.num_key_value_heads * self.head_dim
+        query_size = config.num_attention_heads * self.head_dim
+        key_size = config.num_key_value_heads * self.head_dim
 
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=config.attention_bias)
+        def linear(in_features: int, out_features: int) -> nn.Linear:
+            return nn.Linear(in_features, out_features, bias=config.attention_bias)
 
-        self.q_proj = linear(config.hidden_size, inner)
-        self.k_proj = linear(config.hidden_size, shared)
-        self.v_proj = linear(config.hidden_size, shared)
-        self.o_proj = linear(inner, config.hidden_size)
-        gates = {"none": 0, "head": config.num_attention_heads, "channel": inner}
-        width = gates[config.attention_gate]
-        self.gate_proj = linear(config.hidden_size, width) if width else None
+        self.q_proj = linear(config.hidden_size, query_size)
+        self.k_proj = linear(config.hidden_size, key_size)
+        self.v_proj = linear(config.hidden_size, key_size)
+        self.o_proj = linear(query_size, config.hidden_size)
+        gate_sizes = {"none": 0, "head": config.num_attention_heads, "channel": query_size}
+        gate_size = gate_sizes[config.attention_gate]
+        self.gate_proj = linear(config.hidden_size, gate_size) if gate_size else None
 
     @takes_cache
     def forward(
@@ -195,20 +210,21 @@ class StarformerAttention(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        query = self._heads(self.q_proj(hidden_states))
+        query = self._split_heads(self.q_proj(hidden_states))
         if encoder_hidden_states is None:
-            key = self._heads(self.k_proj(hidden_states))
-            value = self._heads(self.v_proj(hidden_states))
-            query, key = rotated(query, position_embeddings), rotated(key, position_embeddings)
+            key = self._split_heads(self.k_proj(hidden_states))
+            value = self._split_heads(self.v_proj(hidden_states))
+            query = apply_rotary(query, position_embeddings)
+            key = apply_rotary(key, position_embeddings)
             if past_key_values is not None:
-                # the paged cache of continuous batching says in kwargs where it put them
+                # the paged cache of continuous batching writes its block indices into kwargs
                 key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
         else:
-            key, value = self._encoded(encoder_hidden_states, past_key_values)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            key, value = self._encoder_key_value(encoder_hidden_states, past_key_values)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
-        mixed, weights = attend(
+        output, weights = attention(
             self,
             query,
             key,
@@ -218,51 +234,60 @@ class StarformerAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        mixed = mixed.flatten(-2)
+        output = output.flatten(-2)
         if self.gate_proj is not None:
-            mixed = self._gated(self.gate_proj(hidden_states), mixed)
-        return self.o_proj(mixed), weights
+            output = self._apply_gate(self.gate_proj(hidden_states), output)
+        return self.o_proj(output), weights
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _encoded(self, states: Tensor, cache: EncoderDecoderCache | None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the encoder's states, made once for all steps of a generation."""
+    def _encoder_key_value(
+        self, states: Tensor, cache: EncoderDecoderCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute keys and values of the encoder's states, or read them from the cache."""
         if cache is not None and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
-        key, value = self._heads(self.k_proj(states)), self._heads(self.v_proj(states))
+        key = self._split_heads(self.k_proj(states))
+        value = self._split_heads(self.v_proj(states))
         if cache is not None:
             key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
         return key, value
 
-    def _gated(self, gate: Tensor, mixed: Tensor) -> Tensor:
-        if gate.shape == mixed.shape:
-            return star_product(gate, mixed, self.gate_act)
-        per_head = mixed.unflatten(-1, (-1, self.head_dim))
-        return (get_activation(self.gate_act).fn(gate)[..., None] * per_head).flatten(-2)
+    def _apply_gate(self, gate: Tensor, x: Tensor) -> Tensor:
+        if gate.shape == x.shape:
+            return star_product(gate, x, self.gate_act)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        return (get_activation(self.gate_act).fn(gate)[..., None] * x).flatten(-2)
 
 
 class StarConv(nn.Module):
-    """A token mixer linear in length: a short depthwise convolution between two stars.
+    """Token mixer: a short depthwise convolution between two star products.
 
-    `o(act(gate(x)) * conv(act(f1(x)) * f2(x)))`. A decoder's convolution sees this token and the
-    `conv_kernel_size - 1` before it, an encoder's as many on both sides; padding counts as zero.
+    Computes `o_proj(act(gate_proj(x)) * conv(act(f1(x)) * f2(x)))`, in time linear in the length.
+    The convolution of a decoder reads a token and the `conv_kernel_size - 1` tokens before it, that of an encoder
+    `conv_kernel_size // 2` tokens on either side. Padding counts as zero.
 
-    Shapes: (batch, length, hidden_size) -> the same; mask (batch, length), 0 for padding;
-    `documents` (batch, length) numbers texts packed in one row, which a decoder keeps apart.
+    Shapes: (batch, length, hidden_size) -> the same. `attention_mask` (batch, length) is 0 for
+    padding. `documents` (batch, length) holds the number of the text that a token belongs to,
+    where several texts are packed in one sequence: a decoder's convolution does not cross them.
 
-    Source: the mixer of LFM2 (Liquid AI, 2025), with a row of `ACTIVATIONS` where that has none.
+    Source: the mixer of LFM2 (Liquid AI, 2025), which has no activation.
 
     Example:
+        Changing the last of five tokens changes no earlier output of a decoder:
+
         >>> from starlayers.nlp import StarformerConfig
         >>> mixer = StarConv(StarformerConfig(hidden_size=8, num_attention_heads=2), 0)
-        >>> mixer(torch.randn(1, 5, 8)).shape
-        torch.Size([1, 5, 8])
+        >>> x = torch.randn(1, 5, 8)
+        >>> y, changed = mixer(x), mixer(torch.cat([x[:, :4], torch.ones(1, 1, 8)], 1))
+        >>> y.shape, torch.equal(y[:, :4], changed[:, :4]), torch.equal(y[:, 4], changed[:, 4])
+        (torch.Size([1, 5, 8]), True, False)
     """
 
-    def __init__(self, config: Filled, layer_idx: int, *, causal: bool = True) -> None:
+    def __init__(self, config: ResolvedConfig, layer_idx: int, *, causal: bool = True) -> None:
         super().__init__()
         size, bias, kernel = config.hidden_size, config.conv_bias, config.conv_kernel_size
         self.layer_idx = layer_idx
@@ -293,26 +318,26 @@ class StarConv(nn.Module):
                 x, self.layer_idx, conv_kernel_size=self.kernel_size
             )
         if documents is not None:
-            x = self._apart(x, documents)
+            x = self._conv_within_documents(x, documents)
         else:
             before = self.kernel_size - 1 if self.causal else self.kernel_size // 2
             x = self.conv(F.pad(x, (before, self.kernel_size - 1 - before)))[..., -length:]
         x = x.transpose(1, 2)
         return self.o_proj(star_product(self.gate_proj(hidden_states), x, self.act))
 
-    def _apart(self, x: Tensor, documents: Tensor) -> Tensor:
-        """The causal convolution where packed documents, numbered (batch, length), stand apart."""
+    def _conv_within_documents(self, x: Tensor, documents: Tensor) -> Tensor:
+        """Apply the causal convolution to tokens of the same document only."""
         length = x.shape[-1]
         y = torch.zeros_like(x) if self.conv.bias is None else self.conv.bias[:, None]
-        for back in range(self.kernel_size):
-            earlier = F.pad(x, (back, 0))[..., :length]
-            same = F.pad(documents, (back, 0), value=-1)[..., :length] == documents
-            y = y + self.conv.weight[:, :, self.kernel_size - 1 - back] * earlier * same[:, None]
+        for shift in range(self.kernel_size):
+            earlier = F.pad(x, (shift, 0))[..., :length]
+            same = F.pad(documents, (shift, 0), value=-1)[..., :length] == documents
+            y = y + self.conv.weight[:, :, self.kernel_size - 1 - shift] * earlier * same[:, None]
         return y
 
 
 class PlainMLP(nn.Module):
-    """`g(act(f1(x)))`, the MLP without a second branch: the baseline of `mlp_type="plain"`."""
+    """MLP with one branch, `g(act(f1(x)))`, for `mlp_type="plain"`."""
 
     def __init__(self, dim: int, hidden: int, *, act: str | None, bias: bool) -> None:
         super().__init__()
@@ -325,7 +350,10 @@ class PlainMLP(nn.Module):
 
 
 class StarformerLayer(GradientCheckpointingLayer):
-    """A mixer, a cross attention in decoders of an encoder-decoder, and a `StarBlock`.
+    """Pre-norm layer: a token mixer, optionally cross-attention, then a star MLP.
+
+    Computes `x = x + mixer(norm(x))`, with `cross_attention` then `x = x + attention(norm(x),
+    encoder_hidden_states)`, then `x + mlp(norm(x))`. `layer_type` is "full_attention" or "conv".
 
     Shapes: (batch, length, hidden_size) -> the same.
 
@@ -338,7 +366,7 @@ class StarformerLayer(GradientCheckpointingLayer):
 
     def __init__(
         self,
-        config: Filled,
+        config: ResolvedConfig,
         layer_idx: int,
         layer_type: str,
         *,
@@ -361,9 +389,9 @@ class StarformerLayer(GradientCheckpointingLayer):
             size,
             expansion=config.intermediate_size / size,
             act=config.hidden_act,
-            # named so that trainers leave its weight out of weight decay, as other norms'
+            # Trainer excludes parameters with "norm" in their name from weight decay
             pre=nn.Sequential(OrderedDict(norm=StarformerRMSNorm(size, eps))),
-            # a block that ends in its MLP adds the residual there, fused
+            # without `post` the block passes its residual to the MLP, which adds it in its kernel
             post=nn.Dropout(config.hidden_dropout) if config.hidden_dropout else None,
             combine="sum" if config.mlp_type == "sum" else "mul",
             offset=config.mlp_offset,
@@ -389,14 +417,14 @@ class StarformerLayer(GradientCheckpointingLayer):
         documents: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        own = past_key_values
+        mixer_cache = past_key_values
         if isinstance(past_key_values, EncoderDecoderCache):
-            own = past_key_values.self_attention_cache
+            mixer_cache = past_key_values.self_attention_cache
         x = self.input_layernorm(hidden_states)
         if self.layer_type == "full_attention":
-            x, _ = self.self_attn(x, attention_mask, position_embeddings, own, **kwargs)
+            x, _ = self.self_attn(x, attention_mask, position_embeddings, mixer_cache, **kwargs)
         else:
-            x = self.conv(x, attention_mask, own, documents)
+            x = self.conv(x, attention_mask, mixer_cache, documents)
         hidden_states = hidden_states + self.dropout(x)
         if encoder_hidden_states is not None:
             x, _ = self.cross_attn(

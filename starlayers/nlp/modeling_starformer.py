@@ -1,4 +1,4 @@
-"""Starformer, the decoder: a star-MLP language model and its heads."""
+"""Starformer decoder: language model, classification and question-answering heads."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_starformer import CACHE, takes_cache
-from .configuration_starformer import Filled, StarformerConfig
+from .configuration_starformer import ResolvedConfig, StarformerConfig
 from .layers_starformer import (
     StarformerAttention,
     StarformerLayer,
@@ -42,7 +42,7 @@ __all__ = [
 
 
 class StarformerPreTrainedModel(PreTrainedModel):
-    """What all models of the family share: how they are loaded, initialised and split."""
+    """Base class of all Starformer models: initialisation, loading, saving."""
 
     config: StarformerConfig
     config_class = StarformerConfig
@@ -64,41 +64,42 @@ class StarformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.Conv1d):
-            # a token has few neighbours: at the range of the wide layers they would come to nothing
+            # a depthwise convolution sums over few inputs: initializer_range would be far too small
             init.normal_(module.weight, std=module.kernel_size[0] ** -0.5)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As every model's; the configuration saved names no code that is not saved with it."""
-        named = self.config.__dict__.pop("auto_map", None) or {}
-        others = {k: v for k, v in named.items() if "_starformer" not in str(v)}
-        if others:
-            self.config.auto_map = others
+        """Save the model; `auto_map` in config.json names only code saved beside it."""
+        auto_map = self.config.__dict__.pop("auto_map", None) or {}
+        other_code = {k: v for k, v in auto_map.items() if "_starformer" not in str(v)}
+        if other_code:
+            self.config.auto_map = other_code
         try:
-            return super().save_pretrained(*args, **kwargs)  # adds what code it writes
+            # adds the entries of the code files that it writes
+            return super().save_pretrained(*args, **kwargs)
         finally:
             self.config.__dict__.pop("auto_map", None)
-            if named:
-                self.config.auto_map = named
+            if auto_map:
+                self.config.auto_map = auto_map
 
     def _build(
         self,
-        config: Filled,
+        config: ResolvedConfig,
         layer_types: list[str],
         *,
         causal: bool,
         cross_attention: bool = False,
     ) -> None:
-        """The parts that the decoder and the encoder have in common."""
+        """Create embedding, layers, final norm and rotary embedding."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
-            StarformerLayer(config, i, kind, causal=causal, cross_attention=cross_attention)
-            for i, kind in enumerate(layer_types)
+            StarformerLayer(config, i, layer_type, causal=causal, cross_attention=cross_attention)
+            for i, layer_type in enumerate(layer_types)
         )
         self.norm = StarformerRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = StarformerRotaryEmbedding(config)
         self.gradient_checkpointing = False
 
-    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 f"{type(self).__name__} needs either input_ids or inputs_embeds, got "
@@ -106,7 +107,7 @@ class StarformerPreTrainedModel(PreTrainedModel):
             )
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
-    def _through_layers(
+    def _run_layers(
         self,
         hidden_states: Tensor,
         masks: dict[str, Tensor | None],
@@ -117,7 +118,7 @@ class StarformerPreTrainedModel(PreTrainedModel):
         rotation = self.rotary_emb(hidden_states, position_ids=position_ids)
         layer: Any
         for layer in self.layers:
-            # positional where a gradient may have to go through a reentrant checkpoint
+            # positional arguments: reentrant checkpointing passes no gradient to keyword arguments
             hidden_states = layer(
                 hidden_states,
                 encoder_hidden_states,
@@ -129,21 +130,22 @@ class StarformerPreTrainedModel(PreTrainedModel):
         return self.norm(hidden_states)
 
     def _token_loss(self, logits: Tensor, labels: Tensor | None, **kwargs: Any) -> Tensor | None:
-        """A language model's loss, or none without labels."""
+        """Return the loss of a language model, or `None` without labels."""
         if labels is None:
             return None
-        vocabulary = self.config.vocab_size
-        return self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+        vocab_size = self.config.vocab_size
+        return self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
 
 
 class TokenHead(GenericForTokenClassification):
-    """A classifier on each token of what a `base_class` gives."""
+    """Base class of models with a linear classifier on each token."""
 
     base_class: type[PreTrainedModel]
-    accepts_loss_kwargs = False  # its loss is a mean, whatever num_items_in_batch says
+    accepts_loss_kwargs = False  # the loss is a mean and ignores num_items_in_batch
 
-    # not the generic one's, which asks AutoModel: a folder of code is not registered there
-    def __init__(self, config: Filled) -> None:
+    # replaces the __init__ of transformers' generic head, which makes the base model by AutoModel:
+    # classes loaded from a folder with code are not registered there
+    def __init__(self, config: ResolvedConfig) -> None:
         super(GenericForTokenClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = self.base_class(config)
@@ -153,11 +155,11 @@ class TokenHead(GenericForTokenClassification):
 
 
 class SpanHead(GenericForQuestionAnswering):
-    """A start and an end score for each token of what a `base_class` gives."""
+    """Base class of models with a start and an end score for each token."""
 
     base_class: type[PreTrainedModel]
 
-    def __init__(self, config: Filled) -> None:  # as in `TokenHead`
+    def __init__(self, config: ResolvedConfig) -> None:  # without AutoModel, as in `TokenHead`
         super(GenericForQuestionAnswering, self).__init__(config)
         self.model = self.base_class(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
@@ -165,7 +167,10 @@ class SpanHead(GenericForQuestionAnswering):
 
 
 class StarformerModel(StarformerPreTrainedModel):
-    """The decoder without a head: token ids to hidden states.
+    """Decoder without a head: token ids to hidden states.
+
+    Several texts may be packed in one sequence: without a mask and a cache, `position_ids` that
+    start again at 0 separate them, in attention and in star_conv layers.
 
     Shapes: ids (batch, length) -> `last_hidden_state` (batch, length, hidden_size).
 
@@ -179,7 +184,7 @@ class StarformerModel(StarformerPreTrainedModel):
         torch.Size([1, 3, 32])
     """
 
-    def __init__(self, config: Filled) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         super().__init__(config)
         self._build(config, config.layer_types, causal=True)
         self.post_init()
@@ -197,19 +202,19 @@ class StarformerModel(StarformerPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        hidden_states = self._embedded(input_ids, inputs_embeds)
+        hidden_states = self._embed(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         documents = None
-        packed = attention_mask is None and past_key_values is None
-        if position_ids is not None and packed and has_star_conv(self.config):
-            # positions that start anew: texts packed in one row, as the causal mask understands it
+        may_be_packed = attention_mask is None and past_key_values is None
+        if position_ids is not None and may_be_packed and has_star_conv(self.config):
+            # the condition under which create_causal_mask separates packed texts
             documents = find_packed_sequence_indices(position_ids)
-        position_ids = next_positions(hidden_states, position_ids, past_key_values)
+        position_ids = resolve_positions(hidden_states, position_ids, past_key_values)
         masks = causal_masks(
             self.config, hidden_states, attention_mask, position_ids, past_key_values
         )
-        hidden_states = self._through_layers(
+        hidden_states = self._run_layers(
             hidden_states,
             masks,
             position_ids,
@@ -221,47 +226,51 @@ class StarformerModel(StarformerPreTrainedModel):
         return BaseModelOutputWithPast(hidden_states, past_key_values)
 
 
-def has_star_conv(config: Filled) -> bool:
-    """Whether a decoder's layers mix tokens otherwise than by attention."""
-    return any(kind != "full_attention" for kind in config.layer_types)
+def has_star_conv(config: ResolvedConfig) -> bool:
+    """Return True if the decoder has star_conv layers."""
+    return any(layer_type != "full_attention" for layer_type in config.layer_types)
 
 
-def next_positions(x: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
-    """The positions given, or those that follow what the cache has seen."""
+def resolve_positions(x: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
+    """Return `position_ids` or, if `None`, positions that continue the cache."""
     if position_ids is not None:
         return position_ids
-    seen = 0 if cache is None else cache.get_seq_length()
-    return (torch.arange(x.shape[1], device=x.device) + seen)[None]
+    start = 0 if cache is None else cache.get_seq_length()
+    return (torch.arange(x.shape[1], device=x.device) + start)[None]
 
 
 def causal_masks(
-    config: Filled,
+    config: ResolvedConfig,
     hidden_states: Tensor,
     attention_mask: Tensor | dict[str, Tensor | None] | None,
     position_ids: Tensor,
     cache: Cache | None,
 ) -> dict[str, Tensor | None]:
-    """A mask for each type of layer; `generate` may have made them already."""
+    """Return the mask of each layer type, made here or before by `generate`."""
     if isinstance(attention_mask, dict):
         return attention_mask
-    given = {
+    kwargs = {
         "config": config,
         "inputs_embeds": hidden_states,
         "attention_mask": attention_mask,
         CACHE: cache,
         "position_ids": position_ids,
     }
-    padding = create_recurrent_attention_mask(**given) if has_star_conv(config) else None
+    padding = create_recurrent_attention_mask(**kwargs) if has_star_conv(config) else None
     masks = dict.fromkeys(config.layer_types, padding)
-    return {**masks, "full_attention": create_causal_mask(**given)}
+    return {**masks, "full_attention": create_causal_mask(**kwargs)}
 
 
-def wanted_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The states whose logits are asked for: the last few (0: all), or those of a tensor.
+def select_states(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Return the hidden states whose logits are to be computed.
 
-    The tensor holds positions, (n,) for all samples or (batch, n) for each, or it is a mask
-    (batch, length); behind a mask the states are (chosen, hidden_size). It is what transformers
-    calls `slice_logits_to_keep`, which 5.17 has not.
+    Same as `slice_logits_to_keep` of transformers, which 5.17 does not have.
+
+    Args:
+        hidden_states: (batch, length, hidden_size).
+        logits_to_keep: number of last positions, 0 for all; or positions (n,) for all samples or
+            (batch, n), one list a sample; or a boolean mask (batch, length), with which the result
+            is (number of True, hidden_size).
     """
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
@@ -273,7 +282,10 @@ def wanted_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Ten
 
 
 class StarformerForCausalLM(StarformerPreTrainedModel, GenerationMixin):
-    """The decoder as a language model: next-token logits, and loss where labels are given.
+    """Decoder with a language-model head.
+
+    With `labels`, which may equal the ids, `loss` is the cross-entropy of the next token; labels of
+    -100 are ignored.
 
     Shapes: ids (batch, length) -> `logits` (batch, length, vocab_size).
 
@@ -293,7 +305,7 @@ class StarformerForCausalLM(StarformerPreTrainedModel, GenerationMixin):
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
-    def __init__(self, config: Filled) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         super().__init__(config)
         self.model = StarformerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -322,7 +334,7 @@ class StarformerForCausalLM(StarformerPreTrainedModel, GenerationMixin):
             **{CACHE: past_key_values},
             **kwargs,
         )
-        logits = self.lm_head(wanted_positions(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(select_states(outputs.last_hidden_state, logits_to_keep))
         loss = self._token_loss(logits, labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -336,7 +348,7 @@ class StarformerForCausalLM(StarformerPreTrainedModel, GenerationMixin):
 class StarformerForSequenceClassification(
     GenericForSequenceClassification, StarformerPreTrainedModel
 ):
-    """The decoder with a classifier on the last token that is not padding.
+    """Decoder with a linear classifier on the last token that is not padding.
 
     Shapes: ids (batch, length) -> `logits` (batch, num_labels).
 
@@ -352,7 +364,7 @@ class StarformerForSequenceClassification(
 
     accepts_loss_kwargs = False
 
-    def __init__(self, config: Filled) -> None:  # as in `TokenHead`
+    def __init__(self, config: ResolvedConfig) -> None:  # without AutoModel, as in `TokenHead`
         super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = StarformerModel(config)
@@ -361,7 +373,7 @@ class StarformerForSequenceClassification(
 
 
 class StarformerForTokenClassification(TokenHead, StarformerPreTrainedModel):
-    """The decoder with a classifier on each token.
+    """Decoder with a linear classifier on each token.
 
     Shapes: ids (batch, length) -> `logits` (batch, length, num_labels).
 
@@ -379,7 +391,7 @@ class StarformerForTokenClassification(TokenHead, StarformerPreTrainedModel):
 
 
 class StarformerForQuestionAnswering(SpanHead, StarformerPreTrainedModel):
-    """The decoder with a start and an end score for each token.
+    """Decoder with a start and an end score for each token (answer spans).
 
     Shapes: ids (batch, length) -> `start_logits`, `end_logits` (batch, length).
 

@@ -1,4 +1,4 @@
-"""Starformer, the encoder: every token sees every other; masked language model and classifiers."""
+"""Starformer encoder with heads for masked LM, classification, answer spans."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_starformer import Filled, StarformerEncoderConfig
+from .configuration_starformer import ResolvedConfig, StarformerEncoderConfig
 from .modeling_starformer import (
     SpanHead,
     StarformerPreTrainedModel,
     TokenHead,
-    next_positions,
+    resolve_positions,
 )
 
 __all__ = [
@@ -34,14 +34,14 @@ __all__ = [
 
 
 class StarformerEncoderPreTrainedModel(StarformerPreTrainedModel):
-    """What the encoders share."""
+    """Base class of the encoder models."""
 
     config: StarformerEncoderConfig
     config_class = StarformerEncoderConfig
 
 
 class StarformerEncoderModel(StarformerEncoderPreTrainedModel):
-    """The encoder without a head: token ids to hidden states.
+    """Encoder without a head: token ids to hidden states, without a causal mask.
 
     Shapes: ids (batch, length) -> `last_hidden_state` (batch, length, hidden_size).
 
@@ -55,13 +55,13 @@ class StarformerEncoderModel(StarformerEncoderPreTrainedModel):
         torch.Size([1, 3, 32])
     """
 
-    def __init__(self, config: Filled) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         super().__init__(config)
         self._build(config, self._layer_types(config), causal=False)
         self.post_init()
 
     @staticmethod
-    def _layer_types(config: Filled) -> list[str]:
+    def _layer_types(config: ResolvedConfig) -> list[str]:
         return config.layer_types
 
     @merge_with_config_defaults
@@ -74,19 +74,19 @@ class StarformerEncoderModel(StarformerEncoderPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
-        hidden_states = self._embedded(input_ids, inputs_embeds)
-        flat = attention_mask is not None and attention_mask.ndim == 2
-        kinds = self._layer_types(self.config)
-        masks: dict[str, Any] = dict.fromkeys(kinds, attention_mask if flat else None)
+        hidden_states = self._embed(input_ids, inputs_embeds)
+        is_padding = attention_mask is not None and attention_mask.ndim == 2
+        layer_types = self._layer_types(self.config)
+        masks: dict[str, Any] = dict.fromkeys(layer_types, attention_mask if is_padding else None)
         masks["full_attention"] = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
-        position_ids = next_positions(hidden_states, position_ids, None)
-        return BaseModelOutput(self._through_layers(hidden_states, masks, position_ids, **kwargs))
+        position_ids = resolve_positions(hidden_states, position_ids, None)
+        return BaseModelOutput(self._run_layers(hidden_states, masks, position_ids, **kwargs))
 
 
 class StarformerForMaskedLM(StarformerEncoderPreTrainedModel):
-    """The encoder as a masked language model; a label of -100 counts for nothing.
+    """Encoder with a masked-language-model head; labels of -100 are ignored.
 
     Shapes: ids (batch, length) -> `logits` (batch, length, vocab_size).
 
@@ -105,7 +105,7 @@ class StarformerForMaskedLM(StarformerEncoderPreTrainedModel):
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
-    def __init__(self, config: Filled) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         super().__init__(config)
         self.model = StarformerEncoderModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -134,11 +134,12 @@ class StarformerForMaskedLM(StarformerEncoderPreTrainedModel):
 
 
 class StarformerEncoderForSequenceClassification(StarformerEncoderPreTrainedModel):
-    """The encoder with a classifier of whole texts, or a regression where `num_labels=1`.
+    """Encoder with a classifier of whole texts; a regression if `num_labels=1`.
 
-    Shapes: ids (batch, length) -> `logits` (batch, num_labels), from the mean over the tokens
-    that a mask (batch, length) does not call padding or, with `classifier_pooling="bos"`, from
-    the first of them.
+    The head reads the mean over the tokens that are not padding or, with
+    `classifier_pooling="bos"`, the first token that is not padding.
+
+    Shapes: ids and mask (batch, length) -> `logits` (batch, num_labels).
 
     Raises:
         ValueError: as `StarformerEncoderModel`.
@@ -150,9 +151,9 @@ class StarformerEncoderForSequenceClassification(StarformerEncoderPreTrainedMode
         torch.Size([1, 3])
     """
 
-    accepts_loss_kwargs = False  # its loss is a mean, whatever num_items_in_batch says
+    accepts_loss_kwargs = False  # the loss is a mean and ignores num_items_in_batch
 
-    def __init__(self, config: Filled) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = StarformerEncoderModel(config)
@@ -177,7 +178,7 @@ class StarformerEncoderForSequenceClassification(StarformerEncoderPreTrainedMode
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        pooled = self._pooled(outputs.last_hidden_state, attention_mask)
+        pooled = self._pool(outputs.last_hidden_state, attention_mask)
         logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:
@@ -186,17 +187,17 @@ class StarformerEncoderForSequenceClassification(StarformerEncoderPreTrainedMode
             )
         return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
-    def _pooled(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None or mask.ndim != 2:
             return x[:, 0] if self.config.classifier_pooling == "bos" else x.mean(1)
-        if self.config.classifier_pooling == "bos":  # behind padding on the left
+        if self.config.classifier_pooling == "bos":  # padding may be on the left
             return x[torch.arange(len(x), device=x.device), mask.int().argmax(-1)]
-        weights = mask[..., None].float()  # sums and counts are too large for float16 and bfloat16
+        weights = mask[..., None].float()  # sums and counts overflow float16 and round in bfloat16
         return ((x.float() * weights).sum(1) / weights.sum(1).clamp_min(1)).to(x.dtype)
 
 
 class StarformerEncoderForTokenClassification(TokenHead, StarformerEncoderPreTrainedModel):
-    """The encoder with a classifier on each token: tags, named entities.
+    """Encoder with a linear classifier on each token, for tags and named entities.
 
     Shapes: ids (batch, length) -> `logits` (batch, length, num_labels).
 
@@ -214,7 +215,7 @@ class StarformerEncoderForTokenClassification(TokenHead, StarformerEncoderPreTra
 
 
 class StarformerEncoderForQuestionAnswering(SpanHead, StarformerEncoderPreTrainedModel):
-    """The encoder with a start and an end score for each token.
+    """Encoder with a start and an end score for each token (answer spans).
 
     Shapes: ids (batch, length) -> `start_logits`, `end_logits` (batch, length).
 

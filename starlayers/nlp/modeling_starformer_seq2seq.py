@@ -1,4 +1,4 @@
-"""Starformer, encoder-decoder: the encoder, and the decoder with cross attention to it."""
+"""Starformer encoder-decoder: the decoder has cross-attention to the encoder."""
 
 from typing import Any
 
@@ -24,13 +24,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_starformer import CACHE, takes_cache
-from .configuration_starformer import Filled, StarformerSeq2SeqConfig
+from .configuration_starformer import ResolvedConfig, StarformerSeq2SeqConfig
 from .layers_starformer import StarformerAttention, StarformerLayer
 from .modeling_starformer import (
     StarformerPreTrainedModel,
     causal_masks,
-    next_positions,
-    wanted_positions,
+    resolve_positions,
+    select_states,
 )
 from .modeling_starformer_encoder import StarformerEncoderModel
 
@@ -42,36 +42,36 @@ __all__ = [
 
 
 class StarformerSeq2SeqPreTrainedModel(StarformerPreTrainedModel):
-    """What the encoder-decoders share."""
+    """Base class of the encoder-decoder models."""
 
     config: StarformerSeq2SeqConfig
     config_class = StarformerSeq2SeqConfig
 
 
-class OneSide:
-    """A model with no parallel plans of its own: the joint configuration's name both sides."""
+class NoParallelPlans:
+    """Mixin for the encoder and the decoder: no parallel plans of their own."""
 
     def init_parallel_plans(self) -> None:
-        """Leave them empty, or they would be added once more under this side's name."""
+        """Set empty plans: those of the shared configuration cover both sides."""
         self._tp_plan: dict[str, Any] = {}
         self._pp_plan: dict[str, Any] = {}
         self._ep_plan: dict[str, Any] = {}
         self._fsdp_plan: dict[str, Any] = {}
 
 
-class StarformerSeq2SeqEncoder(OneSide, StarformerEncoderModel):
-    """The encoder, reading its layers from the joint configuration."""
+class StarformerSeq2SeqEncoder(NoParallelPlans, StarformerEncoderModel):
+    """Encoder with the layers that `config.encoder_layer_types` names."""
 
     config: StarformerSeq2SeqConfig
     config_class = StarformerSeq2SeqConfig
 
     @staticmethod
-    def _layer_types(config: Filled) -> list[str]:
+    def _layer_types(config: ResolvedConfig) -> list[str]:
         return config.encoder_layer_types
 
 
-class StarformerSeq2SeqDecoder(OneSide, StarformerSeq2SeqPreTrainedModel):
-    """The decoder, each layer of which also attends to the encoder's states."""
+class StarformerSeq2SeqDecoder(NoParallelPlans, StarformerSeq2SeqPreTrainedModel):
+    """Decoder whose layers also attend to the encoder's states."""
 
     _can_record_outputs = {
         "hidden_states": StarformerLayer,
@@ -79,7 +79,7 @@ class StarformerSeq2SeqDecoder(OneSide, StarformerSeq2SeqPreTrainedModel):
         "cross_attentions": OutputRecorder(StarformerAttention, index=1, layer_name="cross_attn"),
     }
 
-    def __init__(self, config: Filled) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         super().__init__(config)
         self._build(config, config.layer_types, causal=True, cross_attention=True)
         self.post_init()
@@ -99,7 +99,7 @@ class StarformerSeq2SeqDecoder(OneSide, StarformerSeq2SeqPreTrainedModel):
         encoder_attention_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        hidden_states = self._embedded(input_ids, inputs_embeds)
+        hidden_states = self._embed(input_ids, inputs_embeds)
         if encoder_hidden_states is None:
             raise ValueError(f"{type(self).__name__} needs encoder_hidden_states")
         if use_cache and past_key_values is None:
@@ -109,19 +109,21 @@ class StarformerSeq2SeqDecoder(OneSide, StarformerSeq2SeqPreTrainedModel):
                 f"{type(self).__name__} needs an EncoderDecoderCache, got a "
                 f"{type(past_key_values).__name__}; use EncoderDecoderCache(it, DynamicCache())"
             )
-        own = None
+        self_cache = None
         if past_key_values is not None:
-            own = past_key_values.self_attention_cache
-            let_attend(past_key_values.cross_attention_cache, encoder_hidden_states.shape[1])
-        position_ids = next_positions(hidden_states, position_ids, own)
-        masks = causal_masks(self.config, hidden_states, attention_mask, position_ids, own)
+            self_cache = past_key_values.self_attention_cache
+            use_attention_layers(
+                past_key_values.cross_attention_cache, encoder_hidden_states.shape[1]
+            )
+        position_ids = resolve_positions(hidden_states, position_ids, self_cache)
+        masks = causal_masks(self.config, hidden_states, attention_mask, position_ids, self_cache)
         encoder_attention_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=encoder_attention_mask,
             encoder_hidden_states=encoder_hidden_states,
         )
-        hidden_states = self._through_layers(
+        hidden_states = self._run_layers(
             hidden_states,
             masks,
             position_ids,
@@ -134,20 +136,21 @@ class StarformerSeq2SeqDecoder(OneSide, StarformerSeq2SeqPreTrainedModel):
         return BaseModelOutputWithPastAndCrossAttentions(hidden_states, past_key_values)
 
 
-def let_attend(cross: Cache, length: int) -> None:
-    """Give star_conv layers room for the keys of `length` encoder states.
+def use_attention_layers(cache: Cache, length: int) -> None:
+    """Replace convolution layers in a cross-attention cache by attention layers.
 
-    Transformers makes a cross attention's cache by the layer types of the self attention, but a
-    star_conv layer attends to the encoder as any other does.
+    Transformers builds the cross-attention cache from the layer types of the self-attention, but
+    the cross-attention of a star_conv layer caches keys and values like that of any other layer.
+    `length` is the number of encoder states, the size of a static layer.
     """
-    for i, layer in enumerate(cross.layers):
+    for i, layer in enumerate(cache.layers):
         if not isinstance(layer, CacheLayerMixin):
-            static = isinstance(cross, StaticCache)
-            cross.layers[i] = StaticLayer(length) if static else DynamicLayer()
+            static = isinstance(cache, StaticCache)
+            cache.layers[i] = StaticLayer(length) if static else DynamicLayer()
 
 
 class StarformerSeq2SeqModel(StarformerSeq2SeqPreTrainedModel):
-    """Encoder and decoder without a head.
+    """Encoder-decoder without a head: token ids to hidden states of the decoder.
 
     Shapes: ids (batch, length), decoder ids (batch, target length) -> `last_hidden_state`
     (batch, target length, hidden_size).
@@ -168,7 +171,7 @@ class StarformerSeq2SeqModel(StarformerSeq2SeqPreTrainedModel):
         "decoder.embed_tokens.weight": "shared.weight",
     }
 
-    def __init__(self, config: Filled) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         super().__init__(config)
         self.shared = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.encoder = StarformerSeq2SeqEncoder(config)
@@ -176,7 +179,7 @@ class StarformerSeq2SeqModel(StarformerSeq2SeqPreTrainedModel):
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """The embeddings are one on both sides, whether or not the head shares them too."""
+        """Tie the embeddings of both sides, also if `tie_word_embeddings` is False."""
         if all_submodels:
             return super().get_expanded_tied_weights_keys(all_submodels=True)
         return dict(self._tied_weights_keys)
@@ -236,10 +239,13 @@ class StarformerSeq2SeqModel(StarformerSeq2SeqPreTrainedModel):
 
 
 class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, GenerationMixin):
-    """The encoder-decoder with a language-model head: translation, summaries.
+    """Encoder-decoder with a language-model head, for translation and summaries.
+
+    With `labels` and without decoder ids, the decoder reads the labels shifted by one; labels of
+    -100 are ignored in the loss.
 
     Shapes: ids (batch, length), labels (batch, target length) -> `logits` (batch, target length,
-    vocab_size). Labels of -100 count for nothing; the decoder reads them shifted by one.
+    vocab_size).
 
     Raises:
         ValueError: as `StarformerSeq2SeqModel`, and labels without a `decoder_start_token_id`.
@@ -256,20 +262,19 @@ class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, Gener
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
-    def __init__(self, config: Filled) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         super().__init__(config)
         self.model = StarformerSeq2SeqModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # labels are not shifted against the logits here: the decoder's input already is
+        # a loss that does not shift the labels: the decoder's input is shifted already
         self.loss_type = "ForMaskedLM"
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Labels moved one to the right behind the start token, -100 as padding.
+        """Shift labels to the right, behind the start token; -100 becomes padding.
 
         Raises:
-            ValueError: the configuration has no `decoder_start_token_id`, or labels of -100 and
-                no `pad_token_id`.
+            ValueError: the configuration has no `decoder_start_token_id`.
         """
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
         if start is None:
@@ -277,7 +282,7 @@ class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, Gener
         shifted = labels.roll(1, dims=-1)
         shifted[:, 0] = start
         ignored = shifted == -100
-        # what stands in an ignored place is not looked at: any token serves where none is named
+        # the outputs there have no loss, so without a padding token any token will do
         return shifted.masked_fill(ignored, start if pad is None else pad)
 
     @takes_cache
@@ -313,7 +318,7 @@ class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, Gener
             **{CACHE: past_key_values},
             **kwargs,
         )
-        logits = self.lm_head(wanted_positions(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(select_states(outputs.last_hidden_state, logits_to_keep))
         loss = self._token_loss(logits, labels, **kwargs)
         return Seq2SeqLMOutput(
             loss=loss,

@@ -1,7 +1,8 @@
-"""Plain PyTorch StarMLP and StarBlock, for model folders that travel without starlayers.
+"""StarMLP and StarBlock in plain PyTorch, for use without starlayers.
 
-A folder saved by `save_with_code` carries this file; its parameters have the names of the real
-layers, so that weights load in both. Where starlayers is installed, its own layers are used.
+`save_with_code` copies this file into model folders. Parameter names are those of
+`starlayers.StarMLP` and `starlayers.StarBlock`, so the same weights load into both. Where
+starlayers is installed, its own layers are used instead of these.
 """
 
 from collections.abc import Callable
@@ -40,11 +41,12 @@ _ALIASES = {
 
 
 class Activation(NamedTuple):
-    """A function and the name `starlayers.ACTIVATIONS` has for it.
+    """Activation function and its name in `starlayers.ACTIVATIONS`.
 
     Example:
-        >>> Activation("relu", F.relu).name
-        'relu'
+        >>> relu = Activation("relu", F.relu)
+        >>> relu.name, relu.fn(torch.tensor([-1.0, 2.0]))
+        ('relu', tensor([0., 2.]))
     """
 
     name: str | None
@@ -52,14 +54,14 @@ class Activation(NamedTuple):
 
 
 def get_activation(act: str | None) -> Activation:
-    """The row of `starlayers.ACTIVATIONS` of that name, alias or `None`.
+    """Look up an activation by its name, an alias, or `None` for the identity.
 
     Raises:
-        ValueError: an activation that this file does not hold.
+        ValueError: an activation that is not in this file, such as one that was registered.
 
     Example:
-        >>> get_activation("swiglu").name
-        'silu'
+        >>> get_activation("swiglu").name, get_activation(None).fn(3)
+        ('silu', 3)
     """
     name = _ALIASES.get(act, act) if act is not None else None
     if name not in _FUNCTIONS:
@@ -70,10 +72,10 @@ def get_activation(act: str | None) -> Activation:
 
 
 def star_product(x1: Tensor, x2: Tensor, act: str | None) -> Tensor:
-    """`act(x1) * x2`.
+    """Compute `act(x1) * x2`.
 
     Raises:
-        ValueError: an activation that this file does not hold.
+        ValueError: an activation that is not in this file.
 
     Example:
         >>> star_product(torch.tensor([2.0]), torch.tensor([3.0]), "relu6")
@@ -83,11 +85,18 @@ def star_product(x1: Tensor, x2: Tensor, act: str | None) -> Tensor:
 
 
 class StarMLP(nn.Module):
-    """`starlayers.StarMLP`, its definition only.
+    """Star MLP `g(act(f1(x)) * (offset + f2(x)))`, as `starlayers.StarMLP`.
+
+    With `combine="sum"` it is `g(act(f1(x)) + f2(x))`. With `rank > 1` each hidden feature is a sum
+    of `rank` products.
+
+    Shapes: (..., dim) -> (..., dim).
 
     Example:
-        >>> StarMLP(4, 8, act="silu", bias=False)(torch.ones(1, 4)).shape
-        torch.Size([1, 4])
+        >>> mlp = StarMLP(4, 8, act="silu", bias=False)
+        >>> x = torch.randn(2, 4)
+        >>> torch.allclose(mlp(x), mlp.g(F.silu(mlp.f1(x)) * mlp.f2(x)))
+        True
     """
 
     def __init__(
@@ -103,7 +112,7 @@ class StarMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.act, self.combine, self.offset, self.rank = act, combine, offset, rank
-        self.recompute = False  # for the real layer: gradient checkpointing does it for this one
+        self.recompute = False  # set by `mlp_recompute`; only `starlayers.StarMLP` recomputes
         self.f1 = nn.Linear(dim, rank * hidden, bias=bias)
         self.f2 = nn.Linear(dim, rank * hidden, bias=bias)
         self.g = nn.Linear(hidden, dim, bias=bias)
@@ -117,11 +126,15 @@ class StarMLP(nn.Module):
 
 
 class StarBlock(nn.Module):
-    """`starlayers.StarBlock`, its definition only: `x + post(mlp(pre(x)))`.
+    """Residual block `x + post(mlp(pre(x)))`, as `starlayers.StarBlock`.
+
+    Shapes: (..., dim) -> (..., dim).
 
     Example:
-        >>> StarBlock(4, expansion=2, act="silu")(torch.ones(1, 4)).shape
-        torch.Size([1, 4])
+        >>> block = StarBlock(4, expansion=2, pre=nn.LayerNorm(4))
+        >>> x = torch.randn(2, 4)
+        >>> torch.equal(block(x), x + block.mlp(block.pre(x)))
+        True
     """
 
     def __init__(

@@ -119,7 +119,7 @@ def test_pooling_sees_no_padding_and_does_not_overflow(pooling):
     mask = (padded != 0).long()
     states = torch.randn(4, 11, 32)
     torch.testing.assert_close(
-        model._pooled(states, mask), model._pooled(states[:, 3:], None), atol=1e-6, rtol=1e-5
+        model._pool(states, mask), model._pool(states[:, 3:], None), atol=1e-6, rtol=1e-5
     )
     long = torch.full((1, 3000, 32), 30.0, dtype=torch.float16)
-    assert (model._pooled(long, torch.ones(1, 3000)) == 30).all()
+    assert (model._pool(long, torch.ones(1, 3000)) == 30).all()
