@@ -11,7 +11,7 @@ from starlayers.vision import StarNet
 from starlayers.vision.training import TrainConfig, TrainResult
 from starlayers.vision.training.recipe import param_groups
 
-from .runs import CLASSES, RECIPE, ByHand, numbers, run, tiny_data, tiny_model, weights
+from .util import CLASSES, RECIPE, ByHand, numbers, run, tiny_data, tiny_model, weights
 
 #: one batch with all images, nothing random
 PLAIN = {"batch_size": 80, "flip": 0.0, "crop": 0, "mixup": 0.0, "cutmix": 0.0, "ema": 0.0}

@@ -8,7 +8,7 @@ from torch import nn
 
 from starlayers.vision.training import TrainConfig, train
 
-from .runs import CLASSES, SIDE, numbers, run, tiny_data, tiny_model, weights
+from .util import CLASSES, SIDE, numbers, run, tiny_data, tiny_model, weights
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from starlayers.vision.training import TrainConfig, train
 from starlayers.vision.training.rundir import RunDir
 
-from .runs import (
+from .util import (
     RECIPE,
     assert_same_run,
     call_at_step,
