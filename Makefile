@@ -4,12 +4,21 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: help setup demo demo-short test test-kernels test-slow lint format type docs bench bench-gpu bench-smoke kernels check clean
+# one process a core and one thread a process; RUNNERS=4 on four cores
+RUNNERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(RUNNERS) --dist worksteal
+INTERPRETED = tests/kernels tests/rl tests/surgery
+SAMPLE ?= 100
+SEED ?= 0
+
+.PHONY: help setup demo demo-short test test-rest test-all test-kernels coverage mutants lint imports \
+	format type docs bench bench-gpu bench-smoke kernels check clean
 
 help:
 	@echo "make demo   train a StarNet on Fashion-MNIST (sets everything up)"
-	@echo "make test   run the tests (sets everything up)"
-	@echo "make check  lint and type check;  make bench  all benchmarks"
+	@echo "make test   run the quick tests (sets everything up);  make test-all  run all"
+	@echo "make check  lint, imports and types;  make bench  all benchmarks"
+	@echo "make coverage  branch coverage;  make mutants  a sample of mutants"
 	@echo "make kernels  compile every kernel ahead of time: registers, spills, shared memory"
 
 $(STAMP): pyproject.toml
@@ -25,15 +34,29 @@ demo: setup
 demo-short: setup
 	$(BIN)/python examples/vision_starnet.py --data digits --epochs 8 --batch-size 32 --lr 0.002
 
-test: setup test-kernels
-	$(BIN)/python -m pytest
+# the quick tier: every public behaviour once
+test: setup
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) -m 'interpret and not slow' $(INTERPRETED)
 
-# in a process of its own: whether Triton interprets is settled when a kernel is imported
+# what the quick tier leaves out; a process of its own for the interpreter, because whether Triton
+# interprets is settled when a kernel is imported
+test-rest: setup
+	$(PYTEST) -m '(slow or export or hf or studies) and not interpret'
+	TRITON_INTERPRET=1 $(PYTEST) -m 'interpret and slow' $(INTERPRETED)
+
+test-all: test test-rest
+
 test-kernels: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels
+	TRITON_INTERPRET=1 $(PYTEST) -m interpret $(INTERPRETED)
 
-test-slow: setup
-	$(BIN)/python -m pytest -m slow
+# branch coverage of the quick tier, then of both
+coverage: setup
+	$(BIN)/python -m tests.tiers
+
+# a sample of mutants of the library, each run against the tests that reach its line
+mutants: setup
+	$(BIN)/python -m tests.mutants --sample $(SAMPLE) --seed $(SEED)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -46,7 +69,10 @@ format: setup
 type: setup
 	$(BIN)/mypy
 
-check: lint type
+imports: setup
+	$(BIN)/lint-imports
+
+check: lint imports type
 
 docs: setup
 	$(BIN)/python -m pip install -q -e '.[docs]'
