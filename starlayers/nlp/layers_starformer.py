@@ -172,8 +172,9 @@ class StarformerAttention(nn.Module):
         ...                           attn_implementation="eager")
         >>> attention = StarformerAttention(config, 0)
         >>> rotation = StarformerRotaryEmbedding(config)(torch.ones(1), torch.arange(3)[None])
-        >>> attention(torch.randn(1, 3, 8), position_embeddings=rotation)[0].shape
-        torch.Size([1, 3, 8])
+        >>> output, weights = attention(torch.randn(1, 3, 8), position_embeddings=rotation)
+        >>> output.shape, weights.shape, attention.gate_proj.out_features  # one gate per head
+        (torch.Size([1, 3, 8]), torch.Size([1, 2, 3, 3]), 2)
     """
 
     def __init__(self, config: ResolvedConfig, layer_idx: int, *, causal: bool = True) -> None:
@@ -267,8 +268,8 @@ class StarConv(nn.Module):
     """Token mixer: a short depthwise convolution between two star products.
 
     Computes `o_proj(act(gate_proj(x)) * conv(act(f1(x)) * f2(x)))`, in time linear in the length.
-    The convolution of a decoder reads a token and the `conv_kernel_size - 1` tokens before it, that of an encoder
-    `conv_kernel_size // 2` tokens on either side. Padding counts as zero.
+    The convolution of a decoder reads a token and the `conv_kernel_size - 1` tokens before it, that
+    of an encoder `conv_kernel_size // 2` tokens on either side. Padding counts as zero.
 
     Shapes: (batch, length, hidden_size) -> the same. `attention_mask` (batch, length) is 0 for
     padding. `documents` (batch, length) holds the number of the text that a token belongs to,
@@ -360,8 +361,10 @@ class StarformerLayer(GradientCheckpointingLayer):
     Example:
         >>> from starlayers.nlp import StarformerConfig
         >>> config = StarformerConfig(hidden_size=8, num_attention_heads=2)
-        >>> StarformerLayer(config, 0, "conv")(torch.randn(1, 5, 8)).shape
-        torch.Size([1, 5, 8])
+        >>> layer, x = StarformerLayer(config, 0, "conv"), torch.randn(1, 5, 8)
+        >>> mixed = x + layer.conv(layer.input_layernorm(x))
+        >>> torch.allclose(layer(x), mixed + layer.ffn.mlp(layer.ffn.pre(mixed)), atol=1e-6)
+        True
     """
 
     def __init__(

@@ -358,8 +358,10 @@ class StarformerForSequenceClassification(
     Example:
         >>> config = StarformerConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2,
         ...                           num_attention_heads=4, num_labels=3)
-        >>> StarformerForSequenceClassification(config)(torch.tensor([[1, 2]])).logits.shape
-        torch.Size([1, 3])
+        >>> model = StarformerForSequenceClassification(config)
+        >>> outputs = model(torch.tensor([[1, 2]]), labels=torch.tensor([2]))
+        >>> outputs.logits.shape, bool(outputs.loss > 0)
+        (torch.Size([1, 3]), True)
     """
 
     accepts_loss_kwargs = False
@@ -383,8 +385,10 @@ class StarformerForTokenClassification(TokenHead, StarformerPreTrainedModel):
     Example:
         >>> config = StarformerConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2,
         ...                           num_attention_heads=4, num_labels=3)
-        >>> StarformerForTokenClassification(config)(torch.tensor([[1, 2]])).logits.shape
-        torch.Size([1, 2, 3])
+        >>> model = StarformerForTokenClassification(config)
+        >>> outputs = model(torch.tensor([[1, 2]]), labels=torch.tensor([[0, 2]]))
+        >>> outputs.logits.shape, bool(outputs.loss > 0)
+        (torch.Size([1, 2, 3]), True)
     """
 
     base_class = StarformerModel
@@ -401,8 +405,9 @@ class StarformerForQuestionAnswering(SpanHead, StarformerPreTrainedModel):
     Example:
         >>> config = StarformerConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2,
         ...                           num_attention_heads=4)
-        >>> StarformerForQuestionAnswering(config)(torch.tensor([[1, 2]])).start_logits.shape
-        torch.Size([1, 2])
+        >>> outputs = StarformerForQuestionAnswering(config)(torch.tensor([[1, 2]]))
+        >>> outputs.start_logits.shape, outputs.end_logits.shape
+        (torch.Size([1, 2]), torch.Size([1, 2]))
     """
 
     base_class = StarformerModel

@@ -96,8 +96,11 @@ class StarformerForMaskedLM(StarformerEncoderPreTrainedModel):
     Example:
         >>> config = StarformerEncoderConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2,
         ...                                  num_attention_heads=4)
-        >>> StarformerForMaskedLM(config)(torch.tensor([[1, 2, 3]])).logits.shape
-        torch.Size([1, 3, 99])
+        >>> ids, labels = torch.tensor([[1, 2, 3]]), torch.tensor([[-100, 5, -100]])
+        >>> outputs = StarformerForMaskedLM(config)(ids, labels=labels)
+        >>> loss = nn.functional.cross_entropy(outputs.logits[0, 1], labels[0, 1])
+        >>> outputs.logits.shape, torch.allclose(outputs.loss, loss)
+        (torch.Size([1, 3, 99]), True)
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -147,8 +150,10 @@ class StarformerEncoderForSequenceClassification(StarformerEncoderPreTrainedMode
     Example:
         >>> config = StarformerEncoderConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2,
         ...                                  num_attention_heads=4, num_labels=3)
-        >>> StarformerEncoderForSequenceClassification(config)(torch.tensor([[1, 2]])).logits.shape
-        torch.Size([1, 3])
+        >>> model = StarformerEncoderForSequenceClassification(config)
+        >>> outputs = model(torch.tensor([[1, 2]]), labels=torch.tensor([2]))
+        >>> outputs.logits.shape, bool(outputs.loss > 0)
+        (torch.Size([1, 3]), True)
     """
 
     accepts_loss_kwargs = False  # the loss is a mean and ignores num_items_in_batch
@@ -207,8 +212,10 @@ class StarformerEncoderForTokenClassification(TokenHead, StarformerEncoderPreTra
     Example:
         >>> config = StarformerEncoderConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2,
         ...                                  num_attention_heads=4, num_labels=3)
-        >>> StarformerEncoderForTokenClassification(config)(torch.tensor([[1, 2]])).logits.shape
-        torch.Size([1, 2, 3])
+        >>> model = StarformerEncoderForTokenClassification(config)
+        >>> outputs = model(torch.tensor([[1, 2]]), labels=torch.tensor([[0, 2]]))
+        >>> outputs.logits.shape, bool(outputs.loss > 0)
+        (torch.Size([1, 2, 3]), True)
     """
 
     base_class = StarformerEncoderModel
@@ -225,8 +232,9 @@ class StarformerEncoderForQuestionAnswering(SpanHead, StarformerEncoderPreTraine
     Example:
         >>> config = StarformerEncoderConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2,
         ...                                  num_attention_heads=4)
-        >>> StarformerEncoderForQuestionAnswering(config)(torch.tensor([[1, 2]])).end_logits.shape
-        torch.Size([1, 2])
+        >>> outputs = StarformerEncoderForQuestionAnswering(config)(torch.tensor([[1, 2]]))
+        >>> outputs.start_logits.shape, outputs.end_logits.shape
+        (torch.Size([1, 2]), torch.Size([1, 2]))
     """
 
     base_class = StarformerEncoderModel

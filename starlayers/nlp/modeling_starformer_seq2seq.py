@@ -254,8 +254,11 @@ class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, Gener
         >>> config = StarformerSeq2SeqConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2,
         ...                                  num_attention_heads=4, pad_token_id=0)
         >>> ids = torch.tensor([[5, 6, 2]])
-        >>> StarformerForConditionalGeneration(config)(ids, labels=ids).logits.shape
+        >>> model = StarformerForConditionalGeneration(config)
+        >>> model(ids, labels=ids).logits.shape
         torch.Size([1, 3, 99])
+        >>> model.generate(ids, min_new_tokens=4, max_new_tokens=4).shape  # and the start token
+        torch.Size([1, 5])
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
