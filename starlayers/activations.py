@@ -1,4 +1,4 @@
-"""The activation table: one row per activation, looked up by name everywhere in starlayers."""
+"""Activation table: one row per activation, looked up by name everywhere."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ __all__ = ["ACTIVATIONS", "Activation", "get_activation", "register_activation"]
 
 @dataclass(frozen=True)
 class Activation:
-    """One row of the table: a scalar function applied element-wise, and its derivative.
+    """Row of the table: an element-wise function and its derivative.
 
     `fn(x)` and `derivative(x)` map a floating tensor of any shape to one of the same shape and
     dtype. At a kink the derivative is the one PyTorch's own backward uses (0 for relu at 0); it
@@ -114,7 +114,10 @@ def _autograd_derivative(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
 
 
 def _native(backward: Callable[..., Tensor], *args: object) -> Callable[[Tensor], Tensor]:
-    """A derivative from PyTorch's own backward op, so that kinks and NaN agree with autograd."""
+    """Return a derivative that calls PyTorch's own backward op.
+
+    Kinks and NaN then agree with autograd.
+    """
 
     def derivative(x: Tensor) -> Tensor:
         return backward(torch.ones_like(x), x, *args)

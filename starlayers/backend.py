@@ -1,4 +1,4 @@
-"""The one place that decides whether a star layer runs fused or eager."""
+"""Backend switch, and the conditions under which a star layer runs fused."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,41 +18,35 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "backend_name",
-    "checked_reason",
-    "compute_dtype",
-    "definition_blocker",
-    "exporting",
     "fused_mlp_blocker",
-    "is_plain",
-    "is_plain_linear",
-    "kernel_blocker",
-    "needs_gradients",
-    "recomputed",
     "star_blocker",
     "use_backend",
-    "with_this_backend",
 ]
 
+#: names that `use_backend` and the environment variable accept
 BACKENDS = ("auto", "eager", "triton")
 ENV_VAR = "STARLAYERS_BACKEND"
 
-# Measured on 2 AMD EPYC cores (benchmarks/vision.py speed): below these the op overhead, or the
-# two recomputed matrix products of the backward, cost more than the memory traffic they save.
-# glibc maps and unmaps every allocation past 32 MiB, so each use of a larger hidden activation
-# pays for its page faults again: that is where recomputing starts to win in training.
+# Least bytes of one hidden branch for the row-blocked CPU op. Measured on 2 AMD EPYC cores (vision
+# speed benchmark): below, the op's overhead or the two matrix products that its backward recomputes
+# cost more than the memory traffic they save. glibc returns allocations above 32 MiB to the system,
+# so a larger hidden activation pays for its page faults at every use: recomputing wins from there.
 MIN_HIDDEN_BYTES_INFERENCE = 2 * 2**20
 MIN_HIDDEN_BYTES_TRAINING = 16 * 2**20
 
-# On a GPU, eager's two or three launches for a product this small cost less than one op's dispatch.
-# Not measured yet: a launch takes about 5 us, in which an H100 moves this many elements.
+# Least elements for the fused star (K1) on a GPU: for fewer, the two or three launches of eager
+# PyTorch cost less than dispatching one op. Not measured: a launch takes about 5 us, the time in
+# which an H100 moves this many elements.
 MIN_ELEMENTS_STAR = 2**20
 
-# A row tile keeps one multiprocessor busy. With few rows most of them idle, while cuBLAS divides
-# columns too: on an H100 a star MLP of 128 channels in bfloat16 takes 23 us fused and 20 eager for
-# 1024 rows, 22 and 60 for 16384. Rows of at most so many bytes are fast enough at any number.
+# Least rows for the fused star MLP on a GPU. Each tile of rows runs on one multiprocessor, so with
+# few rows most multiprocessors idle, while cuBLAS splits the columns too. On an H100 a star MLP of
+# 128 channels in bfloat16 takes 23 us fused and 20 us eager for 1024 rows, and 22 us and 60 us for
+# 16384. Rows of at most MAX_BYTES_ANY_ROWS bytes are fast enough at any number of rows.
 MIN_ROWS = 4096
 MAX_BYTES_ANY_ROWS = 128
 
+#: exact types of the tensors that kernels accept: a subclass may compute something else
 PLAIN = (Tensor, nn.Parameter)
 T = TypeVar("T")
 
@@ -61,12 +55,14 @@ _forced: ContextVar[str | None] = ContextVar("starlayers_backend", default=None)
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose how star layers compute inside a `with` block (also env `STARLAYERS_BACKEND`).
+    """Choose how star layers compute inside a `with` block.
 
-    `"auto"` takes a fused path where one serves and falls back silently; `"eager"` always runs
-    the PyTorch definition; `"triton"` demands the fused GPU kernels and raises where they cannot
-    serve. Blocks nest, and an enclosing block wins over the environment variable, which is read
-    at call time. A compiled function keeps the backend it was traced with.
+    The environment variable `STARLAYERS_BACKEND` does the same outside of blocks.
+
+    `"auto"` uses a fused path where one applies and falls back silently; `"eager"` always runs
+    the PyTorch definition; `"triton"` requires the fused GPU kernels and raises where they do not
+    apply. Blocks nest, and a block overrides the environment variable, which is read at every
+    call. A compiled function keeps the backend it was traced with.
 
     Raises:
         ValueError: `name` is not one of the three.
@@ -84,7 +80,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backend_name() -> str:
-    """The backend asked for here and now: "auto", "eager" or "triton".
+    """Return the backend in effect: "auto", "eager" or "triton".
 
     Raises:
         ValueError: `STARLAYERS_BACKEND` holds an unknown name.
@@ -100,16 +96,17 @@ def _forced_name() -> str | None:
     return _forced.get()
 
 
-# Dynamo asks once, while it traces, and reads no variable's code, which it cannot before PyTorch
-# 2.12. The mark is all that torch.compiler.assume_constant_result sets, without what that imports.
+# Dynamo cannot trace a context variable before PyTorch 2.12. This mark makes it call the function
+# once while tracing and keep the result. It is what torch.compiler.assume_constant_result sets; the
+# decorator itself would import the compiler.
 _forced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def with_this_backend(call: Callable[..., T]) -> Callable[..., T]:
-    """`call`, always under the backend of here and now: whenever it runs, and on whatever thread.
+    """Wrap `call` so that it always runs on the backend that is in effect now.
 
-    A checkpoint runs a forward again in the backward, which may be outside of the `use_backend`
-    block and on a thread of autograd's, where context variables are not set.
+    A checkpoint repeats the forward during the backward. That may happen outside of the
+    `use_backend` block, and on a thread of autograd, which does not see context variables.
 
     Example:
         >>> with use_backend("eager"):
@@ -117,22 +114,22 @@ def with_this_backend(call: Callable[..., T]) -> Callable[..., T]:
         >>> backend_name(), name()
         ('auto', 'eager')
     """
-    if torch.compiler.is_compiling():  # a compiled function keeps its backend as it is
+    if torch.compiler.is_compiling():  # a compiled function keeps its backend anyway
         return call
     name = backend_name()
 
-    def under(*args: object, **kwargs: object) -> T:
+    def wrapped(*args: object, **kwargs: object) -> T:
         with use_backend(name):
             return call(*args, **kwargs)
 
-    return under
+    return wrapped
 
 
 def recomputed(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """`call(*args)` that saves only its inputs, and runs again in the backward on this backend.
+    """Run `call(*args)` as a checkpoint: save the inputs, repeat it in the backward.
 
-    Keywords go to `torch.utils.checkpoint.checkpoint`, which hands on to `call` what it does not
-    know.
+    The repetition runs on the backend that is in effect now. `kwargs` go to
+    `torch.utils.checkpoint.checkpoint`, which passes those it does not know on to `call`.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -151,13 +148,13 @@ def _checked(name: str, where: str) -> str:
 
 
 def fused_mlp_blocker(mlp: "StarMLP", x: Tensor, residual: Tensor | None = None) -> str | None:
-    """The predicate: why `mlp(x, residual)` must run eager, or `None` when a fused op serves.
+    """Return why `mlp(x, residual)` must run eager, or None if a fused op applies.
 
-    On a GPU that op is Triton's, on a CPU the row-blocked one; docs/backends.md has the table of
-    conditions and reasons.
+    On a GPU the fused op is the Triton kernel, on a CPU the row-blocked op. docs/backends.md lists
+    all conditions and reasons.
 
     Raises:
-        RuntimeError: the backend is "triton" and it cannot serve; the message says why.
+        RuntimeError: the backend is "triton" and no kernel applies; the message gives the reason.
 
     Example:
         >>> from starlayers import StarMLP
@@ -175,10 +172,10 @@ def fused_mlp_blocker(mlp: "StarMLP", x: Tensor, residual: Tensor | None = None)
 
 
 def star_blocker(x1: Tensor, x2: Tensor, act: str | None) -> str | None:
-    """Why the product of two ready branches must run eager, or `None` when its kernel serves.
+    """Return why `star(x1, x2, act)` must run eager, or None if its kernel applies.
 
     Raises:
-        RuntimeError: the backend is "triton" and it cannot serve; the message says why.
+        RuntimeError: the backend is "triton" and no kernel applies; the message gives the reason.
 
     Example:
         >>> star_blocker(torch.ones(2), torch.ones(2), "relu6")
@@ -199,10 +196,12 @@ def star_blocker(x1: Tensor, x2: Tensor, act: str | None) -> str | None:
 
 
 def checked_reason(reason: str | None, what: str) -> str | None:
-    """`reason`, unless the backend is "triton": then a reason is an error.
+    """Return `reason`, or raise it as an error if the backend is "triton".
+
+    `what` names the layer in the error message.
 
     Raises:
-        RuntimeError: the backend is "triton" and there is a reason.
+        RuntimeError: the backend is "triton" and `reason` is not None.
 
     Example:
         >>> checked_reason("too wide", "this layer")
@@ -217,7 +216,9 @@ def checked_reason(reason: str | None, what: str) -> str | None:
 
 
 def kernel_blocker(tensors: Sequence[Tensor], act: str | None) -> str | None:
-    """Why no Triton kernel may take these tensors, the first of which is the input.
+    """Return why no Triton kernel may take `tensors`, or None if one may.
+
+    The first tensor is the input of the layer; the others are its parameters or further inputs.
 
     Example:
         >>> kernel_blocker([torch.ones(2)], None)
@@ -230,16 +231,16 @@ def kernel_blocker(tensors: Sequence[Tensor], act: str | None) -> str | None:
         return f"no Triton kernel for device {x.device.type!r}"
     if not HAS_TRITON:
         return "Triton is not installed"
-    kind = compute_dtype(x)
+    dtype = compute_dtype(x)
     if INTERPRET and backend_name() != "triton":
         return "the interpreter is for testing: it serves where use_backend('triton') asks for it"
     if any(type(t) not in PLAIN for t in tensors) and not exporting():
         return f"an input is a {next(type(t).__name__ for t in tensors if type(t) not in PLAIN)}"
     if any(t.device != x.device for t in tensors):
         return "the tensors are on several devices"
-    if kind not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"dtype {kind} (needs float32, float16 or bfloat16)"
-    if not torch.is_autocast_enabled(x.device.type) and any(t.dtype != kind for t in tensors):
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"dtype {dtype} (needs float32, float16 or bfloat16)"
+    if not torch.is_autocast_enabled(x.device.type) and any(t.dtype != dtype for t in tensors):
         return "input and parameters differ in dtype and autocast is off"
     if get_activation(act).name not in TRITON_ACTIVATIONS:
         return f"activation {act!r} has no Triton form"
@@ -247,7 +248,10 @@ def kernel_blocker(tensors: Sequence[Tensor], act: str | None) -> str | None:
 
 
 def exporting() -> bool:
-    """Whether torch.export traces. Its own question is answered yes in all compiled code of 2.11.
+    """Return True if torch.export is tracing.
+
+    `torch.compiler.is_exporting()` is True in all compiled code of PyTorch 2.11, hence the flag
+    behind it.
 
     Example:
         >>> exporting()
@@ -267,7 +271,7 @@ def _traced_blocker() -> str | None:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type a linear layer would compute `x` in: autocast's where it is on.
+    """Return the dtype in which a linear layer computes `x`: autocast's if it is on.
 
     Example:
         >>> compute_dtype(torch.ones(2))
@@ -280,7 +284,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def needs_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a backward of something made of these tensors.
+    """Return True if autograd needs a gradient through any of these tensors.
 
     Example:
         >>> needs_gradients(torch.ones(1), None), needs_gradients(torch.ones(1, requires_grad=True))
@@ -313,12 +317,14 @@ def _gpu_blocker(mlp: "StarMLP", x: Tensor) -> str | None:
         return reason
     reason = too_wide(x.device, compute_dtype(x), mlp, training=training)
     if reason is None or mlp.recompute or tuning() or backend_name() == "triton":
-        return None  # the wide op serves where the narrow one does not
+        return None  # too wide for K3, but then the op for wide layers runs
     return reason
 
 
 def definition_blocker(mlp: "StarMLP") -> str | None:
-    """Why the fused ops do not compute what `mlp` is made to compute, whatever its input.
+    """Return why the options or branches of `mlp` rule a fused op out, or None.
+
+    The input does not matter here: the fused ops compute one product of two plain linear branches.
 
     Example:
         >>> from starlayers import StarMLP
@@ -337,12 +343,12 @@ def definition_blocker(mlp: "StarMLP") -> str | None:
 
 def _cpu_blocker(mlp: "StarMLP", x: Tensor) -> str | None:
     if torch.compiler.is_compiling():
-        # A compiler fuses the plain definition itself, and an exported graph stays portable.
+        # a compiler fuses the plain definition itself, and an exported graph stays portable
         return "being compiled or exported"
     hidden_bytes = x.shape[:-1].numel() * mlp.hidden_features * x.element_size()
     small = f"hidden activation of {hidden_bytes} bytes is small enough for eager"
     if hidden_bytes < min(MIN_HIDDEN_BYTES_INFERENCE, MIN_HIDDEN_BYTES_TRAINING):
-        return small  # first, because small layers are the ones that would notice the rest
+        return small  # tested first: the other tests would slow a small layer down
     if _interpreting():
         return "Triton's interpreter replaces the CPU's own kernel"
     if type(x) not in PLAIN:
@@ -368,7 +374,9 @@ def _cpu_blocker(mlp: "StarMLP", x: Tensor) -> str | None:
 
 
 def is_plain(m: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether `m` is exactly a `kind`, with nothing attached that a fused path would skip.
+    """Return True if `m` is exactly a `kind` and nothing is attached to it.
+
+    Hooks and a replaced `forward` count as attached: a fused path would skip them.
 
     Example:
         >>> is_plain(nn.Linear(2, 2), nn.Linear), is_plain(nn.Identity(), nn.Linear)
@@ -385,18 +393,18 @@ def is_plain(m: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def is_plain_linear(m: nn.Module) -> bool:
-    """Whether `m` is a plain `nn.Linear` whose weight is an ordinary parameter.
+    """Return True if `m` is a plain `nn.Linear` whose weight is a parameter.
 
     Example:
         >>> is_plain_linear(nn.Linear(2, 2)), is_plain_linear(nn.Identity())
         (True, False)
     """
-    # torch.export puts fake tensors in the place of parameters while it traces
+    # torch.export replaces parameters by fake tensors while it traces
     return is_plain(m, nn.Linear) and (type(m.weight) is nn.Parameter or exporting())
 
 
 def _transformed() -> bool:
-    # vmap, grad, jvp: PyTorch has no public question for "is a transform active".
+    # vmap, grad or jvp: PyTorch has no public function that tells whether one is active
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0

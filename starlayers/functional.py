@@ -1,4 +1,4 @@
-"""The stateless star operation and the reference definitions every fast path is held to."""
+"""Star operation as functions, and its reference definitions in plain PyTorch."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,6 @@ __all__ = [
     "star",
     "star_mlp_reference",
     "star_packed",
-    "star_product",
     "star_reference",
     "sum_reference",
 ]
@@ -33,10 +32,10 @@ def star_reference(
     clamp1: Limits | None = None,
     clamp2: Limits | None = None,
 ) -> Tensor:
-    """The definition: `act(x1) * (offset + x2)` in plain PyTorch, without checks.
+    """Compute the definition, `act(x1) * (offset + x2)`, in plain PyTorch.
 
-    Shapes: `x1`, `x2` (...) -> (...), any floating dtype. Limits, where given, clamp a branch
-    before anything else happens to it.
+    Shapes: `x1`, `x2` (...) -> (...), any floating dtype. `clamp1` and `clamp2` limit a branch
+    before the activation and the offset. Inputs are not checked.
 
     Example:
         >>> star_reference(torch.tensor([2.0]), torch.tensor([3.0]), "relu6")
@@ -50,9 +49,9 @@ def star_reference(
 def sum_reference(
     x1: Tensor, x2: Tensor, act: str | None = "relu6", *, offset: float = 0.0
 ) -> Tensor:
-    """The paper's ablation, `act(x1) + x2`: the same two branches joined by a sum.
+    """Compute the paper's ablation `act(x1) + x2`: a sum instead of a product.
 
-    `offset` exists so that both rows of `COMBINE` are called alike; modules only allow 0 here.
+    `offset` gives both functions of `COMBINE` the same signature; modules allow only 0 for a sum.
 
     Example:
         >>> sum_reference(torch.tensor([2.0]), torch.tensor([3.0]), "relu6")
@@ -70,7 +69,9 @@ def star_product(
     clamp1: Limits | None = None,
     clamp2: Limits | None = None,
 ) -> Tensor:
-    """`star_reference`, by its fused kernel where the backend allows one; without checks.
+    """Compute `star_reference`, with the fused kernel if the backend allows it.
+
+    Inputs are not checked.
 
     Example:
         >>> star_product(torch.tensor([2.0]), torch.tensor([3.0]), "relu6")
@@ -92,7 +93,7 @@ def _fused_star(
     clamp1: Limits | None,
     clamp2: Limits | None,
 ) -> Tensor:
-    from starlayers.kernels.star import star as op  # defines the op, on first use only
+    from starlayers.kernels.star import star as op  # the first call registers the op
 
     limits = [list(clamp1 or ()), list(clamp2 or ())]
     return op(x1, x2, get_activation(act).name, float(offset), *limits)  # type: ignore[no-any-return]
@@ -102,7 +103,7 @@ def _channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-#: name -> how two branches become one: "mul" is the star operation, "sum" the paper's ablation.
+#: name -> function that joins two branches: "mul" is the star, "sum" the paper's ablation
 COMBINE: dict[str, Callable[..., Tensor]] = {"mul": star_product, "sum": sum_reference}
 
 
@@ -115,18 +116,18 @@ def star(
     clamp1: Limits | None = None,
     clamp2: Limits | None = None,
 ) -> Tensor:
-    """The star operation on two ready branches: `act(x1) * (offset + x2)`, element-wise.
+    """Compute the star of two branches: `act(x1) * (offset + x2)`, element-wise.
 
     Args:
         x1: the branch that passes through the activation, shape (...), floating dtype.
         x2: the linear branch, same shape and dtype as `x1`.
-        act: a row of `ACTIVATIONS`, or `None` for none.
+        act: name in `ACTIVATIONS`, or `None` for none.
         offset: constant added to `x2`; with `offset=1` and `x2 = 0` the star is just `act(x1)`.
         clamp1, clamp2: least and greatest value of each branch, applied before the activation and
             the offset; infinite for no limit on that side. gpt-oss, whose products would overflow
             half precision, uses `clamp1=(-inf, 7), clamp2=(-7, 7), offset=1`.
 
-    Where both branches are halves of one tensor, `star_packed` saves the backward a copy.
+    If both branches are halves of one tensor, `star_packed` saves a copy in the backward.
 
     Returns:
         A new tensor of the shape and dtype of the inputs; neither input is written to.
@@ -164,10 +165,14 @@ def star_packed(
     clamp1: Limits | None = None,
     clamp2: Limits | None = None,
 ) -> Tensor:
-    """The star of the two halves of one tensor, as a packed gate-and-up projection makes them.
+    """Compute the star of both halves of one tensor, as a packed projection yields.
 
     `star(h[..., :n], h[..., n:])` with n half the last dimension: (..., 2 n) -> (..., n). The
-    fused kernel reads both halves, and writes both halves of the gradient, where they lie.
+    fused kernel reads the halves, and writes the halves of the gradient, without a copy.
+
+    Args:
+        h: both branches side by side, shape (..., 2 n), floating dtype.
+        act, offset, clamp1, clamp2: as for `star`.
 
     Raises:
         TypeError, ValueError: as `star`, and for an odd last dimension.
@@ -205,10 +210,10 @@ def star_mlp_reference(
     *,
     offset: float = 0.0,
 ) -> Tensor:
-    """The definition of the star MLP: `(act(x w1' + b1) * (offset + x w2' + b2)) w3' + b3`.
+    """Compute the definition of the star MLP in plain PyTorch.
 
-    Shapes: `x` (..., in); `w1`, `w2` (hidden, in); `w3` (out, hidden), as in `nn.Linear`;
-    result (..., out).
+    `(act(x w1' + b1) * (offset + x w2' + b2)) w3' + b3`. Shapes: `x` (..., in); `w1`, `w2`
+    (hidden, in); `w3` (out, hidden), as in `nn.Linear`; result (..., out).
 
     Example:
         >>> x, w = torch.ones(1, 2), torch.eye(2)

@@ -1,4 +1,4 @@
-"""StarOp, StarMLP and StarBlock: the star operation over stock `nn.Linear` branches."""
+"""Star layers over stock `nn.Linear` branches: StarOp, StarMLP, StarBlock."""
 
 import math
 import operator
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DropPath", "StarBlock", "StarMLP", "StarOp"]
 
-#: how the size of each product is set: by the weights alone, by learned factors, or per sample
+#: factors of the products: none, learned ones, or learned ones and one per sample
 COEFFICIENTS = ("fixed", "scale", "dynamic")
 
 
@@ -28,7 +28,7 @@ class StarOp(nn.Module):
     Args:
         in_features: channels of the input.
         out_features: channels of the result.
-        act: a row of `ACTIVATIONS` for the first branch; `None` for none.
+        act: name in `ACTIVATIONS` of the first branch's activation; `None` for none.
         combine: "mul" is the star operation, "sum" the paper's ablation `act(f1(x)) + f2(x)`.
         offset: constant added to the second branch. With `offset=1` and a zero `f2` the layer is
             a plain `act(f1(x))`, which makes function-preserving conversion possible.
@@ -39,8 +39,8 @@ class StarOp(nn.Module):
             them part of `f2`. "dynamic" has these and a factor per sample, `1 + tanh(gate(mean))`,
             of the input's mean over all dimensions between the first and the last; it starts at 1
             too. That mean sees whole sequences, so it is not for causal models.
-        bias: whether the branches have biases.
-        device, dtype: where and in what type the parameters are made.
+        bias: give the branches biases.
+        device, dtype: of the parameters.
 
     Raises:
         TypeError: a size is not an integer, or the input is not floating.
@@ -54,7 +54,7 @@ class StarOp(nn.Module):
         torch.Size([2, 5, 32])
     """
 
-    coefficients: str = "fixed"  # of layers pickled before there was a choice, too
+    coefficients: str = "fixed"  # class default for layers pickled before the option existed
     scale: nn.Parameter
     shift: nn.Parameter
 
@@ -73,24 +73,24 @@ class StarOp(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        owner = type(self).__name__
-        self.in_features = positive_int(owner, "in_features", in_features)
-        self.out_features = positive_int(owner, "out_features", out_features)
-        self.rank = positive_int(owner, "rank", rank)
+        layer = type(self).__name__
+        self.in_features = positive_int(layer, "in_features", in_features)
+        self.out_features = positive_int(layer, "out_features", out_features)
+        self.rank = positive_int(layer, "rank", rank)
         if combine not in COMBINE:
             raise ValueError(
-                f"{owner}: unknown combine {combine!r}, choose one of {', '.join(COMBINE)}"
+                f"{layer}: unknown combine {combine!r}, choose one of {', '.join(COMBINE)}"
             )
         if combine != "mul" and offset:
-            raise ValueError(f"{owner}: offset={offset} needs combine='mul', got {combine!r}")
+            raise ValueError(f"{layer}: offset={offset} needs combine='mul', got {combine!r}")
         if coefficients not in COEFFICIENTS:
             names = ", ".join(COEFFICIENTS)
             raise ValueError(
-                f"{owner}: unknown coefficients {coefficients!r}, choose one of {names}"
+                f"{layer}: unknown coefficients {coefficients!r}, choose one of {names}"
             )
         if combine != "mul" and coefficients != "fixed":
             raise ValueError(
-                f"{owner}: coefficients={coefficients!r} needs combine='mul', got {combine!r}"
+                f"{layer}: coefficients={coefficients!r} needs combine='mul', got {combine!r}"
             )
         self.act = get_activation(act).name
         self.combine = combine
@@ -114,7 +114,10 @@ class StarOp(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the learned coefficients to their start; the branches belong to the children."""
+        """Reset the learned coefficients to their start values.
+
+        The branches are children and have a `reset_parameters` of their own.
+        """
         if self.coefficients != "fixed":
             nn.init.ones_(self.scale)
             nn.init.constant_(self.shift, self.offset)
@@ -136,20 +139,20 @@ class StarOp(nn.Module):
         return y
 
     def _scaled(self, x: Tensor, h2: Tensor) -> Tensor:
-        """The second branch, its offset and its factors."""
+        """Return the second branch `h2` with its learned offset and factors."""
         y = self.scale * (self.shift + h2)
         if self.coefficients == "dynamic":
-            between = tuple(range(1, x.ndim - 1))
-            y = y * (1 + self.gate(x.mean(between, keepdim=True) if between else x).tanh())
+            dims = tuple(range(1, x.ndim - 1))
+            y = y * (1 + self.gate(x.mean(dims, keepdim=True) if dims else x).tanh())
         return y.to(h2.dtype)  # under autocast the parameters are wider than the branch
 
     @torch.no_grad()
     def fold(self) -> "Self":
-        """Make the learned `scale` and `shift` part of `f2`, in place; returns the layer.
+        """Merge the learned `scale` and `shift` into `f2`, in place; return the layer.
 
-        The layer computes the same up to rounding and has `coefficients="fixed"`, with which the
-        fused paths serve it. `f2` gets a bias where it has none and needs one. Nothing happens to
-        a layer that is fixed already. Optimizers made before hold the two parameters still.
+        The layer computes the same up to rounding. It then has `coefficients="fixed"`, which the
+        fused paths require. `f2` gets a bias if it has none and needs one. A layer that is fixed
+        already stays as it is. An optimizer created before still holds the two parameters.
 
         Raises:
             ValueError: the coefficients are "dynamic", which depend on the input, or `f2` is
@@ -162,19 +165,19 @@ class StarOp(nn.Module):
             >>> torch.allclose(op.fold()(x), before, atol=1e-6), op.coefficients
             (True, 'fixed')
         """
-        owner = type(self).__name__
+        layer = type(self).__name__
         if self.coefficients == "dynamic":
-            raise ValueError(f"{owner}: dynamic coefficients depend on the input: nothing to fold")
+            raise ValueError(f"{layer}: dynamic coefficients depend on the input: nothing to fold")
         if self.coefficients == "fixed":
             return self
         f2 = self.f2
         if not isinstance(f2, nn.Linear) or "weight" not in f2._parameters:
             raise ValueError(
-                f"{owner}: f2 is a wrapped or parametrised {type(f2).__name__}; merge it first"
+                f"{layer}: f2 is a wrapped or parametrised {type(f2).__name__}; merge it first"
             )
         scale, shift = self.scale.double(), self.shift.double()
         bias = 0.0 if f2.bias is None else f2.bias.double()
-        # the offset stays outside: 1 + 1e-3 would be 1 in bfloat16
+        # the offset stays outside of the bias: 1 + 1e-3 would round to 1 in bfloat16
         bias = scale * (shift + bias) - self.offset
         f2.weight.copy_(scale[:, None] * f2.weight.double())
         if f2.bias is not None:
@@ -186,13 +189,18 @@ class StarOp(nn.Module):
         return self
 
     def check_input(self, x: Tensor) -> None:
-        """Raise with the user's own numbers where `x` cannot be an input of this layer."""
-        owner = type(self).__name__
+        """Raise if `x` is not a floating tensor of `in_features` channels.
+
+        Raises:
+            TypeError: `x` is not floating.
+            ValueError: `x` is a scalar or has another number of channels.
+        """
+        layer = type(self).__name__
         if not x.is_floating_point():
-            raise TypeError(f"{owner} expects a floating tensor, got {x.dtype}; use x.float()")
+            raise TypeError(f"{layer} expects a floating tensor, got {x.dtype}; use x.float()")
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             got = "a scalar" if x.ndim == 0 else f"{x.shape[-1]} (shape {tuple(x.shape)})"
-            raise ValueError(f"{owner} expects {self.in_features} input features, got {got}")
+            raise ValueError(f"{layer} expects {self.in_features} input features, got {got}")
 
     def extra_repr(self) -> str:
         defaults = {"combine": "mul", "offset": 0.0, "rank": 1, "recompute": False}
@@ -203,7 +211,7 @@ class StarOp(nn.Module):
 
 
 class StarMLP(StarOp):
-    """A star operation followed by a linear layer: `g(act(f1(x)) * (offset + f2(x)))`.
+    """Star operation and a linear layer: `g(act(f1(x)) * (offset + f2(x)))`.
 
     Shapes: (..., dim) -> (..., out_features) through `hidden` channels.
 
@@ -214,14 +222,14 @@ class StarMLP(StarOp):
         act, combine, offset, rank, coefficients, bias, device, dtype: as for `StarOp`; `bias`
             covers `g` too.
         recompute: save only the input for the backward, and compute both branches again there.
-            The fused narrow layers always do; this extends it to every other path.
+            The fused kernels for narrow layers always do that; the option covers all other paths.
 
     Raises:
         TypeError, ValueError: as `StarOp`.
 
-    SwiGLU is `StarMLP(dim, hidden, act="swiglu", bias=False)`. Where the backend allows it, the
-    three layers run fused and the backward recomputes the hidden activation instead of saving it.
-    `mlp(x, residual)` adds a residual of the result's shape, fused as well.
+    SwiGLU is `StarMLP(dim, hidden, act="swiglu", bias=False)`. If the backend allows it, the three
+    layers run fused, and the backward recomputes the hidden activation instead of saving it.
+    `mlp(x, residual)` returns `residual + mlp(x)`, where the sum is fused as well.
 
     Example:
         >>> mlp = StarMLP(16, act="swiglu", bias=False)
@@ -245,10 +253,10 @@ class StarMLP(StarOp):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        owner = type(self).__name__
-        dim = positive_int(owner, "dim", dim)
-        hidden = 4 * dim if hidden is None else positive_int(owner, "hidden", hidden)
-        out = dim if out_features is None else positive_int(owner, "out_features", out_features)
+        layer = type(self).__name__
+        dim = positive_int(layer, "dim", dim)
+        hidden = 4 * dim if hidden is None else positive_int(layer, "hidden", hidden)
+        out = dim if out_features is None else positive_int(layer, "out_features", out_features)
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         super().__init__(
             dim,
@@ -268,7 +276,7 @@ class StarMLP(StarOp):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self.check_input(x)
         if fused_mlp_blocker(self, x, residual) is None:
-            from starlayers.kernels.layer import fused_star_mlp  # defines the ops, on first use
+            from starlayers.kernels.layer import fused_star_mlp  # the first call registers the ops
 
             return fused_star_mlp(self, x, residual)
         if self.recompute and torch.is_grad_enabled():
@@ -282,12 +290,15 @@ class StarMLP(StarOp):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, zero whole samples with probability `p`, scale the rest.
+    """Stochastic depth: zero whole samples with probability `p` in training.
 
-    `x * mask / (1 - p)` with one Bernoulli draw per sample (first dimension); identity in eval.
-    Same distribution, and for one seed the same draws, as timm's layer of this name.
+    `x * mask / (1 - p)` with one Bernoulli draw per sample; the identity in evaluation mode. For
+    the same seed it draws the same samples as timm's layer of this name.
 
-    Shapes: (batch, ...) -> (batch, ...); the first dimension counts as the batch.
+    Shapes: (batch, ...) -> (batch, ...); the first dimension is the batch.
+
+    Args:
+        p: probability of dropping a sample, in [0, 1).
 
     Raises:
         ValueError: `p` outside [0, 1).
@@ -295,8 +306,11 @@ class DropPath(nn.Module):
     Source: Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016.
 
     Example:
-        >>> DropPath(0.5).eval()(torch.ones(2))
-        tensor([1., 1.])
+        >>> layer, x = DropPath(0.5), torch.ones(1000, 3)
+        >>> sorted(set(layer(x).flatten().tolist()))
+        [0.0, 2.0]
+        >>> layer.eval()(x) is x
+        True
     """
 
     def __init__(self, p: float = 0.0) -> None:
@@ -314,7 +328,7 @@ class DropPath(nn.Module):
 
 
 class StarBlock(nn.Module):
-    """The residual block all domains share: `x + drop_path(gamma * post(mlp(pre(x))))`.
+    """Residual block: `x + drop_path(gamma * post(mlp(pre(x))))`.
 
     Shapes: (..., dim) -> (..., dim), vectors and tokens alike.
 
@@ -322,7 +336,7 @@ class StarBlock(nn.Module):
         dim: channels.
         expansion: hidden channels per channel; `dim * expansion` must be a whole number.
         act, combine, offset, rank, coefficients, bias, device, dtype: as for `StarMLP`.
-        pre, post: modules before and after the MLP, (..., dim) -> (..., dim); default none.
+        pre, post: modules before and after the MLP, (..., dim) -> (..., dim); `None` for none.
         drop_path: probability of dropping the branch for a whole sample in training.
         layer_scale: start value of the learned per-channel factor `gamma`; `None` for no factor.
 
@@ -354,15 +368,15 @@ class StarBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        owner = type(self).__name__
-        hidden = positive_int(owner, "dim", dim) * expansion
-        # rounding, because 100 * 1.1 is 110.00000000000001
+        layer = type(self).__name__
+        hidden = positive_int(layer, "dim", dim) * expansion
+        # compare with a tolerance: 100 * 1.1 is 110.00000000000001
         if not 1 <= hidden < math.inf or abs(hidden - round(hidden)) > 1e-6:
             raise ValueError(
-                f"{owner}: dim={dim} times expansion={expansion} gives {hidden} hidden channels; "
+                f"{layer}: dim={dim} times expansion={expansion} gives {hidden} hidden channels; "
                 "choose an expansion that makes it a whole number of at least 1"
             )
-        drop_path = probability(owner, "drop_path", drop_path)
+        drop_path = probability(layer, "drop_path", drop_path)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.pre = nn.Identity() if pre is None else pre
         self.mlp = StarMLP(
@@ -383,7 +397,7 @@ class StarBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set `gamma` to its start value; the other parameters belong to the children."""
+        """Reset `gamma` to its start value; children reset their own parameters."""
         if self.gamma is not None:
             nn.init.constant_(self.gamma, cast(float, self.layer_scale))
 
@@ -396,7 +410,10 @@ class StarBlock(nn.Module):
         return x + self.drop_path(y)  # type: ignore[no-any-return]
 
     def _ends_in_mlp(self) -> bool:
-        """Whether nothing stands between the MLP and the sum, so that the MLP can add `x`."""
+        """Return True if the MLP's output goes straight into the sum.
+
+        The MLP can then add `x` itself, which the fused kernels do without a pass of their own.
+        """
         return (
             self.gamma is None
             and is_plain(self.post, nn.Identity)
@@ -405,18 +422,31 @@ class StarBlock(nn.Module):
         )
 
 
-def positive_int(owner: str, name: str, value: int) -> int:
-    """Return `value` as an int, or raise naming it when it is no integer of at least 1."""
+def positive_int(layer: str, name: str, value: int) -> int:
+    """Return `value` as an int; raise if it is not an integer of at least 1.
+
+    `layer` and `name` say whose argument it is in the message.
+
+    Raises:
+        TypeError: `value` is not an integer.
+        ValueError: `value` is below 1.
+    """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{owner}: {name} must be an integer, got {value!r}")
+        raise TypeError(f"{layer}: {name} must be an integer, got {value!r}")
     value = operator.index(value)
     if value < 1:
-        raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
+        raise ValueError(f"{layer}: {name} must be at least 1, got {value}")
     return value
 
 
-def probability(owner: str, name: str, value: float) -> float:
-    """Return `value`, or raise naming it when it lies outside [0, 1)."""
+def probability(layer: str, name: str, value: float) -> float:
+    """Return `value` as a float; raise if it lies outside of [0, 1).
+
+    `layer` and `name` say whose argument it is in the message.
+
+    Raises:
+        ValueError: `value` is outside of [0, 1).
+    """
     if not 0.0 <= value < 1.0:
-        raise ValueError(f"{owner}: {name} must be in [0, 1), got {value}")
+        raise ValueError(f"{layer}: {name} must be in [0, 1), got {value}")
     return float(value)

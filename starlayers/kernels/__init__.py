@@ -1,1 +1,1 @@
-"""Private: fused implementations, imported on first use by the modules that need them."""
+"""Fused implementations, private; imported by the first call that needs them."""

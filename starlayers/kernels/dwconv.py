@@ -1,10 +1,10 @@
-"""Depthwise convolution over (N, height, width, C) as a library op, with what surrounds it fused.
+"""Fused depthwise convolution over (N, height, width, C) as a library op.
 
 `starlayers::dwconv(x, k, b, scale, shift, residual, stats)` returns `(y, mean, var)`:
-y = k * (scale x + shift) + b + residual, with zeros around the image *after* scale and shift, as
-a BatchNorm before a padded convolution has them. k is (C, 1, K, K) with odd K; b, scale, shift
-(C); the residual is shaped like y. With `stats`, mean and biased variance of y per channel, in
-float32, which carry gradients like any output.
+y = k * (scale x + shift) + b + residual. Zeros surround the image *after* scale and shift, as for
+a BatchNorm followed by a padded convolution. k is (C, 1, K, K) with odd K; b, scale, shift are (C);
+the residual is shaped like y. With `stats`, mean and var are mean and biased variance of y per
+channel, in float32, with gradients like any output.
 """
 
 from typing import Any
@@ -16,11 +16,11 @@ from torch import Tensor
 from starlayers.kernels.registration import (
     ceil_div,
     define_op,
-    given,
     launch,
     library_gradients,
     multiprocessors,
     no_autocast,
+    pointer,
     tap_rows,
 )
 from starlayers.kernels.statistics import (
@@ -35,12 +35,12 @@ from starlayers.kernels.statistics import (
 __all__ = ["dwconv", "dwconv_backward"]
 
 
-ROWS = (14, 8, 7, 4, 2)  # candidates for TH
-ROWS_WEIGHTS = ROWS[1:]  # in the kernel gradient 14 need too many registers
-CHANNELS = (64, 32, 16)  # and for BC, from 32 bytes up
-ELEMENTS = 512  # BP * BC: four a thread
+ROWS = (14, 8, 7, 4, 2)  # candidates for TH, output rows of a tile
+ROWS_WEIGHTS = ROWS[1:]  # for the kernel gradient, where 14 rows need too many registers
+CHANNELS = (64, 32, 16)  # candidates for BC, channels of a tile: at least 32 bytes
+ELEMENTS = 512  # BP * BC, columns by channels: four elements a thread
 WARPS = 4
-RESIDENT = 8  # programs of the kernel gradient for each multiprocessor
+RESIDENT = 8  # programs of the kernel gradient per multiprocessor
 
 
 def _both_or_none(scale: Tensor | None, shift: Tensor | None) -> None:
@@ -74,10 +74,14 @@ def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
 
 
 def tile_shape(height: int, channels: int, among: tuple[int, ...] = ROWS) -> tuple[int, int, int]:
-    """TH, BP, BC: as many rows, and as many channels, as leave the fewest idle; columns fill up."""
+    """Return rows, columns and channels of a tile: TH, BP, BC.
+
+    Of the candidates (rows from `among`), it takes those that pad `height` and `channels` least,
+    and the largest of these. Columns fill the tile up to ELEMENTS.
+    """
     rows = min(among, key=lambda n: (ceil_div(height, n) * n, -n))
-    across = min(CHANNELS, key=lambda n: (ceil_div(channels, n) * n, -n))
-    return rows, ELEMENTS // across, across
+    block = min(CHANNELS, key=lambda n: (ceil_div(channels, n) * n, -n))
+    return rows, ELEMENTS // block, block
 
 
 def _kernel(
@@ -89,7 +93,7 @@ def _kernel(
     residual: Tensor | None,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward; see `starlayers.kernels.dwconv` for the contract."""
+    """Launch K6 forward; the module's docstring has arguments and results."""
     _both_or_none(scale, shift)
     reduce = "statistics" if stats else ""
     y, parts = _convolve(x, k, b=b, scale=scale, shift=shift, residual=residual, reduce=reduce)
@@ -109,7 +113,10 @@ def _backward_kernel(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch both gradients; see `starlayers.kernels.dwconv` for the contract."""
+    """Launch K6 backward; returns dx, dk, db, dscale, dshift.
+
+    `z` is the output of the forward and `mean` its mean; `p` and `q` as in `upstream`.
+    """
     x, dy, z = x.contiguous(), dy.contiguous(), None if z is None else z.contiguous()
     reduce = "" if scale is None else "dot"
     dx, parts = _convolve(
@@ -120,7 +127,7 @@ def _backward_kernel(
     th, bp, bc = tile_shape(height, channels, ROWS_WEIGHTS)
     tiles = ceil_div(n * width, bp) * ceil_div(height, th)
     blocks = ceil_div(channels, bc)
-    # the K columns of taps share what they read through the cache
+    # one program per column of taps: the K columns read the same images, from the cache
     programs = min(tiles, max(1, RESIDENT * multiprocessors(x.device) // (blocks * size)))
     sums = x.new_empty(programs, size * size + 1, channels, dtype=torch.float32)
     if x.numel():
@@ -128,8 +135,8 @@ def _backward_kernel(
 
         launch(
             dw_weights, (programs * blocks * size,),
-            dy, given(z, k), x, given(q, k), given(mean, k), given(p, k),
-            given(scale, k), given(shift, k), sums,
+            dy, pointer(z, k), x, pointer(q, k), pointer(mean, k), pointer(p, k),
+            pointer(scale, k), pointer(shift, k), sums,
             n * width, tiles, programs, HEIGHT=height, WIDTH=width, C=channels, K=size,
             Z=z is not None, AFFINE=scale is not None, TH=th, BP=bp, BC=bc, num_warps=WARPS,
         )  # fmt: skip
@@ -159,6 +166,7 @@ def _convolve(
     flip: bool = False,
     reduce: str = "",
 ) -> tuple[Tensor, Tensor]:
+    """Launch `dw_convolve`, which documents the arguments; returns y and tile sums."""
     x, taps, size = x.contiguous(), tap_rows(k), k.shape[-1]
     n, height, width, channels = x.shape
     th, bp, bc = tile_shape(height, channels)
@@ -169,14 +177,14 @@ def _convolve(
     z, residual, other = (None if t is None else t.contiguous() for t in (z, residual, other))
     optional = (b, scale, shift, zmean, zscale, residual, other, factor)
     b_, scale_, shift_, zmean_, zscale_, residual_, other_, factor_ = (
-        given(t, k) for t in optional
+        pointer(t, k) for t in optional
     )
     if x.numel():
         from starlayers.kernels.device.dwconv import dw_convolve
 
         launch(
             dw_convolve, (tiles * ceil_div(channels, bc),),
-            x, given(z, k), taps, b_, scale_, shift_, zmean_, zscale_, residual_,
+            x, pointer(z, k), taps, b_, scale_, shift_, zmean_, zscale_, residual_,
             other_, factor_, y, parts, n * width, HEIGHT=height, WIDTH=width, C=channels,
             K=size, FLIP=flip, SCALE=scale is not None, SHIFT=shift is not None,
             Z=z is not None, BIAS=b is not None, FACTOR=factor is not None,
@@ -226,7 +234,7 @@ def _plain_backward(
         return dv.contiguous(), dk, db, *empty_statistics(x)
     dv = dv.to(wide)
     dx = (dv * scale).to(x.dtype).contiguous()
-    # of what is returned: a BatchNorm's mean then takes out the rounding errors, too
+    # sums of the rounded dx: the BatchNorm that subtracts them then removes rounding errors too
     dv = torch.where(scale == 0, dv, dx.to(wide) / torch.where(scale == 0, 1, scale))
     dscale, dshift = (dv * x).sum((0, 1, 2)), dv.sum((0, 1, 2))
     return dx, dk, db, dscale, dshift
@@ -268,7 +276,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # once: a checkpoint unpacks each tensor a single time
+    saved = ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
     inputs = list(saved[:6])
     stats = ctx.stats
     if torch.is_grad_enabled():
@@ -286,14 +294,14 @@ def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, .
         p, q = statistics_gradient(dmean, dvar, x[..., 0].numel())
     with no_autocast(x):
         dx, dk, db, dscale, dshift = dwconv_backward(dy, z, mean, p, q, x, k, scale, shift)
-        direct = upstream(dy, z, mean, p, q) if residual is not None else None
+        dresidual = upstream(dy, z, mean, p, q) if residual is not None else None
     return (
         dx,
         dk,
         None if b is None else db,
         None if scale is None else dscale,
         None if shift is None else dshift,
-        direct,
+        dresidual,
         None,
     )
 

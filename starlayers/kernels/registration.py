@@ -1,4 +1,4 @@
-"""How a kernel becomes a library op: one registration for GPUs, CPUs and the Triton interpreter."""
+"""Registration of kernels as library ops, and small helpers of their launches."""
 
 import inspect
 import os
@@ -17,21 +17,22 @@ __all__ = [
     "cast",
     "ceil_div",
     "define_op",
-    "given",
     "launch",
     "library_gradients",
     "multiprocessors",
     "no_autocast",
+    "pointer",
     "precision",
     "tap_rows",
     "unit_stride",
 ]
 
-#: whether kernels run in Triton's interpreter, on CPU tensors; read once, as Triton itself does
+#: True if kernels run in Triton's interpreter, on CPU tensors; read once, as Triton itself does
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+#: True if Triton is installed; importing it would cost more than looking for it
 HAS_TRITON = find_spec("triton") is not None
 
-#: rows of `ACTIVATIONS` that have a Triton form, in `device/activation.py`
+#: names in `ACTIVATIONS` that have a Triton form, in `device/activation.py`
 TRITON_ACTIVATIONS = frozenset(
     (
         "identity",
@@ -49,19 +50,24 @@ TRITON_ACTIVATIONS = frozenset(
     )
 )
 
+#: implementation of an op: kernel launch, definition or fake
 Impl = Callable[..., Any]
 
 
 def define_op(name: str, kernel: Impl, *, plain: Impl, fake: Impl, traced: bool = True) -> Any:
-    """Register `starlayers::name`, whose definition is `plain` (torch ops, any device and dtype).
+    """Register `starlayers::name` and return the op.
 
-    `kernel(*args)` launches Triton; it serves GPUs, and CPUs too under TRITON_INTERPRET=1.
-    Without Triton, and for float64, `plain` serves. `fake` gives shapes and dtypes. All three
-    have one signature, and no op writes into its inputs.
+    All three implementations have the signature of the op and write into no input.
 
-    The definition stays at hand as `op.plain`. Compiled graphs see the Triton kernels themselves
-    (`triton_op`), except where `traced` is False (kernels over tensor descriptors, which a tracer
-    cannot carry) and under the interpreter, which cannot run on fake tensors.
+    Args:
+        name: of the op in the namespace `starlayers`.
+        kernel: launches Triton kernels, on GPUs and under TRITON_INTERPRET=1 on CPUs.
+        plain: the definition in torch ops, for any device and dtype. It runs on CPUs, for float64
+            and without Triton, and remains available as `op.plain`.
+        fake: empty outputs of the right shapes and dtypes.
+        traced: show the Triton kernels themselves to a compiler (`triton_op`). False for kernels
+            over tensor descriptors, which a tracer cannot carry. The interpreter cannot run on
+            fake tensors, so its ops are opaque too.
     """
     schema = torch.library.infer_schema(plain, mutates_args=())
     qualified = f"starlayers::{name}"
@@ -75,7 +81,7 @@ def define_op(name: str, kernel: Impl, *, plain: Impl, fake: Impl, traced: bool 
         op.register_fake(fake)
     else:
 
-        def serve(*args: Any) -> Any:
+        def on_gpu(*args: Any) -> Any:
             first: Tensor = args[0]
             # float64 is for checking; CPU tensors arrive here only while a compiler traces
             if first.device.type == "cpu" or first.dtype == torch.float64:
@@ -83,32 +89,36 @@ def define_op(name: str, kernel: Impl, *, plain: Impl, fake: Impl, traced: bool 
             with _device_of(first):
                 return kernel(*args)
 
-        # triton_op reads it before PyTorch 2.12 or so, whatever schema it is given
-        serve.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
+        # up to about PyTorch 2.12 triton_op reads the signature even if it gets a schema
+        on_gpu.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
         define = torch.library.triton_op if traced else torch.library.custom_op
-        op = define(qualified, serve, mutates_args=(), schema=schema)
+        op = define(qualified, on_gpu, mutates_args=(), schema=schema)
         op.register_kernel("cpu")(plain)
-        op.register_fake(fake)  # shapes alone, where tracing `plain` would fix the number of rows
+        op.register_fake(fake)  # tracing `plain` instead would fix the number of rows
     op.plain = plain
     return op
 
 
 def _interpreted(kernel: Impl, plain: Impl, fake: Impl) -> Impl:
-    """The interpreter computes bfloat16 on its raw bits, so it is given float32 instead."""
+    """Wrap `kernel` for Triton's interpreter: float64 by `plain`, bfloat16 as float32.
 
-    def serve(*args: Any) -> Any:
+    The interpreter computes on the raw bits of a bfloat16. The wrapper casts such inputs to float32
+    and the outputs back to the dtypes that `fake` returns.
+    """
+
+    def interpreted(*args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
         if tensors[0].dtype == torch.float64:
             return plain(*args)
         if not any(t.dtype == torch.bfloat16 for t in tensors):
             return kernel(*args)
-        wanted = fake(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
-        found = kernel(*(_widened(a) if isinstance(a, Tensor) else a for a in args))
-        if isinstance(found, Tensor):
-            return found.to(wanted.dtype)
-        return tuple(f.to(w.dtype) for f, w in zip(found, wanted, strict=True))
+        expected = fake(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+        outputs = kernel(*(_widened(a) if isinstance(a, Tensor) else a for a in args))
+        if isinstance(outputs, Tensor):
+            return outputs.to(expected.dtype)
+        return tuple(o.to(e.dtype) for o, e in zip(outputs, expected, strict=True))
 
-    return serve
+    return interpreted
 
 
 def _widened(t: Tensor) -> Tensor:
@@ -116,13 +126,13 @@ def _widened(t: Tensor) -> Tensor:
 
 
 def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **options: Any) -> None:
-    """Run a Triton kernel so that a tracing compiler can see it."""
+    """Launch a Triton kernel so that a tracing compiler can see it."""
     torch.library.wrap_triton(kernel)[grid](*args, **options)
 
 
 @contextmanager
 def _device_of(x: Tensor) -> Iterator[None]:
-    # Triton launches on the current device, whichever device the tensors are on.
+    # Triton launches on the current device, which may not be that of the tensors
     if x.is_cuda and torch.cuda.device_count() > 1:
         with torch.cuda.device(x.device):
             yield
@@ -132,8 +142,8 @@ def _device_of(x: Tensor) -> Iterator[None]:
 
 @contextmanager
 def no_autocast(x: Tensor) -> Iterator[None]:
-    """The op's own arithmetic, whatever autocast the caller is under."""
-    if torch.is_autocast_enabled(x.device.type):  # otherwise nothing for a traced graph to carry
+    """Switch autocast off on the device of `x`, inside the `with` block."""
+    if torch.is_autocast_enabled(x.device.type):  # else a traced graph would hold a useless switch
         with torch.autocast(x.device.type, enabled=False):
             yield
     else:
@@ -143,63 +153,76 @@ def no_autocast(x: Tensor) -> Iterator[None]:
 def library_gradients(
     reference: Impl, inputs: list[Any], needs: tuple[bool, ...], grads: list[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `reference(*inputs)` as torch sees them, themselves differentiable.
+    """Return differentiable gradients of `reference(*inputs)` by autograd.
 
-    This is what an op's backward returns under `create_graph=True`: the definition supplies every
-    higher derivative.
+    The backward of every op returns these under `create_graph=True`: all higher derivatives are
+    those of the definition.
+
+    Args:
+        reference: the definition, a function of `inputs` to one tensor or several.
+        inputs: tensors and `None` for those that are missing.
+        needs: for each input, True if its gradient is needed.
+        grads: upstream gradient of each output.
+
+    Returns:
+        One gradient per input, `None` where none is needed.
     """
-    # one view each, so that tied weights still get one gradient per role
+    # a view of each, so that a weight used twice gets one gradient per use
     inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]
     with no_autocast(inputs[0]):
         outputs = reference(*inputs)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    found = iter(
-        torch.autograd.grad(outputs, wanted, grads, create_graph=True, materialize_grads=True)
+    needed = [t for t, need in zip(inputs, needs, strict=True) if need]
+    gradients = iter(
+        torch.autograd.grad(outputs, needed, grads, create_graph=True, materialize_grads=True)
     )
-    return tuple(next(found) if need else None for need in needs)
+    return tuple(next(gradients) if need else None for need in needs)
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; an H100's where there is none to ask."""
+    """Return the number of multiprocessors of `device`; an H100's 132 without a GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def unit_stride(t: Tensor) -> Tensor:
-    """`t` with its last dimension dense: a view where it is one already."""
+    """Return `t` with a last dimension of stride 1; a copy only if it has none."""
     return t if t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
 
 
 def precision(x: Tensor) -> str:
-    """How a kernel multiplies float32: as accurately as torch would under the user's setting."""
+    """Return the `input_precision` of `tl.dot` for `x`, as the user set it in torch."""
     if x.dtype != torch.float32 or torch.version.hip:
         return "ieee"
-    chosen = torch.backends.cuda.matmul.fp32_precision
-    if chosen == "none":
-        chosen = torch.backends.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if chosen == "tf32" else "tf32x3"
+    setting = torch.backends.cuda.matmul.fp32_precision
+    if setting == "none":
+        setting = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if setting == "tf32" else "tf32x3"
 
 
 def cast(t: Tensor | None, dtype: torch.dtype) -> Any:
-    """`t` in `dtype`: itself where it already is, or is None."""
+    """Return `t` in `dtype`; the same object if it has that dtype or is None."""
     return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
-def given(t: Tensor | None, other: Tensor) -> Tensor:
-    """`t`, dense but for its rows, or `other` as a pointer that the kernel will not follow.
+def pointer(t: Tensor | None, other: Tensor) -> Tensor:
+    """Return `t` with unit column stride, or `other` if there is no `t`.
 
-    `other` is a weight: were it a computed activation, Inductor would copy it for each such use.
+    A kernel needs a pointer for each argument, also for a missing one that it never reads. `other`
+    should be a weight: a computed activation would be copied by Inductor for each such use.
     """
     return other if t is None else unit_stride(t)
 
 
 def tap_rows(k: Tensor) -> Tensor:
-    """Depthwise kernels (C, 1, K, K) as (K K, C) in float32: a warp reads neighbouring channels."""
+    """Return depthwise kernels (C, 1, K, K) as (K K, C) in float32.
+
+    Channels are then neighbours in memory, so that a warp reads one tap of many in one go.
+    """
     return k.reshape(k.shape[0], -1).t().contiguous().float()
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b rounded up."""
+    """Return `a / b`, rounded up."""
     return -(-a // b)

@@ -1,8 +1,10 @@
-"""The element-wise star as library ops: forward and backward over two tensors or one packed one.
+"""Element-wise star as library ops, over two tensors or one packed tensor (K1).
 
-`starlayers::star(x1, x2, ...)` is `functional.star_reference`; with `x2=None`, `x1` holds both
-branches in the halves of its last dimension, and so does the gradient. Nothing is written in place,
-and only the inputs are saved. `star_backward(..., product=True)` yields the star as well.
+`starlayers::star(x1, x2, act, offset, clamp1, clamp2)` is `functional.star_reference`. With
+`x2=None`, `x1` holds both branches in the halves of its last dimension, and so does its gradient.
+Nothing is written in place, and only the inputs are saved for the backward.
+`starlayers::star_backward(dy, x1, x2, ..., product)` returns d1, d2 and, with `product`, the star
+again. A clamp is [] or [least, greatest].
 """
 
 import math
@@ -27,6 +29,7 @@ __all__ = ["star", "star_backward"]
 ELEMENTS = 2048  # per program: 16 a thread, two 16-byte loads of each bfloat16 operand
 WARPS = 4
 
+#: [] for none, or [least, greatest]
 Limits = list[float]
 
 
@@ -53,7 +56,7 @@ def _plain(
 
 
 def tile_shape(rows: int, cols: int) -> tuple[int, int]:
-    """Rows and columns of a program's tile: as wide as the rows are, up to the whole tile."""
+    """Return rows and columns of a tile of ELEMENTS: at most twice as wide as `cols`."""
     wide = ELEMENTS
     while wide // 2 >= cols and wide > 16:
         wide //= 2
@@ -61,12 +64,12 @@ def tile_shape(rows: int, cols: int) -> tuple[int, int]:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """(..., cols) as (rows, cols) with unit column stride; a copy only where no view is one."""
+    """Return (..., cols) as (rows, cols) with unit column stride; a view if possible."""
     return unit_stride(x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1))
 
 
 def _views(x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both branches as matrices."""
+    """Return both branches as matrices (rows, cols)."""
     if x2 is None:
         return _branches(_matrix(x1), None)
     if x1.is_contiguous() and x2.is_contiguous():  # one long row: no ragged edge per row
@@ -96,9 +99,10 @@ def _options(
 
 
 def _bounds(clamp: Limits) -> tuple[int, float, float]:
-    """Which limits there are, as the kernel counts them, and both; infinities are none.
+    """Return the kernel's CLAMP mask and the limits; an infinite limit is none.
 
-    They never reach the kernel: Inductor writes constants out by `repr`, and `inf` is no name.
+    The mask adds 1 for a lower and 2 for an upper limit. A limit that is not there is 0: Inductor
+    writes constants by `repr`, and `inf` is not a Python name.
     """
     if not clamp:
         return 0, 0.0, 0.0
@@ -180,14 +184,14 @@ def _plain_backward(
     clamp2: Limits,
     product: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row = get_activation(act)
+    activation = get_activation(act)
     a, b = _branches(x1, x2)
     inner = a.clamp(*_limits(clamp1)) if clamp1 else a  # type: ignore[misc]
     outer = b.clamp(*_limits(clamp2)) if clamp2 else b  # type: ignore[misc]
-    slope = row.derivative(inner)
+    slope = activation.derivative(inner)
     # 0 where the activation is flat, also for an infinite dy
     d1 = (dy * (outer + offset) * slope).where(slope != 0, 0)
-    value = row.fn(inner)
+    value = activation.fn(inner)
     d2 = dy * value
     s = (value * (outer + offset)).contiguous() if product else dy.new_empty(0)
     if clamp1:

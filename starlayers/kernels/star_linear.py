@@ -1,12 +1,12 @@
-"""K2 and K5 as library ops: the two matrix products of a wide star MLP that can take the star in.
+"""Matrix products of a wide star MLP with the star fused, as library ops (K2, K5).
 
 `starlayers::star_linear(x, w1, b1, w2, b2, act, offset, save)` returns `(s, h1, h2)`: both branches
 of x (rows, in) and their star s (rows, out); h1 and h2 are empty without `save`.
-`starlayers::dgated(dy, w3, h1, h2, act, offset)` returns `(d1, d2, s)` for s w3' = y: the gradients
-of both branches and the star itself again, so that it need not have been saved.
+`starlayers::dgated(dy, w3, h1, h2, act, offset)` returns `(d1, d2, s)` for y = s w3': the gradients
+of both branches, and the star again so that it need not be saved.
 
-The kernels want Hopper's tensor descriptors and 16-bit types; elsewhere `plain` is the better
-program: the vendor's matrix products and K1. Neither has a gradient; `star_mlp_wide` uses both.
+The kernels need Hopper's tensor descriptors and 16-bit types. Elsewhere `plain` is faster: matrix
+products of the vendor's library and K1. Neither op has a gradient; `star_mlp_wide` combines them.
 """
 
 from typing import Any
@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from starlayers.kernels.registration import ceil_div, define_op, given, launch
+from starlayers.kernels.registration import ceil_div, define_op, launch, pointer
 from starlayers.kernels.star import star, star_backward
 
 __all__ = ["dgated", "star_linear"]
 
-BM, BN, BK = 128, 128, 64
-GROUP = 8  # row tiles that share their columns in cache
+BM, BN, BK = 128, 128, 64  # rows, columns and depth of a tile
+GROUP = 8  # row tiles in a group that shares the columns it reads in cache
 WARPS = 8
 STAGES = {"star_linear": 4, "dgated": 4}
 
@@ -67,8 +67,8 @@ def _kernel(
     if s.numel():
         launch(
             star_linear, (ceil_div(m, BM) * ceil_div(n, BN),),
-            described(x, BM, BK), described(w1, BN, BK), given(b1, w1),
-            described(w2, BN, BK), given(b2, w1),
+            described(x, BM, BK), described(w1, BN, BK), pointer(b1, w1),
+            described(w2, BN, BK), pointer(b2, w1),
             described(s, BM, BN), described(h1, BM, BN), described(h2, BM, BN), m, n, k,
             ACT=act, OFFSET=offset, BIAS1=b1 is not None, BIAS2=b2 is not None, SAVE=save,
             BM=BM, BN=BN, BK=BK, GROUP=GROUP, num_warps=WARPS, num_stages=STAGES["star_linear"],
@@ -77,7 +77,7 @@ def _kernel(
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """`t` dense, at an address that a tensor descriptor can take."""
+    """Return `t` contiguous and at a multiple of 16 bytes, as descriptors require."""
     t = t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()
 

@@ -1,10 +1,10 @@
-"""The fused star MLP as a library op; the hidden activation never exists as a whole.
+"""Fused star MLP as a library op; the hidden activation is never stored whole.
 
 `starlayers::star_mlp(x, w1, b1, w2, b2, w3, b3, residual, act, offset, stats)` returns
 `(y, mean, var)`: y is `functional.star_mlp_reference` of x (rows, in) plus the residual
-(rows, out); with `stats`, mean and biased variance of y over its rows, (out) in float32, which
-carry gradients like any output (a BatchNorm after y is then an affine map). The backward
-recomputes the hidden activation, so only inputs and, with `stats`, y are saved.
+(rows, out). With `stats`, mean and var are mean and biased variance of y over its rows, (out) in
+float32, with gradients like any output: a BatchNorm after y is then an affine map. The backward
+recomputes the hidden activation, so only the inputs and, with `stats`, y are saved.
 """
 
 from typing import Any
@@ -115,7 +115,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # once: a checkpoint unpacks each tensor a single time
+    saved = ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
     inputs = list(saved[:8])
     if torch.is_grad_enabled():
         needs = ctx.needs_input_grad[:8]
@@ -126,19 +126,20 @@ def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, .
     if ctx.stats:
         z, mean = saved[8:]
         p, q = statistics_gradient(dmean, dvar, x.shape[0])
-    found: tuple[Any, ...] = (None,) * 7
+    computed: tuple[Any, ...] = (None,) * 7
     with no_autocast(x):
-        if any(ctx.needs_input_grad[:7]):  # otherwise what was added asks alone
-            found = star_mlp_backward(dy, z, mean, p, q, x, w1, b1, w2, b2, w3, ctx.act, ctx.offset)
-        direct = upstream(dy, z, mean, p, q) if residual is not None else None
-    parameters = (None if t is None else g for t, g in zip(inputs[:7], found, strict=True))
-    return *parameters, direct, None, None, None
+        if any(ctx.needs_input_grad[:7]):  # else only the residual needs a gradient: skip K4
+            options = (ctx.act, ctx.offset)
+            computed = star_mlp_backward(dy, z, mean, p, q, x, w1, b1, w2, b2, w3, *options)
+        dresidual = upstream(dy, z, mean, p, q) if residual is not None else None
+    present = (None if t is None else g for t, g in zip(inputs[:7], computed, strict=True))
+    return *present, dresidual, None, None, None
 
 
 def _definition(ctx: Any) -> Any:
     def definition(*inputs: Any) -> Any:
         *weights, residual = inputs
-        weights = [cast(w, inputs[0].dtype) for w in weights]  # biases may come in float32
+        weights = [cast(w, inputs[0].dtype) for w in weights]  # biases may be float32
         y = star_mlp_reference(*weights, ctx.act, offset=ctx.offset)  # type: ignore[misc]
         y = y if residual is None else y + residual
         return with_statistics(y, True) if ctx.stats else y

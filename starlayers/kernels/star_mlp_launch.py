@@ -5,9 +5,9 @@ from torch import Tensor
 
 from starlayers.kernels.registration import (
     ceil_div,
-    given,
     launch,
     multiprocessors,
+    pointer,
     precision,
     unit_stride,
 )
@@ -16,6 +16,7 @@ from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, Tile, mlp_tile, 
 
 __all__ = ["star_mlp_backward_kernel", "star_mlp_kernel"]
 
+#: dx, dw1, db1, dw2, db2, dw3, db3
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -32,7 +33,7 @@ def star_mlp_kernel(
     offset: float,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch K3; see `starlayers.kernels.star_mlp` for the contract."""
+    """Launch K3; `starlayers.kernels.star_mlp` documents arguments and results."""
     x, w1, w2, w3 = (unit_stride(t) for t in (x, w1, w2, w3))
     rows, channels = x.shape
     out, hidden = w3.shape
@@ -50,7 +51,7 @@ def star_mlp_kernel(
 
         launch(
             mlp_forward, (programs,),
-            x, w1, given(b1, w1), w2, given(b2, w1), w3, given(b3, w1), given(residual, w1),
+            x, w1, pointer(b1, w1), w2, pointer(b2, w1), w3, pointer(b3, w1), pointer(residual, w1),
             y, parts, rows,
             stride_x=x.stride(0), stride_w1=w1.stride(0), stride_w2=w2.stride(0),
             stride_w3=w3.stride(0), stride_r=0 if residual is None else residual.stride(0),
@@ -80,7 +81,12 @@ def star_mlp_backward_kernel(
     act: str,
     offset: float,
 ) -> Gradients:
-    """Launch K4; see `starlayers.kernels.star_mlp` for the contract."""
+    """Launch K4; returns dx, dw1, db1, dw2, db2, dw3, db3.
+
+    `z` is the output of the forward and `mean` its mean; `p` and `q` as in `upstream`. Narrow
+    layers take one pass ("all"), wider ones two ("dx" and "dw"). If no tile holds the weight
+    gradients, the first pass stores d1, d2 and s, and matrix products compute them.
+    """
     from starlayers.kernels.device.star_mlp_backward import mlp_dw, mlp_dx
 
     dy, x, w1, w2, w3 = (unit_stride(t) for t in (dy, x, w1, w2, w3))
@@ -90,7 +96,7 @@ def star_mlp_backward_kernel(
     c0, c1 = split_columns(channels)
     o0, o1 = split_columns(out)
     width = max(c0 + c1, o0 + o1)
-    same = {
+    options = {
         "stride_z": 0 if z is None else z.stride(0),
         "stride_x": x.stride(0), "stride_w1": w1.stride(0), "stride_w2": w2.stride(0),
         "stride_w3": w3.stride(0), "C": channels, "H": hidden, "OUT": out, "ACT": act,
@@ -98,36 +104,36 @@ def star_mlp_backward_kernel(
         "PRECISION": precision(x), "C0": c0, "C1": c1, "O0": o0, "O1": o1,
     }  # fmt: skip
     inputs = (
-        given(z, w1), given(mean, w1), given(p, w1), given(q, w1), x,
-        w1, given(b1, w1), w2, given(b2, w1), w3,
+        pointer(z, w1), pointer(mean, w1), pointer(p, w1), pointer(q, w1), x,
+        w1, pointer(b1, w1), w2, pointer(b2, w1), w3,
     )  # fmt: skip
     dx = x.new_empty(rows, channels)
 
-    def tiled(tile: Tile) -> dict[str, int]:
+    def tile_options(tile: Tile) -> dict[str, int]:
         return {
             "BM": tile.rows, "BH": tile.hidden, "STAGES": tile.stages,
             "num_warps": tile.warps, "num_stages": tile.stages,
         }  # fmt: skip
 
-    def weights(tile: Tile, dy: Tensor, *, with_dx: bool) -> tuple[Tensor, ...]:
+    def weight_gradients(tile: Tile, dy: Tensor, *, with_dx: bool) -> tuple[Tensor, ...]:
         chunks = ceil_div(hidden, tile.hidden)
-        # as many as run at once, at 8 warps a multiprocessor: each writes all its weight gradients
-        most = max(1, multiprocessors(x.device) * 8 // tile.warps // chunks)
-        programs = min(most, ceil_div(rows, tile.rows))
+        # no more than run at once, at 8 warps a multiprocessor: each writes a sum of its own
+        resident = max(1, multiprocessors(x.device) * 8 // tile.warps // chunks)
+        programs = min(resident, ceil_div(rows, tile.rows))
         parts = x.new_empty(programs, hidden, 2 * channels + out + 2, dtype=torch.float32)
         parts3 = x.new_empty(programs, out, dtype=torch.float32)
         if rows:
             launch(
                 mlp_dw, (chunks, programs), dy, *inputs, dx, parts, parts3, rows, programs,
                 DX=with_dx, AFFINE=with_dx and z is not None, stride_dy=dy.stride(0),
-                **same, **tiled(tile),
+                **options, **tile_options(tile),
             )  # fmt: skip
         dw1, dw2, dw3, db = parts.sum(0).split((channels, channels, out, 2), 1)
         return dw1, db[:, 0], dw2, db[:, 1], dw3.t(), parts3.sum(0)
 
     whole = mlp_tile(MLP_BACKWARD["all"], x.device, width, x.element_size())
     if whole is not None and hidden <= whole.hidden:
-        return _typed(dx, weights(whole, dy, with_dx=True), w1)
+        return _typed(dx, weight_gradients(whole, dy, with_dx=True), w1)
     tile = mlp_tile(MLP_BACKWARD["dx"], x.device, width, x.element_size())
     if tile is None:
         raise ValueError(f"no backward tile for {channels} -> {out} channels on {x.device}")
@@ -140,15 +146,16 @@ def star_mlp_backward_kernel(
     if rows:
         launch(
             mlp_dx, (tiles,), dy, *inputs, dx, g, d1, d2, s, sums, rows,
-            SPILL=spill, AFFINE=z is not None, stride_dy=dy.stride(0), **same, **tiled(tile),
+            SPILL=spill, AFFINE=z is not None, stride_dy=dy.stride(0),
+            **options, **tile_options(tile),
         )  # fmt: skip
     if separate is not None:
-        return _typed(dx, weights(separate, g, with_dx=False), w1)
+        return _typed(dx, weight_gradients(separate, g, with_dx=False), w1)
     db1, db2, db3 = sums.sum(0).split((hidden, hidden, out))
     return _typed(dx, (d1.t() @ x, db1, d2.t() @ x, db2, g.t() @ s, db3), w1)
 
 
 def _typed(dx: Tensor, grads: tuple[Tensor, ...], w: Tensor) -> Gradients:
-    # copies: the outputs of an op may not share memory, and these are views of the same sums
+    # copies, because outputs of an op may not share memory and these are views of the same sums
     dw1, db1, dw2, db2, dw3, db3 = (g.new_empty(g.shape, dtype=w.dtype).copy_(g) for g in grads)
     return dx, dw1, db1, dw2, db2, dw3, db3

@@ -1,9 +1,9 @@
-"""The star MLP too wide to stay on chip: matrix products, and the star in or between them.
+"""Star MLP too wide to stay on chip: matrix products and K1, or K2 and K5.
 
 `starlayers::star_mlp_wide(x, w1, b1, w2, b2, w3, b3, act, offset, recompute, gemm)` returns
-`(y, h1, h2)`: y is `functional.star_mlp_reference`; the branches h1 and h2 are kept for the
-backward, or with `recompute` computed again there (both then empty): the product itself is never
-kept. `gemm` names who multiplies: "library" (cuBLAS, then K1) or "triton" (K2 and K5).
+`(y, h1, h2)`: y is `functional.star_mlp_reference`. The branches h1 and h2 are kept for the
+backward; with `recompute` they are empty, and the backward computes them again. Their product is
+never kept. `gemm` is "library" (cuBLAS, then K1) or "triton" (K2 and K5).
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from starlayers.kernels.star_linear import dgated, star_linear
 __all__ = ["PROGRAMS", "star_mlp_wide"]
 
 
-#: who multiplies -> both branches with their star, and the gradients of both
+#: gemm -> op for both branches and their star, op for the gradients of both branches
 PROGRAMS = {"library": (star_linear.plain, dgated.plain), "triton": (star_linear, dgated)}
 
 
@@ -37,7 +37,7 @@ def star_mlp_wide(
     recompute: bool,
     gemm: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute y of x (rows, in), and the branches unless they are to be recomputed."""
+    """Return y (rows, out) and both branches (rows, hidden), or empty ones."""
     product, _ = PROGRAMS[gemm]
     s, h1, h2 = product(x, w1, b1, w2, b2, act, offset, not recompute)
     return F.linear(s, w3, b3), h1, h2
@@ -66,9 +66,9 @@ def star_mlp_wide_backward(
     recompute: bool,
     gemm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients: dx, dw1, db1, dw2, db2, dw3, db3."""
+    """Return dx, dw1, db1, dw2, db2, dw3, db3; a missing bias has an empty gradient."""
     product, gate = PROGRAMS[gemm]
-    if recompute and gemm == "library":  # without the star, which `gate` yields
+    if recompute and gemm == "library":  # no star needed here: `gate` returns it
         h1, h2 = F.linear(x, w1, b1), F.linear(x, w2, b2)
     elif recompute:
         _, h1, h2 = product(x, w1, b1, w2, b2, act, offset, True)
@@ -82,7 +82,10 @@ def star_mlp_wide_backward(
 
 
 def _sum(d: Tensor, b: Tensor | None) -> Tensor:
-    """The gradient of a bias, as a matrix product: sum(0) took three times as long as reading d."""
+    """Return the gradient of bias `b`, the sum of d over its rows; empty without `b`.
+
+    It is a matrix product, because `sum(0)` took three times as long as reading d.
+    """
     return d.new_empty(0) if b is None else (d.new_ones(1, len(d)) @ d).view(-1)
 
 

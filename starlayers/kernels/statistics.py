@@ -1,11 +1,11 @@
-"""Mean and variance of an op's output as outputs of their own, and what they send back."""
+"""Mean and variance of an op's output as further outputs, and their gradients."""
 
 import torch
 from torch import Tensor
 
 from starlayers.kernels.registration import ceil_div, launch
 
-# TILES * CHANNELS elements at a time: few programs, so each has to keep many loads in flight
+# elements a program merges at a time: there are few programs, so each keeps many loads in flight
 TILES, CHANNELS = 1024, 4
 WARPS = 8
 
@@ -20,20 +20,21 @@ __all__ = [
 
 
 def empty_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What an op returns for mean and variance when they were not asked for."""
+    """Return the empty mean and variance of an op called without `stats`."""
     return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
 
 
 def merged_statistics(parts: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance from per-tile counts, means and squared deviations.
+    """Merge counts, means and squared deviations of tiles into mean and variance.
 
-    `parts` is (tiles, 3, channels), as the kernels leave them. Source: Chan et al., "Updating
-    formulae and a pairwise algorithm for computing sample variances", 1979.
+    `parts` is (tiles, 3, channels), as `store_statistics` writes it; the variance is biased.
+    Source: Chan et al., "Updating formulae and a pairwise algorithm for computing sample
+    variances", 1979.
     """
     tiles, _, channels = parts.shape
     mean, var = parts.new_empty(channels), parts.new_empty(channels)
     if not tiles:
-        return mean.fill_(torch.nan), var.fill_(torch.nan)  # of nothing, as torch has it
+        return mean.fill_(torch.nan), var.fill_(torch.nan)  # as torch for no elements
     from starlayers.kernels.device.tile import merge_statistics
 
     launch(
@@ -44,7 +45,10 @@ def merged_statistics(parts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_statistics(y: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`y` with mean and biased variance of its last dimension's channels, where asked for."""
+    """Return `y` and, with `stats`, mean and biased variance of its channels.
+
+    Channels are the last dimension. Without `stats` both statistics are empty.
+    """
     if not stats:
         return y, *empty_statistics(y)
     wide = y if y.dtype == torch.float64 else y.float()
@@ -53,17 +57,21 @@ def with_statistics(y: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fake_statistics(y: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What `with_statistics` returns, in shape and dtype alone."""
+    """Return empty tensors of the shapes and dtypes of `with_statistics`."""
     if not stats:
         return y, *empty_statistics(y)
-    kind = torch.float64 if y.dtype == torch.float64 else torch.float32
-    return y, y.new_empty(y.shape[-1], dtype=kind), y.new_empty(y.shape[-1], dtype=kind)
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    return y, y.new_empty(y.shape[-1], dtype=dtype), y.new_empty(y.shape[-1], dtype=dtype)
 
 
 def upstream(
     dy: Tensor, z: Tensor | None, mean: Tensor | None, p: Tensor | None, q: Tensor | None
 ) -> Tensor:
-    """dy + q + p (z - mean): the gradient that reaches z when its statistics were outputs too."""
+    """Return `dy + q + p (z - mean)`, the whole gradient that reaches an output `z`.
+
+    `dy` is the gradient of `z` itself; `p` and `q` come from its statistics, see
+    `statistics_gradient`. Without statistics it is `dy`.
+    """
     if z is None or mean is None or p is None or q is None:
         return dy
     wide = dy if dy.dtype == torch.float64 else dy.float()
@@ -71,5 +79,8 @@ def upstream(
 
 
 def statistics_gradient(dmean: Tensor, dvar: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """p and q of `upstream`, from the gradients of mean and biased variance over `count` rows."""
+    """Return p and q of `upstream` from the gradients of mean and variance.
+
+    `count` is the number of rows that the statistics are over; the variance is biased.
+    """
     return dvar * (2 / count), dmean / count

@@ -1,8 +1,8 @@
-"""Which tile a kernel runs with: one table per kernel, by channels and by family of GPU.
+"""Tile sizes of the star MLP kernels, by channels and family of GPU.
 
-The rows of sm_90 for 16-bit types were timed on an H100: some spill registers and are faster for it
+Tiles of sm_90 for 16-bit types were timed on an H100: some spill registers and are still faster
 than any tile that does not. All others were chosen by ahead-of-time compilation (`make kernels`):
-the widest row tile without a register spill, because each row tile reads all weights once.
+the most rows without a register spill, because each tile reads all weights once.
 """
 
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ __all__ = [
     "split_columns",
 ]
 
-#: tables by the shared memory a program may have: 227 KiB, 163 KiB, 64 KiB (all other GPUs)
+#: families of GPUs by the shared memory of a program: 227 KiB, 163 KiB, 64 KiB (all others)
 FAMILIES = ("sm_90", "sm_80", "small")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """BM rows and BH hidden channels at a time, on so many warps, loads so many stages ahead."""
+    """Tile of a launch: rows, hidden channels at a time, warps, pipeline stages."""
 
     rows: int
     hidden: int
@@ -82,7 +82,7 @@ MLP_FORWARD: Table = {
     "small float32": {32: Tile(128, 32, 8, 1), 64: Tile(64, 16, 8, 1), 128: Tile(16, 16, 4, 1)},
 }
 
-#: kernel -> as above; "all" yields every gradient in one pass over one hidden chunk
+#: kernel -> such a table; "all" computes every gradient in one pass over one hidden chunk
 MLP_BACKWARD: dict[str, Table] = {
     "all": {
         "sm_90": {32: Tile(64, 128, 8, 3)},
@@ -132,16 +132,19 @@ MLP_BACKWARD: dict[str, Table] = {
 
 
 def mlp_tile(table: Table, device: torch.device, width: int, element_size: int = 2) -> Tile | None:
-    """The tile for `width` channels (the wider of in and out), or None where no row serves."""
+    """Return the tile for `width` channels, or None if the table has none so wide.
+
+    `width` is the larger of input and output channels; `element_size` in bytes.
+    """
     # the interpreter computes bfloat16 in float32, and has no registers to run out of
-    kind = " float32" if element_size == 4 and not INTERPRET else ""
-    rows = table.get(family(device) + kind, {})
-    fitting = [channels for channels in rows if channels >= width]
-    return rows[min(fitting)] if fitting else None
+    dtype = " float32" if element_size == 4 and not INTERPRET else ""
+    tiles = table.get(family(device) + dtype, {})
+    fitting = [channels for channels in tiles if channels >= width]
+    return tiles[min(fitting)] if fitting else None
 
 
 def family(device: torch.device) -> str:
-    """The family of a GPU; an H100's where there is none to ask (tracing without a GPU)."""
+    """Return the family of `device`; an H100's without a GPU, as when tracing."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return "sm_90"
     shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
@@ -151,7 +154,7 @@ def family(device: torch.device) -> str:
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is at least `n`.
+    """Return the least power of two that is at least `n`.
 
     Example:
         >>> next_power_of_2(24)
@@ -161,7 +164,9 @@ def next_power_of_2(n: int) -> int:
 
 
 def split_columns(width: int) -> tuple[int, int]:
-    """The two tile widths, powers of two of at least 16, that cover `width` with least padding.
+    """Return two powers of two, at least 16 or 0, that cover `width` channels.
+
+    Of all such pairs, these pad least: 96 channels cost 64 + 32 instead of 128.
 
     Example:
         >>> split_columns(96), split_columns(24), split_columns(192), split_columns(100)

@@ -1,7 +1,7 @@
-"""Measured dispatch: which of several equal programs is fastest for a shape, on this GPU.
+"""Measured dispatch: time equivalent programs once per shape, keep the fastest.
 
-Off unless `STARLAYERS_TUNE=1`: the first use of a shape then times every candidate once, outside
-of CUDA graph capture, and the winner serves for the rest of the process.
+Off unless `STARLAYERS_TUNE=1`: the first use of a shape then times every candidate, outside of
+CUDA graph capture, and the fastest is used for the rest of the process.
 """
 
 import os
@@ -13,15 +13,16 @@ import torch
 __all__ = ["choose", "tuning", "winner"]
 
 ENV_VAR = "STARLAYERS_TUNE"
-REPEATS = 20
+WARM_UPS, REPEATS = 2, 20
 
+#: name -> program to time
 Candidates = Mapping[str, Callable[[], object]]
 
 _winners: dict[Hashable, str] = {}
 
 
 def tuning() -> bool:
-    """Whether the user asked for measured dispatch (env `STARLAYERS_TUNE=1`, read at every call).
+    """Return True if `STARLAYERS_TUNE=1` is set; read at every call.
 
     Example:
         >>> tuning()
@@ -31,10 +32,11 @@ def tuning() -> bool:
 
 
 def winner(key: Hashable) -> str | None:
-    """What `choose` found for `key`, or None where it was not asked yet.
+    """Return the name that `choose` measured to be fastest for `key`, or None.
 
     Example:
-        >>> winner("never asked")
+        >>> winner("a shape that was not timed") is None
+        True
     """
     return _winners.get(key)
 
@@ -45,7 +47,14 @@ def choose(
     *,
     timer: Callable[[Candidates], dict[str, float]] | None = None,
 ) -> str:
-    """The name of the fastest candidate for `key`, measured on its first use; ties to the first.
+    """Return the name of the fastest candidate for `key`; the first one if tied.
+
+    Candidates are timed on the first call for a key. Later calls return the same name.
+
+    Args:
+        key: everything that the times depend on: device, dtype, shapes.
+        candidates: name -> program, all of the same result.
+        timer: candidates -> name -> milliseconds; CUDA events by default.
 
     Example:
         >>> times = {"library": 2.0, "triton": 1.0}
@@ -59,9 +68,12 @@ def choose(
 
 
 def _interleaved(candidates: Candidates) -> dict[str, float]:
-    """Median milliseconds of each candidate by CUDA events, A B A B, after two warm-up rounds."""
+    """Return the median milliseconds of each candidate, timed in turn by CUDA events.
+
+    Interleaving (A B A B) gives each the same clocks; the first rounds warm up and do not count.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(2 + REPEATS):
+    for _ in range(WARM_UPS + REPEATS):
         for name, run in candidates.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -69,4 +81,4 @@ def _interleaved(candidates: Candidates) -> dict[str, float]:
             end.record()
             end.synchronize()
             times[name].append(start.elapsed_time(end))
-    return {name: statistics.median(t[2:]) for name, t in times.items()}
+    return {name: statistics.median(t[WARM_UPS:]) for name, t in times.items()}

@@ -1,1 +1,1 @@
-"""Triton code, the only folder that imports triton; linted by Triton's rules of naming."""
+"""Triton device code; the only folder that imports triton."""

@@ -1,6 +1,6 @@
-"""The activation table in Triton: each row's value and derivative, chosen at compile time.
+"""Activations in Triton: value and derivative, chosen by name at compile time.
 
-NaN passes through every row, as in torch: comparisons that are false for NaN keep the input.
+NaN passes through every activation, as in torch: comparisons that are false for NaN keep the input.
 """
 
 import triton
@@ -33,7 +33,7 @@ def _log1p_exp(x):
 
 @triton.jit
 def act_value(x, ACT: tl.constexpr):
-    """The activation of a float32 tile."""
+    """Apply the activation to a float32 tile."""
     if ACT == "identity":
         y = x
     elif ACT == "relu":
@@ -66,14 +66,14 @@ def act_value(x, ACT: tl.constexpr):
 
 @triton.jit
 def act_backward(g, x, ACT: tl.constexpr):
-    """g act'(x): exactly 0 where the activation is flat, also for an infinite g, as in torch."""
+    """Return g act'(x); 0 where the activation is flat, also for an infinite g."""
     d = _derivative(x, ACT)
     return tl.where(d == 0.0, 0.0, g * d)
 
 
 @triton.jit
 def _derivative(x, ACT: tl.constexpr):
-    """The derivative of a float32 tile's activation; at a kink, the one torch uses."""
+    """Return the activation's derivative at a float32 tile; at a kink as in torch."""
     if ACT == "identity":
         d = tl.full(x.shape, 1.0, tl.float32)
     elif ACT == "relu":

@@ -1,4 +1,4 @@
-"""K6: depthwise K x K convolution over (N, height, width, C) in Triton, and its gradients.
+"""K6: depthwise convolution over (N, height, width, C) in Triton, with gradients.
 
 A program owns TH output rows of BP columns (columns of all images in one line, so that no width
 wastes a lane) and BC channels. Each input row is loaded once per horizontal tap and used for up to
@@ -17,16 +17,16 @@ __all__ = ["dw_convolve", "dw_weights"]
 
 @triton.jit
 def _position(cols_total, pid, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TH, BP: tl.constexpr):
-    """Image, column and first row of the tile `pid`, and whether each column exists."""
+    """Return image, column and first row of tile `pid`, and a mask of real columns."""
     across = tl.cdiv(HEIGHT, TH)
     column = (pid // across) * BP + tl.arange(0, BP)
     return column // WIDTH, column % WIDTH, (pid % across) * TH, column < cols_total
 
 
 @triton.jit
-def _vector(base, channel, real, GIVEN: tl.constexpr):
-    """The channels' elements in float32, or zeros where there is no such vector."""
-    if GIVEN:
+def _vector(base, channel, real, PRESENT: tl.constexpr):
+    """Load the channels' elements in float32; zeros unless PRESENT."""
+    if PRESENT:
         return tl.load(base + channel, mask=real, other=0.0).to(tl.float32)
     return tl.zeros(channel.shape, tl.float32)
 
@@ -37,7 +37,7 @@ def _row(
     SCALE: tl.constexpr, SHIFT: tl.constexpr, Z: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """v at row i, columns j of their images, [BP, BC] in float32; 0 outside."""
+    """Load v at row i and columns j of the images: [BP, BC] in float32, 0 outside."""
     inside = (there & (i >= 0) & (i < HEIGHT) & (j >= 0) & (j < WIDTH))[:, None] & real[None, :]
     at = ((image.to(tl.int64) * HEIGHT + i) * WIDTH + j)[:, None] * C + channel[None, :]
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -85,7 +85,7 @@ def dw_convolve(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """y = factor (k * v + b) + residual, with sums over the tile where REDUCE names them.
+    """Compute y = factor (k * v + b) + residual, and sums over tiles named by REDUCE.
 
     k is (K K, C): channels side by side, so that a warp reads a tap in one go.
     FLIP turns the kernel by half a turn, which makes this the input gradient. "statistics" of y
@@ -200,10 +200,10 @@ def dw_weights(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Sums of v dy for one column of taps over every PROGRAMS-th tile: (PROGRAMS, K K + 1, C).
+    """Sum v dy for one column of taps over every PROGRAMS-th tile.
 
-    The last row is the bias gradient. The upstream gradient is dy, with Z plus
-    shift + zscale (z - zmean); v is x, with AFFINE x_scale x + x_shift.
+    `parts` is (PROGRAMS, K K + 1, C); its last row is the bias gradient. The upstream gradient is
+    dy, with Z plus shift + zscale (z - zmean); v is x, with AFFINE x_scale x + x_shift.
     """
     PAD: tl.constexpr = K // 2
     blocks: tl.constexpr = (C + BC - 1) // BC

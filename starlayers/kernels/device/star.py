@@ -10,7 +10,7 @@ __all__ = ["star_forward", "star_grad"]
 
 @triton.jit
 def _clamped(x, LOW: tl.constexpr, HIGH: tl.constexpr, CLAMP: tl.constexpr):
-    """x within its limits; CLAMP is 1 for a lower limit alone, 2 for an upper one, 3 for both."""
+    """Clamp x; CLAMP is 1 for a lower limit alone, 2 for an upper one, 3 for both."""
     if CLAMP % 2 == 1:
         x = tl.maximum(x, LOW, propagate_nan=tl.PropagateNan.ALL)
     if CLAMP >= 2:
@@ -20,7 +20,7 @@ def _clamped(x, LOW: tl.constexpr, HIGH: tl.constexpr, CLAMP: tl.constexpr):
 
 @triton.jit
 def _inside(g, x, LOW: tl.constexpr, HIGH: tl.constexpr, CLAMP: tl.constexpr):
-    """g where x is strictly within its limits, else 0."""
+    """Return g where x is strictly within its limits, else 0."""
     if CLAMP % 2 == 1:
         g = tl.where(x > LOW, g, 0.0)
     if CLAMP >= 2:
@@ -93,7 +93,7 @@ def star_grad(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Both gradients; with PRODUCT also the product itself, from what is loaded anyway."""
+    """Compute both gradients; with PRODUCT also the product, from the same loads."""
     r, c, live = _tile(rows, cols, BR, BC)
     g = tl.load(dy + r * stride_dy + c, mask=live, other=0.0).to(tl.float32)
     raw1 = tl.load(x1 + r * stride1 + c, mask=live, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""K2 and K5: the wide star MLP's two fused matrix products, in Triton, over tensor descriptors.
+"""K2 and K5: fused matrix products of the wide star MLP, over tensor descriptors.
 
 Descriptors (TMA on Hopper) keep addresses out of registers: with pointers two accumulators of
 128 x 128 and three outputs need all 255 registers and spill, with descriptors 172.
@@ -14,7 +14,7 @@ __all__ = ["dgated", "star_linear"]
 
 @triton.jit
 def _tile(rows_total, cols_total, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of this program's tile; GROUP row tiles share the columns they read."""
+    """Return first row and column of the tile; GROUP row tiles share their columns."""
     down = tl.cdiv(rows_total, BM)
     across = tl.cdiv(cols_total, BN)
     pid = tl.program_id(0)
@@ -48,7 +48,7 @@ def star_linear(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """y = act(x w1' + b1) * (OFFSET + x w2' + b2); with SAVE both branches too."""
+    """Compute act(x w1' + b1) * (OFFSET + x w2' + b2); with SAVE both branches too."""
     m, n = _tile(M, N, BM, BN, GROUP)
     a = tl.zeros([BM, BN], tl.float32)
     b = tl.zeros([BM, BN], tl.float32)
@@ -98,7 +98,7 @@ def dgated(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """d1, d2 and s of the star from dy (M, K), w3 (K, N) and the branches h1, h2 (M, N).
+    """Compute d1, d2, s of the star from dy (M, K), w3 (K, N) and h1, h2 (M, N).
 
     The descriptors of the (M, N) tensors are BN / 2 wide: the epilogue runs in two halves, so that
     six tiles never live at once (255 registers and spills of kilobytes otherwise).

@@ -1,4 +1,4 @@
-"""K4: the star MLP backward in Triton, by recomputation; the hidden gradients stay on chip.
+"""K4: star MLP backward in Triton by recomputation; hidden gradients stay on chip.
 
 `mlp_dx` goes over row tiles like the forward. `mlp_dw` goes over hidden chunks and keeps the
 gradients of their weights in registers over all its rows; where one chunk is the whole hidden
@@ -20,7 +20,7 @@ def _upstream(
     dy, z, mean, p, q, rows, live, stride_dy, stride_z,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
-    """dy, with AFFINE plus q + p (z - mean): what the statistics of z send back."""
+    """Load dy; with AFFINE add q + p (z - mean), the gradient by the statistics of z."""
     g = load_rows(dy, rows, live, stride_dy, FIRST, WIDTH, N)
     if AFFINE:
         t = load_rows(z, rows, live, stride_z, FIRST, WIDTH, N).to(tl.float32)
@@ -36,7 +36,7 @@ def _upstream(
 
 @triton.jit
 def _dither(x, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, HALF_STEP: tl.constexpr):
-    """Up to half a rounding step of x either way, by a hash of the position.
+    """Return up to half a rounding step of x either way, by a hash of the position.
 
     dy is rounded already, and q + p (z - mean) often less than half a step of it: rounded to the
     nearest, the sum would be dy again nearly everywhere, and the mean that a BatchNorm takes out
@@ -54,7 +54,7 @@ def _dither(x, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, HALF_STEP: tl.con
 
 @triton.jit
 def _store_sums(base, tile, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr):
-    """Sums over the live rows of a tile, at columns FIRST.. of N."""
+    """Store sums over the live rows of a tile, at columns FIRST.. of N."""
     cols = FIRST + tl.arange(0, WIDTH)
     total = tl.sum(tl.where(live[:, None], tile.to(tl.float32), 0.0), axis=0)
     tl.store(base + cols, total, mask=cols < N)
@@ -104,7 +104,7 @@ def mlp_dx(
     O1: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx of a row tile; with AFFINE also the whole upstream gradient g, which `mlp_dw` reads.
+    """Compute dx of a row tile; with AFFINE also the upstream gradient g for `mlp_dw`.
 
     With SPILL also d1, d2 and the product s, for dW by matrix products, and sums over the tile of
     d1, d2 and g, the bias gradients: (tiles, 2 H + OUT).
@@ -224,7 +224,7 @@ def mlp_dw(
     O1: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Partial weight gradients of a hidden chunk over every PROGRAMS-th row tile.
+    """Compute weight gradients of a hidden chunk over every PROGRAMS-th row tile.
 
     Everything is transposed, (BH, BM): d1 is then the left operand of d1' x as it lies in
     registers. With DX (one chunk holds the whole hidden axis) dx comes out of the same pass.

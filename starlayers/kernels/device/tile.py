@@ -1,4 +1,4 @@
-"""Device functions the matrix kernels share: loads of tiles of two column parts, statistics.
+"""Loads, stores and statistics of tiles, shared by the matrix kernels.
 
 Triton's tiles are powers of two wide and StarNet-S1's channels (24, 48, 96, 192) are not, so every
 kernel holds a channel axis in two parts of C0 and C1 columns (96 = 64 + 32; C1 = 0 for none).
@@ -19,7 +19,7 @@ __all__ = [
 
 @triton.jit
 def load_rows(base, rows, live, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr):
-    """[rows, WIDTH] columns FIRST.. of a row-major matrix with N columns, zero outside."""
+    """Load [rows, WIDTH]: columns FIRST.. of a matrix with N columns, zero outside."""
     cols = FIRST + tl.arange(0, WIDTH)
     at = base + rows.to(tl.int64)[:, None] * stride + cols[None, :]
     if FIRST + WIDTH <= N:
@@ -31,7 +31,7 @@ def load_rows(base, rows, live, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr
 def load_columns(
     w, hidden, there, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr
 ):
-    """[WIDTH, BH]: rows FIRST.. of w (N, hidden), at the hidden columns given."""
+    """Load [WIDTH, BH]: rows FIRST.. of w (N, hidden), at the columns `hidden`."""
     out = FIRST + tl.arange(0, WIDTH)
     at = w + out[:, None] * stride + hidden[None, :]
     return tl.load(at, mask=(out < N)[:, None] & there[None, :], other=0.0)
@@ -49,7 +49,7 @@ def store_rows(
 
 @triton.jit
 def load_vector(base, FIRST, WIDTH: tl.constexpr, N: tl.constexpr):
-    """[WIDTH] float32 elements FIRST.. of a vector of N, zero outside."""
+    """Load [WIDTH] float32 elements FIRST.. of a vector of N, zero outside."""
     i = FIRST + tl.arange(0, WIDTH)
     return tl.load(base + i, mask=i < N, other=0.0).to(tl.float32)
 
@@ -58,7 +58,7 @@ def load_vector(base, FIRST, WIDTH: tl.constexpr, N: tl.constexpr):
 def store_statistics(
     base, tile, live, count, part, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr
 ):
-    """Count, mean and sum of squared deviations of the live rows of a tile, per column.
+    """Store count, mean and squared deviations of the live rows of a tile, per column.
 
     `base` is (parts, 3, N). Deviations from the tile's own mean do not cancel as a sum of
     squares would.
@@ -75,8 +75,9 @@ def store_statistics(
 
 @triton.jit
 def merge_statistics(parts, mean, var, TILES, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """Mean and biased variance of BC channels from what `store_statistics` left, in one pass.
+    """Merge the tiles of `store_statistics` into mean and biased variance of channels.
 
+    A program takes BC channels in one pass.
     Each lane merges its tiles by Chan's formula, then the lanes are merged; nothing cancels.
     """
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
