@@ -1,4 +1,4 @@
-"""Building blocks of StarNet: convolution plus BatchNorm, and the two-dimensional star block."""
+"""Building blocks of StarNet: convolution with BatchNorm, and the star block for images."""
 
 from collections import OrderedDict
 from typing import Any
@@ -10,14 +10,24 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from starlayers.modules import StarBlock, positive_int
 from starlayers.vision.fused_block import fused_block, fused_block_blocker
+from starlayers.vision.layout import OnChannelsLast
 
+# OnChannelsLast: networks pickled as a whole look for it here
 __all__ = ["ConvNorm", "OnChannelsLast", "StarBlock2d"]
 
 
 class ConvNorm(nn.Sequential):
-    """A convolution with "same" padding, then BatchNorm: NCHW in and out.
+    """Convolution with "same" padding, followed by BatchNorm.
 
     Shapes: (N, in_chans, H, W) -> (N, out_chans, ceil(H / stride), ceil(W / stride)).
+
+    Args:
+        in_chans: channels of the input.
+        out_chans: channels of the result.
+        kernel_size: side of the kernel, odd.
+        stride: stride in both directions.
+        groups: groups of channels, as for `nn.Conv2d`.
+        device, dtype: of the parameters.
 
     Raises:
         ValueError: `kernel_size` is even (no symmetric padding keeps the size then).
@@ -49,44 +59,30 @@ class ConvNorm(nn.Sequential):
         super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_chans, **factory)))
 
     def fuse(self) -> None:
-        """Fold the BatchNorm into the convolution, in place; eval statistics, idempotent."""
+        """Fold the BatchNorm into the convolution, in place.
+
+        Uses the running statistics. A second call changes nothing.
+        """
         if isinstance(self.bn, nn.BatchNorm2d):
             self.conv = fuse_conv_bn_eval(self.conv, self.bn)
             self.bn = nn.Identity()
 
 
-class OnChannelsLast(nn.Sequential):
-    """A convolution and a norm in either order, called with and returning (N, H, W, C) views.
-
-    Example:
-        >>> side = OnChannelsLast(OrderedDict(conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4)))
-        >>> side(torch.ones(2, 5, 5, 4)).shape
-        torch.Size([2, 5, 5, 4])
-    """
-
-    conv: nn.Conv2d
-    bn: nn.Module
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = rearrange(x, "n h w c -> n c h w")
-        for layer in self:
-            y = layer(y)
-        return rearrange(y, "n c h w -> n h w c")
-
-
 class StarBlock2d(StarBlock):
-    """The StarNet block: `x + drop_path(dw(bn(mlp(bn(dw(x))))))` with depthwise convolutions `dw`.
+    """Block of StarNet: `x + drop_path(dw(bn(mlp(bn(dw(x))))))`.
 
-    Exactly a `StarBlock` whose `pre` is depthwise convolution and BatchNorm and whose `post` is
-    BatchNorm and depthwise convolution. Shapes: (N, dim, H, W) -> (N, dim, H, W). It computes in
-    channels_last, in which the star MLP sees its channels in the last dimension without a copy;
-    an input in another layout is copied into it once.
+    `dw` are depthwise convolutions and `mlp` is a `StarMLP` over the channels of each pixel: a
+    `StarBlock` whose `pre` is depthwise convolution and BatchNorm and whose `post` is BatchNorm
+    and depthwise convolution. It computes in channels_last, in which the star MLP reads the
+    channels as the last dimension without a copy; an input in another layout is copied once.
+
+    Shapes: (N, dim, H, W) -> (N, dim, H, W).
 
     Args:
         dim: channels.
         kernel_size: side of the depthwise kernels, odd.
         expansion, act, drop_path, layer_scale, combine, offset, rank, coefficients, device, dtype:
-            as for `StarBlock`; dynamic coefficients see the mean over height and width.
+            as for `StarBlock`; dynamic coefficients depend on the mean over height and width.
 
     Raises:
         TypeError, ValueError: as `StarBlock`; an even `kernel_size`; an input that is not
@@ -146,46 +142,54 @@ class StarBlock2d(StarBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(type(self).__name__, x, self.dim)
-        pixels = rearrange(x, "n c h w -> n h w c").contiguous()
-        if fused_block_blocker(self, pixels) is None:
-            y = fused_block(self, pixels)
+        x_nhwc = rearrange(x, "n c h w -> n h w c").contiguous()
+        if fused_block_blocker(self, x_nhwc) is None:
+            y = fused_block(self, x_nhwc)
         else:
-            y = super().forward(pixels)
+            y = super().forward(x_nhwc)
         return rearrange(y, "n h w c -> n c h w")
 
     def fuse(self) -> None:
         """Fold both BatchNorms and a learned scale into their neighbours, in place.
 
-        With the statistics of eval; idempotent. Dynamic coefficients stay.
+        Uses the running statistics. A second call changes nothing. Dynamic coefficients stay.
         """
         pre, post, mlp = self.pre, self.post, self.mlp
         if isinstance(pre.bn, nn.BatchNorm2d) and isinstance(post.bn, nn.BatchNorm2d):
             pre.conv, pre.bn = fuse_conv_bn_eval(pre.conv, pre.bn), nn.Identity()
-            # g is pointwise, so the norm after it folds into it; the padding of the second
-            # depthwise convolution comes after the norm and stays right
+            # g is pointwise, so the norm after it folds into it. The zero padding of the second
+            # convolution comes after that norm, as before.
             mlp.g, post.bn = fuse_linear_bn_eval(mlp.g, post.bn), nn.Identity()
         if mlp.coefficients == "scale":
             mlp.fold()
 
 
-def check_images(owner: str, x: Tensor, channels: int) -> None:
-    """Raise with the user's own numbers where `x` is not floating and (N, channels, H, W)."""
+def check_images(layer_name: str, x: Tensor, channels: int) -> None:
+    """Check that `x` is a floating tensor of shape (N, channels, H, W).
+
+    Raises:
+        ValueError: another number of dimensions or channels.
+        TypeError: an integer or boolean tensor.
+
+    Example:
+        >>> check_images("StarNet", torch.ones(1, 4, 8, 8), channels=3)
+        Traceback (most recent call last):
+        ValueError: StarNet expects (N, 3, H, W), got shape (1, 4, 8, 8)
+    """
     if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"{owner} expects (N, {channels}, H, W), got shape {tuple(x.shape)}")
+        raise ValueError(f"{layer_name} expects (N, {channels}, H, W), got shape {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise TypeError(f"{owner} expects a floating tensor, got {x.dtype}; use x.float() / 255")
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """`x` (N, C, H, W) in the channels_last layout; also under vmap, unlike `memory_format=`."""
-    return rearrange(rearrange(x, "n c h w -> n h w c").contiguous(), "n h w c -> n c h w")
+        raise TypeError(
+            f"{layer_name} expects a floating tensor, got {x.dtype}; use x.float() / 255"
+        )
 
 
 def same_padding(kernel_size: int) -> int:
-    """Padding on each side that keeps the size at stride 1.
+    """Return the padding on each side that keeps the size at stride 1.
 
     Raises:
-        ValueError: `kernel_size` is even.
+        TypeError: `kernel_size` is not an integer.
+        ValueError: `kernel_size` is even or below 1.
 
     Example:
         >>> same_padding(7)

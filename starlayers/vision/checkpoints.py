@@ -1,4 +1,4 @@
-"""Weights in and out: the authors' checkpoints, timm's, ours, and the Hugging Face hub."""
+"""Loading and exporting of StarNet weights: the authors', timm's, our own, and the hub's."""
 
 import os
 import re
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from starlayers.vision.starnet import StarNet
 
-__all__ = ["LoadReport", "load_checkpoint", "pretrained_path", "to_timm_state_dict"]
+__all__ = ["LoadReport", "load_checkpoint", "to_timm_state_dict"]
 
-# timm and the authors use the same names; ours are the block's (pre, mlp, post).
+# our name -> name in timm's and in the authors' checkpoints
 _BLOCK_KEYS = {
     "pre.conv": "dwconv.conv",
     "pre.bn": "dwconv.bn",
@@ -36,7 +36,12 @@ _POINTWISE = re.compile(r"\.(mlp\.(f1|f2|g)|(f1|f2|g)\.conv)\.weight$")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_checkpoint` did: whose names the file used, tensors copied, what was adapted.
+    """Summary of what `load_checkpoint` copied and adapted.
+
+    Attributes:
+        source: whose names the checkpoint uses, "timm" (the authors' too) or "starlayers".
+        loaded: number of tensors copied.
+        adapted: a sentence for each part of the checkpoint that did not fit as it was.
 
     Example:
         >>> print(LoadReport("timm", 100, ("head: kept fresh, 10 classes",)))
@@ -54,18 +59,24 @@ class LoadReport:
 def load_checkpoint(
     model: StarNet, checkpoint: str | os.PathLike[str] | Mapping[str, object]
 ) -> LoadReport:
-    """Copy weights into `model`, in place, adapting what may differ; all or nothing.
+    """Load weights into `model`, in place; on an error nothing is changed.
 
-    Reads the authors' `.pth.tar` (`{"state_dict": ...}`, with `weights_only=True`), timm's and
-    our state dicts, from a file (`.safetensors` or torch's format) or a mapping. A first
-    convolution for another number of channels is adapted (summed to one channel, or repeated and
-    rescaled); a head with another number of classes is left as `model` has it.
+    A first convolution for another number of image channels is adapted: summed to one channel, or
+    repeated and rescaled. With another number of classes `model` keeps its own head.
+
+    Args:
+        model: network to load into, not fused.
+        checkpoint: state dict, or path of a file in safetensors' or torch's format (read with
+            `weights_only=True`). The authors' `.pth.tar` (`{"state_dict": ...}`), timm's and our
+            own names are understood, and the prefixes that `DistributedDataParallel` and
+            `torch.compile` leave.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a missing or unexpected key or another shape (each listed), a file that is
+        ValueError: a missing or unexpected key or another shape (each is listed), a file that is
             truncated or no checkpoint, or a fused model.
-        TypeError: neither a path nor a mapping.
+        TypeError: `checkpoint` is neither a path nor a mapping.
+        ImportError: a `.safetensors` file, and safetensors is not installed.
 
     Example:
         >>> source = StarNet(8, (1, 1), stage_strides=(2, 2), num_classes=10)
@@ -76,8 +87,8 @@ def load_checkpoint(
     """
     raw = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
     state = _unwrap(raw)
-    theirs = any(key.startswith("stem.0.") for key in state)
-    if theirs:
+    timm_names = any(key.startswith("stem.0.") for key in state)
+    if timm_names:
         state = {_rename(key, _TIMM_TO_OURS): value for key, value in state.items()}
     target = model.state_dict()
     if "stem.bn.weight" in state and "stem.bn.weight" not in target:
@@ -86,21 +97,21 @@ def load_checkpoint(
     _adapt_stem(state, target, adapted)
     _adapt_head(state, target, adapted)
     for key, value in target.items():
-        given = state.get(key)
-        if given is not None and _POINTWISE.search(key) and given.ndim == value.ndim + 2:
-            state[key] = given.flatten(1)
-        if given is None and key.endswith("num_batches_tracked"):
-            state[key] = value  # older checkpoints do not carry the counter
+        loaded = state.get(key)
+        if loaded is not None and _POINTWISE.search(key) and loaded.ndim == value.ndim + 2:
+            state[key] = loaded.flatten(1)  # 1x1 convolution -> linear layer
+        if loaded is None and key.endswith("num_batches_tracked"):
+            state[key] = value  # older checkpoints lack the counter
     _check(state, target)
     model.load_state_dict(state)
-    return LoadReport("timm" if theirs else "starlayers", len(state), tuple(adapted))
+    return LoadReport("timm" if timm_names else "starlayers", len(state), tuple(adapted))
 
 
 def to_timm_state_dict(model: StarNet) -> dict[str, Tensor]:
-    """The model's weights under the names and shapes of timm's StarNet (and the authors').
+    """Return the weights under the names and shapes of timm's StarNet.
 
-    Bit-identical on the way back: `load_checkpoint(model, to_timm_state_dict(model))`. The
-    tensors are views of the model's own.
+    The authors' networks use the same names. The tensors are views of the model's own, so
+    `load_checkpoint(model, to_timm_state_dict(model))` changes no bit.
 
     Raises:
         ValueError: the model is fused; timm's has BatchNorms.
@@ -120,19 +131,28 @@ def to_timm_state_dict(model: StarNet) -> dict[str, Tensor]:
 
 
 def pretrained_path(name: str, hub_id: str | None) -> Path:
-    """Download (or find in the cache) the ImageNet weights of a published StarNet.
+    """Return the local file of a StarNet's ImageNet weights, downloaded if necessary.
+
+    Args:
+        name: name of the model, for errors.
+        hub_id: repository on the Hugging Face hub; `None` if there is none.
 
     Raises:
-        ValueError: there are none for that model.
+        ValueError: `hub_id` is `None`.
+        ImportError: huggingface_hub is not installed.
         ConnectionError: the hub cannot be reached and the file is not in its cache.
     """
     if hub_id is None:
         raise ValueError(f"{name} has no published weights; starnet_s1 to starnet_s4 have")
-    from huggingface_hub import hf_hub_download
-
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise ImportError(
+            f"{name}(pretrained=True) needs huggingface_hub: pip install 'starlayers[vision]'"
+        ) from error
     try:
         return Path(hf_hub_download(hub_id, "model.safetensors", etag_timeout=5))
-    except Exception as error:  # the hub raises a dozen kinds, from OSError to its own
+    except Exception as error:  # the client raises a dozen kinds, from OSError to its own
         raise ConnectionError(
             f"could not fetch {hub_id} from the Hugging Face hub ({type(error).__name__}); "
             f"download model.safetensors of {hub_id} elsewhere and pass its path to "
@@ -146,12 +166,11 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, object]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
+    load = _load_safetensors if path.suffix == ".safetensors" else _load_torch
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = load(path)
+    except ImportError:
+        raise
     except Exception as error:  # torch and safetensors raise many kinds for a broken file
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is truncated or no checkpoint: {error}"
@@ -161,7 +180,22 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, object]:
     return loaded
 
 
+def _load_torch(path: Path) -> object:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _load_safetensors(path: Path) -> object:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(
+            f"{path.name} needs safetensors: pip install 'starlayers[vision]'"
+        ) from error
+    return load_file(path)
+
+
 def _unwrap(raw: Mapping[str, object]) -> dict[str, Tensor]:
+    """Return the state dict inside `raw`, without prefixes of wrappers around the model."""
     for wrapper in ("state_dict", "model"):
         inner = raw.get(wrapper)
         if isinstance(inner, Mapping):
@@ -189,6 +223,7 @@ def _rename(key: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
 
 
 def _adapt_stem(state: dict[str, Tensor], target: dict[str, Tensor], adapted: list[str]) -> None:
+    """Fit the first convolution in `state` to the image channels of `target`."""
     key = "stem.conv.weight"
     weight = state.get(key)
     if weight is None or weight.ndim != 4 or weight.shape[1] == target[key].shape[1]:
@@ -204,18 +239,20 @@ def _adapt_stem(state: dict[str, Tensor], target: dict[str, Tensor], adapted: li
 
 
 def _adapt_head(state: dict[str, Tensor], target: dict[str, Tensor], adapted: list[str]) -> None:
-    given, own = state.get("head.weight"), target.get("head.weight")
+    """Keep the head of `target` if `state` has one of another number of classes, or none."""
+    loaded, own = state.get("head.weight"), target.get("head.weight")
     if own is None:
-        if given is not None:
-            adapted.append(f"head: checkpoint's {len(given)} classes dropped, model has none")
+        if loaded is not None:
+            adapted.append(f"head: checkpoint's {len(loaded)} classes dropped, model has none")
             state.pop("head.weight"), state.pop("head.bias", None)
-    elif given is None or given.shape[0] != own.shape[0]:
-        has = "no head" if given is None else f"{given.shape[0]} classes"
+    elif loaded is None or loaded.shape[0] != own.shape[0]:
+        has = "no head" if loaded is None else f"{loaded.shape[0]} classes"
         adapted.append(f"head: checkpoint has {has}, model keeps its own head of {own.shape[0]}")
         state.update({k: target[k] for k in ("head.weight", "head.bias")})
 
 
 def _check(state: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    """Raise a ValueError that lists every key and shape in which `state` differs."""
     problems = [f"missing {key}" for key in target if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in target]
     problems += [

@@ -1,4 +1,4 @@
-"""What a network costs: multiply-adds as papers count them."""
+"""Multiply-adds of a network, counted as the StarNet paper counts them."""
 
 import torch
 from torch import Tensor, nn
@@ -11,28 +11,33 @@ __all__ = ["multiply_adds"]
 
 
 def multiply_adds(model: nn.Module, shape: tuple[int, ...] = (3, 224, 224)) -> int:
-    """Multiply-adds of one forward pass in eval mode on one image of `shape` (C, H, W).
+    """Count the multiply-adds of one forward pass in eval mode.
 
-    Those of convolutions and linear layers, and two per output element of a BatchNorm, which is
-    how the published StarNet figures were counted (fvcore's rule).
+    Those of convolutions and linear layers, and two per output element of a BatchNorm: fvcore's
+    rule, by which the published StarNet figures were counted.
+
+    Args:
+        model: any network of images; its mode is restored.
+        shape: (C, H, W) of the one image.
 
     Example:
         >>> multiply_adds(nn.Conv2d(3, 8, 1), (3, 10, 10))
         2400
     """
-    of_norms = 0
+    norm_macs = 0
 
-    def count(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-        nonlocal of_norms
-        of_norms += 2 * output.numel()
+    def count_norm(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        nonlocal norm_macs
+        norm_macs += 2 * output.numel()
 
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, _BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    hooks = [m.register_forward_hook(count_norm) for m in norms]
     training = model.training
     device = next(model.parameters()).device
-    # eager, because the counter does not know the fused op
+    # eager backend: the counter does not know the fused ops
     with torch.no_grad(), use_backend("eager"), FlopCounterMode(display=False) as counter:
         model.eval()(torch.zeros(1, *shape, device=device))
     model.train(training)
     for hook in hooks:
         hook.remove()
-    return int(counter.get_total_flops()) // 2 + of_norms
+    return int(counter.get_total_flops()) // 2 + norm_macs

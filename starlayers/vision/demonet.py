@@ -1,4 +1,4 @@
-"""DemoNet: the paper's isotropic network, in which only the operation changes."""
+"""DemoNet: isotropic network of the paper's study of star against sum."""
 
 from typing import Any
 
@@ -7,13 +7,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from starlayers.modules import StarBlock, positive_int, probability
-from starlayers.vision.blocks import channels_last, check_images
+from starlayers.vision.blocks import check_images
+from starlayers.vision.layout import to_channels_last
 
 __all__ = ["DemoNet"]
 
 
 class _Depthwise(nn.Conv2d):
-    """A depthwise convolution on (N, H, W, C)."""
+    """Depthwise convolution on (N, H, W, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(rearrange(x, "n h w c -> n c h w"))
@@ -21,23 +22,25 @@ class _Depthwise(nn.Conv2d):
 
 
 class DemoNet(nn.Module):
-    """The isotropic network of the paper's study: star against sum, nothing else different.
+    """Isotropic network for comparing star with sum, everything else equal.
 
-    A patch embedding, `depth` blocks of LayerNorm, 7x7 depthwise convolution and a star MLP of
+    Patch embedding, `depth` blocks of LayerNorm, 7x7 depthwise convolution and a star MLP of
     expansion 3 with layer scale and residual, then mean pooling, LayerNorm and a linear head.
-    Shapes: (N, in_chans, H, W), both sides multiples of `patch_size` -> (N, num_classes). All
-    four variants of `combine` and `act` have the same number of parameters.
+    The variants of `combine` and `act` have the same number of parameters.
+
+    Shapes: (N, in_chans, H, W), both sides multiples of `patch_size` -> (N, num_classes).
 
     Args:
         depth: number of blocks.
-        dim: channels of each.
+        dim: channels of every block.
         combine: "mul" (star) or "sum".
-        act: a row of `ACTIVATIONS` for the first branch; `None` for the activation-free network.
-        num_classes, in_chans: outputs and image channels.
+        act: name in `ACTIVATIONS` for the first branch; `None` for no activation.
+        num_classes: outputs of the head.
+        in_chans: channels of the image.
         patch_size: side of the patches (16 in the paper, at 224x224).
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
         layer_scale: start value of the layer scale.
-        device, dtype: where and in what type the parameters are made.
+        device, dtype: of the parameters.
 
     Raises:
         TypeError, ValueError: an argument out of range; an image whose channels or sides do not
@@ -109,6 +112,6 @@ class DemoNet(nn.Module):
             raise ValueError(
                 f"DemoNet expects sides that are multiples of {p}, got shape {tuple(x.shape)}"
             )
-        x = self.stem(channels_last(x))
+        x = self.stem(to_channels_last(x))
         x = self.blocks(rearrange(x, "n c h w -> n h w c"))
         return self.head(self.norm(x.mean((1, 2))))  # type: ignore[no-any-return]

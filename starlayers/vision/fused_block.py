@@ -1,9 +1,10 @@
-"""The star block of StarNet on the fused kernels: three ops for a whole block, in both directions.
+"""Fused GPU path of `StarBlock2d`: three ops for a whole block, forward and backward.
 
-BatchNorm never runs by itself. The op before it yields mean and variance of what it writes; the
-norm is then an affine map per channel, folded into the weights of the star MLP's branches (they are
-pointwise, so this is exact) or applied by the second convolution on its way in, where the zeros
-around the image must come after it. Gradients follow by autograd through these small tensors.
+BatchNorm never runs as an op of its own. The op in front of it also returns mean and variance of
+its output. With these the norm is an affine map per channel, which is folded into the weights of
+the star MLP's branches (they are pointwise, so this is exact), or applied by the second depthwise
+convolution while it reads its input, because the zero padding must come after the norm. Gradients
+reach the norm's parameters by autograd through these small tensors.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from starlayers.backend import (
     needs_gradients,
 )
 from starlayers.modules import DropPath, StarMLP
+from starlayers.vision.layout import OnChannelsLast
 
 if TYPE_CHECKING:
     from starlayers.vision.blocks import StarBlock2d
@@ -31,36 +33,32 @@ __all__ = ["fused_block", "fused_block_blocker"]
 
 
 def fused_block_blocker(block: "StarBlock2d", x: Tensor) -> str | None:
-    """Why `block(x)` must run module by module, or `None` when the fused kernels serve.
+    """Return the reason why `block` cannot run fused on `x`, or `None` if it can.
+
+    Args:
+        block: the block.
+        x: its input as (N, H, W, C).
 
     Raises:
-        RuntimeError: the backend is "triton" and it cannot serve; the message says why.
+        RuntimeError: the backend is "triton" and there is a reason; the message has it.
 
     Example:
         >>> from starlayers.vision import StarBlock2d
-        >>> fused_block_blocker(StarBlock2d(8), torch.ones(1, 8, 7, 7))
+        >>> fused_block_blocker(StarBlock2d(8), torch.ones(1, 7, 7, 8))
         "no Triton kernel for device 'cpu'"
     """
     if backend_name() == "eager":
         return "the eager backend was asked for"
     if x.device.type == "cpu" and backend_name() == "auto":
-        return "no Triton kernel for device 'cpu'"  # first, for those who would notice the rest
+        # cheap test first: calls on a CPU should not pay for the rest
+        return "no Triton kernel for device 'cpu'"
     return checked_reason(_blocker(block, x), "this StarBlock2d")
 
 
 def _blocker(block: "StarBlock2d", x: Tensor) -> str | None:
-    from starlayers.vision.blocks import OnChannelsLast
-
-    if not is_plain(block.mlp, StarMLP):
-        return f"the MLP is hooked, wrapped or not a StarMLP but a {type(block.mlp).__name__}"
-    for name, side in (("pre", block.pre), ("post", block.post)):
-        order = ["conv", "bn"] if name == "pre" else ["bn", "conv"]
-        if not is_plain(side, OnChannelsLast) or list(side._modules) != order:
-            return f"{name!r} is hooked, wrapped or not just {' and '.join(order)}"
-        if not (is_plain(side.conv, nn.Conv2d) and _depthwise(side.conv)):
-            return "a convolution is hooked, changed or not depthwise with odd kernel and stride 1"
-        if not (is_plain(side.bn, nn.Identity) or is_plain(side.bn, nn.BatchNorm2d)):
-            return f"a norm is hooked or a {type(side.bn).__name__} (needs BatchNorm2d or Identity)"
+    reason = _structure_blocker(block)
+    if reason is not None:
+        return reason
     if x.numel() == 0:
         return "the batch is empty"
     reason = definition_blocker(block.mlp)
@@ -74,29 +72,46 @@ def _blocker(block: "StarBlock2d", x: Tensor) -> str | None:
     )
 
 
-def _depthwise(conv: nn.Conv2d) -> bool:
+def _structure_blocker(block: "StarBlock2d") -> str | None:
+    """Return what was replaced in or attached to `block`, or `None` if it is as made."""
+    if not is_plain(block.mlp, StarMLP):
+        return f"the MLP is hooked, wrapped or not a StarMLP but a {type(block.mlp).__name__}"
+    for name, layers, order in (
+        ("pre", block.pre, ["conv", "bn"]),
+        ("post", block.post, ["bn", "conv"]),
+    ):
+        if not is_plain(layers, OnChannelsLast) or list(layers._modules) != order:
+            return f"{name!r} is hooked, wrapped or not just {' and '.join(order)}"
+        if not (is_plain(layers.conv, nn.Conv2d) and _is_depthwise(layers.conv)):
+            return "a convolution is hooked, changed or not depthwise with odd kernel and stride 1"
+        norm = layers.bn
+        if not (is_plain(norm, nn.Identity) or is_plain(norm, nn.BatchNorm2d)):
+            return f"a norm is hooked or a {type(norm).__name__} (needs BatchNorm2d or Identity)"
+    return None
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    """Return True if `conv` is depthwise with an odd square kernel, stride 1, same padding."""
     size, width = conv.kernel_size[0], conv.in_channels
-    # torch.export puts fake tensors in the place of parameters while it traces
-    plain = type(conv.weight) is nn.Parameter or exporting()
-    wanted = ((size, size), (1, 1), (1, 1), (size // 2, size // 2), width, width, "zeros")
+    # while torch.export traces, parameters are fake tensors
+    plain_weight = type(conv.weight) is nn.Parameter or exporting()
     return (
-        size % 2 == 1
-        and plain
-        and wanted
-        == (
-            conv.kernel_size,
-            conv.stride,
-            conv.dilation,
-            conv.padding,
-            conv.groups,
-            conv.out_channels,
-            conv.padding_mode,
-        )
+        plain_weight
+        and size % 2 == 1
+        and conv.kernel_size == (size, size)
+        and conv.stride == (1, 1)
+        and conv.dilation == (1, 1)
+        and conv.padding == (size // 2, size // 2)
+        and conv.groups == conv.out_channels == width
+        and conv.padding_mode == "zeros"
     )
 
 
 def fused_block(block: "StarBlock2d", x: Tensor) -> Tensor:
-    """`block` on x (N, height, width, C), where `fused_block_blocker` found no obstacle."""
+    """Compute `block` on `x` (N, H, W, C) with the fused kernels.
+
+    Call it only if `fused_block_blocker(block, x)` is `None`.
+    """
     from starlayers.kernels.dwconv import dwconv
     from starlayers.kernels.registration import no_autocast
     from starlayers.kernels.star_mlp import star_mlp
@@ -108,37 +123,40 @@ def fused_block(block: "StarBlock2d", x: Tensor) -> Tensor:
     count = x[..., 0].numel()
     with no_autocast(x):
         v = x.to(dtype)
-        statistics = [_batch_statistics(side.bn) for side in (block.pre, block.post)]
-        y, mean, var = dwconv(v, first.weight, first.bias, None, None, None, statistics[0])
-        branches = _branches(mlp, _normed(block.pre.bn, mean, var, count), dtype)
-        rows, mean, var = star_mlp(
-            y.view(-1, mlp.in_features), *branches, w3, b3, None, mlp.act, mlp.offset, statistics[1]
+        return_statistics = [_uses_batch_statistics(m.bn) for m in (block.pre, block.post)]
+        y, mean, var = dwconv(v, first.weight, first.bias, None, None, None, return_statistics[0])
+        branches = _folded_branches(mlp, _norm_as_affine(block.pre.bn, mean, var, count), dtype)
+        pixels = y.view(-1, mlp.in_features)
+        pixels, mean, var = star_mlp(
+            pixels, *branches, w3, b3, None, mlp.act, mlp.offset, return_statistics[1]
         )
-        y, after = rows.view(x.shape), _normed(block.post.bn, mean, var, count)
+        y, affine = pixels.view(x.shape), _norm_as_affine(block.post.bn, mean, var, count)
         k, kb = last.weight, last.bias
         if block.gamma is not None:
             k = k * block.gamma[:, None, None, None]
             kb = None if kb is None else kb * block.gamma
-        direct = x.dtype == dtype and not _drops(block.drop_path)
-        scale, shift = (None, None) if after is None else (after.scale, after.shift)
-        y = dwconv(y, k, kb, scale, shift, v if direct else None, False)[0]
-    out: Tensor = y if direct else x + block.drop_path(y)
+        # the last kernel adds the residual, unless drop path comes before the sum or autocast
+        # computes in a narrower dtype than that of the residual
+        adds_residual = x.dtype == dtype and not _drop_path_acts(block.drop_path)
+        scale, shift = (None, None) if affine is None else (affine.scale, affine.shift)
+        y = dwconv(y, k, kb, scale, shift, v if adds_residual else None, False)[0]
+    out: Tensor = y if adds_residual else x + block.drop_path(y)
     return out
 
 
-def _drops(drop_path: nn.Module) -> bool:
-    """Whether anything happens between the block and the sum with its input."""
+def _drop_path_acts(drop_path: nn.Module) -> bool:
+    """Return True if `drop_path` changes anything between the block and the residual sum."""
     idle = is_plain(drop_path, DropPath) and not drop_path.training
     return not (idle or is_plain(drop_path, nn.Identity))
 
 
-def _batch_statistics(norm: nn.Module) -> bool:
+def _uses_batch_statistics(norm: nn.Module) -> bool:
     return isinstance(norm, nn.BatchNorm2d) and (norm.training or norm.running_mean is None)
 
 
 @dataclass(frozen=True)
 class _Affine:
-    """What a norm amounts to, per channel in float32: scale (x - center) + bias."""
+    """BatchNorm as an affine map per channel in float32: `scale * (x - center) + bias`."""
 
     scale: Tensor
     center: Tensor
@@ -146,14 +164,21 @@ class _Affine:
 
     @property
     def shift(self) -> Tensor:
+        """Constant term of the map: `scale * x + shift`."""
         return self.bias - self.scale * self.center
 
 
-def _normed(norm: nn.Module, mean: Tensor | None, var: Tensor | None, count: int) -> _Affine | None:
-    """`norm` with the statistics of `count` values; in training it updates its own as ever."""
+def _norm_as_affine(
+    norm: nn.Module, mean: Tensor | None, var: Tensor | None, count: int
+) -> _Affine | None:
+    """Return `norm` as an affine map, or `None` for an Identity.
+
+    `mean` and `var` are the batch's, over `count` values per channel. A norm in training uses them
+    and updates its running statistics; one in eval uses its running statistics.
+    """
     if not isinstance(norm, nn.BatchNorm2d):
         return None
-    if _batch_statistics(norm):
+    if _uses_batch_statistics(norm):
         if count == 1:
             raise ValueError("BatchNorm in training needs more than 1 value per channel, got 1")
         _update_statistics(norm, cast(Tensor, mean), cast(Tensor, var), count)
@@ -169,7 +194,7 @@ def _normed(norm: nn.Module, mean: Tensor | None, var: Tensor | None, count: int
 
 @torch.no_grad()
 def _update_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """What `nn.BatchNorm2d` does to its buffers in training."""
+    """Update the running statistics as `nn.BatchNorm2d` does in training."""
     if not (norm.training and norm.track_running_stats):
         return
     if norm.num_batches_tracked is not None:
@@ -184,18 +209,18 @@ def _update_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: i
         running.add_((now.to(running.dtype) - running) * momentum)
 
 
-def _branches(
+def _folded_branches(
     mlp: StarMLP, affine: _Affine | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
-    """w1, b1, w2, b2 with an affine map of the input folded in."""
-    found: list[Tensor | None] = []
+    """Return w1, b1, w2, b2 of `mlp` with the affine map of its input folded in."""
+    folded: list[Tensor | None] = []
     for f in (mlp.f1, mlp.f2):
         w, b = f.weight, f.bias
         if affine is None:
-            found += [w.to(dtype), None if b is None else b.to(dtype)]
+            folded += [w.to(dtype), None if b is None else b.to(dtype)]
             continue
-        folded = (w.float() * affine.scale).to(dtype)
-        # the mean goes through the weight as it was rounded, so that the rounding errors cancel
-        moved = w.float() @ affine.bias - folded.float() @ affine.center
-        found += [folded, moved if b is None else moved + b]
-    return tuple(found)
+        scaled = (w.float() * affine.scale).to(dtype)
+        # multiply the mean by the weight as it was rounded, so that the rounding errors cancel
+        constant = w.float() @ affine.bias - scaled.float() @ affine.center
+        folded += [scaled, constant if b is None else constant + b]
+    return tuple(folded)

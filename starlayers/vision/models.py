@@ -1,4 +1,4 @@
-"""The seven published StarNets, by name."""
+"""Functions that build the seven published StarNets."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ __all__ = [
 
 
 class Variant(NamedTuple):
-    """Shape of a published StarNet and where its ImageNet weights are."""
+    """Shape of a published StarNet, and the hub repository of its ImageNet weights."""
 
     base_dim: int
     depths: tuple[int, int, int, int]
@@ -27,7 +27,7 @@ class Variant(NamedTuple):
     hub_id: str | None = None
 
 
-#: name -> variant. Shapes from arXiv 2403.19967 (S1-S4, table 3; the very small ones, table 14).
+#: name -> variant. Shapes from arXiv 2403.19967: S1 to S4 in table 3, the smaller in table 14.
 STARNETS = {
     "starnet_s1": Variant(24, (2, 2, 8, 3), 4, "timm/starnet_s1.in1k"),
     "starnet_s2": Variant(32, (1, 2, 6, 2), 4, "timm/starnet_s2.in1k"),
@@ -40,15 +40,23 @@ STARNETS = {
 
 
 class Factory(Protocol):
-    """A function that builds a StarNet, as timm's model functions do."""
+    """Function that builds a StarNet, with the signature of timm's model functions."""
 
     def __call__(self, pretrained: bool = False, **kwargs: Any) -> StarNet: ...
 
 
-_DOC = """{title}: {size} at 224x224, norms counted.
+_DOC = """Build {title}: {size} at 224x224.
 
-Keyword arguments go to `StarNet`. `pretrained=True` loads ImageNet-1k weights from the Hugging
-Face hub: `ConnectionError` where it cannot be reached, `ValueError` for a model without any.
+The multiply-adds include those of the norms.{note}
+
+Args:
+    pretrained: load ImageNet-1k weights from the Hugging Face hub (S1 to S4 only).
+    kwargs: arguments of `StarNet`; they override the published shape.
+
+Raises:
+    ValueError: `pretrained` for a model without published weights.
+    ConnectionError: `pretrained`, and the hub cannot be reached.
+    ImportError: `pretrained`, and huggingface_hub is not installed.
 
 Example:
     >>> {name}(num_classes=10)(torch.randn(1, 3, 64, 64)).shape
@@ -56,25 +64,30 @@ Example:
 """
 
 
-def _factory(name: str, size: str) -> Factory:
-    v = STARNETS[name]
+def _factory(name: str, size: str, note: str = "") -> Factory:
+    variant = STARNETS[name]
 
     def build(pretrained: bool = False, **kwargs: Any) -> StarNet:
-        shape = {"base_dim": v.base_dim, "depths": v.depths, "mlp_ratio": v.mlp_ratio}
+        shape = {
+            "base_dim": variant.base_dim,
+            "depths": variant.depths,
+            "mlp_ratio": variant.mlp_ratio,
+        }
         model = StarNet(**{**shape, **kwargs})
         if pretrained:
-            load_checkpoint(model, pretrained_path(name, v.hub_id))
+            load_checkpoint(model, pretrained_path(name, variant.hub_id))
         return model
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = _DOC.format(name=name, title=name.replace("starnet_", "StarNet-"), size=size)
+    title = name.replace("starnet_", "StarNet-")
+    build.__doc__ = _DOC.format(name=name, title=title, size=size, note=note)
     return build
 
 
 starnet_s1 = _factory("starnet_s1", "2.87 M parameters, 425 M MACs")
 starnet_s2 = _factory("starnet_s2", "3.68 M parameters, 547 M MACs")
 starnet_s3 = _factory("starnet_s3", "5.75 M parameters, 757 M MACs")
-starnet_s4 = _factory("starnet_s4", "7.48 M parameters, 1054 M MACs (published as 1075 M)")
+starnet_s4 = _factory("starnet_s4", "7.48 M parameters, 1054 M MACs", " The paper says 1075 M.")
 starnet_s050 = _factory("starnet_s050", "0.54 M parameters, 93 M MACs")
 starnet_s100 = _factory("starnet_s100", "1.04 M parameters, 187 M MACs")
 starnet_s150 = _factory("starnet_s150", "1.56 M parameters, 229 M MACs")

@@ -1,4 +1,4 @@
-"""Gradient checkpointing that does not update BatchNorm statistics twice."""
+"""Gradient checkpointing that updates BatchNorm statistics once."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -11,36 +11,40 @@ __all__ = ["recompute"]
 
 
 def recompute(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)` that stores only `x` and runs `module` again in the backward.
+    """Call `module(x)`, save only `x`, and run `module` again in the backward.
 
     Values, gradients and running statistics are those of a plain call: the second run leaves the
     statistics alone.
 
     Example:
-        >>> import torch
-        >>> recompute(nn.Linear(2, 3), torch.ones(1, 2, requires_grad=True)).shape
-        torch.Size([1, 3])
+        >>> layers, x = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), torch.randn(4, 3)
+        >>> recompute(layers, x.requires_grad_()).sum().backward()
+        >>> int(layers[1].num_batches_tracked)
+        1
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _KeptStatistics(module)
+        return nullcontext(), _FrozenStatistics(module)
 
     y: Tensor = recomputed(module, x, context_fn=contexts)
     return y
 
 
-class _KeptStatistics:
-    """Puts copies in the place of the running statistics; re-enterable, as checkpoint needs."""
+class _FrozenStatistics:
+    """Context that keeps the running statistics of BatchNorms from changing.
+
+    Inside it the norms update copies. It can be entered again, as checkpoint needs.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def __enter__(self) -> None:
         norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
-        self.kept = [(m, k, b) for m in norms for k, b in m.named_buffers(recurse=False)]
-        for m, name, buffer in self.kept:
+        self.buffers = [(m, name, b) for m in norms for name, b in m.named_buffers(recurse=False)]
+        for m, name, buffer in self.buffers:
             setattr(m, name, buffer.clone())
 
     def __exit__(self, *_: object) -> None:
-        for m, name, buffer in self.kept:
+        for m, name, buffer in self.buffers:
             setattr(m, name, buffer)

@@ -1,4 +1,4 @@
-"""StarNet: four stages of star blocks, as published, with the interface timm users expect."""
+"""StarNet, with the interface that users of timm expect."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from starlayers.activations import get_activation
 from starlayers.modules import StarOp, positive_int, probability
-from starlayers.vision.blocks import ConvNorm, StarBlock2d, channels_last, check_images
+from starlayers.vision.blocks import ConvNorm, StarBlock2d, check_images
+from starlayers.vision.layout import to_channels_last
 from starlayers.vision.recompute import recompute
 
 __all__ = ["StarNet"]
@@ -17,22 +18,23 @@ __all__ = ["StarNet"]
 STEM_CHANNELS = 32
 
 
-def _avg(x: Tensor) -> Tensor:
+def _avg_pool(x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
-def _max(x: Tensor) -> Tensor:
+def _max_pool(x: Tensor) -> Tensor:
     return F.adaptive_max_pool2d(x, 1).flatten(1)
 
 
-def _avgmax(x: Tensor) -> Tensor:
-    return 0.5 * (_avg(x) + _max(x))
+def _avgmax_pool(x: Tensor) -> Tensor:
+    return 0.5 * (_avg_pool(x) + _max_pool(x))
 
 
+#: name in `global_pool` -> function from features (N, C, h, w) to (N, C)
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "avg": _avg,
-    "max": _max,
-    "avgmax": _avgmax,
+    "avg": _avg_pool,
+    "max": _max_pool,
+    "avgmax": _avgmax_pool,
     "": lambda x: x,
 }
 
@@ -41,33 +43,34 @@ class StarNet(nn.Module):
     """StarNet image classifier and feature extractor.
 
     A strided 3x3 stem, then stages of one strided 3x3 convolution and `depths[i]` star blocks at
-    `base_dim * 2**i` channels, a last BatchNorm, pooling and a linear head. Shapes:
-    (N, in_chans, H, W) of any size -> (N, num_classes); it computes in channels_last whatever the
-    layout of the input.
+    `base_dim * 2**i` channels, a last BatchNorm, pooling and a linear head. It computes in
+    channels_last, whatever the layout of the input.
+
+    Shapes: (N, in_chans, H, W) of any size -> (N, num_classes).
 
     Args:
         base_dim: channels of the first stage.
-        depths: star blocks in each stage.
-        mlp_ratio: hidden channels of the star MLP per channel.
-        num_classes: outputs of the head; 0 for no head (pooled features come out).
+        depths: number of star blocks in each stage.
+        mlp_ratio: hidden channels of the star MLPs over their channels.
+        num_classes: outputs of the head; 0 for no head (returns pooled features).
         in_chans: channels of the image.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth, rising linearly from 0 to this over the blocks.
-        act: a row of `ACTIVATIONS` for stem and blocks; `None` for none.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
+        act: name in `ACTIVATIONS` for stem and blocks; `None` for no activation.
         combine: "mul", or "sum" for the paper's ablation.
         coefficients: of the star MLPs, "fixed", "scale" or "dynamic", as for `StarOp`.
         global_pool: "avg", "max", "avgmax", or "" for none (needs `num_classes=0`).
         kernel_size: side of the depthwise kernels, odd.
         stem_stride: stride of the stem; 1 suits images of 28 to 64 pixels.
-        stage_strides: stride with which each stage begins, one number per stage.
-        device, dtype: where and in what type the parameters are made.
+        stage_strides: stride of the convolution that begins each stage.
+        device, dtype: of the parameters.
 
     Raises:
         TypeError, ValueError: an argument out of range, naming it; an input with another number
             of channels or of integer type.
 
-    Weights start as in timm: every convolution and linear weight from a normal of deviation 0.02
-    truncated at +-2. (The authors' code means the same but tests
+    Weights start as in timm: every convolution and linear weight from a normal distribution of
+    deviation 0.02, truncated at -2 and 2. (The authors' code means the same but tests
     `isinstance(m, nn.Linear or nn.Conv2d)`, which leaves convolutions at PyTorch's default.)
 
     Source: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
@@ -155,7 +158,7 @@ class StarNet(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Set every parameter and statistic to its start value (also after `to_empty`)."""
+        """Set every parameter and statistic to its start value, also after `to_empty`."""
         for m in self.modules():
             reset = getattr(m, "reset_parameters", None)
             if reset is not None:
@@ -164,15 +167,20 @@ class StarNet(nn.Module):
                 nn.init.trunc_normal_(m.weight, std=0.02)
         for m in self.modules():
             if isinstance(m, StarOp):
-                m.reset_parameters()  # once more, since gates start at zero
+                m.reset_parameters()  # again: the last layer of a gate starts at zero
         if isinstance(self.head, nn.Linear):
             nn.init.zeros_(self.head.bias)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a fresh one of `num_classes` outputs (0: none), as timm does.
+        """Replace the head by a new one of `num_classes` outputs.
+
+        Args:
+            num_classes: outputs; 0 for no head.
+            global_pool: pooling from now on; `None` to keep it.
 
         Raises:
-            ValueError: a negative `num_classes`, an unknown pool, or a head without a pool.
+            ValueError: a negative `num_classes`, an unknown pool, or a head without a pool. The
+                model is then as before.
 
         Example:
             >>> model = StarNet(8, (1, 1), stage_strides=(2, 2))
@@ -203,11 +211,15 @@ class StarNet(nn.Module):
         self.head.train(self.training)
 
     def get_classifier(self) -> nn.Module:
-        """The head, as timm names it: `nn.Linear`, or `nn.Identity` without classes."""
+        """Return the head: `nn.Linear`, or `nn.Identity` without classes."""
         return self.head
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each stage in the backward instead of storing what is inside it."""
+        """Turn on gradient checkpointing: recompute each stage in the backward.
+
+        Saves the activations inside the stages. BatchNorm statistics are updated once a step, as
+        without it.
+        """
         self.grad_checkpointing = enable
 
     def forward_intermediates(
@@ -219,20 +231,21 @@ class StarNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features of several stages, for detection and segmentation.
+        """Compute the features of several stages, for detection and segmentation.
 
         Args:
             x: images (N, in_chans, H, W).
-            indices: stages to return: `None` for all, an int for the last so many, or a sequence
-                of stage numbers, negative ones counting from the end.
-            norm: apply the final BatchNorm to the last stage's entry.
-            stop_early: do not compute past the last stage asked for.
+            indices: stages to return: `None` for all, an int for that many last ones, or a
+                sequence of stage numbers, negative ones counting from the end.
+            norm: apply the final BatchNorm to the features of the last stage in the list.
+            stop_early: do not compute stages after the last one in `indices`.
             output_fmt: "NCHW" only.
             intermediates_only: return the list alone.
 
         Returns:
-            The features of the last stage computed (normalised when it is the last of the model)
-            and the list, each (N, num_chs, H / reduction, W / reduction) as in `feature_info`.
+            The features of the last stage computed (after the final BatchNorm if it is the last of
+            the model), and the list of features, each
+            (N, num_chs, ceil(H / reduction), ceil(W / reduction)) as in `feature_info`.
 
         Raises:
             ValueError: an index out of range or another `output_fmt`.
@@ -245,38 +258,39 @@ class StarNet(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"StarNet: output_fmt must be 'NCHW', got {output_fmt!r}")
-        take = self._stage_indices(indices)
+        wanted = self._stage_indices(indices)
         last = len(self.stages) - 1
         maps: list[Tensor] = []
         x = self._stem(x)
-        for i in range(max(take) + 1 if stop_early else last + 1):
+        for i in range(max(wanted) + 1 if stop_early else last + 1):
             x = self._stage(i, x)
-            if i in take:
+            if i in wanted:
                 maps.append(self.norm(x) if norm and i == last else x)
         if intermediates_only:
             return maps
         return (self.norm(x) if i == last else x), maps
 
     def _stage_indices(self, indices: int | Sequence[int] | None) -> set[int]:
+        """Return the stage numbers that `indices` of `forward_intermediates` asks for."""
         n = len(self.stages)
         if indices is None:
             return set(range(n))
-        wanted: Sequence[int] = ()
+        listed: Sequence[int] = ()
         if not isinstance(indices, int):
-            wanted = indices
+            listed = indices
         elif 0 < indices <= n:
-            wanted = range(n - indices, n)
-        take = {i + n if i < 0 else i for i in wanted}
-        if not take or not take <= set(range(n)):
+            listed = range(n - indices, n)
+        wanted = {i + n if i < 0 else i for i in listed}
+        if not wanted or not wanted <= set(range(n)):
             raise ValueError(
-                f"StarNet has stages 0 to {n - 1}, got indices={indices!r} (an int asks for the "
-                "last so many)"
+                f"StarNet has stages 0 to {n - 1}, got indices={indices!r} (an int asks for that "
+                "many last stages)"
             )
-        return take
+        return wanted
 
     def _stem(self, x: Tensor) -> Tensor:
         check_images("StarNet", x, self.in_chans)
-        return get_activation(self.act).fn(self.stem(channels_last(x)))
+        return get_activation(self.act).fn(self.stem(to_channels_last(x)))
 
     def _stage(self, i: int, x: Tensor) -> Tensor:
         stage = self.stages[i]
@@ -285,14 +299,14 @@ class StarNet(nn.Module):
         return stage(x)  # type: ignore[no-any-return]
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (N, in_chans, H, W) to normalised features (N, num_features, h, w)."""
+        """Compute normalised features (N, num_features, h, w) of images (N, in_chans, H, W)."""
         x = self._stem(x)
         for i in range(len(self.stages)):
             x = self._stage(i, x)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features to logits (N, num_classes), or to pooled features with `pre_logits`."""
+        """Compute logits (N, num_classes), or pooled features with `pre_logits`, from features."""
         x = F.dropout(POOLS[self.global_pool](x), self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
@@ -300,11 +314,14 @@ class StarNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def fuse(self) -> "StarNet":
-        """Fold every BatchNorm into its neighbour for inference, in place; returns the model.
+        """Fold every BatchNorm into its neighbour for inference, in place.
 
-        Switches to eval mode, since only eval statistics can be folded. The last norm has a sum
-        in front of it and becomes a 1x1 depthwise convolution. The outputs stay the same up to
-        rounding; training a fused model further trains without BatchNorm.
+        Switches to eval mode, because only running statistics can be folded. The last norm has a
+        sum in front of it and becomes a 1x1 depthwise convolution. The outputs stay the same up to
+        rounding. A fused model that is trained further trains without BatchNorm.
+
+        Returns:
+            The model.
 
         Example:
             >>> model = StarNet(8, (1, 1), stage_strides=(2, 2)).fuse()
@@ -322,6 +339,7 @@ class StarNet(nn.Module):
 
 @torch.no_grad()
 def _norm_as_conv(bn: nn.BatchNorm2d) -> nn.Conv2d:
+    """Return a 1x1 depthwise convolution that computes `bn` in eval mode."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
     n = bn.num_features

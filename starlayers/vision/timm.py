@@ -1,4 +1,6 @@
-"""Importing this registers our StarNets with timm under the prefix `starlayers_`.
+"""Registration of the StarNets with timm, under names with the prefix `starlayers_`.
+
+Importing this module registers them. Names of timm's own stay as they are.
 
 Example:
     >>> import timm
@@ -21,7 +23,7 @@ from starlayers.vision.starnet import StarNet
 
 __all__: list[str] = []  # register_model adds the names
 
-# What create_model hands to every model function for timm's own loading of weights.
+# timm.create_model passes these to every model function, for its own loading of weights
 _TIMM_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 

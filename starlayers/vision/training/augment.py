@@ -1,4 +1,4 @@
-"""Order of the training images and changes to them, from nothing but seed, epoch and number."""
+"""Deterministic shuffling and augmentation from (seed, epoch, index)."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,19 +8,28 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 
-__all__ = ["Augmented", "Shuffled", "image_transform", "mixing"]
+__all__ = ["Augmented", "ShuffleSampler", "batch_transform", "image_transform", "mix_seeds"]
 
 
-def _seed(*numbers: int) -> int:
-    # Python's hash of a tuple of integers is the same in every process
+def mix_seeds(*numbers: int) -> int:
+    """Return one seed for a generator that depends on all `numbers` and their order.
+
+    Python's hash of a tuple of integers is the same in every process.
+
+    Example:
+        >>> mix_seeds(0, 1) == mix_seeds(0, 1), mix_seeds(0, 1) == mix_seeds(1, 0)
+        (True, False)
+    """
     return hash(numbers) & (2**63 - 1)
 
 
-class Shuffled(Sampler[int]):
-    """A random order of `length` images that depends on (seed, epoch) alone.
+class ShuffleSampler(Sampler[int]):
+    """Random order of `length` images that depends on (seed, epoch) alone.
+
+    Call `set_epoch` before each epoch; every iteration of one epoch gives the same order.
 
     Example:
-        >>> order = Shuffled(4, seed=0)
+        >>> order = ShuffleSampler(4, seed=0)
         >>> sorted(order), list(order) == list(order)
         ([0, 1, 2, 3], True)
     """
@@ -35,16 +44,21 @@ class Shuffled(Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(_seed(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch))
         yield from torch.randperm(self.length, generator=generator).tolist()
 
 
 class Augmented(Dataset[tuple[Tensor, Any]]):
-    """`dataset` with `transform` on each image, its randomness drawn from (seed, epoch, index).
+    """Data set with a random transform whose randomness is (seed, epoch, index) alone.
 
-    So an image changes in the same way however many workers or processes load it and wherever a
-    stopped run goes on. It seeds PyTorch's CPU generator, which the training loop, its only user,
-    seeds anew at every step.
+    An image changes in the same way however many workers or processes load it, and wherever a
+    stopped run goes on. Loading an image seeds PyTorch's CPU generator; the training loop, the
+    only user, seeds it anew at every step.
+
+    Args:
+        dataset: items (image, label).
+        transform: random function of an image.
+        seed: seed of the run.
 
     Example:
         >>> noisy = Augmented([(torch.zeros(2), 7)], lambda x: torch.rand(2), seed=1)
@@ -63,16 +77,23 @@ class Augmented(Dataset[tuple[Tensor, Any]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         image, label = self.dataset[index]
-        torch.default_generator.manual_seed(_seed(self.seed, self.epoch, index))
+        torch.default_generator.manual_seed(mix_seeds(self.seed, self.epoch, index))
         return self.transform(image), label
 
 
 def image_transform(size: int, *, flip: float, crop: int, randaugment: int) -> v2.Transform | None:
-    """Random flip with probability `flip`, shift by up to `crop` pixels, `randaugment` operations.
+    """Return the random transform of single images, or `None` if all options are 0.
+
+    Args:
+        size: side of the images.
+        flip: probability of mirroring left and right.
+        crop: largest shift in pixels, in both directions; zeros move in.
+        randaugment: number of RandAugment operations.
 
     Example:
-        >>> image_transform(28, flip=0.0, crop=0, randaugment=0) is None
-        True
+        >>> mirror = image_transform(2, flip=1.0, crop=0, randaugment=0)
+        >>> mirror(torch.tensor([[[1, 2], [3, 4]]])).tolist()
+        [[[2, 1], [4, 3]]]
     """
     steps: list[v2.Transform] = []
     if flip:
@@ -84,14 +105,19 @@ def image_transform(size: int, *, flip: float, crop: int, randaugment: int) -> v
     return v2.Compose(steps) if steps else None
 
 
-def mixing(num_classes: int, *, mixup: float, cutmix: float) -> v2.Transform | None:
-    """MixUp and CutMix with these Beta parameters, either at random where both are positive.
+def batch_transform(num_classes: int, *, mixup: float, cutmix: float) -> v2.Transform | None:
+    """Return MixUp, CutMix, or a random choice between them for each batch; `None` if both are 0.
+
+    Args:
+        num_classes: the labels become probabilities of that many classes.
+        mixup: parameter of MixUp's Beta distribution, 0 for no MixUp.
+        cutmix: parameter of CutMix's Beta distribution, 0 for no CutMix.
 
     Example:
-        >>> mix = mixing(3, mixup=0.2, cutmix=0.0)
+        >>> mix = batch_transform(3, mixup=0.2, cutmix=0.0)
         >>> images, labels = mix(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
-        >>> tuple(labels.shape)
-        (4, 3)
+        >>> tuple(labels.shape), labels.sum(1).tolist()
+        ((4, 3), [1.0, 1.0, 1.0, 1.0])
     """
     mixers: list[v2.Transform] = []
     if mixup:

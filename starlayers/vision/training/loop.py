@@ -1,4 +1,4 @@
-"""The training loop for image classifiers: resumable, distributed, deterministic per seed."""
+"""Training loop of image classifiers: resumable, distributed, deterministic per seed."""
 
 import math
 import signal
@@ -22,23 +22,37 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from tqdm import tqdm
 
-from starlayers.datasets.images import ImageData
-from starlayers.vision.training.augment import Augmented, Shuffled, image_transform, mixing
-from starlayers.vision.training.recipe import TrainConfig, averaged, param_groups, scheduler
+from starlayers.vision.training.augment import (
+    Augmented,
+    ShuffleSampler,
+    batch_transform,
+    image_transform,
+    mix_seeds,
+)
+from starlayers.vision.training.data import TrainData
+from starlayers.vision.training.recipe import TrainConfig, ema_model, lr_scheduler, param_groups
 from starlayers.vision.training.rundir import RunDir, process_state
 
-__all__ = ["TrainConfig", "TrainResult", "train"]
+__all__ = ["TrainResult", "train"]
+
+VALIDATION_BATCH = 512
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: `history` has one dict of metrics per epoch, the last epoch last.
+    """Result of a training run.
 
-    `finished` is False when Ctrl-C stopped it; `confusion` counts (true, predicted) of the last
-    validation; `seconds` is the training time without validation.
+    Attributes:
+        history: metrics of each epoch, in order: `epoch`, `step` (so far), `lr` (of the next
+            step), `train_loss`, `train_accuracy`, `test_loss`, `test_accuracy`, `seconds` (of
+            training so far).
+        confusion: counts (true class, predicted class) of the last validation; `None` before it.
+        finished: False if Ctrl-C stopped the run.
+        seconds: time of training, without validation, of all parts of a resumed run.
 
     Example:
-        >>> TrainResult([{"test_accuracy": 0.9}], None, True, 1.0).test_accuracy
+        >>> history = [{"test_accuracy": 0.8}, {"test_accuracy": 0.9}]
+        >>> TrainResult(history, None, finished=True, seconds=1.0).test_accuracy
         0.9
     """
 
@@ -49,13 +63,13 @@ class TrainResult:
 
     @property
     def test_accuracy(self) -> float:
-        """Accuracy of the last validation, 0 to 1; NaN before the first."""
+        """Accuracy of the last validation, 0 to 1; NaN before it."""
         return float(self.history[-1]["test_accuracy"]) if self.history else math.nan
 
 
 def train(
     model: nn.Module,
-    data: ImageData,
+    data: TrainData,
     config: TrainConfig,
     run_dir: RunDir | None = None,
     *,
@@ -63,39 +77,43 @@ def train(
 ) -> TrainResult:
     """Train `model` on `data` and validate it after every epoch.
 
-    Runs on whatever device and however many processes accelerate finds (`torchrun` for several).
-    With a `run_dir` it writes metrics, weights and a state from which an interrupted run, killed
-    or stopped with Ctrl-C, goes on to the numbers of an undisturbed one: order and augmentation
-    depend on (seed, epoch, image) and the rest of the randomness on (seed, step).
+    Uses the device and the processes that accelerate finds (`torchrun` starts several). With a
+    `run_dir` it writes metrics, weights and a state. A run that was killed or stopped with Ctrl-C
+    goes on from that state to the numbers of an undisturbed one: order and augmentation depend on
+    (seed, epoch, image), and the rest of the randomness on (seed, step). Ctrl-C finishes the step;
+    a second one stops at once.
 
     Args:
-        model: from images (N, C, H, W), normalised by `data.mean` and `std`, to logits.
-        data: what `load_images` returns.
+        model: from images (N, C, H, W), normalised by `data.mean` and `data.std`, to logits
+            (N, classes).
+        data: training and test images, for example of `load_images`.
         config: the recipe.
-        run_dir: where results go, `None` for nowhere; a state in it is resumed.
+        run_dir: folder for the results, `None` for none; a state in it is resumed.
         progress: show a bar with loss, accuracy and images per second.
 
     Raises:
-        ValueError: more images per step than there are.
+        ValueError: `config.batch_size` is more than the number of training images.
 
     Example:
         >>> from starlayers.vision import StarNet
         >>> from starlayers.datasets.images import load_images
-        >>> net = StarNet(8, (1, 1), num_classes=10, in_chans=1, stem_stride=1,
-        ...               stage_strides=(1, 2))
-        >>> result = train(net, load_images("digits"), TrainConfig(epochs=1), progress=False)
-        >>> 0 <= result.test_accuracy <= 1
-        True
+        >>> model = StarNet(8, (1, 1), num_classes=10, in_chans=1, stem_stride=1,
+        ...                 stage_strides=(1, 2))
+        >>> config = TrainConfig(epochs=1, batch_size=64, lr=2e-2)
+        >>> result = train(model, load_images("digits"), config, progress=False)
+        >>> result.finished, result.history[-1]["step"]  # 1,437 images in batches of 64
+        (True, 22)
     """
     return _Run(model, data, config, run_dir, progress).run()
 
 
-def _leave_interrupts_to_the_parent(_worker: int) -> None:
+def _ignore_interrupts(_worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal; only the parent acts on it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Progress:
-    """Where the run is; saved with its state."""
+    """Number of finished epochs, steps and seconds; saved with the state of a run."""
 
     def __init__(self) -> None:
         self.epoch, self.step, self.seconds = 0, 0, 0.0
@@ -108,24 +126,26 @@ class _Progress:
 
 
 class _Run:
+    """One call of `train`: model, optimizer, data loaders, metrics and progress."""
+
     def __init__(
         self,
         model: nn.Module,
-        data: ImageData,
+        data: TrainData,
         config: TrainConfig,
         run_dir: RunDir | None,
         progress: bool,
     ) -> None:
         self.config, self.data, self.run_dir = config, data, run_dir
         set_seed(config.seed)
-        # accelerate remembers the first precision of a process and refuses another one
+        # accelerate keeps the precision of the first run in a process and refuses another one
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             cpu=process_state().device.type == "cpu",
             mixed_precision="bf16" if config.amp else "no",
             dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True),
         )
-        self.bar = progress and self.accelerator.is_main_process
+        self.show_progress = progress and self.accelerator.is_main_process
         device = self.accelerator.device
         if config.compile:
             model.compile()
@@ -133,33 +153,32 @@ class _Run:
             param_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98)
         )
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="'set_vital'")  # torchdata's own business
+            warnings.filterwarnings("ignore", message="'set_vital'")  # raised inside torchdata
             self.model, self.optimizer, self.train_loader = self.accelerator.prepare(
                 model, optimizer, self._train_loader()
             )
-        # not through prepare(): the state of the run has no place for a validation half way
+        # not through prepare(), which would save the position of a validation with the state
         self.test_loader = prepare_data_loader(
-            self._loader(data.test, 512), device, put_on_device=True
+            self._loader(data.test, VALIDATION_BATCH), device, put_on_device=True
         )
-        self.scheduler = scheduler(
-            self.optimizer.optimizer, config, config.epochs * len(self.train_loader)
-        )
-        self.mix = mixing(len(data.classes), mixup=config.mixup, cutmix=config.cutmix)
+        steps = config.epochs * len(self.train_loader)
+        self.scheduler = lr_scheduler(self.optimizer.optimizer, config, steps)
+        classes = len(data.classes)
+        self.mix = batch_transform(classes, mixup=config.mixup, cutmix=config.cutmix)
         self.mean = torch.tensor(data.mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(data.std, device=device).view(-1, 1, 1)
-        classes = len(data.classes)
-        # gathered by hand: the bar, shown by one process, must not wait for the others
-        metric: dict[str, Any] = {"sync_on_compute": False}
-        self.loss = MeanMetric(**metric).to(device)
-        self.accuracy = MulticlassAccuracy(classes, average="micro", **metric).to(device)
-        self.confusion = MulticlassConfusionMatrix(classes, **metric).to(device)
-        for m in (self.loss, self.accuracy):
-            m.persistent(True)  # an epoch resumed half way reports its first half too
-        plain = self.accelerator.unwrap_model(self.model)
-        self.ema = averaged(plain, config.ema)
+        # not synchronised by compute(): the progress bar is shown by one process, which must not
+        # wait for the others
+        options: dict[str, Any] = {"sync_on_compute": False}
+        self.loss = MeanMetric(**options).to(device)
+        self.accuracy = MulticlassAccuracy(classes, average="micro", **options).to(device)
+        self.confusion = MulticlassConfusionMatrix(classes, **options).to(device)
+        for metric in (self.loss, self.accuracy):
+            metric.persistent(True)  # an epoch resumed half way reports its first half too
+        self.ema = ema_model(self.accelerator.unwrap_model(self.model), config.ema)
         self.progress = _Progress()
-        parts = (self.scheduler, self.progress, self.loss, self.accuracy)
-        self.accelerator.register_for_checkpointing(*parts, *([self.ema] if config.ema else []))
+        state = (self.scheduler, self.progress, self.loss, self.accuracy)
+        self.accelerator.register_for_checkpointing(*state, *([self.ema] if config.ema else []))
         self.history: list[dict[str, Any]] = []
         self.interrupted = self.stop = False
 
@@ -175,15 +194,15 @@ class _Run:
             data.shape[-1], flip=c.flip, crop=c.crop, randaugment=c.randaugment
         )
         self.augmented = Augmented(images, transform, c.seed) if transform else None
-        order = Shuffled(len(images), c.seed)
-        return self._loader(self.augmented or images, c.batch_size, sampler=order, drop_last=True)
+        sampler = ShuffleSampler(len(images), c.seed)
+        return self._loader(self.augmented or images, c.batch_size, sampler=sampler, drop_last=True)
 
     def _loader(self, images: Any, batch_size: int, **options: Any) -> DataLoader[Any]:
         return DataLoader(
             images,
             batch_size,
             num_workers=self.config.workers,
-            worker_init_fn=_leave_interrupts_to_the_parent,
+            worker_init_fn=_ignore_interrupts,
             **options,
         )
 
@@ -200,34 +219,36 @@ class _Run:
                 if self.stop:
                     break
         finished = self.progress.epoch == self.config.epochs
-        if finished and not self.confusion.update_called:  # killed after the last state
+        if finished and not self.confusion.update_called:  # resumed after the last epoch
             self._validate()
         confusion = self.confusion.compute().cpu() if self.confusion.update_called else None
         result = TrainResult(self.history, confusion, finished, self.progress.seconds)
         if self.run_dir and finished and self.accelerator.is_main_process:
-            weights = self._validated().state_dict()
+            weights = self._validated_model().state_dict()
             self.run_dir.finish(weights, self.history, confusion, self.data.classes)
         return result
 
     def _train_epoch(self, epoch: int) -> bool:
-        """Train to the end of `epoch`; False when interrupted before it."""
+        """Train to the end of `epoch`; return False if interrupted before it."""
         if self.augmented:
             self.augmented.set_epoch(epoch)
         self.train_loader.set_epoch(epoch)
         self.model.train()
-        total = len(self.train_loader)
-        done = self.progress.step - epoch * total
+        steps = len(self.train_loader)
+        done = self.progress.step - epoch * steps
         label = f"epoch {epoch + 1}/{self.config.epochs}"
-        bar = tqdm(total=total, initial=done, desc=label, disable=not self.bar, unit="step")
+        bar = tqdm(
+            total=steps, initial=done, desc=label, disable=not self.show_progress, unit="step"
+        )
         began = time.perf_counter()
         with bar:
             for images, labels in self.train_loader:
                 self._step(images, labels)
-                took, began = time.perf_counter() - began, time.perf_counter()
-                self.progress.seconds += took
+                seconds, began = time.perf_counter() - began, time.perf_counter()
+                self.progress.seconds += seconds
                 bar.update()
-                self._show(bar, len(images) / took)
-                at_end = self.progress.step == (epoch + 1) * total
+                self._show(bar, len(images) / seconds)
+                at_end = self.progress.step == (epoch + 1) * steps
                 self._agree_on_stop()
                 if not at_end and (self.stop or self.progress.step % self.config.save_every == 0):
                     self._save()
@@ -237,8 +258,8 @@ class _Run:
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         c = self.config
-        key = (c.seed, self.progress.step, self.accelerator.process_index)
-        torch.manual_seed(hash(key) & (2**63 - 1))
+        seed = mix_seeds(c.seed, self.progress.step, self.accelerator.process_index)
+        torch.manual_seed(seed)
         images, targets = self._normalise(images), labels
         if self.mix:
             images, targets = self.mix(images, labels)
@@ -260,34 +281,35 @@ class _Run:
     def _end_epoch(self) -> None:
         test = self._validate()
         self.progress.epoch += 1
-        line = {
+        metrics = {
             "epoch": self.progress.epoch,
             "step": self.progress.step,
             "lr": self.scheduler.get_last_lr()[0],
-            "train_loss": self._over_processes(self.loss),
-            "train_accuracy": self._over_processes(self.accuracy),
+            "train_loss": self._mean_over_processes(self.loss),
+            "train_accuracy": self._mean_over_processes(self.accuracy),
             **test,
             "seconds": round(self.progress.seconds, 2),
         }
         self.loss.reset()
         self.accuracy.reset()
-        self.history.append(line)
+        self.history.append(metrics)
         if self.run_dir and self.accelerator.is_main_process:
             self.run_dir.write_metrics(self.history)
         self._save()
-        if self.bar:
+        if self.show_progress:
             tqdm.write(
-                f"epoch {line['epoch']}: train loss {line['train_loss']:.4f}, "
-                f"test accuracy {line['test_accuracy']:.2%}, test loss {line['test_loss']:.4f}"
+                f"epoch {metrics['epoch']}: train loss {metrics['train_loss']:.4f}, "
+                f"test accuracy {metrics['test_accuracy']:.2%}, "
+                f"test loss {metrics['test_loss']:.4f}"
             )
 
-    def _over_processes(self, metric: MeanMetric | MulticlassAccuracy) -> float:
-        # a plain mean is exact, since every process had equally many images
+    def _mean_over_processes(self, metric: MeanMetric | MulticlassAccuracy) -> float:
+        # a plain mean over processes is exact, because each had equally many images
         return float(self.accelerator.reduce(metric.compute(), "mean"))
 
     @torch.inference_mode()
     def _validate(self) -> dict[str, float]:
-        model = self._validated()
+        model = self._validated_model()
         model.eval()
         self.confusion.reset()
         total, count = 0.0, 0
@@ -301,9 +323,10 @@ class _Run:
         matrix = self.confusion.compute()
         return {"test_loss": total / count, "test_accuracy": matrix.trace().item() / count}
 
-    def _validated(self) -> nn.Module:
-        plain = self.accelerator.unwrap_model(self.model)
-        return cast(nn.Module, self.ema.module if self.config.ema else plain)
+    def _validated_model(self) -> nn.Module:
+        """Return the network that is validated and saved: the average if there is one."""
+        trained = self.accelerator.unwrap_model(self.model)
+        return cast(nn.Module, self.ema.module if self.config.ema else trained)
 
     def _normalise(self, images: Tensor) -> Tensor:
         return (images.float() / 255 - self.mean) / self.std
@@ -313,13 +336,13 @@ class _Run:
             self.run_dir.save(self.accelerator, self.progress.step)
 
     def _show(self, bar: Any, images_per_second: float) -> None:
-        if self.bar and self.progress.step % 10 == 0:
+        if self.show_progress and self.progress.step % 10 == 0:
             rate = images_per_second * self.accelerator.num_processes
             loss, accuracy = self.loss.compute(), self.accuracy.compute()
             bar.set_postfix_str(f"loss {loss:.3f}, acc {accuracy:.1%}, {rate:.0f} images/s")
 
     def _agree_on_stop(self) -> None:
-        # all processes must leave the loop at the same step, or the others wait for ever
+        # all processes must leave the loop at the same step, or the others would wait forever
         self.stop = self.interrupted
         if self.accelerator.num_processes > 1:
             if self.interrupted:
@@ -328,13 +351,14 @@ class _Run:
 
     @contextmanager
     def _finish_step_on_interrupt(self) -> Iterator[None]:
+        """Let Ctrl-C end the run after the step, and a second Ctrl-C at once."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # signals reach the main thread only
+            yield  # signal handlers can be set in the main thread only
             return
 
         def on_interrupt(*_: object) -> None:
             if self.interrupted:
-                raise KeyboardInterrupt  # asked twice
+                raise KeyboardInterrupt  # the second Ctrl-C
             self.interrupted = True
 
         before = signal.signal(signal.SIGINT, on_interrupt)

@@ -1,4 +1,4 @@
-"""The recipe of a training run, and what it means for the optimizer."""
+"""Recipe of a training run, and the optimizer parts made from it."""
 
 import math
 from dataclasses import dataclass
@@ -9,33 +9,40 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["TrainConfig", "averaged", "param_groups", "scheduler"]
+__all__ = ["TrainConfig", "ema_model", "lr_scheduler", "param_groups"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe of a run; everything that changes its numbers is here.
+    """Recipe of a run: everything that changes its numbers.
 
     Args:
-        epochs, batch_size: passes over the training images; images per step and process.
-        lr, weight_decay: peak rate of AdamW and its decay (none on norms, biases, layer scales).
-        schedule: "cosine" (linear warm-up, then a half cosine to 0) or "onecycle".
-        warmup: fraction of all steps with rising rate.
+        epochs: passes over the training images.
+        batch_size: images per step and process; a last batch with fewer is left out.
+        lr: peak learning rate of AdamW.
+        weight_decay: of weight matrices and kernels; norms, biases and layer scales have none.
+        schedule: "cosine" (linear warm-up, then half a cosine to 0) or "onecycle".
+        warmup: fraction of all steps in which the rate rises.
         label_smoothing: of the cross entropy.
         clip: largest gradient norm, 0 for no clipping.
-        flip, crop, randaugment, mixup, cutmix: augmentations, see
-            `starlayers.vision.training.augment`.
-        ema: decay of the averaged weights that are validated and saved; 0 for none.
-        amp: bf16 mixed precision. compile: `torch.compile` the model.
-        seed: of weights (by the caller), order, augmentation and dropout.
-        save_every: steps between saved states. workers: processes that load images.
+        flip, crop, randaugment: of each image, see `augment.image_transform`.
+        mixup, cutmix: of each batch, see `augment.batch_transform`.
+        ema: decay of the averaged weights that are validated and saved, 0 for no averaging.
+        amp: bfloat16 mixed precision.
+        compile: call `torch.compile` on the model.
+        seed: of order, augmentation and dropout. The caller seeds the start weights.
+        save_every: steps between saved states.
+        workers: processes that load images; their number changes no result.
 
     Raises:
         ValueError: a value out of range, naming it.
 
     Example:
-        >>> TrainConfig(epochs=2).schedule
+        >>> TrainConfig(epochs=10, mixup=0.2).schedule
         'cosine'
+        >>> TrainConfig(ema=1.0)
+        Traceback (most recent call last):
+        ValueError: ema must be in [0, 1), got 1.0
     """
 
     epochs: int = 3
@@ -76,11 +83,14 @@ class TrainConfig:
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: decay for weight matrices and kernels, none for norms, biases and scales.
+    """Group parameters for the optimizer by whether they decay.
+
+    Weight matrices and kernels (two dimensions or more) decay; norms, biases and layer scales do
+    not.
 
     Example:
-        >>> [len(g["params"]) for g in param_groups(nn.Linear(2, 2), 0.1)]
-        [1, 1]
+        >>> [(len(g["params"]), g["weight_decay"]) for g in param_groups(nn.Linear(2, 2), 0.1)]
+        [(1, 0.1), (1, 0.0)]
     """
     params = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -89,15 +99,16 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int) -> LRScheduler:
-    """The learning rate over `total` steps; step it after every optimizer step.
+def lr_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int) -> LRScheduler:
+    """Return the learning rate schedule over `total` steps.
 
     "cosine" rises linearly over the first `warmup` of the steps and then falls along half a
-    cosine to 0; "onecycle" is PyTorch's `OneCycleLR` with that fraction of rising steps.
+    cosine to 0. "onecycle" is PyTorch's `OneCycleLR` with that fraction of rising steps. Step it
+    after every step of the optimizer.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        >>> schedule = scheduler(optimizer, TrainConfig(warmup=0.5), total=4)
+        >>> schedule = lr_scheduler(optimizer, TrainConfig(warmup=0.5), total=4)
         >>> schedule.get_last_lr()
         [0.5]
     """
@@ -114,14 +125,15 @@ def scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int)
     return LambdaLR(optimizer, factor)
 
 
-def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of `model`, parameters and buffers.
+def ema_model(model: nn.Module, decay: float) -> AveragedModel:
+    """Return an exponential moving average of `model`, of parameters and buffers.
 
-    The decay of update `n` is `min(decay, (1 + n) / (10 + n))`, so that short runs profit too.
+    The decay of update `n` is `min(decay, (1 + n) / (10 + n))`, so that the average of a short run
+    is not still at the start weights.
 
     Example:
         >>> model = nn.Linear(1, 1)
-        >>> ema = averaged(model, 0.9)
+        >>> ema = ema_model(model, 0.9)
         >>> ema.update_parameters(model)
         >>> torch.equal(ema.module.weight, model.weight)
         True

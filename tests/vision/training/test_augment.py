@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
-from starlayers.vision.training.augment import Augmented, image_transform, mixing
+from starlayers.vision.training.augment import Augmented, batch_transform, image_transform
 
 N, SIDE = 24, 8
 
@@ -121,14 +121,14 @@ def test_randaugment_is_torchvisions_with_that_many_operations(operations):
 
 def test_nothing_asked_for_is_no_transform():
     assert image_transform(28, flip=0.0, crop=0, randaugment=0) is None
-    assert mixing(10, mixup=0.0, cutmix=0.0) is None
+    assert batch_transform(10, mixup=0.0, cutmix=0.0) is None
 
 
 def mixed(mixup: float, cutmix: float, seed: int):
     torch.manual_seed(seed)
     x = images().float()
     labels = torch.arange(N) % 5
-    y, targets = mixing(5, mixup=mixup, cutmix=cutmix)(x, labels)
+    y, targets = batch_transform(5, mixup=mixup, cutmix=cutmix)(x, labels)
     assert y.shape == x.shape
     torch.testing.assert_close(targets.sum(1), torch.ones(N))
     assert bool((targets >= 0).all())
