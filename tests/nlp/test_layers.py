@@ -159,7 +159,7 @@ def test_an_encoder_sees_both_ways():
 
 
 def test_recomputing_changes_memory_and_nothing_else():
-    from benchmarks.nlp_speed import kept_bytes
+    from benchmarks.harness.timing import kept_bytes
 
     tokens, kept, grads = ids(2, 16), [], []
     for recompute in (False, True):
