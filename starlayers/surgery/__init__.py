@@ -1,21 +1,18 @@
-"""Making star models of existing ones: `starify`, what it reports, and the way back."""
+"""Turn the MLPs of existing models into star MLPs, and back."""
 
-from starlayers.surgery.anneal import Anneal
 from starlayers.surgery.find import find_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_parameters, gate_sizes, reset_gates
 from starlayers.surgery.param_groups import param_groups
-from starlayers.surgery.persist import from_pretrained
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.recipes import RECIPES, register_recipe
-from starlayers.surgery.saving import apply_record, record_of
 from starlayers.surgery.report import Report, report
+from starlayers.surgery.saving import apply_record, from_pretrained, record_of
 from starlayers.surgery.site import Site
 from starlayers.surgery.starify import revert, starify
 
 __all__ = [
     "RECIPES",
-    "Anneal",
     "GatedMLP",
     "Report",
     "Site",

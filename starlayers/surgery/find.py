@@ -1,4 +1,4 @@
-"""Finding the MLPs of a model: what the recipes claim, and what a trial says of it."""
+"""Find the MLPs of a model: recipes claim them, a trial run verifies each claim."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,30 +6,30 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from starlayers.surgery.attention import gated_attentions
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import installed
-from starlayers.surgery.verify import verify
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.recipes import RECIPES, is_sequence, runs
 from starlayers.surgery.site import Site, attribute, join, parent_of
+from starlayers.surgery.verify import verify
 
-__all__ = ["Chosen", "Finding", "Patterns", "find_mlps"]
+__all__ = ["find_mlps"]
 
+#: a name or `fnmatch` pattern, several of them, or `None` for no condition
 Patterns = str | Sequence[str] | None
 
 
 @dataclass
 class Finding:
-    """One MLP that a recipe claims: where, and whether a run bore it out.
+    """MLP that a recipe claims, and the result of its verification.
 
     Args:
-        path: the name of the MLP's first projection in the model.
-        owner: the name of the module that the site is told from.
-        site: its parts.
-        reason: why it cannot be replaced, `None` where it can.
-        between: what a gated MLP has between its product and its last projection.
+        path: name of the MLP's first linear layer in the model.
+        owner: name of the module that contains the MLP; names in `site` are relative to it.
+        site: names of the MLP's parts.
+        reason: why the MLP cannot be replaced, `None` if it can.
+        between: names of the modules between the product of a gated MLP and its last layer.
 
     Example:
         >>> (finding,) = find_mlps(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)))
@@ -47,43 +47,50 @@ class Finding:
 def find_mlps(
     model: nn.Module, *, include: Patterns = None, exclude: Patterns = None
 ) -> list[Finding]:
-    """The MLPs of a model that are no star layers of surgery yet, each tried on random input.
+    """Return the MLPs of a model that are not star layers yet.
+
+    Each is verified by a trial run on random input.
 
     Args:
+        model: any module; it is not changed.
         include, exclude: names, or patterns as in `fnmatch`, of MLPs or of modules above them.
 
+    Returns:
+        One finding per MLP; `reason` is `None` for those that `starify` can replace.
+
     Raises:
-        ValueError: a pattern names no MLP.
+        ValueError: a pattern matches no MLP.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(16, 2, 32, activation="gelu")
-        >>> [f.path for f in find_mlps(layer)]
-        ['linear1']
+        >>> [(f.path, f.site.recipe, f.reason) for f in find_mlps(layer)]
+        [('linear1', 'chain', None)]
     """
-    chosen = Chosen(include, exclude)
-    found: dict[tuple[int, str], Finding] = {}
-    claimed: list[str] = []
-    for finding in _claims(model):
-        claimed.append(finding.path)
-        owner = model.get_submodule(finding.owner)
-        parent, leaf = parent_of(owner, finding.site.inp)
-        place = id(parent), leaf  # a layer that several modules share is one layer
-        known = found.get(place)
-        if (known is not None and known.reason is None) or finding.path not in chosen:
+    selected = NameFilter(include, exclude)
+    findings: dict[tuple[int, str], Finding] = {}
+    names: list[str] = []
+    for claim in _claims(model):
+        names.append(claim.path)
+        owner = model.get_submodule(claim.owner)
+        parent, leaf = parent_of(owner, claim.site.inp)
+        key = id(parent), leaf  # the same for a layer that several modules share
+        known = findings.get(key)
+        settled = known is not None and known.reason is None
+        if settled or claim.path not in selected:
             continue
-        verdict = verify(owner, finding.site, _caller(model, finding.owner))
+        verdict = verify(owner, claim.site, _caller(model, claim.owner))
         if known is None or verdict.reason is None:
-            found[place] = Finding(
-                finding.path, finding.owner, verdict.site, verdict.reason, verdict.between
+            findings[key] = Finding(
+                claim.path, claim.owner, verdict.site, verdict.reason, verdict.between
             )
-    claimed += [name_of(path, star) for path, _, star in installed(model)]
-    claimed += [path for path, _ in gated_attentions(model)]
-    chosen.check(claimed)
-    return list(found.values())
+    names += [name_of(path, star) for path, _, star in installed(model)]
+    selected.check(names)
+    return list(findings.values())
 
 
 def _claims(model: nn.Module) -> Iterator[Finding]:
-    inside = {id(m) for m in model.modules() if isinstance(m, StarProjection) for m in m.modules()}
+    """Yield the claims of all recipes, without those inside star layers."""
+    inside = {id(m) for s in model.modules() if isinstance(s, StarProjection) for m in s.modules()}
     for path, owner in model.named_modules():
         if isinstance(owner, GatedMLP) or id(owner) in inside or not runs(owner):
             continue
@@ -94,7 +101,10 @@ def _claims(model: nn.Module) -> Iterator[Finding]:
 
 
 def _caller(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
-    """The nearest module with a forward of its own above a row of layers, and the row's name."""
+    """Return the module that calls a sequence, and its name for the sequence.
+
+    This is the nearest module above with a forward of its own. `None` if `path` is no sequence.
+    """
     if not path or not is_sequence(model.get_submodule(path)):
         return None
     parts = path.split(".")
@@ -105,27 +115,27 @@ def _caller(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
     return None
 
 
-class Chosen:
-    """The MLPs that `include` and `exclude` leave, by name: `name in Chosen(include, exclude)`.
+class NameFilter:
+    """Selection of MLPs by name: `name in NameFilter(include, exclude)`.
 
     Example:
-        >>> chosen = Chosen(include=None, exclude="layers.[01]")
-        >>> "layers.1.fc1" in chosen, "layers.2.fc1" in chosen
+        >>> selected = NameFilter(include=None, exclude="layers.[01]")
+        >>> "layers.1.fc1" in selected, "layers.2.fc1" in selected
         (False, True)
     """
 
     def __init__(self, include: Patterns, exclude: Patterns) -> None:
-        self.include = None if include is None else _listed(include)
-        self.exclude = [] if exclude is None else _listed(exclude)
+        self.include = None if include is None else _as_list(include)
+        self.exclude = [] if exclude is None else _as_list(exclude)
 
     def __contains__(self, name: str) -> bool:
-        wanted = self.include is None or _matches(name, self.include)
-        return wanted and not _matches(name, self.exclude)
+        included = self.include is None or _matches(name, self.include)
+        return included and not _matches(name, self.exclude)
 
     def check(self, names: list[str]) -> None:
-        """Raise for a pattern that matches none of the names there are."""
-        for kind, asked in (("include", self.include or []), ("exclude", self.exclude)):
-            for pattern in asked:
+        """Raise a ValueError for a pattern that matches none of `names`."""
+        for kind, patterns in (("include", self.include or []), ("exclude", self.exclude)):
+            for pattern in patterns:
                 if not any(_matches(name, [pattern]) for name in names):
                     raise ValueError(
                         f"{kind} pattern {pattern!r} matches none of the {len(names)} MLPs found"
@@ -133,9 +143,10 @@ class Chosen:
                     )
 
 
-def _listed(given: str | Sequence[str]) -> list[str]:
-    return [given] if isinstance(given, str) else list(given)
+def _as_list(patterns: str | Sequence[str]) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
-def _matches(name: str, asked: list[str]) -> bool:
-    return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in asked)
+def _matches(name: str, patterns: list[str]) -> bool:
+    """Return True if a pattern matches a name or that of a module above it."""
+    return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns)

@@ -1,4 +1,4 @@
-"""MLPs that already are stars: their own layers, names and weights on the core's fused forward."""
+"""Gated MLPs of existing models (SwiGLU, GEGLU), fused or grown."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,48 +11,47 @@ from torch.nn.utils import skip_init
 from starlayers.backend import fused_mlp_blocker, recomputed, star_blocker
 from starlayers.functional import star_packed, star_product
 from starlayers.modules import StarMLP
-from starlayers.surgery.site import (
-    Projection,
-    Site,
-    attribute,
-    dtype_and_device,
-    halves,
-    projection,
-)
+from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
+from starlayers.surgery.site import Site, attribute
 
-__all__ = ["GatedMLP", "Grown", "Role", "adopt", "grow", "release"]
+__all__ = ["GatedMLP"]
 
 
 @dataclass
 class Role:
-    """What a `GatedMLP` knows beside the attributes of the module it was.
+    """Settings of a `GatedMLP`, kept in its attribute `star`.
 
     Args:
-        site: the names of its layers.
-        original: the class it had.
-        row: the row of `ACTIVATIONS` its activation is, where one was recognised.
-        between: names of the modules between the product and the last projection, in order.
-        fused: use the core's kernels; otherwise the model's own activation, to the last bit.
-        recompute: save only the input for the backward.
-
-    Example:
-        >>> Role(Site("gated", "gated", "gate", "act", "down", up="up"), nn.Module, "silu").fused
-        True
+        site: names of its layers.
+        original: the class that the module had before `starify`.
+        act_name: name of its activation in `ACTIVATIONS`, `None` if it is not one of them.
+        between: names of the modules between the product and the last layer, in order.
+        fused: use the kernels of the core; otherwise the module's own activation, to the last bit.
+        recompute: save only the input for the backward pass.
+        grown: number of products per channel that `grow` added.
     """
 
     site: Site
     original: type[nn.Module]
-    row: str | None
+    act_name: str | None
     between: tuple[str, ...] = ()
     fused: bool = True
     recompute: bool = False
-    #: products added per channel
     grown: int = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "row" in state:  # name of `act_name` in modules pickled by earlier versions
+            state = {**state, "act_name": state["row"]}
+            del state["row"]
+        vars(self).update(state)
 
 
 @dataclass
-class _View:
-    """A gated MLP as the fused ops read one; made anew for each call, since layers get replaced."""
+class _FusedView:
+    """Layers and sizes of a gated MLP under the names that the fused ops read.
+
+    Made anew for each call, because layers may be replaced at any time.
+    """
 
     f1: nn.Linear
     f2: nn.Linear
@@ -69,16 +68,19 @@ class _View:
 
 
 class GatedMLP(nn.Module):
-    """What a gated MLP becomes: `out(act(gate(x)) * up(x))`, or the same from a packed projection.
+    """Gated MLP of a foreign model, `out(act(gate(x)) * up(x))`, computed by the core.
 
-    Not constructed: `starify` changes the class of an existing module, which keeps its identity,
-    children, parameter names, hooks and mode; `revert` gives the class back.
+    `gate` and `up` may be the halves of one packed linear layer. With r grown products (`f1`, `f2`
+    in the child `star_grown`) it computes `out(act(gate(x)) * up(x) + sum_r act(f1(x)) * f2(x))`.
 
-    Shapes: (..., in) -> (..., out), those of the module it was.
+    It has no constructor: `starify` changes the class of an existing module in place, which keeps
+    its identity, children, parameter names, hooks and mode, and `revert` gives the class back.
+
+    Shapes: (..., in) -> (..., out), as before.
 
     Example:
-        >>> from starlayers.surgery import starify
-        >>> class MLP(nn.Module):
+        >>> from starlayers.surgery import revert, starify
+        >>> class SwiGLU(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.gate_proj = nn.Linear(4, 8)
@@ -87,17 +89,22 @@ class GatedMLP(nn.Module):
         ...         self.act_fn = nn.SiLU()
         ...     def forward(self, x):
         ...         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        >>> mlp = starify(MLP(), mode="fuse")
-        >>> type(mlp).__name__, [name for name, _ in mlp.named_children()]
-        ('GatedMLP', ['gate_proj', 'up_proj', 'down_proj', 'act_fn'])
+        >>> mlp, x = SwiGLU(), torch.randn(2, 4)
+        >>> before = mlp(x)
+        >>> isinstance(starify(mlp, mode="fuse"), GatedMLP)
+        True
+        >>> torch.allclose(mlp(x), before, atol=1e-6)
+        True
+        >>> isinstance(revert(mlp), SwiGLU)
+        True
     """
 
     star: Role
 
-    # What is ours has a prefix: the module may hold layers of any name.
+    # Names that this class adds begin with "star": the module may have layers of any other name.
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        (x,) = (*args, *kwargs.values())  # the model may call its MLP by keyword
+        (x,) = (*args, *kwargs.values())  # the model may pass its MLP's input by keyword
         view = self._star_view()
         if view is not None and fused_mlp_blocker(view, x) is None:
             from starlayers.kernels.layer import fused_star_mlp  # defines the ops, on first use
@@ -108,72 +115,76 @@ class GatedMLP(nn.Module):
         return self._star_eager(x)
 
     def star_sizes(self) -> tuple[int, int, int]:
-        """Input, hidden and output channels."""
+        """Return the numbers of input, hidden and output channels."""
         site = self.star.site
         inp = projection(attribute(self, site.inp)) or Projection(0, 0)
         out = projection(attribute(self, site.out or "")) or Projection(0, 0)
         return inp.in_features, out.in_features, out.out_features
 
-    def star_hidden(self, x: Tensor) -> Tensor:
-        """What the last projection takes: the product, grown and with what follows it."""
-        h = self._star_product(x)
-        for name in self.star.between:
-            h = attribute(self, name)(h)
-        return h
-
     def _star_view(self) -> StarMLP | None:
-        """The whole MLP for one fused op, where nothing but its three layers is at work."""
+        """Return the MLP for one fused op, `None` if that cannot compute it."""
         role, site = self.star, self.star.site
-        if not role.fused or role.row is None or role.grown or site.form != "gated":
+        if not role.fused or role.act_name is None or role.grown or site.form != "gated":
             return None
-        if self.training and any(_drops(attribute(self, name)) for name in role.between):
+        if self.training and any(_is_active_dropout(attribute(self, n)) for n in role.between):
             return None
         n, f, out = self.star_sizes()
         f1, f2, g = (attribute(self, name) for name in (site.inp, site.up or "", site.out or ""))
-        return cast(StarMLP, _View(f1, f2, g, role.row, n, f, out, role.recompute))
+        return cast(StarMLP, _FusedView(f1, f2, g, role.act_name, n, f, out, role.recompute))
 
     def _star_eager(self, x: Tensor) -> Tensor:
-        h = self.star_hidden(x)
+        h = self._star_product(x)
+        for name in self.star.between:
+            h = attribute(self, name)(h)
         out = attribute(self, self.star.site.out or "")
         dtype = getattr(getattr(out, "weight", None), "dtype", h.dtype)
-        if dtype.is_floating_point and dtype != h.dtype:  # T5 keeps its last projection in fp32
+        if dtype.is_floating_point and dtype != h.dtype:  # T5 keeps its last layer in float32
             h = h.to(dtype)
         return out(h)  # type: ignore[no-any-return]
 
     def _star_product(self, x: Tensor) -> Tensor:
         role, site = self.star, self.star.site
         act: Callable[[Tensor], Tensor] = attribute(self, site.act)
-        row = role.row if role.fused else None
+        act_name = role.act_name if role.fused else None
         h = attribute(self, site.inp)(x)
-        a, b = halves(h, site) if site.up is None else (h, attribute(self, site.up)(x))
-        whole = row is not None and site.up is None and not site.gate_last
-        if whole and star_blocker(a, b, row) is None:
-            y = star_packed(h, row)
+        if site.up is None:
+            a, b = split_packed(h, gate_last=site.gate_last)
         else:
-            y = _times(a, b, act, row)
+            a, b = h, attribute(self, site.up)(x)
+        packed = act_name is not None and site.up is None and not site.gate_last
+        if packed and star_blocker(a, b, act_name) is None:
+            y = star_packed(h, act_name)
+        else:
+            y = _product(a, b, act, act_name)
         if role.grown:
             grown: Any = self.star_grown
-            pairs = _times(grown.f1(x), grown.f2(x), act, row)
-            y = y + pairs.unflatten(-1, (role.grown, -1)).sum(-2)
+            products = _product(grown.f1(x), grown.f2(x), act, act_name)
+            y = y + products.unflatten(-1, (role.grown, -1)).sum(-2)
         return y
 
     def extra_repr(self) -> str:
-        extras = {"was": self.star.original.__name__, "act": self.star.row}
-        flags = {name: getattr(self.star, name) for name in ("fused", "recompute", "grown")}
-        return ", ".join(f"{k}={v}" for k, v in {**extras, **flags}.items() if v)
+        details = {"was": self.star.original.__name__, "act": self.star.act_name}
+        details |= {name: getattr(self.star, name) for name in ("fused", "recompute", "grown")}
+        return ", ".join(f"{name}={value}" for name, value in details.items() if value)
 
 
-def _times(a: Tensor, b: Tensor, act: Callable[[Tensor], Tensor], row: str | None) -> Tensor:
-    """The star of two branches, by the core where `act` is one of its rows."""
-    if row is not None and star_blocker(a, b, row) is None:
-        return star_product(a, b, row)
+def split_packed(h: Tensor, *, gate_last: bool) -> tuple[Tensor, Tensor]:
+    """Split the output of a packed layer: first the activated branch."""
+    first, second = h.chunk(2, -1)
+    return (second, first) if gate_last else (first, second)
+
+
+def _product(a: Tensor, b: Tensor, act: Callable[[Tensor], Tensor], act_name: str | None) -> Tensor:
+    """Return `act(a) * b`, by a kernel if `act_name` is given and a kernel can run."""
+    if act_name is not None and star_blocker(a, b, act_name) is None:
+        return star_product(a, b, act_name)
     return act(a) * b
 
 
 class Grown(nn.Module):
-    """The products that were added to a gated MLP: two linear layers, the second zero at first.
+    """Products added to a gated MLP: two linear layers, `f2` zero at first.
 
-    Its owner runs them, with its own activation; the outputs lie as (rank, hidden).
+    The MLP runs them with its own activation. Their outputs are laid out as (rank, hidden).
 
     Example:
         >>> Grown(4, 8, 2, bias=False).f2.weight.shape
@@ -187,14 +198,14 @@ class Grown(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Make the products zero, by their second factors, and the first ones random."""
+        """Initialise `f1` at random and `f2` with zeros, so that the products are zero."""
         self.f1.reset_parameters()
         for parameter in self.f2.parameters():
             nn.init.zeros_(parameter)
 
 
 def adopt(module: nn.Module, role: Role) -> GatedMLP:
-    """Change the class of a module in place to `GatedMLP`."""
+    """Change the class of a module to `GatedMLP`, in place."""
     module.star = role  # type: ignore[assignment]
     module.__class__ = GatedMLP
     assert isinstance(module, GatedMLP)
@@ -202,7 +213,7 @@ def adopt(module: nn.Module, role: Role) -> GatedMLP:
 
 
 def release(module: GatedMLP) -> nn.Module:
-    """Give a module its own class back, and drop the products that were added."""
+    """Give a module its original class back, and remove grown products."""
     original = module.star.original
     module._modules.pop("star_grown", None)
     del module.star
@@ -211,7 +222,7 @@ def release(module: GatedMLP) -> nn.Module:
 
 
 def grow(module: GatedMLP, rank: int) -> None:
-    """Add `rank` products per channel to a gated MLP, whose second factors are zero."""
+    """Add `rank` products per channel to a gated MLP, all of them zero at first."""
     inp = attribute(module, module.star.site.inp)
     n, f, _ = module.star_sizes()
     dtype, device = dtype_and_device(inp)
@@ -221,5 +232,10 @@ def grow(module: GatedMLP, rank: int) -> None:
     module.star.grown = rank
 
 
-def _drops(module: Any) -> bool:
+def _is_active_dropout(module: Any) -> bool:
+    """Return True if a module may change its input in train mode.
+
+    It is one between product and last layer, which `verify` found to be the identity in eval mode.
+    A module without a dropout rate `p` may do anything in train mode.
+    """
     return not isinstance(module, nn.Identity) and getattr(module, "p", 1.0) > 0.0

@@ -1,64 +1,47 @@
-"""The gates in a model: how large they are, their parameters, their names."""
+"""Gates in a model: their parameters, their mean sizes, and setting them to zero."""
 
 import torch
 from torch import nn
 
 from starlayers.surgery.gated import GatedMLP, Grown
 from starlayers.surgery.install import installed, role_of
+from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
 from starlayers.surgery.projection import StarProjection
-from starlayers.surgery.site import (
-    Projection,
-    attribute,
-    dtype_and_device,
-    join,
-    projection,
-)
+from starlayers.surgery.site import attribute, join
 
-__all__ = ["gate_of", "gate_parameters", "gate_size", "gate_sizes", "name_of", "reset_gates"]
+__all__ = ["gate_parameters", "gate_sizes", "reset_gates"]
+
+#: rows of random input over which the size of a gate is averaged
+PROBE_ROWS = 16
 
 
-def gate_size(star: StarProjection | GatedMLP) -> float:
-    """The mean absolute gate on standard normal input; 0 means that the layer is as it was made.
+def gate_sizes(model: nn.Module) -> dict[str, float]:
+    """Return the mean |gate| of every star layer, by name.
+
+    The mean is over standard normal input, the same at every call. 0 means that a layer computes
+    what it did before `starify`; 0.05 to 0.3 is usual after fine-tuning.
 
     Example:
         >>> from starlayers.surgery import starify
         >>> model = starify(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)))
-        >>> gate_size(model[0])
-        0.0
-    """
-    gate = gate_of(star)
-    if gate is None or any(p.is_meta for p in star.parameters()):
-        return 0.0
-    inp = star.inp if isinstance(star, StarProjection) else attribute(star, star.star.site.inp)
-    sizes = projection(inp) or Projection(1, 1)
-    dtype, device = dtype_and_device(inp)
-    generator = torch.Generator("cpu").manual_seed(0)
-    n = sizes.in_features
-    shape = (16, n, 1, 1) if sizes.channels_first else (16, n)
-    x = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
-    with torch.no_grad():
-        # of products that were added, the second factor is what was zero
-        return float((gate.f2 if isinstance(gate, Grown) else gate)(x).abs().float().mean())
-
-
-def gate_sizes(model: nn.Module) -> dict[str, float]:
-    """`gate_size` of every star layer by name: healthy fine-tuning ends at 0.05 to 0.3.
-
-    Example:
-        >>> from starlayers.surgery import starify
-        >>> gate_sizes(starify(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))))
+        >>> gate_sizes(model)
         {'0': 0.0}
+        >>> _ = nn.init.constant_(model[0].gate.bias, 0.25)
+        >>> gate_sizes(model)
+        {'0': 0.25}
     """
     return {name_of(path, star): gate_size(star) for path, _, star in installed(model)}
 
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that starify has added to a model, for an optimizer of their own.
+    """Return the parameters that `starify` added to a model.
 
     Example:
         >>> from starlayers.surgery import starify
-        >>> model = starify(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)))
-        >>> [tuple(p.shape) for p in gate_parameters(model)]
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer.add_param_group({"params": gate_parameters(starify(model))})
+        >>> [tuple(p.shape) for p in optimizer.param_groups[1]["params"]]
         [(8, 4), (8,)]
     """
     gates = [gate for _, _, star in installed(model) if (gate := gate_of(star)) is not None]
@@ -66,7 +49,12 @@ def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def reset_gates(model: nn.Module) -> nn.Module:
-    """Make every gate zero: after a model starified on the meta device was given real weights.
+    """Set every gate of a model to zero, in place.
+
+    A model starified on the meta device needs this after `to_empty` and after loading its weights.
+
+    Returns:
+        `model` itself.
 
     Example:
         >>> from starlayers.surgery import starify
@@ -84,13 +72,37 @@ def reset_gates(model: nn.Module) -> nn.Module:
     return model
 
 
+def gate_size(star: StarProjection | GatedMLP) -> float:
+    """Return the mean |gate| of one star layer.
+
+    It is 0 without a gate and on the meta device. For grown products it is the mean |f2(x)|, the
+    factor that was zero at first.
+    """
+    gate = gate_of(star)
+    if gate is None or any(p.is_meta for p in star.parameters()):
+        return 0.0
+    inp = star.inp if isinstance(star, StarProjection) else attribute(star, star.star.site.inp)
+    sizes = projection(inp) or Projection(1, 1)
+    dtype, device = dtype_and_device(inp)
+    generator = torch.Generator("cpu").manual_seed(0)
+    n = sizes.in_features
+    shape = (PROBE_ROWS, n, 1, 1) if sizes.channels_first else (PROBE_ROWS, n)
+    x = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
+    with torch.no_grad():
+        factor = gate.f2 if isinstance(gate, Grown) else gate
+        return float(factor(x).abs().float().mean())
+
+
 def gate_of(star: StarProjection | GatedMLP) -> nn.Module | None:
-    """What surgery has added to a star layer: its gate, its grown products, or nothing."""
+    """Return the gate or the grown products of a star layer, if any."""
     if isinstance(star, StarProjection):
         return star.gate
     return star.star_grown if star.star.grown else None  # type: ignore[return-value]
 
 
 def name_of(path: str, star: StarProjection | GatedMLP) -> str:
-    """The name of a star layer's first projection in the model."""
+    """Return the name of a star layer's first linear layer.
+
+    `path` is the name of the layer's owner.
+    """
     return join(path, role_of(star).site.inp)

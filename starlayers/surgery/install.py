@@ -1,33 +1,36 @@
-"""Putting star layers at a site, and taking them out again; nothing is tried or chosen here."""
+"""Put star layers into a model, list them, and take them out."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, nn
 
 from starlayers.surgery.gated import GatedMLP, Role, adopt, grow, release
-from starlayers.surgery.projection import AnnealedActivation, StarProjection, make_gate
+from starlayers.surgery.projection import StarProjection, make_gate
 from starlayers.surgery.recipes import recognise
 from starlayers.surgery.site import Site, attribute, put
 
-__all__ = ["install_gated", "install_plain", "installed", "take_out"]
-
 
 def identity(x: Tensor) -> Tensor:
-    """What stands where an activation function stood; the star projection applies it now."""
+    """Return `x`; placeholder for a function that moved into `StarProjection`."""
     return x
 
 
 def install_plain(
     owner: nn.Module, site: Site, spec: str, *, fused: bool = False, recompute: bool = False
 ) -> StarProjection:
-    """Put a star projection in the place of the projection and the activation of a plain site.
+    """Replace first layer and activation of a plain MLP by a star projection.
+
+    Args:
+        owner: the module that contains the MLP.
+        site: names of its parts.
+        spec: the gate, as in `parse_gate`.
+        fused, recompute: as for `StarProjection`.
 
     Example:
         >>> mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
         >>> star = install_plain(mlp, Site("sequential", "plain", "0", "1", "2"), "scale")
-        >>> type(mlp[0]).__name__, mlp[1]
-        ('StarProjection', Identity())
+        >>> mlp[0] is star, mlp[1]
+        (True, Identity())
     """
     inp, act = attribute(owner, site.inp), attribute(owner, site.act)
     star = StarProjection(
@@ -36,14 +39,14 @@ def install_plain(
         make_gate(spec, inp),
         site,
         spec=spec,
-        row=recognise(act),
+        act_name=recognise(act),
         fused=fused,
         recompute=recompute,
     )
     put(owner, site.inp, star)
     put(owner, site.act, nn.Identity() if isinstance(act, nn.Module) else identity)
     if isinstance(owner, nn.TransformerEncoderLayer):
-        # its inference path reads the weights and never calls the layers
+        # its inference path reads the weights and never calls the layers: 0 switches it off
         star.undo["activation_relu_or_gelu"] = owner.activation_relu_or_gelu
         owner.activation_relu_or_gelu = 0
     return star
@@ -58,68 +61,54 @@ def install_gated(
     recompute: bool = False,
     rank: int = 0,
 ) -> GatedMLP:
-    """Make a gated MLP compute as the core does, or grow by `rank` products, in place."""
-    row = recognise(attribute(owner, site.act))
-    star = adopt(owner, Role(site, type(owner), row, between, fused, recompute))
+    """Change the class of a gated MLP to `GatedMLP`, and let it grow.
+
+    Args:
+        owner: the MLP.
+        site: names of its parts.
+        between: names of the modules between the product and the last layer, in order.
+        fused, recompute: as for `Role`.
+        rank: number of products to add, 0 for none.
+    """
+    act_name = recognise(attribute(owner, site.act))
+    star = adopt(owner, Role(site, type(owner), act_name, between, fused, recompute))
     if rank:
         grow(star, rank)
     return star
 
 
 def role_of(star: StarProjection | GatedMLP) -> StarProjection | Role:
-    """What knows the site of a star layer, its row, and how it is to compute."""
+    """Return the object with `site`, `fused` and `recompute` of a star layer."""
     return star if isinstance(star, StarProjection) else star.star
 
 
-def activation_of(star: StarProjection | GatedMLP) -> Any:
-    """The activation of a star layer, as it is by now."""
-    return star.act if isinstance(star, StarProjection) else attribute(star, star.star.site.act)
-
-
-def anneal_activation(star: StarProjection | GatedMLP, t: float) -> None:
-    """Set how far the activation of a star layer is from what it was; 0 takes the wrapper off."""
-    act = activation_of(star)
-    act = act.act if isinstance(act, AnnealedActivation) else act
-    act = AnnealedActivation(act, t).train(star.training) if t else act
-    if isinstance(star, StarProjection):
-        if not isinstance(act, nn.Module):  # torch refuses a function in a module's place
-            star._modules.pop("act", None)
-        star.act = act
-    else:
-        put(star, star.star.site.act, act)
-    # the kernels know both ends, and nothing between
-    role_of(star).row = recognise(act) if t in (0.0, 1.0) else None
-
-
-def annealed(star: StarProjection | GatedMLP) -> float:
-    """How far the activation of a star layer is from what it was, from 0 to 1."""
-    act = activation_of(star)
-    return act.t if isinstance(act, AnnealedActivation) else 0.0
-
-
 def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, StarProjection | GatedMLP]]:
-    """Every star layer that surgery has put into a model: owner's name, owner, layer.
+    """Yield every star layer that starify has put into a model.
+
+    Yields:
+        Name of the owner, owner, star layer; a layer shared by several owners once.
 
     Example:
+        >>> from starlayers.surgery import starify
         >>> mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
-        >>> list(installed(mlp))
-        []
+        >>> model = starify(nn.Sequential(nn.LayerNorm(4), mlp))
+        >>> [(path, owner is mlp, star is mlp[0]) for path, owner, star in installed(model)]
+        [('1', True, True)]
     """
     seen: set[int] = set()
     for path, star in list(model.named_modules(remove_duplicate=False)):
         if id(star) in seen or not isinstance(star, (StarProjection, GatedMLP)):
             continue
-        # the name of a projection's site, below its owner, ends its own name
+        # a projection's own name ends with its site's name for it, which may have several parts
         inp = "" if isinstance(star, GatedMLP) else star.site.inp
         if not inp or path == inp or path.endswith(f".{inp}"):
             seen.add(id(star))
-            above = path.removesuffix(inp).removesuffix(".") if inp else path
-            yield above, model.get_submodule(above), star
+            owner = path.removesuffix(inp).removesuffix(".") if inp else path
+            yield owner, model.get_submodule(owner), star
 
 
-def take_out(owner: nn.Module, star: StarProjection | GatedMLP) -> None:
-    """Put back what stood at the site of a star layer, whatever its gate has learned."""
-    anneal_activation(star, 0.0)
+def uninstall(owner: nn.Module, star: StarProjection | GatedMLP) -> None:
+    """Put the original modules of a star layer back, and drop its gate."""
     if isinstance(star, GatedMLP):
         release(star)
         return
@@ -130,14 +119,18 @@ def take_out(owner: nn.Module, star: StarProjection | GatedMLP) -> None:
 
 
 def settle_fast_paths(model: nn.Module) -> None:
-    """Keep `nn.TransformerEncoder` from packing its input for an inference path it has lost."""
+    """Match the nested-tensor option of every `nn.TransformerEncoder` to its layers.
+
+    The encoder packs padded input into a nested tensor for the inference path of its layers. The
+    option is off while a layer has a star projection, and back afterwards.
+    """
     for module in model.modules():
         if not isinstance(module, nn.TransformerEncoder):
             continue
-        lost = any(not getattr(layer, "activation_relu_or_gelu", 1) for layer in module.layers)
-        if lost and module.use_nested_tensor:
+        changed = any(not getattr(layer, "activation_relu_or_gelu", 1) for layer in module.layers)
+        if changed and module.use_nested_tensor:
             module.use_nested_tensor = False
             vars(module)["star_use_nested_tensor"] = True
-        elif not lost and hasattr(module, "star_use_nested_tensor"):
+        elif not changed and hasattr(module, "star_use_nested_tensor"):
             module.use_nested_tensor = True
             del module.star_use_nested_tensor

@@ -1,4 +1,4 @@
-"""Parameters in groups for an optimizer: what decays, what does not, and what starify added."""
+"""Parameter groups for an optimizer: decay, no decay, and gates."""
 
 from typing import Any
 
@@ -17,28 +17,33 @@ def param_groups(
     gate_lr: float | None = None,
     gate_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of a model in named groups, as `torch.optim` takes them.
+    """Split the trainable parameters of a model into groups for an optimizer.
 
-    Groups: "decay" (matrices and larger), "no_decay" (biases, norms, other vectors) and
-    "star_gates" (what `starify` added, which decays towards the model as it was). Empty groups and
-    frozen parameters are left out.
+    Groups: "decay" (parameters of two or more dimensions), "no_decay" (biases, norms and other
+    vectors) and "star_gates" (parameters that `starify` added; weight decay pulls them to zero,
+    towards the original model). Empty groups and frozen parameters are left out.
 
     Args:
         model: any module, starified or not.
-        lr: learning rate of the model's own parameters.
-        weight_decay: of "decay".
-        gate_lr: learning rate of the gates; default `lr`. One step of Adam moves a full gate by up
-            to `gate_lr` times the norm of its input, so wide models want small ones.
-        gate_weight_decay: of "star_gates"; default `weight_decay`.
+        lr: learning rate of "decay" and "no_decay".
+        weight_decay: weight decay of "decay".
+        gate_lr: learning rate of "star_gates"; default `lr`. One step of Adam moves a full gate by
+            up to `gate_lr` times the norm of its input, so wide models need small values.
+        gate_weight_decay: weight decay of "star_gates"; default `weight_decay`.
+
+    Returns:
+        Groups with the keys "name", "params", "lr" and "weight_decay".
 
     Raises:
-        ValueError: a rate or a decay is negative, or nothing is trainable.
+        ValueError: a rate or a decay is negative, or no parameter is trainable.
 
     Example:
         >>> from starlayers.surgery import starify
         >>> model = starify(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)))
-        >>> [(g["name"], len(g["params"])) for g in param_groups(model, 1e-4)]
-        [('decay', 2), ('no_decay', 2), ('star_gates', 2)]
+        >>> groups = param_groups(model, lr=1e-4, gate_lr=1e-3)
+        >>> [(g["name"], len(g["params"]), g["lr"], g["weight_decay"]) for g in groups]
+        [('decay', 2, 0.0001, 0.01), ('no_decay', 2, 0.0001, 0.0), ('star_gates', 2, 0.001, 0.01)]
+        >>> optimizer = torch.optim.AdamW(groups)
     """
     gate_lr = lr if gate_lr is None else gate_lr
     gate_weight_decay = weight_decay if gate_weight_decay is None else gate_weight_decay
@@ -51,15 +56,16 @@ def param_groups(
     for name, value in numbers.items():
         if value < 0:
             raise ValueError(f"param_groups: {name} must be at least 0, got {value}")
-    gates = {id(p) for p in gate_parameters(model)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(f"param_groups: no parameter of this {type(model).__name__} is trainable")
-    own = [p for p in trainable if id(p) not in gates]
+    gate_ids = {id(p) for p in gate_parameters(model)}
+    gates = [p for p in trainable if id(p) in gate_ids]
+    others = [p for p in trainable if id(p) not in gate_ids]
     groups = [
-        ("decay", [p for p in own if p.ndim > 1], lr, weight_decay),
-        ("no_decay", [p for p in own if p.ndim <= 1], lr, 0.0),
-        ("star_gates", [p for p in trainable if id(p) in gates], gate_lr, gate_weight_decay),
+        ("decay", [p for p in others if p.ndim > 1], lr, weight_decay),
+        ("no_decay", [p for p in others if p.ndim <= 1], lr, 0.0),
+        ("star_gates", gates, gate_lr, gate_weight_decay),
     ]
     return [
         {"name": name, "params": params, "lr": rate, "weight_decay": decay}

@@ -1,4 +1,4 @@
-"""The star projection: an MLP's first layer, its activation, and the gate beside them."""
+"""Star projection: first layer and activation of an MLP, with a gate."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,52 +10,21 @@ from torch.nn.utils import skip_init
 
 from starlayers.backend import recomputed
 from starlayers.functional import star_product
-from starlayers.surgery.site import Projection, Site, dtype_and_device, projection
+from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
+from starlayers.surgery.site import Site
 
-__all__ = [
-    "AnnealedActivation",
-    "LowRankGate",
-    "ScaleGate",
-    "StarProjection",
-    "make_gate",
-    "parse_gate",
-]
-
-
-class AnnealedActivation(nn.Module):
-    """An activation on its way to none: `(1 - t) * act(x) + t * x`, t a number from 0 to 1.
-
-    Shapes: (...) -> (...).
-
-    Example:
-        >>> AnnealedActivation(nn.ReLU(), 0.25)(torch.tensor([-1.0, 1.0]))
-        tensor([-0.2500,  1.0000])
-    """
-
-    def __init__(self, act: nn.Module | Callable[[Tensor], Tensor], t: float = 0.0) -> None:
-        super().__init__()
-        self.act = act
-        self.t = t
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.t == 0.0:
-            return self.act(x)
-        # act may work in place, as nn.ReLU(inplace=True) does
-        return x if self.t == 1.0 else torch.lerp(self.act(x.clone()), x, self.t)
-
-    def extra_repr(self) -> str:
-        return f"t={self.t}"
+__all__ = ["StarProjection"]
 
 
 class ScaleGate(nn.Module):
-    """A gate that is one learned number per channel, whatever the input; zero at first.
+    """Gate of one learned number per hidden channel, zero at first.
 
-    Shapes: any -> (hidden,), or (hidden, 1, 1) for maps.
+    Shapes: any -> (hidden,), or (hidden, 1, 1) for channels-first layers.
 
     Example:
-        >>> ScaleGate(Projection(2, 3), dtype=torch.float32, device="cpu")(torch.ones(5, 2))
-        Parameter containing:
-        tensor([0., 0., 0.], requires_grad=True)
+        >>> gate = ScaleGate(Projection(2, 3), dtype=torch.float32, device="cpu")
+        >>> gate(torch.ones(5, 2)).tolist()
+        [0.0, 0.0, 0.0]
     """
 
     def __init__(
@@ -73,14 +42,14 @@ class ScaleGate(nn.Module):
 
 
 class LowRankGate(nn.Module):
-    """A gate through `rank` channels, `up(down(x))`, with a zero `up`.
+    """Gate of two thin linear layers, `up(down(x))`, with `up` zero at first.
 
-    Shapes: (..., in) -> (..., hidden), or the same at dimension 1 for maps.
+    Shapes: (..., in) -> (..., hidden), or with channels in dimension 1.
 
     Example:
         >>> gate = LowRankGate(Projection(4, 6), 2, dtype=torch.float32, device="cpu")
-        >>> gate(torch.randn(3, 4)).shape
-        torch.Size([3, 6])
+        >>> gate.down.weight.shape, gate(torch.randn(3, 4)).abs().max().item()
+        (torch.Size([2, 4]), 0.0)
     """
 
     def __init__(
@@ -98,10 +67,11 @@ class LowRankGate(nn.Module):
 def _linear(
     sizes: Projection, *, zero: bool, dtype: torch.dtype, device: torch.device | str
 ) -> nn.Module:
+    """Return a linear layer: zeros with a bias, or random without one."""
     n, f, channels_first = sizes
     kind: Any = nn.Conv2d if channels_first else nn.Linear
     factory: dict[str, Any] = {"bias": zero, "dtype": dtype, "device": device}
-    # what is made zero draws no random numbers first
+    # skip_init: a zero layer must draw no random number, or starify would change the user's seeds
     make = partial(skip_init, kind) if zero else kind
     layer: nn.Module = make(n, f, 1, **factory) if channels_first else make(n, f, **factory)
     if zero:
@@ -110,11 +80,14 @@ def _linear(
 
 
 def parse_gate(spec: str) -> tuple[str, int]:
-    """The kind of a gate and its rank: "full", "scale" or "low_rank=r".
+    """Return the kind of a gate and its rank, 0 for the kinds without one.
+
+    Args:
+        spec: "full", "scale" or "low_rank=r" with r of at least 1.
 
     Raises:
         TypeError: `spec` is not a string.
-        ValueError: it is none of the three, or the rank is no integer of at least 1.
+        ValueError: `spec` is none of the three.
 
     Example:
         >>> parse_gate("low_rank=8"), parse_gate("full")
@@ -134,10 +107,10 @@ def parse_gate(spec: str) -> tuple[str, int]:
 
 
 def make_gate(spec: str, inp: nn.Module) -> nn.Module:
-    """A zero gate for the projection `inp`, in its type and on its device.
+    """Return a zero gate for the linear layer `inp`, of its dtype and on its device.
 
     Raises:
-        TypeError, ValueError: as `parse_gate`.
+        TypeError, ValueError: `spec` is no gate (see `parse_gate`), or `inp` is not linear.
 
     Example:
         >>> make_gate("full", nn.Linear(4, 8)).weight.abs().max().item()
@@ -156,29 +129,31 @@ def make_gate(spec: str, inp: nn.Module) -> nn.Module:
 
 
 def zero_(gate: nn.Module) -> None:
-    """Make a gate zero, and leave the random half of a low-rank one as it is."""
+    """Set a gate to zero, in place; the random first layer of a low-rank gate stays."""
     last = gate.up if isinstance(gate, LowRankGate) else gate
     for parameter in last.parameters():  # type: ignore[union-attr]
         nn.init.zeros_(parameter)
 
 
 class StarProjection(nn.Module):
-    """The first half of a starified MLP: `act(inp(x)) * (1 + gate(x))`.
+    """First half of a starified MLP: `act(inp(x)) * (1 + gate(x))`.
 
-    Shapes: those of `inp`, (..., in) -> (..., hidden). With a zero gate the result equals
-    `act(inp(x))` to the bit in every dtype, because it is computed as `a + a * gate(x)`; a small
-    gate is not rounded away beside the 1 either.
+    It is computed as `a + a * gate(x)` with `a = act(inp(x))`: with a zero gate the result equals
+    `act(inp(x))` to the last bit in every dtype, and in low precision a small gate is not lost in
+    the rounding of `1 + gate(x)`.
+
+    Shapes: those of `inp`, (..., in) -> (..., hidden).
 
     Args:
-        inp: the model's own projection, called as it is: its hooks, adapters and weights stay.
+        inp: the model's own linear layer. It is called, so its hooks and adapters stay in effect.
         act: the model's own activation.
         gate: the new branch.
-        site: where the MLP lies, so that it can be taken out again.
-        spec: the name of the gate, as in `make_gate`.
-        row: the row of `ACTIVATIONS` that `act` is, where one was recognised.
-        fused: take the product through the core's kernels, which round once but are not held to
-            the last bit of `act`; needs `row`.
-        recompute: save only `x` for the backward.
+        site: names of the MLP's parts, which `revert` reads.
+        spec: the gate, as in `make_gate`.
+        act_name: name of `act` in `ACTIVATIONS`, `None` if it is not one of them.
+        fused: compute the product with the kernels of the core, which round once and may differ
+            from `act` in the last bits. Ignored without `act_name`.
+        recompute: save only `x` for the backward pass.
 
     Example:
         >>> inp = nn.Linear(4, 8)
@@ -186,6 +161,9 @@ class StarProjection(nn.Module):
         >>> star = StarProjection(inp, nn.GELU(), make_gate("full", inp), site, spec="full")
         >>> x = torch.randn(2, 4)
         >>> torch.equal(star(x), nn.GELU()(inp(x)))
+        True
+        >>> _ = nn.init.ones_(star.gate.bias)  # now the factor is 2
+        >>> torch.equal(star(x), 2 * nn.GELU()(inp(x)))
         True
     """
 
@@ -197,7 +175,7 @@ class StarProjection(nn.Module):
         site: Site,
         *,
         spec: str,
-        row: str | None = None,
+        act_name: str | None = None,
         fused: bool = False,
         recompute: bool = False,
     ) -> None:
@@ -207,12 +185,18 @@ class StarProjection(nn.Module):
         self.gate = gate
         self.site = site
         self.spec = spec
-        self.row = row
+        self.act_name = act_name
         self.fused = fused
         self.recompute = recompute
-        #: attributes of the owner that had to change with it, and what they were
+        #: original values of the owner's attributes that had to change, which `revert` restores
         self.undo: dict[str, Any] = {}
         self.train(inp.training)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "row" in state:  # name of `act_name` in modules pickled by earlier versions
+            state = {**state, "act_name": state["row"]}
+            del state["row"]
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -221,38 +205,34 @@ class StarProjection(nn.Module):
 
     def _star(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         h = self.inp(x, *args, **kwargs)
-        if self.fused and self.row is not None:
-            return star_product(h, self.gate(x).to(h.dtype), self.row, offset=1.0)
+        if self.fused and self.act_name is not None:
+            return star_product(h, self.gate(x).to(h.dtype), self.act_name, offset=1.0)
         a = self.act(h)
         return torch.addcmul(a, a, self.gate(x).to(a.dtype))
 
-    def star_hidden(self, x: Tensor) -> Tensor:
-        """What the last projection takes: the output itself."""
-        return self._star(x)
-
-    # Models ask the projection they once had for its type and sizes.
+    # Models read weight, dtype and sizes of their own linear layer, which is now `inp`.
     @property
     def weight(self) -> Tensor:
-        """The weight of the model's own projection."""
+        """Weight of the model's own linear layer."""
         return self.inp.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias of the model's own projection."""
+        """Bias of the model's own linear layer."""
         return self.inp.bias  # type: ignore[return-value]
 
     @property
     def in_features(self) -> int:
-        """Channels of the input."""
+        """Number of input channels."""
         return (projection(self.inp) or Projection(0, 0)).in_features
 
     @property
     def out_features(self) -> int:
-        """Channels of the product."""
+        """Number of hidden channels."""
         return (projection(self.inp) or Projection(0, 0)).out_features
 
     def reset_gate(self) -> None:
-        """Make the gate zero again; what a gate made on the meta device needs once it is real."""
+        """Set the gate to zero, and draw the first layer of a low-rank gate anew."""
         if isinstance(self.gate, LowRankGate):
             self.gate.down.reset_parameters()  # type: ignore[operator]
         zero_(self.gate)

@@ -1,4 +1,4 @@
-"""How MLPs look: one function per structure, from a module to the sites inside it."""
+"""Recipes: functions that claim MLPs of a known structure in a module."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -9,42 +9,60 @@ import torch
 from torch import Tensor, nn
 
 from starlayers.activations import ACTIVATIONS
-from starlayers.surgery.sandbox import shadow
-from starlayers.surgery.site import Projection, Site, projection
+from starlayers.surgery.linear_layers import Projection, projection
+from starlayers.surgery.sandbox import sandbox_copy
+from starlayers.surgery.site import Site
 
-__all__ = ["RECIPES", "Recipe", "is_activation", "recognise", "register_recipe"]
+__all__ = ["RECIPES", "register_recipe"]
 
-#: from a module to the MLPs it is made of; it may claim too much, because every claim is tried
+#: function from a module to the MLPs in it; it may claim too much, because every claim is verified
 Recipe = Callable[[nn.Module], Iterator[Site]]
 
-#: what functions that are activations are called
-NAMED = re.compile(r"(^|_)(act|activation|nonlin|nonlinearity)(_|\d|$)")
+#: names of attributes that hold an activation function rather than a module
+ACTIVATION_NAME = re.compile(r"(^|_)(act|activation|nonlin|nonlinearity)(_|\d|$)")
 
-#: the recipes in the order they are asked; the first whose claim holds gets the site
+#: recipes in the order they are called; the first whose claim is verified gets the MLP
 RECIPES: list[Recipe] = []
 
 
 def register_recipe(recipe: Recipe) -> Recipe:
-    """Add a recipe, before those there are; usable as a decorator.
+    """Add a recipe before the existing ones; usable as a decorator.
 
-    A recipe is called with every module of a model and yields a `Site` for each MLP that it sees.
-    `starify` runs every one on random input and skips what does not compute the site's formula.
+    A recipe is called with every module of a model and yields a `Site` for each MLP in it.
+    `starify` runs each claimed MLP on random input and skips those that do not compute the formula
+    of their site.
+
+    Returns:
+        `recipe` itself; `RECIPES.remove(recipe)` takes it out again.
 
     Example:
+        >>> from starlayers.surgery import report
+        >>> class Mine(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layers = nn.ModuleList([nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)])
+        ...     def forward(self, x):
+        ...         return self.layers[2](self.layers[1](self.layers[0](x)))
         >>> @register_recipe
-        ... def my_mlp(owner):
-        ...     if hasattr(owner, "expand") and hasattr(owner, "shrink"):
-        ...         yield Site("mine", "plain", inp="expand", act="nonlinearity", out="shrink")
-        >>> RECIPES.remove(my_mlp)
+        ... def mine(owner):
+        ...     if isinstance(owner, Mine):
+        ...         yield Site("mine", "plain", inp="layers.0", act="layers.1", out="layers.2")
+        >>> [(row.name, row.recipe, row.state) for row in report(Mine()).rows]
+        [('layers.0', 'mine', 'ready')]
+        >>> RECIPES.remove(mine)
     """
     RECIPES.insert(0, recipe)
     return recipe
 
 
-def is_activation(f: Any) -> bool:
-    """Whether `f` maps tensors element by element, and not in a straight line.
+# activations
 
-    Dropout and identity, norms, softmax and pooling are no activations.
+
+def is_activation(f: Any) -> bool:
+    """Return True if `f` maps tensors element by element and is not linear.
+
+    Dropout, identity, norms, softmax and pooling are no activations. `f` is called on a few
+    numbers to tell.
 
     Example:
         >>> is_activation(nn.GELU()), is_activation(torch.relu), is_activation(nn.LayerNorm(4))
@@ -55,14 +73,16 @@ def is_activation(f: Any) -> bool:
     if isinstance(f, nn.Module) and (len(f._modules) or len(f._parameters) > 1):
         return False
     x = torch.tensor([[-1.0, 0.0, 1.0, 2.0], [-3.0, 0.5, 5.0, 7.0]], device="cpu")
-    y, part = _applied(f, x), _applied(f, x[:, 1:2])
-    if y is None or part is None or not torch.equal(part, y[:, 1:2]):
-        return False
-    return bool((y[0].diff(n=2) != 0).any())  # at equal steps, a straight line has no bends
+    y, y_of_column = _applied(f, x), _applied(f, x[:, 1:2])
+    if y is None or y_of_column is None or not torch.equal(y_of_column, y[:, 1:2]):
+        return False  # other elements have an influence
+    return bool((y[0].diff(n=2) != 0).any())  # the first row has equal steps: second differences
 
 
 def recognise(act: Any) -> str | None:
-    """The row of `ACTIVATIONS` that an activation is, by its values to 1e-6; `None` for no row.
+    """Return the name of an activation in `ACTIVATIONS`, `None` for others.
+
+    It is recognised by its values at 257 points from -8 to 8, to 1e-6.
 
     Example:
         >>> recognise(nn.SiLU()), recognise(torch.sin) is None
@@ -72,49 +92,69 @@ def recognise(act: Any) -> str | None:
     y = _applied(act, x)
     if y is None:
         return None
-    for name, row in ACTIVATIONS.items():
-        if name == row.name and torch.allclose(row.fn(x), y, rtol=1e-6, atol=1e-6):
-            return row.name
+    for name, activation in ACTIVATIONS.items():
+        is_alias = name != activation.name
+        if not is_alias and torch.allclose(activation.fn(x), y, rtol=1e-6, atol=1e-6):
+            return activation.name
     return None
 
 
 def _applied(f: Any, x: Tensor) -> Tensor | None:
-    """What a foreign callable makes of some numbers, if that is as many numbers of their type."""
-    own = x
+    """Return `f(x)`, or `None` if `f` fails or returns other than one float each."""
+    like = x
     try:
         if isinstance(f, nn.Module):
             if any(p.numel() > 1 for p in f.parameters()):
                 return None
-            f = shadow(f).eval()
-            own = next(f.parameters(), x)  # PReLU has one
-        with torch.no_grad(), torch.autocast(own.device.type, enabled=False):
-            y = f(x.to(own.device, own.dtype, copy=True))
-    except Exception:  # it may raise anything
+            f = sandbox_copy(f).eval()
+            like = next(f.parameters(), x)  # nn.PReLU has a parameter
+        with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+            y = f(x.to(like.device, like.dtype, copy=True))
+    except Exception:  # a foreign callable may raise anything
         return None
     fits = isinstance(y, Tensor) and y.shape == x.shape and y.is_floating_point()
     return y.to(x.device, x.dtype) if fits else None
 
 
 def activations(owner: nn.Module) -> list[str]:
-    """The names of the activations an owner holds itself, as modules or as functions."""
-    functions = [name for name in vars(owner) if NAMED.search(name)]
-    held = {name: getattr(owner, name) for name in dict.fromkeys([*owner._modules, *functions])}
-    return [name for name, f in held.items() if is_activation(f)]
+    """Return the names of a module's activations: children and functions."""
+    functions = [name for name in vars(owner) if ACTIVATION_NAME.search(name)]
+    names = dict.fromkeys([*owner._modules, *functions])
+    return [name for name in names if is_activation(getattr(owner, name))]
+
+
+# structure
+
+
+def is_sequence(owner: nn.Module) -> bool:
+    """Return True if a module runs its children one after the other, and nothing else."""
+    return isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward
+
+
+def runs(owner: nn.Module) -> bool:
+    """Return True if a module has a Python forward: no list, none scripted."""
+    scripted = isinstance(owner, torch.jit.ScriptModule)
+    return not scripted and type(owner).forward is not nn.Module.forward
 
 
 def projections(owner: nn.Module) -> dict[str, Projection]:
-    """The projections an owner holds itself."""
-    found = {name: projection(child) for name, child in owner._modules.items()}
-    return {name: sizes for name, sizes in found.items() if sizes is not None}
+    """Return the linear layers among a module's children, by name."""
+    children = {name: projection(child) for name, child in owner._modules.items()}
+    return {name: sizes for name, sizes in children.items() if sizes is not None}
 
 
-def _wide(first: Projection, last: Projection) -> bool:
-    """An MLP widens; what narrows is squeeze-and-excitation, an adapter or a bottleneck."""
+def _own_projections(owner: nn.Module) -> dict[str, Projection]:
+    """Return `projections(owner)`, none for a sequence, which has recipes of its own."""
+    return {} if is_sequence(owner) else projections(owner)
+
+
+def _widens(first: Projection, last: Projection) -> bool:
+    """Return False if the hidden layer is narrower than input and output."""
     return first.out_features >= min(first.in_features, last.out_features)
 
 
 def _returns(first: Projection, last: Projection, branches: int = 1) -> bool:
-    """Whether `last` takes the channels of `first` back to where they came from."""
+    """Return True if `last` maps the output of `first` back to its input's size."""
     return (
         last.in_features * branches == first.out_features
         and last.out_features == first.in_features
@@ -122,109 +162,105 @@ def _returns(first: Projection, last: Projection, branches: int = 1) -> bool:
     )
 
 
-def _feeds(first: Projection, last: Projection) -> bool:
-    return first.out_features == last.in_features and _wide(first, last)
-
-
-def is_sequence(owner: nn.Module) -> bool:
-    """Whether an owner runs its children one after the other, and nothing else."""
-    return isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward
-
-
-def runs(owner: nn.Module) -> bool:
-    """Lists and dicts of modules do not run, and what is scripted runs what was compiled."""
-    scripted = isinstance(owner, torch.jit.ScriptModule)
-    return not scripted and type(owner).forward is not nn.Module.forward
-
-
-def _feeding(found: dict[str, Projection], last: str, branches: int = 1) -> list[str]:
-    """The projections that make what `last` takes back to where it came from, in their order."""
-    return [name for name in found if name != last and _returns(found[name], found[last], branches)]
+def _first_layers(linears: dict[str, Projection], last: str, branches: int = 1) -> list[str]:
+    """Return the names of the linear layers that `last` can be the end of."""
+    end = linears[last]
+    return [n for n, sizes in linears.items() if n != last and _returns(sizes, end, branches)]
 
 
 @register_recipe
 def chain(owner: nn.Module) -> Iterator[Site]:
-    """Two projections and an activation in one module: fc1/fc2, c_fc/c_proj, wi/wo, inline ones."""
-    found = {} if is_sequence(owner) else projections(owner)
-    order = list(found)
-    for last in found:
-        # of two square ones, the one that was made first
-        firsts = [name for name in _feeding(found, last) if order.index(name) < order.index(last)]
-        if len(firsts) == 1 and _wide(found[firsts[0]], found[last]):
+    """Claim two linear layers and an activation: fc1/fc2, c_fc/c_proj, wi/wo."""
+    linears = _own_projections(owner)
+    order = list(linears)
+    for last in linears:
+        # of two square layers, the one that was defined first comes first
+        firsts = [n for n in _first_layers(linears, last) if order.index(n) < order.index(last)]
+        if len(firsts) == 1 and _widens(linears[firsts[0]], linears[last]):
             for act in activations(owner):
                 yield Site("chain", "plain", firsts[0], act, last)
 
 
 @register_recipe
 def split(owner: nn.Module) -> Iterator[Site]:
-    """A module that widens and activates, and a sibling that narrows: Intermediate and Output."""
+    """Claim a child that widens and activates, and a sibling that narrows.
+
+    BERT and its relatives have them as `intermediate` and `output`.
+    """
     if is_sequence(owner):
         return
-    held = {name: projections(child) for name, child in owner._modules.items() if child is not None}
-    for first, inside in held.items():
-        if len(inside) != 1:
+    children = {n: projections(child) for n, child in owner._modules.items() if child is not None}
+    for first, linears in children.items():
+        if len(linears) != 1:
             continue
-        ((inp, sizes),) = inside.items()
-        if sizes.out_features <= sizes.in_features:  # a pooler beside a projection
+        ((inp, sizes),) = linears.items()
+        if sizes.out_features <= sizes.in_features:  # a pooler, for example
             continue
         acts = activations(owner.get_submodule(first))
-        backs = [
-            f"{name}.{out}"
-            for name, others in held.items()
-            for out, back in others.items()
-            if name != first and _returns(sizes, back)
+        lasts = [
+            f"{sibling}.{name}"
+            for sibling, others in children.items()
+            for name, other in others.items()
+            if sibling != first and _returns(sizes, other)
         ]
-        if len(acts) == 1 and len(backs) == 1:
-            yield Site("split", "plain", f"{first}.{inp}", f"{first}.{acts[0]}", backs[0])
+        if len(acts) == 1 and len(lasts) == 1:
+            yield Site("split", "plain", f"{first}.{inp}", f"{first}.{acts[0]}", lasts[0])
 
 
 @register_recipe
 def sequential(owner: nn.Module) -> Iterator[Site]:
-    """Projection, activation, and later another projection, in a row of layers."""
+    """Claim linear layer, activation and a later linear layer in an `nn.Sequential`."""
     if not is_sequence(owner):
         return
     names = list(owner._modules)
-    found = projections(owner)
+    linears = projections(owner)
     for inp, act in pairwise(names):
-        if inp not in found or not is_activation(owner._modules[act]):
+        if inp not in linears or not is_activation(owner._modules[act]):
             continue
-        later = [name for name in names[names.index(act) + 1 :] if name in found]
-        if not later and _is_stack(owner):
-            yield Site("stack", "plain", inp, act, None)
-        elif later and _feeds(found[inp], found[later[0]]):
+        later = [name for name in names[names.index(act) + 1 :] if name in linears]
+        if not later:
+            if _is_stack(owner):
+                yield Site("stack", "plain", inp, act, None)
+            continue
+        first, last = linears[inp], linears[later[0]]
+        if first.out_features == last.in_features and _widens(first, last):
             yield Site("sequential", "plain", inp, act, later[0])
 
 
 def _is_stack(owner: nn.Module) -> bool:
-    """Pairs of one width or more and nothing else: the trunks of SB3, without squashed actions."""
+    """Return True for pairs of linear layer and activation, as SB3's trunks.
+
+    There must be two pairs or more, all with the same activation. A last layer narrower than half
+    of its input is an output, such as a squashed action, and no hidden layer.
+    """
     children = list(owner.children())
-    maps = [sizes for child in children[::2] if (sizes := projection(child)) is not None]
+    linears = [sizes for child in children[::2] if (sizes := projection(child)) is not None]
     return (
-        len(maps) > 1
-        and len(children) == 2 * len(maps)
+        len(linears) > 1
+        and len(children) == 2 * len(linears)
         and all(is_activation(child) for child in children[1::2])
         and len({type(child) for child in children[1::2]}) == 1
-        and 2 * maps[-1].out_features >= maps[-1].in_features
+        and 2 * linears[-1].out_features >= linears[-1].in_features
     )
 
 
 @register_recipe
 def gated(owner: nn.Module) -> Iterator[Site]:
-    """Two projections that widen and one that narrows: gate/up/down, wi_0/wi_1/wo, w1/w2/w3."""
-    found = {} if is_sequence(owner) else projections(owner)
-    for last in found:
-        firsts = _feeding(found, last)
-        if len(firsts) == 2 and not found[last].channels_first:
+    """Claim two linear layers that widen and one that narrows: gate/up/down."""
+    linears = _own_projections(owner)
+    for last in linears:
+        firsts = _first_layers(linears, last)
+        if len(firsts) == 2 and not linears[last].channels_first:
             for act in activations(owner):
                 yield Site("gated", "gated", firsts[0], act, last, up=firsts[1])
 
 
 @register_recipe
 def packed(owner: nn.Module) -> Iterator[Site]:
-    """One projection that makes both branches: Wi/Wo, gate_up_proj/down_proj, w12/w3."""
-    found = {} if is_sequence(owner) else projections(owner)
-    for last in found:
-        firsts = _feeding(found, last, branches=2)
-        if len(firsts) == 1 and not found[last].channels_first:
+    """Claim one linear layer for both branches: Wi/Wo, gate_up_proj/down_proj."""
+    linears = _own_projections(owner)
+    for last in linears:
+        firsts = _first_layers(linears, last, branches=2)
+        if len(firsts) == 1 and not linears[last].channels_first:
             for act in activations(owner):
                 yield Site("packed", "packed", firsts[0], act, last)

@@ -1,37 +1,33 @@
-"""What surgery did to a model, what it could do, and what it leaves alone: as a table."""
+"""Table of the MLPs of a model: replaced, ready, or skipped and why."""
 
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from starlayers.surgery.attention import GatedAttention, gated_attentions
-from starlayers.surgery.find import Chosen, Patterns, find_mlps
+from starlayers.surgery.find import NameFilter, Patterns, find_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_of, name_of
 from starlayers.surgery.install import installed, role_of
+from starlayers.surgery.linear_layers import Projection, projection
 from starlayers.surgery.projection import ScaleGate, StarProjection
-from starlayers.surgery.site import Projection, projection
 
-__all__ = ["Report", "Row", "report"]
+__all__ = ["Report", "report"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One MLP, or one attention gate, of a report.
+    """Row of a `Report`: one MLP.
 
     Args:
-        name: of its first projection in the model.
-        recipe, form: the structure that was found, as in `Site`; "attention" for its gates.
-        state: "star" (has a gate or grown products), "fused" (the core's forward), "ready"
+        name: name of the MLP's first linear layer in the model.
+        recipe: name of the recipe that claimed it.
+        form: "plain", "gated" or "packed", as in `Site`.
+        state: "star" (has a gate or grown products), "fused" (computed by the core), "ready"
             (plain, can get a gate), "is a star" (can be fused or grown), or "skipped".
-        detail: the gate, or the reason.
-        parameters: that were added.
-        flops: that were added per position (token or pixel), two per multiply-add.
-
-    Example:
-        >>> Row("fc1", "chain", "plain", "ready").parameters
-        0
+        detail: the gate, the activation, or the reason for "skipped".
+        parameters: number of parameters that `starify` added.
+        flops: FLOPs that `starify` added per position (token or pixel), two per multiply-add.
     """
 
     name: str
@@ -44,7 +40,11 @@ class Row:
 
 
 class Report:
-    """The MLPs of a model, one row each; `print(report)` gives the table.
+    """Table of the MLPs of a model, one row each; made by `report(model)`.
+
+    Args:
+        rows: the MLPs, in the order of the model's modules.
+        parameters: number of the model's parameters without those that `starify` added.
 
     Example:
         >>> from starlayers.surgery import starify
@@ -57,38 +57,37 @@ class Report:
 
     def __init__(self, rows: list[Row], parameters: int) -> None:
         self.rows = rows
-        #: of the model without what was added
         self.parameters = parameters
 
     @property
     def replaced(self) -> list[Row]:
-        """The MLPs that are star layers of surgery."""
+        """Rows of the MLPs that `starify` has made star layers."""
         return [row for row in self.rows if row.state in ("star", "fused")]
 
     @property
     def ready(self) -> list[Row]:
-        """The MLPs that `starify` could replace, in one mode or the other."""
+        """Rows of the MLPs that `starify` could replace, fuse or grow."""
         return [row for row in self.rows if row.state in ("ready", "is a star")]
 
     @property
     def skipped(self) -> list[Row]:
-        """What looked like an MLP and is left alone, with the reasons."""
+        """Rows of the MLPs that are left alone, with the reasons in `detail`."""
         return [row for row in self.rows if row.state == "skipped"]
 
     @property
     def parameters_added(self) -> int:
-        """The parameters of all gates and grown products."""
+        """Number of parameters in all gates and grown products."""
         return sum(row.parameters for row in self.rows)
 
     @property
     def flops_added(self) -> int:
-        """The FLOPs per position of all gates and grown products, two per multiply-add."""
+        """FLOPs per position of all gates and grown products, two per multiply-add."""
         return sum(row.flops for row in self.rows)
 
     def __str__(self) -> str:
         head = ("MLP", "recipe", "form", "state", "detail", "parameters", "FLOPs")
         lines = [
-            (r.name, r.recipe, r.form, r.state, r.detail, _added(r.parameters), _added(r.flops))
+            (r.name, r.recipe, r.form, r.state, r.detail, _signed(r.parameters), _signed(r.flops))
             for r in self.rows
         ]
         widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
@@ -110,38 +109,39 @@ class Report:
     __repr__ = __str__
 
 
-def _added(n: int) -> str:
+def _signed(n: int) -> str:
     return f"+{n:,}" if n else ""
 
 
 def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> Report:
-    """What `starify` did to a model and what it would do, MLP by MLP; it changes nothing.
+    """Return a table of the MLPs that `starify` has changed or could change.
 
     Args:
-        model: any module, before or after `starify`.
-        include, exclude: as for `starify`.
+        model: any module, before or after `starify`; it is not changed.
+        include, exclude: names or patterns of MLPs, as for `starify`.
 
     Raises:
-        ValueError: a pattern names no MLP.
+        ValueError: a pattern matches no MLP.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
-        >>> [row.state for row in report(model).rows]
-        ['ready']
+        >>> class Doubled(nn.Module):  # calls its activation twice, so no gate fits
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc1, self.act, self.fc2 = nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)
+        ...     def forward(self, x):
+        ...         return self.fc2(self.act(self.act(self.fc1(x))))
+        >>> [(row.name, row.state, row.detail) for row in report(Doubled()).rows]
+        [('fc1', 'skipped', "one run calls 'act' 2 times, not once")]
     """
-    chosen, rows = Chosen(include, exclude), {}
+    selected, rows = NameFilter(include, exclude), {}
     for path, _, star in installed(model):
         name = name_of(path, star)
-        if name in chosen:
+        if name in selected:
             rows[name] = _installed_row(name, star)
     for f in find_mlps(model, include=include, exclude=exclude):
         state = "ready" if f.site.form == "plain" else "is a star"
         state = state if f.reason is None else "skipped"
         rows[f.path] = Row(f.path, f.site.recipe, f.site.form, state, f.reason or "")
-    for path, module in gated_attentions(model):
-        if path in chosen:
-            state = "fused" if isinstance(module, GatedAttention) else "is a star"
-            rows[path] = Row(path, "attention", "gate", state, "sigmoid")
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     ordered = sorted(rows.values(), key=lambda row: order.get(row.name, 0))
     total = sum(p.numel() for p in model.parameters() if not is_lazy(p))
@@ -155,21 +155,22 @@ def _installed_row(name: str, star: StarProjection | GatedMLP) -> Row:
     if isinstance(role, StarProjection):
         detail = role.spec + (", fused" if role.fused else "")
     else:
-        detail = (role.row or "") + (f", grown by {role.grown}" if role.grown else "")
+        detail = (role.act_name or "") + (f", grown by {role.grown}" if role.grown else "")
     site = role.site
     state = "star" if gate is not None else "fused"
     return Row(name, site.recipe, site.form, state, detail, count, _flops(star))
 
 
 def _flops(star: StarProjection | GatedMLP) -> int:
-    """Two per multiply-add of the gate's matrices, one per bias, and the product's own."""
+    """Return the FLOPs per position that starify added: matrices, biases and products."""
     gate = gate_of(star)
     if gate is None:
         return 0
-    maps = [s for m in gate.modules() if (s := projection(m)) is not None]
-    matrices = sum(2 * s.in_features * s.out_features for s in maps)
+    layers = [sizes for m in gate.modules() if (sizes := projection(m)) is not None]
+    matrices = sum(2 * sizes.in_features * sizes.out_features for sizes in layers)
     if isinstance(star, StarProjection):
         sizes = projection(star.inp) or Projection(0, 0)
+        # a multiply-add per hidden channel, and the bias that a scale gate does not have
         return matrices + (2 if isinstance(gate, ScaleGate) else 3) * sizes.out_features
-    hidden = star.star_sizes()[1]
-    return matrices + 4 * star.star.grown * hidden
+    # per grown hidden channel: activation, two biases or the product and the sum
+    return matrices + 4 * star.star.grown * star.star_sizes()[1]

@@ -1,4 +1,4 @@
-"""A stand-in for a module, to run without leaving a trace in the module or anywhere else."""
+"""Sandbox for trial runs: copies of modules, preserved generators."""
 
 import random
 import sys
@@ -9,22 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["seed", "shadow", "untraced"]
-
+#: seed of every trial run; any fixed number would do
 SEED = 0x57A4
-HELD = ("_parameters", "_buffers", "_modules")
+
+#: attributes of `nn.Module` that `sandbox_copy` copies entry by entry
+CONTAINERS = ("_parameters", "_buffers", "_modules")
 
 
-def shadow(module: nn.Module, memo: dict[int, Any] | None = None, *, share: bool = False) -> Any:
-    """A copy of a module without its hooks: what it runs and changes is its own.
+def sandbox_copy(
+    module: nn.Module, memo: dict[int, Any] | None = None, *, share: bool = False
+) -> Any:
+    """Return a copy of a module to run without an effect on the module.
 
-    Parameters and buffers on the meta device become random ones on the CPU. With `share` the
-    parameters are the module's own, for what may be too large to have twice.
+    Parameters, buffers, generators, lists, sets, dicts and child modules are copied, hooks are
+    left out, other attributes are shared. Tensors on the meta device become random ones on the
+    CPU.
+
+    Args:
+        module: the module to copy. Its `__init__` is not called again.
+        memo: copies by the id of their original, for objects that occur more than once.
+        share: use the module's own parameters instead of copies, to save memory.
 
     Example:
         >>> linear = nn.Linear(2, 2)
-        >>> other = shadow(linear)
-        >>> other.weight is linear.weight, torch.equal(other.weight, linear.weight)
+        >>> copy = sandbox_copy(linear)
+        >>> copy.weight is linear.weight, torch.equal(copy.weight, linear.weight)
         (False, True)
     """
     memo = {} if memo is None else memo
@@ -33,28 +42,33 @@ def shadow(module: nn.Module, memo: dict[int, Any] | None = None, *, share: bool
     copy = object.__new__(type(module))
     memo[id(module)] = copy
     state = copy.__dict__
-    rest = {k: v for k, v in vars(module).items() if k not in HELD}
-    for name, value in rest.items():
-        hooks = name.endswith("_hooks") or name.startswith(("_forward_hooks", "_forward_pre_hooks"))
-        state[name] = type(value)() if hooks and isinstance(value, dict) else _copied(value, memo)
-    for held in HELD[:2]:
-        own = held == "_parameters" and share
-        tensors = getattr(module, held).items()
-        state[held] = {k: t if own else _copied(t, memo) for k, t in tensors}
+    for name, value in vars(module).items():
+        if name not in CONTAINERS:
+            state[name] = type(value)() if _holds_hooks(name, value) else _copied(value, memo)
+    parameters, buffers = module._parameters, module._buffers
+    state["_parameters"] = {k: p if share else _copied(p, memo) for k, p in parameters.items()}
+    state["_buffers"] = {k: _copied(b, memo) for k, b in buffers.items()}
     state["_modules"] = {
-        k: None if child is None else shadow(child, memo, share=share)
+        k: None if child is None else sandbox_copy(child, memo, share=share)
         for k, child in module._modules.items()
     }
     return copy
 
 
+def _holds_hooks(name: str, value: Any) -> bool:
+    hook_names = name.endswith("_hooks") or name.startswith(
+        ("_forward_hooks", "_forward_pre_hooks")
+    )
+    return hook_names and isinstance(value, dict)
+
+
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A tensor, a generator or a plain container as a copy; anything else as it is."""
+    """Return a copy of a tensor, generator or container, others as they are."""
     if id(value) in memo:
         return memo[id(value)]
     copy: Any
     if isinstance(value, Tensor):
-        copy = _random(value) if value.is_meta else value.detach().clone()
+        copy = _random_like(value) if value.is_meta else value.detach().clone()
         copy = nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
     elif isinstance(value, torch.Generator):
         copy = value.clone_state()
@@ -68,28 +82,35 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     return copy
 
 
-def _random(tensor: Tensor) -> Tensor:
+def _random_like(tensor: Tensor) -> Tensor:
+    """Return random weights of usual size for a meta tensor."""
     fan_in = tensor.shape[-1] if tensor.ndim > 1 else 1
     return torch.randn(tensor.shape, device="cpu").div_(fan_in**0.5).to(tensor.dtype)
 
 
 @contextmanager
-def untraced(device: torch.device) -> Iterator[None]:
-    """Give back every generator of random numbers as it was: torch's, Python's and numpy's."""
+def preserved_generators(device: torch.device) -> Iterator[None]:
+    """Restore the random generators of torch, Python and numpy when the block ends.
+
+    Of torch these are the CPU's and, if `device` is a GPU, that GPU's.
+    """
     numpy = sys.modules.get("numpy")
-    python = random.getstate()
-    arrays = numpy.random.get_state() if numpy else None
+    python_state = random.getstate()
+    numpy_state = numpy.random.get_state() if numpy else None
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
-        random.setstate(python)
+        random.setstate(python_state)
         if numpy:
-            numpy.random.set_state(arrays)
+            numpy.random.set_state(numpy_state)
 
 
-def seed(device: torch.device) -> None:
-    """Seed the generators that `untraced` gives back; `torch.manual_seed` seeds every GPU too."""
+def seed_generators(device: torch.device) -> None:
+    """Seed the generators of Python and torch that `preserved_generators` restores.
+
+    `torch.manual_seed` is no substitute: it seeds every GPU.
+    """
     random.seed(SEED)
     torch.default_generator.manual_seed(SEED)
     if device.type == "cuda":

@@ -1,14 +1,14 @@
-"""What surgery did to a model, as plain data: written into its config, and done again from it."""
+"""Save and load starified models, by a record of the changes."""
 
 from dataclasses import asdict
+from os import PathLike
 from typing import Any
 
 from torch import nn
 
 from starlayers.surgery.gated import GatedMLP
+from starlayers.surgery.gates import gate_parameters
 from starlayers.surgery.install import (
-    anneal_activation,
-    annealed,
     install_gated,
     install_plain,
     installed,
@@ -18,50 +18,70 @@ from starlayers.surgery.install import (
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.site import Site
 
-__all__ = ["GUARD", "apply_record", "note_in_config", "record_of"]
+__all__ = ["apply_record", "from_pretrained", "record_of"]
 
-VERSION = 1
+#: version of the records that this module writes; it reads all of `READABLE`
+VERSION = 2
+#: version 1 has one field more, "anneal", which is 0 for everything that can still be computed
+READABLE = (1, 2)
 
-#: what the plain classes of transformers say when they are asked to load a starified model: they
-#: look up every key of `config.fusion_config` and raise for one they do not know
+#: key in `config.fusion_config` of a starified model: plain classes of transformers raise an error
+#: with the name of every key that they do not know, so loading with them does not lose the gates
 GUARD = "starlayers (load this model with starlayers.from_pretrained, or its gates are lost)"
+
+#: arguments of `from_pretrained` that choose which file of a hub or cache is read
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+)
 
 
 def record_of(model: nn.Module) -> dict[str, Any]:
-    """What `starify` changed in a model, as data that JSON can hold.
+    """Return what `starify` changed in a model, as data that JSON can hold.
 
-    A model whose MLPs were only fused has no new parameters; they are recorded all the same.
+    The record names every star layer with its options, layers that were only fused among them. It
+    holds no weights: save the state dict beside it. Empty if nothing was changed.
 
     Example:
         >>> from starlayers.surgery import starify
         >>> model = starify(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)))
-        >>> record_of(model)["layers"][0]["gate"]
-        'full'
+        >>> record = record_of(model)
+        >>> [(layer["site"]["inp"], layer["gate"]) for layer in record["layers"]]
+        [('0', 'full')]
     """
-    layers = [_entry(path, star) for path, _, star in installed(model)]
+    layers = [_layer_record(path, star) for path, _, star in installed(model)]
     return {"version": VERSION, "layers": layers} if layers else {}
 
 
-def _entry(path: str, star: StarProjection | GatedMLP) -> dict[str, Any]:
+def _layer_record(path: str, star: StarProjection | GatedMLP) -> dict[str, Any]:
     role = role_of(star)
     if isinstance(role, StarProjection):
         options: dict[str, Any] = {"gate": role.spec}
     else:
         options = {"grow": role.grown, "between": list(role.between)}
-    flags = {"fused": role.fused, "recompute": role.recompute, "anneal": annealed(star)}
+    flags = {"fused": role.fused, "recompute": role.recompute}
     return {"owner": path, "site": asdict(role.site), **options, **flags}
 
 
 def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") -> nn.Module:
-    """Do to a plain model what a record tells, without trying anything: on any device, meta too.
+    """Repeat the changes of a record on a plain model, without trial runs.
 
     Args:
-        model: a model of the same structure, its own layers not starified.
-        record: from `record_of`.
-        prefix: what the names in the record have before those in the model, or lack.
+        model: a model of the same structure, not starified, on any device, meta among them.
+        record: the result of `record_of`.
+        prefix: name of the base model, where one of the two models has a head and the other has
+            none: recorded names are tried as they are, with the prefix added, and with it removed.
+
+    Returns:
+        `model` itself.
 
     Raises:
-        ValueError: the record is of a newer version, or the model lacks a module it names.
+        ValueError: the record has an unknown version or an annealed activation, or the model lacks
+            a module that it names.
 
     Example:
         >>> from starlayers.surgery import starify
@@ -71,29 +91,44 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
         >>> again.load_state_dict(starified.state_dict())
         <All keys matched successfully>
     """
-    if record.get("version") != VERSION:
+    if record.get("version") not in READABLE:
         raise ValueError(
             f"this record of starify has version {record.get('version')!r}, and this starlayers "
-            f"reads version {VERSION}: install the starlayers that wrote it, or a newer one"
+            f"reads versions {' and '.join(map(str, READABLE))}: install the starlayers that wrote "
+            "it, or a newer one"
         )
+    _check_activations(record)
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    for entry in record["layers"]:
-        owner = model.get_submodule(_resolved(entry["owner"], names, prefix, type(model)))
-        site = Site(**entry["site"])
-        flags = {"fused": entry["fused"], "recompute": entry["recompute"]}
-        star: StarProjection | GatedMLP
+    for layer in record["layers"]:
+        owner = model.get_submodule(_resolved(layer["owner"], names, prefix, type(model)))
+        site = Site(**layer["site"])
+        flags = {"fused": layer["fused"], "recompute": layer["recompute"]}
         if site.form == "plain":
-            star = install_plain(owner, site, entry["gate"], **flags)
+            install_plain(owner, site, layer["gate"], **flags)
         else:
-            between = tuple(entry["between"])
-            star = install_gated(owner, site, between, rank=entry["grow"], **flags)
-        anneal_activation(star, entry["anneal"])
+            between = tuple(layer["between"])
+            install_gated(owner, site, between, rank=layer["grow"], **flags)
     settle_fast_paths(model)
     return model
 
 
+def _check_activations(record: dict[str, Any]) -> None:
+    """Raise a ValueError if a record of an earlier version has an annealed activation."""
+    annealed = [layer for layer in record["layers"] if layer.get("anneal")]
+    if annealed:
+        first = annealed[0]
+        raise ValueError(
+            f"{len(annealed)} activations of this record are annealed, that of {first['owner']!r} "
+            f"to t={first['anneal']:g}; this starlayers does not compute (1 - t) * act(x) + t * x "
+            "any more: load the model with the starlayers that wrote it"
+        )
+
+
 def _resolved(path: str, names: set[str], prefix: str, kind: type[nn.Module]) -> str:
-    """A recorded name where the head is another: `bert.encoder` is `encoder` in the base model."""
+    """Return the name of a recorded module in a model with another head.
+
+    `bert.encoder` of a classifier is `encoder` of the base model.
+    """
     for name in (path, f"{prefix}.{path}", path.removeprefix(prefix + ".")):
         if name in names:
             return name
@@ -101,10 +136,13 @@ def _resolved(path: str, names: set[str], prefix: str, kind: type[nn.Module]) ->
 
 
 def note_in_config(model: nn.Module) -> None:
-    """Write the record into a config of transformers, with what makes the plain classes refuse it.
+    """Write the record of a model into its config, if transformers made it.
 
-    Parts that can be saved by themselves and have a config of their own get records of their own.
-    Nothing that was only fused needs one: such a model is saved as what it was.
+    The config of a model without gates has no record; an old one is removed.
+
+    Parts of the model that have a config of their own and can be saved by themselves get records
+    of their own. A model whose MLPs were only fused has no record, as its weights are those of the
+    plain model.
     """
     seen: set[int] = set()
     for part in model.modules():
@@ -112,15 +150,15 @@ def note_in_config(model: nn.Module) -> None:
         savable = hasattr(part, "save_pretrained") or part is model
         if savable and hasattr(config, "save_pretrained") and id(config) not in seen:
             seen.add(id(config))
-            _note(part, config)
+            _write_record(part, config)
 
 
-def _note(model: nn.Module, config: Any) -> None:
+def _write_record(model: nn.Module, config: Any) -> None:
     record = record_of(model)
-    changed = any(e.get("gate") or e.get("grow") or e["anneal"] for e in record.get("layers", ()))
+    has_gates = any(layer.get("gate") or layer.get("grow") for layer in record.get("layers", ()))
     fusions = dict(getattr(config, "fusion_config", None) or {})
     fusions.pop(GUARD, None)
-    if changed:
+    if has_gates:
         config.star_mlp = record
         fusions[GUARD] = True
     elif hasattr(config, "star_mlp"):
@@ -129,3 +167,107 @@ def _note(model: nn.Module, config: Any) -> None:
         config.fusion_config = fusions
     elif hasattr(config, "fusion_config"):
         del config.fusion_config
+
+
+def from_pretrained(auto_class: Any, path: str | PathLike[str], **kwargs: Any) -> Any:
+    """Load a starified model that was saved by `save_pretrained`, with its gates.
+
+    The model's config holds the record of `starify`. transformers builds and loads the model, so
+    `dtype`, `device_map` and its other options work; the gates are added while it is built.
+
+    Args:
+        auto_class: `AutoModel`, `AutoModelForCausalLM`, ..., or a model class. It may have another
+            head than the saved model, or none.
+        path: a folder, or the name of a model on the hub.
+        kwargs: arguments of `auto_class.from_pretrained`.
+
+    Returns:
+        The model, or with `output_loading_info=True` the pair (model, loading info).
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: the model at `path` was not starified, was saved by a newer starlayers, or
+            lacks weights of its gates.
+        TypeError: `auto_class` has no model for this config.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import AutoModel, BertConfig, BertModel
+        >>> from starlayers import from_pretrained, starify
+        >>> folder = tempfile.mkdtemp()
+        >>> small = BertConfig(hidden_size=8, num_attention_heads=2, intermediate_size=16)
+        >>> starify(BertModel(small), gate="scale").save_pretrained(folder)
+        >>> from_pretrained(AutoModel, folder).encoder.layer[0].intermediate.dense.spec
+        'scale'
+    """
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise ImportError(
+            "starlayers.from_pretrained needs transformers: pip install 'starlayers[nlp]'"
+        ) from error
+
+    config = kwargs.pop("config", None)
+    if config is None:
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        trusted = kwargs.get("trust_remote_code")
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trusted, **hub)
+    record = getattr(config, "star_mlp", None)
+    if not record:
+        raise ValueError(
+            f"{path} holds no starified model: its config has no record of one. Load it with "
+            f"{auto_class.__name__}.from_pretrained, then call starify"
+        )
+    fusions = dict(getattr(config, "fusion_config", None) or {})
+    fusions.pop(GUARD, None)
+    config.fusion_config = fusions or None
+    model_class = _model_class(auto_class, config)
+    with_info = kwargs.pop("output_loading_info", False)
+    builder = _builder(model_class, record)
+    model, info = builder.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    model.__class__ = model_class
+    _check_gates_loaded(model, info["missing_keys"], path)
+    note_in_config(model)
+    return (model, info) if with_info else model
+
+
+def _builder(model_class: Any, record: dict[str, Any]) -> Any:
+    """Return a subclass of a model class whose constructor adds the gates of a record.
+
+    transformers constructs the model itself, on the meta device, and then loads its weights: so
+    the gates have to be there once the constructor is done.
+    """
+
+    def __init__(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        model_class.__init__(self, config, *args, **kwargs)
+        apply_record(self, record, prefix=model_class.base_model_prefix)
+
+    identity = {name: getattr(model_class, name) for name in ("__module__", "__qualname__")}
+    return type(model_class.__name__, (model_class,), {"__init__": __init__, **identity})
+
+
+def _check_gates_loaded(model: nn.Module, missing: Any, path: str | PathLike[str]) -> None:
+    """Raise a ValueError if the saved weights lacked some of the gates."""
+    gates = {id(p) for p in gate_parameters(model)}
+    names = {name for name, p in model.named_parameters() if id(p) in gates}
+    if lost := sorted(names & set(missing)):
+        raise ValueError(
+            f"{path} lacks {len(lost)} weights of the gates that its config tells of, {lost[0]} "
+            "first: a plain model was saved with a starified one's config, or a part was reverted"
+        )
+
+
+def _model_class(auto_class: Any, config: Any) -> Any:
+    """Return the model class that an auto class picks for a config."""
+    mapping = getattr(auto_class, "_model_mapping", None)
+    if mapping is None:
+        if not hasattr(auto_class, "base_model_prefix"):
+            raise TypeError(f"{auto_class!r} is no auto class or model class of transformers")
+        return auto_class
+    if type(config) not in mapping:
+        raise TypeError(f"{auto_class.__name__} has no model for {type(config).__name__}")
+    classes = mapping[type(config)]
+    if not isinstance(classes, (tuple, list)):
+        return classes
+    saved = set(config.architectures or ())
+    return next((c for c in classes if c.__name__ in saved), classes[0])

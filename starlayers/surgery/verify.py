@@ -1,45 +1,44 @@
-"""Trying a site before it is touched: run its module on random input, as it is and replaced."""
+"""Verify a claimed MLP by a trial run before it is replaced."""
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from starlayers.surgery.gated import Role, adopt
+from starlayers.surgery.gated import Role, adopt, split_packed
 from starlayers.surgery.install import install_plain
-from starlayers.surgery.recipes import is_sequence, recognise, runs
-from starlayers.surgery.sandbox import seed, shadow, untraced
-from starlayers.surgery.site import (
+from starlayers.surgery.linear_layers import (
     Projection,
-    Site,
-    attribute,
     dtype_and_device,
     gate_blocker,
-    halves,
     projection,
-    put,
+)
+from starlayers.surgery.recipes import is_sequence, recognise, runs
+from starlayers.surgery.sandbox import preserved_generators, sandbox_copy, seed_generators
+from starlayers.surgery.site import Site, attribute
+from starlayers.surgery.trial_run import (
+    CallLog,
+    CannotRunError,
+    MismatchError,
+    first_line,
+    recorded,
+    run,
 )
 
-__all__ = ["Verdict", "verify"]
-
-#: what the branches are multiplied by: clamps and their like only show far from zero
+#: factors of the branches in the trial runs: clamps and the like only act far from zero
 SCALES = (1.0, 1e-2, 30.0, 1e3)
 
 
-class MismatchError(Exception):
-    """A module does not compute the formula of a site; the message says where it differs."""
-
-
-class CannotRunError(MismatchError):
-    """A module does not run by itself on one input."""
-
-
 class Verdict(NamedTuple):
-    """What a trial found: the site with its branches in the right order, or why there is none."""
+    """Result of `verify`: the site, or the reason why it cannot be replaced.
+
+    The branches of the site are in the right order. `between` are the names of the modules between
+    the product of a gated MLP and its last layer.
+    """
 
     site: Site
     reason: str | None = None
@@ -47,92 +46,85 @@ class Verdict(NamedTuple):
 
 
 def verify(owner: nn.Module, site: Site, caller: tuple[nn.Module, str] | None = None) -> Verdict:
-    """Run the part of `owner` that holds the MLP, and compare with the site's formula.
+    """Run an MLP as it is and as a star, and compare the outputs.
 
-    What runs is a shadow: a copy without hooks, so that nothing of the model is touched. A module
-    on the meta device is tried with random weights.
+    The deepest part of `owner` that contains the MLP is run on random input, in eval mode and in
+    train mode with seeded dropout, with the branches at all `SCALES`. The outputs must be equal to
+    the bit, and a random gate must have an effect.
+
+    A copy without hooks is run, so the model, its buffers and all random generators stay as they
+    are. Of a module on the meta device the copy has random weights and is on the CPU.
 
     Args:
-        owner, site: the claim.
-        caller: for a site in a row of layers, the module that calls the row, and the row's name in
-            it. Where it runs by itself it must compute the same as well, since it may call layers
-            of the row one by one.
+        owner: the module that contains the MLP.
+        site: names of the MLP's parts, as a recipe claims them.
+        caller: for an MLP in an `nn.Sequential`, the module that calls the sequence, and the name
+            of the sequence in it. A caller may call layers of the sequence one by one, so if it
+            runs by itself on the MLP's input its output must stay the same, too.
 
     Example:
         >>> mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
         >>> verify(mlp, Site("sequential", "plain", "0", "1", "2")).reason is None
         True
     """
-    first: str | None = None
+    reasons = []
     for variant in site.variants():
         try:
-            for name in filter(None, (site.inp, site.up)):
-                part = attribute(owner, name)
-                reason = gate_blocker(part) if projection(part) else f"{name!r} is no linear map"
-                if reason is not None:
-                    return Verdict(site, reason)
-            device = dtype_and_device(attribute(owner, site.inp))[1]
-            device = torch.device("cpu") if device.type == "meta" else device
-            # whatever device, mode and dtype the user is working in
-            with torch.device("cpu"), untraced(device), _plain_state(device):
-                between = _trial(*_body(owner, variant))
-                if caller is not None:
-                    _called(*caller, variant)
-                return Verdict(variant, None, between)
+            return Verdict(variant, None, _verify_variant(owner, variant, caller))
         except MismatchError as error:
-            first = first or str(error)
+            reasons.append(str(error))
         except Exception as error:  # a foreign module may raise anything
-            first = first or f"it cannot be tried: {_said(error)}"
-    return Verdict(site, first)
+            reasons.append(f"it cannot be tried: {first_line(error)}")
+    return Verdict(site, reasons[0])
+
+
+def _verify_variant(
+    owner: nn.Module, site: Site, caller: tuple[nn.Module, str] | None
+) -> tuple[str, ...]:
+    """Return the `between` of a verdict, or raise an error with the reason."""
+    for name in filter(None, (site.inp, site.up)):
+        part = attribute(owner, name)
+        reason = gate_blocker(part) if projection(part) else f"{name!r} is no linear map"
+        if reason is not None:
+            raise MismatchError(reason)
+    device = dtype_and_device(attribute(owner, site.inp))[1]
+    device = torch.device("cpu") if device.type == "meta" else device
+    with _default_state(device):
+        between = _compare(*_runnable_part(owner, site))
+        if caller is not None:
+            _compare_in_caller(*caller, site)
+    return between
 
 
 @contextmanager
-def _plain_state(device: torch.device) -> Iterator[None]:
-    autocast = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), autocast:
+def _default_state(device: torch.device) -> Iterator[None]:
+    """Run the block without the user's device, gradients, autocast and seeds."""
+    with (
+        torch.device("cpu"),
+        preserved_generators(device),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
         yield
 
 
-def _called(caller: nn.Module, row: str, site: Site) -> None:
-    there = Site(site.recipe, site.form, f"{row}.{site.inp}", f"{row}.{site.act}", None)
-    if any(p.is_meta for p in caller.parameters()):
-        return  # it may be a whole model, too large to be made real
-    try:
-        _trial(shadow(caller, share=True), there)
-    except CannotRunError:
-        return  # most modules above a row of layers take other input than the MLP does
-
-
-def _trial(body: nn.Module, site: Site) -> tuple[str, ...]:
-    if "forward" in vars(body):
-        raise MismatchError("its forward is replaced on the instance: starify before that")
-    inp = attribute(body, site.inp)
-    sizes = projection(inp) or Projection(1, 1)
-    dtype, device = dtype_and_device(inp)
-    seed(device)
-    n = sizes.in_features
-    shape = (2, n, 3, 3) if sizes.channels_first else (2, 3, n)
-    x = torch.randn(shape, dtype=dtype, device=device)
-    return _plain(body, site, x) if site.form == "plain" else _gated(body, site, x)
-
-
-def _body(owner: nn.Module, site: Site) -> tuple[nn.Module, Site]:
-    """A shadow of what runs the MLP, and the site by its names there."""
+def _runnable_part(owner: nn.Module, site: Site) -> tuple[nn.Module, Site]:
+    """Return a copy of the part that runs the MLP, and the site in it."""
     if is_sequence(owner) and site.inp in owner._modules:
         names = list(owner._modules)
         start, end = names.index(site.inp), names.index(site.act)
-        part = nn.Sequential(
-            OrderedDict((name, owner._modules[name]) for name in names[start : end + 1])  # type: ignore[misc]
-        ).train(owner.training)
-        return shadow(part), Site(site.recipe, site.form, site.inp, site.act, None)
-    prefix = _running_part(owner, site)
-    local = {part: _inside(getattr(site, part), prefix) for part in ("inp", "act", "out", "up")}
-    body = shadow(owner.get_submodule(prefix))
+        layers = OrderedDict((name, owner._modules[name]) for name in names[start : end + 1])
+        part = nn.Sequential(layers).train(owner.training)  # type: ignore[arg-type]
+        return sandbox_copy(part), Site(site.recipe, site.form, site.inp, site.act, None)
+    prefix = _deepest_common_module(owner, site)
+    local = {part: _relative(getattr(site, part), prefix) for part in ("inp", "act", "out", "up")}
+    body = sandbox_copy(owner.get_submodule(prefix))
     return body, Site(site.recipe, site.form, gate_last=site.gate_last, **local)  # type: ignore[arg-type]
 
 
-def _running_part(owner: nn.Module, site: Site) -> str:
-    """The deepest module that runs both the projection and the activation ("" is the owner)."""
+def _deepest_common_module(owner: nn.Module, site: Site) -> str:
+    """Return the name of the deepest module that runs `inp` and `act`."""
     inp, act = site.inp.split(".")[:-1], site.act.split(".")[:-1]
     shared = [a for a, b in zip(inp, act) if a == b]
     while shared and not runs(owner.get_submodule(".".join(shared))):
@@ -140,214 +132,171 @@ def _running_part(owner: nn.Module, site: Site) -> str:
     return ".".join(shared)
 
 
-def _inside(name: str | None, prefix: str) -> str | None:
+def _relative(name: str | None, prefix: str) -> str | None:
+    """Return a name relative to the module `prefix`, `None` if it lies outside."""
     if name is None or not prefix:
         return name
     return name.removeprefix(prefix + ".") if name.startswith(prefix + ".") else None
 
 
-def _plain(body: nn.Module, site: Site, x: Tensor) -> tuple[str, ...]:
+def _compare(body: nn.Module, site: Site) -> tuple[str, ...]:
+    """Compare a module that contains an MLP with itself after the MLP is replaced.
+
+    Returns:
+        Names of the modules between the product of a gated MLP and its last layer.
+
+    Raises:
+        MismatchError: the outputs differ, or the module does not have the structure of the site.
+    """
+    if "forward" in vars(body):
+        raise MismatchError("its forward is replaced on the instance: starify before that")
+    x = _random_input(attribute(body, site.inp))
+    if site.form == "plain":
+        _compare_plain(body, site, x)
+        return ()
+    return _compare_gated(body, site, x)
+
+
+def _compare_in_caller(caller: nn.Module, sequence: str, site: Site) -> None:
+    """Compare the caller of a sequence as it is and with the MLP replaced."""
+    if any(p.is_meta for p in caller.parameters()):
+        return  # it may be a whole model, too large for random weights on the CPU
+    inp, act = f"{sequence}.{site.inp}", f"{sequence}.{site.act}"
+    try:
+        _compare(sandbox_copy(caller, share=True), Site(site.recipe, site.form, inp, act, None))
+    except CannotRunError:
+        return  # most callers take other input than the MLP does
+
+
+def _random_input(inp: nn.Module) -> Tensor:
+    """Return normal input: two sequences of 3 positions, or maps of 3x3."""
+    sizes = projection(inp) or Projection(1, 1)
+    dtype, device = dtype_and_device(inp)
+    seed_generators(device)
+    n = sizes.in_features
+    shape = (2, n, 3, 3) if sizes.channels_first else (2, 3, n)
+    return torch.randn(shape, dtype=dtype, device=device)
+
+
+def _compare_plain(body: nn.Module, site: Site, x: Tensor) -> None:
     inp = attribute(body, site.inp)
-    with _recorded(body, site) as calls:
-        run(body, x, calls=calls)
+    log = _recorded_run(body, x, [site.inp, site.act])
     for name in (site.inp, site.act):
-        if len(calls.of(name)) != 1:
-            raise MismatchError(f"one run calls {name!r} {len(calls.of(name))} times, not once")
-    if not _same(calls.of(site.act)[0].taken, calls.of(site.inp)[0].given):
+        if len(log.of(name)) != 1:
+            raise MismatchError(f"one run calls {name!r} {len(log.of(name))} times, not once")
+    if not _equal_tensors(log.of(site.act)[0].input, log.of(site.inp)[0].output):
         raise MismatchError(f"{site.act!r} is not applied to the output of {site.inp!r}")
-    want = _at_all_scales(body, x, [inp])
+    expected = _outputs_at_scales(body, x, [inp])
     star = install_plain(body, site, "full")
-    _equal(want, _at_all_scales(body, x, [inp]), "with a zero gate")
-    before = _seen(body, site, x)
+    _require_equal(expected, _outputs_at_scales(body, x, [inp]), "with a zero gate")
+    before = _after_gate(body, site, x)
     for parameter in star.gate.parameters():
         nn.init.normal_(parameter)
-    if _tensors_equal(before, _seen(body, site, x)):
+    if _equal(before, _after_gate(body, site, x)):
         raise MismatchError("a gate there has no effect on what follows")
-    return ()
 
 
-def _seen(body: nn.Module, site: Site, x: Tensor) -> Any:
-    """What the last projection takes, which may itself be zero, or else the output."""
+def _after_gate(body: nn.Module, site: Site, x: Tensor) -> Any:
+    """Return the inputs of the last layer, or the output if there is none.
+
+    The output would not show a gate if the weights of the last layer are zero.
+    """
     if site.out is None:
         return run(body, x)
-    with _recorded(body, site) as calls:
-        run(body, x, calls=calls)
-    return [call.taken for call in calls.of(site.out)]
+    return [call.input for call in _recorded_run(body, x, [site.out]).of(site.out)]
 
 
-def _gated(body: nn.Module, site: Site, x: Tensor) -> tuple[str, ...]:
+def _compare_gated(body: nn.Module, site: Site, x: Tensor) -> tuple[str, ...]:
     parameters = inspect.signature(body.forward).parameters.values()
-    taken = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
-    if len(taken) != 1:
-        raise MismatchError(f"its forward takes {len(taken)} arguments, not the input alone")
-    with _recorded(body, site, everything=True) as calls:
-        want = run(body, x, calls=calls)
-    out = calls.of(site.out or "")
-    if len(out) != 1 or len(calls.of(site.inp)) != 1:
-        raise MismatchError(f"one run does not call {site.inp!r} and {site.out!r} once each")
-    h = calls.of(site.inp)[0].given
-    a, b = halves(h, site) if site.up is None else (h, calls.of(site.up)[0].given)
-    product = attribute(body, site.act)(a) * b
-    if not _same(out[0].taken.to(product.dtype), product):
-        raise MismatchError(
-            f"{site.out!r} does not take {site.act}({site.inp}) times the other branch"
-        )
-    if not _tensors_equal(want, out[0].given):
-        raise MismatchError(f"its output is not that of {site.out!r}")
-    own = {site.inp, site.up, site.out, site.act}
+    arguments = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    if len(arguments) != 1:
+        raise MismatchError(f"its forward takes {len(arguments)} arguments, not the input alone")
+    parts = [name for name in (site.inp, site.act, site.out) if name]
+    modules = [name for name, _ in body.named_modules() if name]
+    log = _recorded_run(body, x, list(dict.fromkeys([*modules, *parts])))
+    product = _check_product(body, site, log)
     between = tuple(
-        name
-        for name, call in calls.order
-        if name not in own and _same(call.taken, product) and _same(call.given, product)
+        call.name
+        for call in log.calls
+        if call.name not in (*parts, site.up)
+        and _equal_tensors(call.input, product)
+        and _equal_tensors(call.output, product)
     )
     branches = [attribute(body, name) for name in (site.inp, site.up) if name is not None]
-    wanted = _at_all_scales(body, x, branches)
-    row = recognise(attribute(body, site.act))
-    adopt(body, Role(site, type(body), row, between, fused=False))
-    _equal(wanted, _at_all_scales(body, x, branches), "written as a star")
+    expected = _outputs_at_scales(body, x, branches)
+    act_name = recognise(attribute(body, site.act))
+    adopt(body, Role(site, type(body), act_name, between, fused=False))
+    _require_equal(expected, _outputs_at_scales(body, x, branches), "written as a star")
     return between
 
 
-def _at_all_scales(body: nn.Module, x: Tensor, branches: list[nn.Module]) -> list[Any]:
-    """Outputs in eval mode and, with seeded dropout, in train mode, the branches scaled."""
-    found = []
+def _check_product(body: nn.Module, site: Site, log: CallLog) -> Tensor:
+    """Return the product of the branches, after checks of a recorded run."""
+    outs = log.of(site.out or "")
+    if len(outs) != 1 or len(log.of(site.inp)) != 1:
+        raise MismatchError(f"one run does not call {site.inp!r} and {site.out!r} once each")
+    h = log.of(site.inp)[0].output
+    if site.up is None:
+        a, b = split_packed(h, gate_last=site.gate_last)
+    else:
+        a, b = h, log.of(site.up)[0].output
+    product: Tensor = attribute(body, site.act)(a) * b
+    if not _equal_tensors(outs[0].input.to(product.dtype), product):
+        raise MismatchError(
+            f"{site.out!r} does not take {site.act}({site.inp}) times the other branch"
+        )
+    if not _equal(log.output, outs[0].output):
+        raise MismatchError(f"its output is not that of {site.out!r}")
+    return product
+
+
+def _recorded_run(body: nn.Module, x: Tensor, names: list[str]) -> CallLog:
+    """Run a module in eval mode, and return the log of its named parts."""
+    with recorded(body, names) as log:
+        run(body, x, log=log)
+    return log
+
+
+def _outputs_at_scales(body: nn.Module, x: Tensor, branches: list[nn.Module]) -> list[Any]:
+    """Return outputs in eval and train mode, the branches scaled by `SCALES`."""
+    outputs = []
     for scale in SCALES:
         handles = [
             branch.register_forward_hook(lambda _, args, y, scale=scale: y * scale)
             for branch in branches
         ]
         try:
-            found += [run(body, x, train=train) for train in (False, True)]
+            outputs += [run(body, x, train=train) for train in (False, True)]
         finally:
             for handle in handles:
                 handle.remove()
-    return found
+    return outputs
 
 
-def run(body: nn.Module, x: Tensor, *, train: bool = False, calls: "_Calls | None" = None) -> Any:
-    """The output of a module on one input, what else it needs being None or that input too.
-
-    Raises:
-        CannotRunError: it does not run.
-    """
-    body.train(train)
-    parameters = list(inspect.signature(body.forward).parameters.values())[1:]
-    needed = [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    error: Exception | None = None
-    for filling in (None, x) if needed else (None,):
-        seed(x.device)
-        if calls is not None:
-            calls.order.clear()  # of an attempt that failed half way
-        try:
-            with _buffers_kept(body):
-                return body.forward(x.clone(), **dict.fromkeys(needed, filling))
-        except Exception as problem:  # a foreign module may raise anything
-            error = error or problem
-    raise CannotRunError(f"{type(body).__name__} does not run by itself: {_said(error)}")
+def _require_equal(expected: Any, actual: Any, condition: str) -> None:
+    """Raise a MismatchError with the largest difference if tensors differ."""
+    if not _equal(expected, actual):
+        pairs = zip(_tensors(expected), _tensors(actual))
+        off = max((float((a - b).abs().nan_to_num().max()) for a, b in pairs), default=0.0)
+        raise MismatchError(f"{condition}, its output differs by {off:.2g}")
 
 
-def _said(error: Exception | None) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__} {lines[0][:120]}"
+def _equal(a: Any, b: Any) -> bool:
+    """Return True if two nests hold equally many tensors, and all pairs are equal."""
+    first, second = _tensors(a), _tensors(b)
+    return len(first) == len(second) and all(map(_equal_tensors, first, second))
 
 
-@contextmanager
-def _buffers_kept(body: nn.Module) -> Iterator[None]:
-    """Let every run start from the same running statistics and counters."""
-    kept = [
-        (m, {k: b if b is None else b.clone() for k, b in m._buffers.items()})
-        for m in body.modules()
-    ]
-    try:
-        yield
-    finally:
-        for module, buffers in kept:
-            module._buffers.update(buffers)
-
-
-class _Call(NamedTuple):
-    taken: Tensor
-    given: Tensor
-
-
-class _Calls:
-    def __init__(self) -> None:
-        self.order: list[tuple[str, _Call]] = []
-
-    def of(self, name: str) -> list[_Call]:
-        return [call for called, call in self.order if called == name]
-
-
-@contextmanager
-def _recorded(body: nn.Module, site: Site, *, everything: bool = False) -> Iterator[_Calls]:
-    """Keep what the parts of a site take and give while the block runs."""
-    calls = _Calls()
-    names = [name for name, _ in body.named_modules() if name] if everything else []
-    names += [name for name in (site.inp, site.act, site.out) if name and name not in names]
-    undo: list[Callable[[], object]] = []
-    for name in names:
-        part = attribute(body, name)
-        if isinstance(part, nn.Module):
-            undo += _watch(part, name, calls)
-        else:
-            put(body, name, _watched(part, name, calls))
-            undo.append(lambda name=name, part=part: put(body, name, part))  # type: ignore[misc]
-    try:
-        yield calls
-    finally:
-        for action in undo:
-            action()
-
-
-def _watch(part: nn.Module, name: str, calls: _Calls) -> list[Callable[[], object]]:
-    pending: list[Tensor] = []
-
-    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-        pending.append(args[0].clone() if args and isinstance(args[0], Tensor) else torch.empty(0))
-
-    def after(_: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-        given = y.clone() if isinstance(y, Tensor) else torch.empty(0)
-        calls.order.append((name, _Call(pending.pop(), given)))
-
-    handles = [part.register_forward_pre_hook(before), part.register_forward_hook(after)]
-    return [handle.remove for handle in handles]
-
-
-def _watched(f: Callable[[Tensor], Tensor], name: str, calls: _Calls) -> Callable[[Tensor], Tensor]:
-    def watched(x: Tensor) -> Tensor:
-        taken = x.clone()
-        y = f(x)
-        calls.order.append((name, _Call(taken, y.clone())))
-        return y
-
-    return watched
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal to the bit wherever the first is finite."""
+def _equal_tensors(a: Tensor, b: Tensor) -> bool:
+    """Return True if shapes and dtypes agree, and all values where `a` is finite."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return bool(((a == b) | ~a.isfinite()).all())
 
 
-def _leaves(value: Any) -> list[Tensor]:
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in a nest of lists, tuples and dicts, in order."""
     if isinstance(value, Tensor):
         return [value]
     items = list(value.values()) if isinstance(value, dict) else value
-    return [t for v in items for t in _leaves(v)] if isinstance(items, (list, tuple)) else []
-
-
-def _tensors_equal(a: Any, b: Any) -> bool:
-    first, second = _leaves(a), _leaves(b)
-    return len(first) == len(second) and all(map(_same, first, second))
-
-
-def _equal(want: Any, got: Any, when: str) -> None:
-    if not _tensors_equal(want, got):
-        pairs = zip(_leaves(want), _leaves(got))
-        off = max((float((a - b).abs().nan_to_num().max()) for a, b in pairs), default=0.0)
-        raise MismatchError(f"{when}, its output differs by {off:.2g}")
+    return [t for v in items for t in _tensors(v)] if isinstance(items, (list, tuple)) else []

@@ -1,0 +1,166 @@
+"""Run a module by itself on random input, and record the calls of its parts."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from starlayers.surgery.sandbox import seed_generators
+from starlayers.surgery.site import attribute, put
+
+
+class MismatchError(Exception):
+    """Difference between what a module computes and the formula of its site."""
+
+
+class CannotRunError(MismatchError):
+    """Failure of a module to run by itself on one input."""
+
+
+class Call(NamedTuple):
+    """Call of a part, with copies of its input and output.
+
+    They are empty tensors if the part takes or returns anything else.
+    """
+
+    name: str
+    input: Tensor
+    output: Tensor
+
+
+class CallLog:
+    """Calls of a module's parts in the order of their returns, and its output."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.output: Any = None
+
+    def of(self, name: str) -> list[Call]:
+        """Return the calls of the part with a dotted name."""
+        return [call for call in self.calls if call.name == name]
+
+
+def run(body: nn.Module, x: Tensor, *, train: bool = False, log: CallLog | None = None) -> Any:
+    """Return `body(x)` with seeded random generators; buffers are put back afterwards.
+
+    If the forward needs more arguments, they are all `None` or, if that fails, all `x`.
+
+    Args:
+        body: the module; its hooks are not called.
+        x: its first argument.
+        train: run in train mode instead of eval mode.
+        log: log that records this run. It is emptied before each attempt.
+
+    Raises:
+        CannotRunError: the module raised an error.
+
+    Example:
+        >>> run(nn.Bilinear(2, 2, 1), torch.ones(1, 2)).shape  # its second argument is x, too
+        torch.Size([1, 1])
+    """
+    body.train(train)
+    needed = _required_after_first(body.forward)
+    error: Exception | None = None
+    for value in (None, x) if needed else (None,):
+        seed_generators(x.device)
+        if log is not None:
+            log.calls.clear()
+        try:
+            with _restored_buffers(body):
+                y = body.forward(x.clone(), **dict.fromkeys(needed, value))
+        except Exception as problem:  # a foreign module may raise anything
+            error = error or problem
+            continue
+        if log is not None:
+            log.output = y
+        return y
+    raise CannotRunError(f"{type(body).__name__} does not run by itself: {first_line(error)}")
+
+
+def _required_after_first(forward: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments without a default, from the second on."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    return [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+
+
+@contextmanager
+def _restored_buffers(body: nn.Module) -> Iterator[None]:
+    """Restore running statistics and counters when the block ends."""
+    saved = [
+        (m, {k: None if b is None else b.clone() for k, b in m._buffers.items()})
+        for m in body.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, buffers in saved:
+            module._buffers.update(buffers)
+
+
+@contextmanager
+def recorded(body: nn.Module, names: list[str]) -> Iterator[CallLog]:
+    """Record the calls of the named parts of `body` while the block runs.
+
+    Example:
+        >>> mlp = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> with recorded(mlp, ["0", "1"]) as log:
+        ...     y = run(mlp, torch.ones(1, 2), log=log)
+        >>> [call.name for call in log.calls], torch.equal(log.of("1")[0].output, y)
+        (['0', '1'], True)
+    """
+    log = CallLog()
+    with ExitStack() as undo:
+        for name in names:
+            part = attribute(body, name)
+            if isinstance(part, nn.Module):
+                for handle in _record_module(part, name, log):
+                    undo.callback(handle.remove)
+            else:
+                put(body, name, _recording(part, name, log))
+                undo.callback(put, body, name, part)
+        yield log
+
+
+def _record_module(part: nn.Module, name: str, log: CallLog) -> list[Any]:
+    """Log the calls of a module, and return the handles of the hooks."""
+    inputs: list[Tensor] = []
+
+    # copied before the call: the module may work in place
+    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(_copy(args[0] if args else None))
+
+    def after(_: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        log.calls.append(Call(name, inputs.pop(), _copy(y)))
+
+    return [part.register_forward_pre_hook(before), part.register_forward_hook(after)]
+
+
+def _recording(
+    f: Callable[[Tensor], Tensor], name: str, log: CallLog
+) -> Callable[[Tensor], Tensor]:
+    """Return a function that calls `f` and logs the call."""
+
+    def call(x: Tensor) -> Tensor:
+        before = x.clone()
+        y = f(x)
+        log.calls.append(Call(name, before, y.clone()))
+        return y
+
+    return call
+
+
+def _copy(value: Any) -> Tensor:
+    return value.clone() if isinstance(value, Tensor) else torch.empty(0)
+
+
+def first_line(error: Exception | None) -> str:
+    """Return the type of an error and up to 120 characters of its first line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__} {lines[0][:120]}"
