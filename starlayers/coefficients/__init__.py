@@ -1,21 +1,16 @@
-"""The coefficients of the implicit space of star layers: measure, penalise, learn, search.
+"""Coefficients of the implicit space of star layers: measure, penalise, learn, search.
 
-Imports PyTorch alone; what draws or searches needs `pip install 'starlayers[coefficients]'`.
+Importing this needs PyTorch alone. Searches need `pip install 'starlayers[coefficients]'`, figures
+`pip install 'starlayers[plots]'`.
 """
 
-from starlayers.coefficients._pictures import plot_eigenfeatures
 from starlayers.coefficients.dimension import empirical_rank, implicit_dimension
 from starlayers.coefficients.eigen import Attribution, Eigenfeatures, attribute, eigenfeatures
 from starlayers.coefficients.expand import Polynomial, expand
 from starlayers.coefficients.form import branch_vectors, iter_quadratic_forms, quadratic_form
-from starlayers.coefficients.kernel import (
-    DecisionBoundary,
-    decision_boundary,
-    plot_boundaries,
-    star_kernel,
-)
+from starlayers.coefficients.kernel import star_kernel
 from starlayers.coefficients.penalty import CoefficientPenalty
-from starlayers.coefficients.plots import plot_spectrum
+from starlayers.coefficients.plots import plot_eigenfeatures, plot_spectrum
 from starlayers.coefficients.search import SearchResult, search
 from starlayers.coefficients.space import apply_initialisation, coefficient_space
 from starlayers.coefficients.spectrum import Spectrum, spectrum
@@ -26,7 +21,6 @@ from starlayers.coefficients.tune import TuneResult, tune_coefficients
 __all__ = [
     "Attribution",
     "CoefficientPenalty",
-    "DecisionBoundary",
     "Eigenfeatures",
     "Polynomial",
     "SearchResult",
@@ -38,13 +32,11 @@ __all__ = [
     "attribute",
     "branch_vectors",
     "coefficient_space",
-    "decision_boundary",
     "eigenfeatures",
     "empirical_rank",
     "expand",
     "implicit_dimension",
     "iter_quadratic_forms",
-    "plot_boundaries",
     "plot_eigenfeatures",
     "plot_spectrum",
     "quadratic_form",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from starlayers.coefficients.form import check_form, quadratic_form
-from starlayers.coefficients.optional import needs
+from starlayers.coefficients.optional import require
 from starlayers.modules import StarOp
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Polynomial:
         Raises:
             ImportError: sympy is not there.
         """
-        needs("Polynomial.sympy", "sympy")
+        require("Polynomial.sympy", "sympy")
         import sympy
 
         symbols = {name: sympy.Symbol(name) for name in self.names}

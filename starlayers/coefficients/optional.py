@@ -1,22 +1,29 @@
-"""What draws or searches needs packages that computing does not: asked for where they are used."""
+"""Check for optional packages at the call that needs them."""
 
 from importlib import import_module
 
-__all__ = ["needs"]
+__all__ = ["require"]
 
 
-def needs(owner: str, module: str, package: str = "", *, extra: str = "coefficients") -> None:
-    """Raise an `ImportError` that says what to install for `owner` where `module` is not there.
+def require(caller: str, module: str, package: str = "", *, extra: str = "coefficients") -> None:
+    """Raise an `ImportError` that names the extra to install if `module` cannot be imported.
 
-    `package` is what the module is installed as, by default its first part.
+    Args:
+        caller: public function that needs the module, for the message.
+        module: module to import.
+        package: name under which it is installed; by default the first part of `module`.
+        extra: extra of starlayers that installs it.
+
+    Raises:
+        ImportError: the module is not installed.
 
     Example:
-        >>> needs("this", "no_such_module.part")
+        >>> require("plot_spectrum", "no_such_module.figure", extra="plots")
         Traceback (most recent call last):
-        ImportError: this needs no_such_module: pip install 'starlayers[coefficients]'
+        ImportError: plot_spectrum needs no_such_module: pip install 'starlayers[plots]'
     """
     try:
         import_module(module)
     except ImportError as error:
         package = package or module.partition(".")[0]
-        raise ImportError(f"{owner} needs {package}: pip install 'starlayers[{extra}]'") from error
+        raise ImportError(f"{caller} needs {package}: pip install 'starlayers[{extra}]'") from error

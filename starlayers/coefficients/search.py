@@ -1,16 +1,20 @@
-"""Search over strengths, initial distributions and shapes of coefficients, on Optuna."""
+"""Search for strengths, initial distributions and shapes of coefficients, on Optuna."""
 
+import logging
+import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from starlayers.coefficients._plots import plot_study
-from starlayers.coefficients._study import Runner, only_one
-from starlayers.coefficients._trials import METHODS, Objective, Space
-from starlayers.coefficients.optional import needs
+from starlayers.coefficients.optional import require
+from starlayers.coefficients.plots import plot_study
+from starlayers.coefficients.space import Space, check_space
 from starlayers.modules import positive_int
 
 if TYPE_CHECKING:
@@ -18,15 +22,29 @@ if TYPE_CHECKING:
 
 __all__ = ["SearchResult", "search"]
 
+#: choices of `method`: a sampler of Optuna and the package that it needs
+METHODS = {
+    "tpe": ("TPESampler", "optuna"),
+    "gp": ("GPSampler", "scipy"),
+    "cma": ("CmaEsSampler", "cmaes"),
+    "nsga2": ("NSGAIISampler", "optuna"),
+    "random": ("RandomSampler", "optuna"),
+}
 DIRECTIONS = ("maximize", "minimize")
+#: trials of a generation of NSGA-II; Optuna's 50 would be half of a usual search
+POPULATION = 20
+#: values above which CMA-ES has a diagonal covariance: a full one is slow to draw from and to store
+MAX_COVARIANCE = 64
+#: seconds between two heartbeats of a trial, and without one until the trial is run again
+HEARTBEAT_S, GRACE_S = 10, 60
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found: `best` values, their `value`, every trial, and figures.
+    """Trials of a search, its `best` values with their `value`, and figures.
 
-    `study` is the Optuna study itself, for everything that Optuna offers. A trial has `params`,
-    `values`, a `state` and, where it failed, `user_attrs["error"]`.
+    `study` is the Optuna study, for everything that Optuna offers. A trial has `params`, `values`,
+    a `state` and, if it failed, `user_attrs["error"]`.
 
     Example:
         >>> result = search(lambda t: -t.suggest_float("x", -1, 1) ** 2, trials=5, progress=False)
@@ -38,50 +56,47 @@ class SearchResult:
 
     @property
     def trials(self) -> "list[optuna.trial.FrozenTrial]":
-        """All trials in the order of their numbers."""
-        return self.study.get_trials(deepcopy=False)
+        """Trials that ended by themselves, in the order of their numbers."""
+        return [t for t in self.study.get_trials(deepcopy=False) if _has_ended(t)]
 
     @property
     def failed(self) -> "list[optuna.trial.FrozenTrial]":
-        """The trials that raised, returned no number or lost their process."""
+        """Trials that raised an exception or returned no number."""
         return [t for t in self.trials if t.state.name == "FAIL"]
 
     @property
     def front(self) -> "list[optuna.trial.FrozenTrial]":
-        """The trials that no other beats in every direction; with one direction, the best ones."""
+        """Pareto front of several directions; with one direction, the best trials."""
         return self.study.best_trials
 
     @property
     def best(self) -> dict[str, Any]:
-        """The values of the best trial."""
+        """Values (`params`) of the best trial."""
         return dict(self._best.params)
 
     @property
     def value(self) -> float:
-        """What the objective returned for the best trial."""
+        """Number that the objective returned for the best trial."""
         (value,) = self._best.values
         return float(value)
 
     @property
     def best_so_far(self) -> list[float]:
-        """The best value after each trial; NaN until one is complete."""
+        """Best value after each of `trials`; NaN until one is complete."""
         better = max if self.study.direction.name == "MAXIMIZE" else min
-        found, best = [], float("nan")
+        curve, best = [], math.nan
         for trial in self.trials:
             if trial.state.name == "COMPLETE" and trial.value is not None:
-                best = trial.value if best != best else better(best, trial.value)
-            found.append(best)
-        return found
+                best = trial.value if math.isnan(best) else better(best, trial.value)
+            curve.append(best)
+        return curve
 
     @property
     def _best(self) -> "optuna.trial.FrozenTrial":
-        if len(self.study.directions) > 1:
-            raise ValueError(
-                f"a search in {len(self.study.directions)} directions has no single best trial: "
-                "choose one of .front"
-            )
+        if (n := len(self.study.directions)) > 1:
+            raise ValueError(f"{n} directions have no single best trial: choose one of .front")
         if not any(t.state.name == "COMPLETE" for t in self.trials):
-            errors = [str(t.user_attrs.get("error")) for t in self.failed]
+            errors = [t.user_attrs["error"] for t in self.failed]
             first = f", the first of {len(errors)} that failed with {errors[0]}" if errors else ""
             raise ValueError(f"none of the {len(self.trials)} trials is complete{first}")
         return self.study.best_trial
@@ -90,68 +105,64 @@ class SearchResult:
         """Write Optuna's figures of the search to `folder` and return their files.
 
         One direction: the values over the trials, each parameter against the value, parallel
-        coordinates, and importances (where two complete trials differ). Several: the front.
+        coordinates, and importances (if two complete trials differ). Several: the Pareto front.
 
         Raises:
-            ImportError: without matplotlib and scikit-learn.
+            ImportError: matplotlib is not installed.
         """
         return plot_study(self.study, Path(folder))
 
 
 def search(
-    objective: Objective,
+    objective: "Callable[[optuna.Trial], Any]",
     space: Space | None = None,
     *,
     method: str = "tpe",
     trials: int = 100,
     directions: str | Sequence[str] = "maximize",
-    storage: str | os.PathLike[str] | None = None,
+    storage: "str | os.PathLike[str] | optuna.storages.BaseStorage | None" = None,
     name: str = "search",
-    jobs: int = 1,
     seed: int = 0,
     first: Mapping[str, Any] | None = None,
+    sampler: "optuna.samplers.BaseSampler | None" = None,
+    timeout: float | None = None,
+    callbacks: "Sequence[Callable[[optuna.Study, optuna.trial.FrozenTrial], None]]" = (),
     progress: bool = True,
 ) -> SearchResult:
     """Search for the values with which `objective(trial)` is best, with Optuna.
 
-    The objective takes an Optuna trial and returns a number. What it is to choose is said in
-    advance, as a `space` of Optuna distributions, and then is in `trial.params`; or it asks by
-    itself, `trial.suggest_float("l2", 1e-6, 1, log=True)`; or both.
+    The objective takes an Optuna trial and returns a number. Its choices are declared in advance,
+    as a `space` of Optuna distributions, and are then in `trial.params`; or it asks for them,
+    `trial.suggest_float("l2", 1e-6, 1, log=True)`; or both.
 
-    **A stopped search goes on.** With `storage`, calling it again after Ctrl-C, `kill -9` or a
-    power cut runs what is missing: there are `trials` trials in the end, and with `jobs=1` they
-    have the values of a search that was never stopped. The trial that was cut off runs again with
-    its values; one under which the process ends twice counts as failed. A trial that raises or
-    returns NaN is recorded as failed, `trial.user_attrs["error"]` has the words, and the search
-    goes on.
+    With `storage`, a search that was stopped goes on when it is called again, and processes that
+    make the same call share its trials. A trial whose process ended is run again with its values,
+    once. A trial that raises or returns NaN is recorded as failed, and the search goes on.
 
     Args:
-        objective: `objective(trial) -> float`, or a tuple of as many as there are directions.
-            Seed what is random inside it; `trial.number` is there to be used.
+        objective: `objective(trial) -> float`, or a tuple with a number for each direction. Seed
+            its random numbers, for example with `trial.number`.
         space: name -> Optuna distribution; `coefficient_space()` makes one.
         method: "tpe" (default), "gp" (Gaussian process; few, costly trials), "cma" (CMA-ES; many
             numbers), "nsga2" (several directions) or "random", each with Optuna's settings, but
-            populations of 20 for "nsga2". "cma" leaves choices (categorical values) to TPE, and
-            keeps to a diagonal covariance for a `space` of more than 64 values.
-        trials: how many there are in the end, failed ones and those of earlier calls included.
+            populations of 20 for "nsga2". "cma" leaves categorical values to TPE, and uses a
+            diagonal covariance for a `space` of more than 64 values.
+        trials: number of trials in the end, failed ones and those of earlier calls included.
         directions: "maximize", "minimize", or a sequence of them.
-        storage: SQLite file that keeps the trials, made with its folder where it is missing.
-            One search at a time runs on a file (`FILE.lock` sees to that).
-        name: of the study; a file has room for many.
-        jobs: trials side by side, in processes of their own, with torch's threads shared among
-            them. Needs `storage` and, as everything sent to processes, an objective of a module,
-            and `if __name__ == "__main__":` in scripts.
-        seed: of the sampler.
+        storage: SQLite file (made with its folder if missing), database URL or Optuna storage.
+        name: name of the study; a storage holds many.
+        seed: seed of the sampler; each trial draws from the seed and its own number.
         first: values that are tried before any others, such as those in use today.
-        progress: whether a bar shows the best value and how many failed (on a terminal).
+        sampler: Optuna sampler that replaces `method`.
+        timeout: seconds after which no further trial starts.
+        callbacks: functions of study and trial, called after each; `study.stop()` ends the search.
+        progress: show a bar with the best value (on a terminal).
 
     Raises:
-        ImportError: without Optuna.
-        ValueError, TypeError: an unknown method or direction, a space of something else than
-            distributions, "cma" with several directions or fewer than two numbers, `jobs`
-            without `storage` or with an objective that cannot be sent to a process, or a study
-            that was begun with other settings.
-        RuntimeError: another search is running on the file.
+        ImportError: Optuna, or what the method needs, is not installed.
+        ValueError, TypeError: an unknown method or direction, a space of anything but
+            distributions, "cma" with several directions or fewer than two numbers, a negative
+            seed, no trials, or a study that was begun with other settings.
 
     Source: Akiba et al., "Optuna: A Next-generation Hyperparameter Optimization Framework", KDD
     2019, arXiv 1907.10902.
@@ -165,133 +176,185 @@ def search(
         >>> result.value > -0.1
         True
     """
-    needs("search", "optuna")
-    if isinstance(directions, str):
-        directions = [directions]
-    trials = positive_int("search", "trials", trials)
-    jobs = positive_int("search", "jobs", jobs)
-    path = storage_path("search", storage)
-    check_method("search", method, space, directions)
-    if jobs > 1 and path is None:
-        raise ValueError(f"search: jobs={jobs} needs storage=, a file that the processes share")
-    settings = {"method": method, "seed": seed, "directions": list(directions)}
-    return run_search(
-        "search",
-        objective,
-        space,
-        settings=settings,
-        trials=trials,
-        path=path,
-        name=name,
-        jobs=jobs,
-        first=first,
-        progress=progress,
+    directions = [directions] if isinstance(directions, str) else list(directions)
+    settings = {"method": method, "seed": seed, "directions": directions}
+    check_settings("search", settings, space, trials)
+    with quiet():
+        study = open_study("search", settings, space, storage, name, first)
+        run_trials(study, objective, space, trials, sampler, timeout, callbacks, progress)
+    return SearchResult(study)
+
+
+def check_settings(owner: str, settings: dict[str, Any], space: Any, trials: int) -> None:
+    """Raise an error that names a setting which no search can have, or a missing package."""
+    method, seed, directions = (settings[key] for key in ("method", "seed", "directions"))
+    if method not in METHODS:
+        raise ValueError(f"{owner}: unknown method {method!r}, choose one of {', '.join(METHODS)}")
+    for d in directions:
+        if d not in DIRECTIONS:
+            raise ValueError(f"{owner}: unknown direction {d!r}, choose maximize or minimize")
+    if not directions or (method == "cma" and len(directions) > 1):
+        raise ValueError(
+            f"{owner}: method {method!r} needs at least one direction, 'cma' just one (use 'nsga2' "
+            f"for several), got {directions}"
+        )
+    positive_int(owner, "trials", trials)
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"{owner}: seed must be an integer of at least 0, got {seed!r}")
+    for package in ("optuna", METHODS[method][1]):
+        require(owner, package)
+    check_space(owner, method, space)
+
+
+def open_study(
+    owner: str, settings: dict[str, Any], space: Space | None, storage: Any, name: str, first: Any
+) -> "optuna.Study":
+    """Return the study of that name, new or begun with the same settings."""
+    import optuna
+
+    study = optuna.create_study(
+        storage=open_storage(owner, storage),
+        study_name=name,
+        directions=settings["directions"],
+        load_if_exists=True,
+    )
+    if space is not None:
+        to_json = optuna.distributions.distribution_to_json
+        settings = {**settings, "space": {key: to_json(d) for key, d in space.items()}}
+    begun = {"directions": [d.name.lower() for d in study.directions]}
+    begun = study.user_attrs.get("settings", begun)
+    for key, value in settings.items():
+        if begun.get(key, value) != value:
+            raise ValueError(
+                f"{owner}: the study {name!r} in {storage} was begun with {key}={begun[key]!r}, "
+                f"and now {key}={value!r}: repeat the former, or give another name= or storage="
+            )
+    study.set_user_attr("settings", settings)
+    if first is not None and not study.trials:
+        study.enqueue_trial(dict(first))
+    return study
+
+
+def open_storage(owner: str, storage: Any) -> Any:
+    """Return a path or URL as an Optuna storage with heartbeats, and others as they are."""
+    from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+
+    if storage is None or isinstance(storage, BaseStorage):
+        return storage
+    url = os.fspath(storage)
+    if "://" not in url:
+        path = Path(url).absolute()
+        if path.is_dir():
+            raise ValueError(f"{owner}: storage must be an SQLite file, {url!r} is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        url = f"sqlite:///{path}"
+    return RDBStorage(
+        url,
+        # SQLite has one writer at a time: wait for the other processes
+        {"connect_args": {"timeout": GRACE_S}} if url.startswith("sqlite") else {},
+        heartbeat_interval=HEARTBEAT_S,
+        grace_period=GRACE_S,
+        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
     )
 
 
-def run_search(
-    owner: str,
-    objective: Objective,
+def run_trials(
+    study: "optuna.Study",
+    objective: "Callable[[optuna.Trial], Any]",
     space: Space | None,
-    *,
-    settings: dict[str, Any],
     trials: int,
-    path: Path | None,
-    name: str,
-    jobs: int = 1,
-    first: Mapping[str, Any] | None = None,
+    sampler: Any = None,
+    timeout: float | None = None,
+    callbacks: Sequence[Any] = (),
     progress: bool = True,
-) -> SearchResult:
-    """`search` after its checks; `settings` are what a study that goes on must agree with."""
-    from optuna.distributions import distribution_to_json
-    from tqdm import tqdm
-
-    if space is not None:
-        settings["space"] = {key: distribution_to_json(d) for key, d in space.items()}
-    with only_one(owner, path):
-        runner = Runner(owner, path, name, settings, objective, space)
-        result = SearchResult(runner.study)
-        if first is not None and not result.trials:
-            runner.study.enqueue_trial(dict(first))
-        missing = len(runner.missing(trials))
-        total = max(trials, len(result.trials))
-        running = runner.in_processes(trials, jobs) if jobs > 1 else runner.here(trials)
-        failed = len(result.failed)
-        # `disable=None`: no bar where nobody sees it
-        hidden = None if progress else True
-        bar = tqdm(total=total, initial=total - missing, unit="trial", desc=name, disable=hidden)
-        with bar, closing(running):
-            for trial in running:
-                failed += trial.state.name == "FAIL"
-                bar.update()
-                if not bar.disable:
-                    bar.set_postfix(_said(runner.study, failed))
-    return result
-
-
-def _said(study: "optuna.Study", failed: int) -> dict[str, Any]:
-    said: dict[str, Any] = {"failed": failed} if failed else {}
-    best = study.best_trials
-    if len(study.directions) > 1:
-        said["front"] = len(best)
-    elif best:
-        said["best"] = f"{best[0].value:.4g}"
-    return said
-
-
-def check_method(
-    owner: str, method: str, space: Space | None, directions: Sequence[str] = ("maximize",)
 ) -> None:
-    """Raise where the method is unknown, or not made for that space or those directions."""
-    from optuna.distributions import BaseDistribution, CategoricalDistribution
+    """Run trials until as many have ended, each with a sampler seeded by its number."""
+    import optuna
 
-    if method not in METHODS:
-        raise ValueError(f"{owner}: unknown method {method!r}, choose one of {', '.join(METHODS)}")
-    for direction in directions:
-        if direction not in DIRECTIONS:
-            raise ValueError(
-                f"{owner}: unknown direction {direction!r}, choose one of {', '.join(DIRECTIONS)}"
-            )
-    if not directions:
-        raise ValueError(f"{owner}: directions is empty; give one for each number to optimise")
-    if method == "cma" and len(directions) > 1:
-        raise ValueError(
-            f"{owner}: method 'cma' knows one direction, got {len(directions)}: use 'nsga2'"
-        )
-    if space is None:
-        return
-    if not isinstance(space, Mapping):
-        raise TypeError(
-            f"{owner}: space must be a dict of name -> Optuna distribution, got {space!r}"
-        )
-    if not space:
-        raise ValueError(f"{owner}: the space is empty; leave it out if the objective asks itself")
-    for key, distribution in space.items():
-        if not isinstance(key, str) or not isinstance(distribution, BaseDistribution):
-            raise TypeError(
-                f"{owner}: space[{key!r}] must be an Optuna distribution, such as "
-                f"optuna.distributions.FloatDistribution(0, 1), got {distribution!r}"
-            )
-    numbers = [
-        key
-        for key, d in space.items()
-        if not isinstance(d, CategoricalDistribution) and not d.single()
-    ]
-    if method == "cma" and len(numbers) < 2:
-        raise ValueError(
-            f"{owner}: method 'cma' needs at least two numbers that vary, and the space has "
-            f"{len(numbers)} ({', '.join(numbers) or 'none'}): use 'tpe' or 'gp'"
+    def run(trial: optuna.Trial) -> list[float]:
+        study.sampler = sampler or _make_sampler(study.user_attrs["settings"], trial)
+        try:
+            for key, d in (space or {}).items():
+                trial._suggest(key, d)  # what `study.ask(space)` does, which has no heartbeat
+            return _numbers(objective(trial), len(study.directions))
+        except optuna.TrialPruned:
+            raise
+        except KeyboardInterrupt:  # no fault of the trial: queue it again
+            retry = optuna.storages.RetryHeartbeatStaleTrialCallback()
+            retry(study, study.trials[trial.number])
+            raise
+        except Exception as error:
+            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+            trial.set_user_attr("traceback", traceback.format_exc())
+            raise
+
+    def missing() -> int:
+        return trials - len(SearchResult(study).trials)
+
+    def stop_if_enough(*_: Any) -> None:
+        if missing() <= 0:  # other processes have run the rest
+            study.stop()
+
+    if missing() > 0:
+        study.optimize(
+            run,
+            n_trials=missing(),
+            timeout=timeout,
+            catch=(Exception,),
+            callbacks=[*callbacks, stop_if_enough],
+            show_progress_bar=progress and sys.stderr.isatty(),
         )
 
 
-def storage_path(owner: str, storage: str | os.PathLike[str] | None) -> Path | None:
-    """The absolute path of an SQLite file; Optuna's own way to write it is understood."""
-    if storage is None:
-        return None
-    given = os.fspath(storage).removeprefix("sqlite:///")
-    if "://" in given:
-        raise ValueError(f"{owner}: storage is the path of an SQLite file, got {given!r}")
-    path = Path(given).absolute()
-    if path.is_dir():
-        raise ValueError(f"{owner}: storage is the path of an SQLite file, {given!r} is a folder")
-    return path
+def _has_ended(trial: "optuna.trial.FrozenTrial") -> bool:
+    """Return False for a trial that is running, queued, or lost its process."""
+    failed = trial.state.name == "FAIL"
+    return "error" in trial.user_attrs if failed else trial.state.is_finished()
+
+
+def _make_sampler(settings: Mapping[str, Any], trial: "optuna.Trial") -> Any:
+    """Return a sampler seeded by the number of the trial without repeats before it.
+
+    So processes draw different values, and a search that goes on draws what it would have drawn.
+    """
+    import numpy as np
+    from optuna import samplers
+
+    trials = trial.study.get_trials(deepcopy=False)
+    original = trials[trial.number].system_attrs.get("failed_trial", trial.number)
+    index = sum("failed_trial" not in t.system_attrs for t in trials[:original])
+    seed = int(np.random.SeedSequence((settings["seed"], index)).generate_state(1)[0])
+    options: dict[str, Any] = {}
+    if settings["method"] == "nsga2":
+        options = {"population_size": POPULATION}
+    elif settings["method"] == "cma":
+        options = {
+            "use_separable_cma": len(settings.get("space", ())) > MAX_COVARIANCE,
+            "independent_sampler": samplers.TPESampler(seed=seed),  # for categorical values
+            "warn_independent_sampling": False,
+        }
+    return getattr(samplers, METHODS[settings["method"]][0])(seed=seed, **options)
+
+
+def _numbers(returned: Any, directions: int) -> list[float]:
+    values = [float(v) for v in (returned if isinstance(returned, list | tuple) else [returned])]
+    if len(values) != directions or any(map(math.isnan, values)):
+        wanted = "a number" if directions == 1 else f"{directions} numbers"
+        raise ValueError(f"the objective returned {returned!r}, not {wanted}")
+    return values
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence Optuna's line for each trial and its notes on experimental features."""
+    from optuna.exceptions import ExperimentalWarning
+
+    logger = logging.getLogger("optuna")
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""What about coefficients there is to choose, as ranges for a search, and its use on a model."""
+"""Search space of coefficients, and its values applied to a model."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from starlayers.coefficients.optional import needs
-from starlayers.coefficients.scaling import Products, star_layers
+from starlayers.coefficients.optional import require
+from starlayers.coefficients.scaling import ProductScaler, star_layers
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -16,27 +16,29 @@ __all__ = ["apply_initialisation", "coefficient_space"]
 
 LAYER_SCALE = "layer_scale_"
 
+Space = Mapping[str, "BaseDistribution"]
+
 
 def coefficient_space(layers: int = 0) -> "dict[str, BaseDistribution]":
-    """The choices there are about the coefficients of star layers, as a space for `search`.
+    """Return a space for `search`: all choices about the coefficients of star layers.
 
-    | name | values | what it is for |
+    | name | values | use |
     | --- | --- | --- |
     | `l1`, `l2`, `balance` | 1e-6 .. 1, log | strengths of the penalties (`CoefficientPenalty`) |
     | `gain1`, `gain2` | 1/4 .. 4, log | factors of the branches' initial weights |
-    | `offset` | 0 .. 1 | what the second branch has more at the start |
+    | `offset` | 0 .. 1 | constant added to the second branch at the start |
     | `rank` | 1 .. 4 | products per channel, `StarOp(rank=)` |
     | `coefficients` | fixed, scale, dynamic | `StarOp(coefficients=)` |
     | `layer_scale_0`, ... | 1/4 .. 4, log | factor of layer i's products at the start |
 
-    It is a plain dict: take out what is settled, change what is not. `rank` and `coefficients` are
+    The result is a plain dict: remove or change entries as needed. `rank` and `coefficients` are
     for the constructor, the strengths for the loss, the others for `apply_initialisation`.
 
     Args:
-        layers: star layers with a scale of their own; with 0 there are none.
+        layers: number of star layers with a scale of their own, `layer_scale_0` and so on.
 
     Raises:
-        ImportError: without Optuna.
+        ImportError: Optuna is not installed.
         ValueError: `layers` is negative.
 
     Example:
@@ -44,7 +46,7 @@ def coefficient_space(layers: int = 0) -> "dict[str, BaseDistribution]":
         >>> len(space), space["layer_scale_1"]
         (10, FloatDistribution(high=4.0, log=True, low=0.25, step=None))
     """
-    needs("coefficient_space", "optuna")
+    require("coefficient_space", "optuna")
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if layers < 0:
@@ -63,12 +65,14 @@ def coefficient_space(layers: int = 0) -> "dict[str, BaseDistribution]":
 def apply_initialisation(model: nn.Module, values: Mapping[str, Any]) -> nn.Module:
     """Change the initial distribution of a new model's star layers, and return the model.
 
-    The branches h1, h2 of layer i become `gain1 * h1` and `s_i * (offset + gain2 * h2)`, in their
-    weights and biases, or in the `scale` and `shift` that a layer has; what is missing is 1, and 0
-    for `offset`. Call it once, before training.
+    The branches h1, h2 of layer i become `gain1 * h1` and `s_i * (offset + gain2 * h2)`, with
+    `s_i = layer_scale_i`. The factors go into the weights and biases, or into `scale` and `shift`
+    of a layer that has them. Missing values are 1, and 0 for `offset`. Call it once, before
+    training.
 
     Args:
-        values: of a trial, `trial.params`; names of other things are passed over.
+        model: a model with star layers, changed in place.
+        values: values of a trial, `trial.params`; other names are ignored.
 
     Raises:
         ValueError: a scale for a layer that the model does not have, an offset for a layer without
@@ -81,18 +85,18 @@ def apply_initialisation(model: nn.Module, values: Mapping[str, Any]) -> nn.Modu
         >>> (apply_initialisation(op, {"gain1": 2.0, "rank": 1}).f1.weight.std() / before).item()
         2.0
     """
-    found = star_layers("apply_initialisation", model)
+    layers = star_layers("apply_initialisation", model)
     for name in values:
-        if name.startswith(LAYER_SCALE) and int(name.removeprefix(LAYER_SCALE)) >= len(found):
+        if name.startswith(LAYER_SCALE) and int(name.removeprefix(LAYER_SCALE)) >= len(layers):
             raise ValueError(
                 f"apply_initialisation: there is no layer for {name}={values[name]}; the model has "
-                f"{len(found)} star layers"
+                f"{len(layers)} star layers"
             )
     offset = values.get("offset", 0.0)
-    for i, (name, products) in enumerate(found.items()):
+    for i, (name, products) in enumerate(layers.items()):
         op = products.op
-        home = op._parameters.get("shift", op.f2.bias)
-        if offset and home is None:
+        shift = op._parameters.get("shift", op.f2.bias)
+        if offset and shift is None:
             raise ValueError(
                 f"apply_initialisation: offset={offset} goes into the second branch's bias, and "
                 f"layer {name!r} has none; build it with bias=True"
@@ -100,9 +104,39 @@ def apply_initialisation(model: nn.Module, values: Mapping[str, Any]) -> nn.Modu
         for f, gain in ((op.f1, "gain1"), (op.f2, "gain2")):
             for parameter in f.parameters():
                 parameter.mul_(values.get(gain, 1.0))
-        if offset and home is not None:
-            home.add_(offset)
+        if offset and shift is not None:
+            shift.add_(offset)
         if (scale := values.get(f"{LAYER_SCALE}{i}", 1.0)) != 1.0:
-            now = Products("apply_initialisation", name, op)
-            now.write(torch.full((now.rows,), float(scale)))
+            scaler = ProductScaler("apply_initialisation", name, op)  # of the changed weights
+            scaler.write(torch.full((scaler.products,), float(scale)))
     return model
+
+
+def check_space(owner: str, method: str, space: Any) -> None:
+    """Raise an error if a search by `method` cannot draw from the space; `None` has no values."""
+    from optuna.distributions import BaseDistribution, CategoricalDistribution
+
+    if space is None:
+        return
+    if not isinstance(space, Mapping):
+        raise TypeError(
+            f"{owner}: space must be a dict of name -> Optuna distribution, got {space!r}"
+        )
+    if not space:
+        raise ValueError(f"{owner}: the space is empty; leave it out if the objective asks itself")
+    for key, distribution in space.items():
+        if not isinstance(key, str) or not isinstance(distribution, BaseDistribution):
+            raise TypeError(
+                f"{owner}: space[{key!r}] must be an Optuna distribution, such as "
+                f"optuna.distributions.FloatDistribution(0, 1), got {distribution!r}"
+            )
+    numbers = [
+        key
+        for key, d in space.items()
+        if not isinstance(d, CategoricalDistribution) and not d.single()
+    ]
+    if method == "cma" and len(numbers) < 2:
+        raise ValueError(
+            f"{owner}: method 'cma' needs at least two numbers that vary, and the space has "
+            f"{len(numbers)} ({', '.join(numbers) or 'none'}): use 'tpe' or 'gp'"
+        )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from starlayers.coefficients.optional import needs
+from starlayers.coefficients.optional import require
 from starlayers.coefficients.spectrum import spectrum
 from starlayers.modules import positive_int
 
@@ -106,7 +106,7 @@ class SpectrumLogger:
         Raises:
             ImportError: transformers is not there.
         """
-        needs("as_trainer_callback", "transformers", extra="nlp")
+        require("as_trainer_callback", "transformers", extra="nlp")
         from transformers import TrainerCallback
 
         logger = self
@@ -131,7 +131,7 @@ class SpectrumLogger:
         Raises:
             ImportError: stable-baselines3 is not there.
         """
-        needs("as_sb3_callback", "stable_baselines3.common.callbacks", extra="rl")
+        require("as_sb3_callback", "stable_baselines3.common.callbacks", extra="rl")
         from stable_baselines3.common.callbacks import BaseCallback
 
         logger = self
@@ -148,7 +148,7 @@ class SpectrumLogger:
 
 
 def _summary_writer(folder: "str | os.PathLike[str]") -> Writer:
-    needs("SpectrumLogger", "torch.utils.tensorboard", "tensorboard")
+    require("SpectrumLogger", "torch.utils.tensorboard", "tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
     writer: Writer = SummaryWriter(os.fspath(folder))

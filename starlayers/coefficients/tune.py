@@ -1,18 +1,24 @@
-"""Gradient-free tuning of the coefficients of a trained model, on the metric that counts."""
+"""Gradient-free tuning of the products of a trained model on any metric."""
 
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from starlayers.coefficients.optional import needs
-from starlayers.coefficients.scaling import Products, star_layers
-from starlayers.coefficients.search import SearchResult, check_method, run_search, storage_path
+from starlayers.coefficients.optional import require
+from starlayers.coefficients.scaling import ProductScaler, star_layers
+from starlayers.coefficients.search import (
+    SearchResult,
+    check_settings,
+    open_study,
+    quiet,
+    run_trials,
+)
 from starlayers.modules import positive_int
 
 if TYPE_CHECKING:
@@ -23,10 +29,10 @@ __all__ = ["TuneResult", "tune_coefficients"]
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What tuning did: the metric at the `start`, its `value` now, and the factors in `scales`.
+    """Result of tuning: the metric at the `start`, its `value` now, and the factors in `scales`.
 
-    `scales` has a factor for every product of each tuned layer, (rank * channels,), as `f2` lays
-    them out; `search` has all trials.
+    `scales` has a factor for every product of each tuned layer, (rank * channels,), in the order
+    of the outputs of `f2`; `search` has all trials.
 
     Example:
         >>> from starlayers import StarOp
@@ -42,7 +48,7 @@ class TuneResult:
 
     @property
     def gain(self) -> float:
-        """How much better the metric is than it was; never below 0."""
+        """Improvement of the metric, at least 0."""
         return abs(self.value - self.start)
 
 
@@ -56,42 +62,45 @@ def tune_coefficients(
     groups: int | None = 8,
     width: float = 2.0,
     direction: str = "maximize",
-    storage: str | os.PathLike[str] | None = None,
+    storage: "str | os.PathLike[str] | optuna.storages.BaseStorage | None" = None,
     name: str = "tune",
     seed: int = 0,
     progress: bool = True,
 ) -> TuneResult:
     """Tune the scales of a trained model's star products on `metric(model)`, without gradients.
 
-    Every product of a star layer has a factor, `s_k act(h1_k) (offset + h2_k)`, searched between
-    `1 / width` and `width`; the best factors are written into the second branch `f2` (into `scale`
-    where the layer has one), so that the model stays what it is: same layers, same speed.
-    The metric may be anything that returns a number: accuracy, BLEU, the return of an agent.
+    Every product of a star layer gets a factor, `s_k act(h1_k) (offset + h2_k)`, between
+    `1 / width` and `width`. The best factors are written into the second branch `f2` (into `scale`
+    if the layer has one), so that layers and speed of the model do not change. The metric may be
+    anything that returns a number: accuracy, BLEU, the return of an agent.
 
     **The model never ends worse than it started on that metric**: the factors are kept only if the
-    metric, called once more on the result, is at least as good as at the start. For a noisy metric
-    that promise is as weak as the metric: give it the same episodes or the same draws each time.
-    What is gained on the data of the metric need not hold on others: keep a test set. If anything
-    is raised, Ctrl-C included, the model has its weights back; a metric that fails in a trial
-    fails that trial only.
+    metric, called once more on the result, is at least as good as at the start. With a noisy
+    metric this is not guaranteed: use the same episodes or samples in each call. A gain on the data
+    of the metric need not hold on other data: keep a test set. If an exception is raised,
+    `KeyboardInterrupt` included, the model gets its weights back. An exception of the metric in a
+    trial fails only that trial.
 
     Args:
-        metric: called with the model, in the mode that it is in; sets and restores what it needs.
+        model: a model with star layers, changed in place.
+        metric: called with the model in its present mode; sets and restores any other mode.
         method: as in `search`; "cma" is made for this.
-        trials: calls of the metric, about: the start is the first of them, and is asked again.
-        layers: names, or patterns as in `fnmatch`, of the star layers; default all.
-        groups: factors per layer: products of about the same size `|w1| |w2|` share one. `None`
+        trials: number of trials. The first is the start, without a further call of the metric; the
+            metric of the result is computed once more.
+        layers: names, or patterns as in `fnmatch`, of the star layers; all by default.
+        groups: number of factors of a layer: products of similar size `|w1| |w2|` share one. `None`
             for a factor each, which needs many more trials.
-        width: the greatest factor.
+        width: the greatest factor, above 1.
         direction: "maximize" or "minimize".
         storage, name: as in `search`. Tuning that was stopped goes on if it is called with the
             model as it was at the start.
         seed, progress: as in `search`.
 
     Raises:
-        ImportError: without Optuna.
+        ImportError: Optuna, or what the method needs, is not installed.
+        TypeError: as `search`.
         ValueError: no star layers, a layer whose second branch cannot be scaled, a metric that is
-            no number at the start, and as `search`.
+            NaN at the start, and as `search`.
 
     Source: the factors are those of Perez et al., "FiLM", AAAI 2018, without its conditioning;
     CMA-ES: Hansen, "The CMA Evolution Strategy: A Tutorial", arXiv 1604.00772.
@@ -106,80 +115,71 @@ def tune_coefficients(
         (True, True)
     """
     owner = "tune_coefficients"
-    needs(owner, "optuna")
+    require(owner, "optuna")
     from optuna.distributions import FloatDistribution
 
-    trials = positive_int(owner, "trials", trials)
     groups = None if groups is None else positive_int(owner, "groups", groups)
     if not 1 < width < math.inf:
         raise ValueError(f"{owner}: width must be above 1, the factor of no change, got {width}")
-    found = star_layers(owner, model, layers)
-    rows = {
-        f"{layer or 'star'}:{i}": (layer, group)
-        for layer, products in found.items()
-        for i, group in enumerate(products.groups(groups))
+    scalers = star_layers(owner, model, layers)
+    groups_by_key = {
+        f"{layer or 'star'}:{i}": (layer, products)
+        for layer, scaler in scalers.items()
+        for i, products in enumerate(scaler.groups(groups))
     }
-    # the middle of the range, where CMA-ES begins, is a factor of 1: its logarithm is searched
-    space = {key: FloatDistribution(1 / width, width, log=True) for key in rows}
-    check_method(owner, method, space, [direction])
-    path = storage_path(owner, storage)
-    start = _number(owner, metric(model))
+    # a logarithmic range, so that CMA-ES begins in its middle, a factor of 1
+    space = {key: FloatDistribution(1 / width, width, log=True) for key in groups_by_key}
+    settings = {"method": method, "seed": seed, "directions": [direction]}
+    check_settings(owner, settings, space, trials)
+    start = _checked(owner, metric(model))
+    no_change = dict.fromkeys(space, 1.0)
 
-    def factors(values: dict[str, float]) -> dict[str, Tensor]:
-        made = {layer: torch.ones(p.rows, dtype=torch.float64) for layer, p in found.items()}
-        for key, (layer, group) in rows.items():
-            made[layer][group] = values[key]
-        return made
+    def factors(values: Mapping[str, float]) -> dict[str, Tensor]:
+        scales = {k: torch.ones(s.products, dtype=torch.float64) for k, s in scalers.items()}
+        for key, (layer, products) in groups_by_key.items():
+            scales[layer][products] = values[key]
+        return scales
 
     def write(scales: dict[str, Tensor]) -> None:
-        for layer, products in found.items():
-            products.write(scales[layer])
+        for layer, scaler in scalers.items():
+            scaler.write(scales[layer])
 
     def objective(trial: "optuna.Trial") -> float:
-        if trial.number == 0:
+        if trial.number == 0:  # the start
             return start
         write(factors(trial.params))
         return metric(model)
 
-    settings = {"method": method, "seed": seed, "directions": [direction]}
     try:
-        result = run_search(
-            owner,
-            objective,
-            space,
-            settings={**settings, "weights": _digest(found)},
-            trials=trials,
-            path=path,
-            name=name,
-            first=dict.fromkeys(space, 1.0),
-            progress=progress,
-        )
+        with quiet():
+            settings["weights"] = _digest(scalers)
+            study = open_study(owner, settings, space, storage, name, no_change)
+            run_trials(study, objective, space, trials, progress=progress)
+        result = SearchResult(study)
         scales = factors(result.best)
         write(scales)
-        value = _number(owner, metric(model))
+        value = _checked(owner, metric(model))
         if value != start and (value > start) != (direction == "maximize"):
-            scales, value = factors(dict.fromkeys(space, 1.0)), start
+            scales, value = factors(no_change), start
             write(scales)
     except BaseException:
-        for products in found.values():
-            products.restore()
+        for scaler in scalers.values():
+            scaler.restore()
         raise
     return TuneResult(start, value, scales, result)
 
 
-def _number(owner: str, value: float) -> float:
+def _checked(owner: str, value: float) -> float:
     if math.isnan(number := float(value)):
-        raise ValueError(
-            f"{owner}: the metric of the model is {value}, which nothing is better than"
-        )
+        raise ValueError(f"{owner}: the metric of the model is {value}, which cannot be compared")
     return number
 
 
-def _digest(found: dict[str, Products]) -> str:
-    """Tells whether a stored tuning is of this model: its trials count for no other."""
-    told = hashlib.sha256()
-    for name, products in found.items():
-        told.update(name.encode())
-        for parameter in products.op.parameters():
-            told.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return told.hexdigest()[:16]
+def _digest(scalers: Mapping[str, ProductScaler]) -> str:
+    """Return a hash of the layers' weights: trials of another model do not count for this one."""
+    digest = hashlib.sha256()
+    for name, scaler in scalers.items():
+        digest.update(name.encode())
+        for parameter in scaler.op.parameters():
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
