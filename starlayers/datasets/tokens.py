@@ -1,15 +1,17 @@
-"""Text to tokens: a byte-level tokenizer of one's own, and windows for language models."""
+"""Turn text into tokens: a byte-level tokenizer, and windows for causal language models."""
 
 from collections.abc import Iterable
 from typing import Any
 
-import datasets
-from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast
+from starlayers.datasets.optional import require
+
+datasets: Any = require("datasets")
+tokenizers: Any = require("tokenizers", "datasets,nlp")
+transformers: Any = require("transformers", "datasets,nlp")
 
 __all__ = ["SPECIAL_TOKENS", "byte_level_bpe", "windows"]
 
-#: the first four ids of every tokenizer made here
+#: tokens with the ids 0 to 3 in every tokenizer made by `byte_level_bpe`
 SPECIAL_TOKENS = {
     "pad_token": "<pad>",
     "bos_token": "<s>",
@@ -18,13 +20,19 @@ SPECIAL_TOKENS = {
 }
 
 
-def byte_level_bpe(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`: whatever is written, nothing is unknown.
+def byte_level_bpe(texts: Iterable[str], vocab_size: int = 4000) -> Any:
+    """Train a byte-level BPE tokenizer, which has no unknown characters.
 
-    Ids 0 to 3 are `<pad>`, `<s>`, `</s>` and `<mask>`; encoding adds none of them by itself.
+    Args:
+        texts: texts to train on.
+        vocab_size: tokens, of which 256 are the bytes and 4 are `SPECIAL_TOKENS`.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerFast`. Ids 0 to 3 are `<pad>`, `<s>`, `</s>` and
+        `<mask>`; encoding adds none of them by itself.
 
     Raises:
-        ValueError: a vocabulary too small for 256 bytes and the special tokens.
+        ValueError: `vocab_size` below 260.
 
     Example:
         >>> tokenizer = byte_level_bpe(["the star op", "the sum op"], vocab_size=270)
@@ -36,26 +44,30 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedTo
         raise ValueError(
             f"byte_level_bpe needs vocab_size of at least {smallest}, got {vocab_size}"
         )
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(
         texts,
         vocab_size=vocab_size,
         show_progress=False,
         special_tokens=list(SPECIAL_TOKENS.values()),
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer,
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
         **SPECIAL_TOKENS,
     )
 
 
-def windows(tokenizer: Any, texts: Iterable[str], length: int) -> datasets.Dataset:
-    """Texts, one after another with `</s>` between, cut into rows for a causal language model.
+def windows(tokenizer: Any, texts: Iterable[str], length: int) -> Any:
+    """Cut texts into rows of tokens for a causal language model.
 
-    A row has `length + 1` tokens and begins with the last token of the row before, so that every
-    token but the first is predicted exactly once; what does not fill a last row is left out.
+    The texts are joined with `</s>` between them. A row has `length + 1` tokens and begins with the
+    last token of the row before, so that every token but the first is predicted exactly once.
+    Tokens that do not fill a last row are left out.
+
+    Returns:
+        A `datasets.Dataset` with equal columns `input_ids` and `labels`.
 
     Raises:
         ValueError: the texts together are shorter than one row.
