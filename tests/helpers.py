@@ -6,7 +6,7 @@ import torch
 from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: name -> closed form from elementary functions, kept apart from the table it checks
+#: name -> closed form from elementary functions, independent of the table that it checks
 FORMULAS = {
     "identity": lambda x: 1 * x,
     "relu": lambda x: (x + x.abs()) / 2,
@@ -22,18 +22,19 @@ FORMULAS = {
     "hardswish": lambda x: x * ((x + 3).clamp(min=0) - (x - 3).clamp(min=0)) / 6,
 }
 
-#: a deadline would assert a timing, and a random seed would make a failure hard to find again
+#: no deadline, which would assert a timing; no random seed, so that a failure happens again
 properties = settings(deadline=None, derandomize=True, database=None, max_examples=40)
 
 
 def randn(*shape, seed=0, dtype=torch.float32, grad=False):
+    """Return normal numbers that depend on `seed` and `shape` alone, on the default device."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-    return drawn.to(torch.get_default_device(), dtype).requires_grad_(grad)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return values.to(torch.get_default_device(), dtype).requires_grad_(grad)
 
 
 def star_op_formula(op, x):
-    """What `op(x)` must be, from its weights alone."""
+    """Compute `op(x)` of a fixed `StarOp` from its weights and options."""
     h1, h2 = (x @ f.weight.T + (0 if f.bias is None else f.bias) for f in (op.f1, op.f2))
     a = FORMULAS[op.act](h1)
     y = a * (op.offset + h2) if op.combine == "mul" else a + h2
@@ -42,11 +43,15 @@ def star_op_formula(op, x):
 
 
 def star_mlp_formula(mlp, x):
+    """Compute `mlp(x)` of a fixed `StarMLP` from its weights and options."""
     return star_op_formula(mlp, x) @ mlp.g.weight.T + (0 if mlp.g.bias is None else mlp.g.bias)
 
 
 def gradients(module, x):
-    """Output of `module(x)` and the gradients of a fixed weighting of it: x's, then parameters'."""
+    """Return the output of `module(x)` and the gradients of a fixed weighting of it.
+
+    The gradient of x comes first, then those of the parameters.
+    """
     x = x.detach().requires_grad_()
     y = module(x)
     loss = (y * randn(*y.shape, seed=9, dtype=y.dtype)).sum()
@@ -54,15 +59,15 @@ def gradients(module, x):
 
 
 def converted(tensors, dtype):
-    """Detached copies in another dtype, asking for gradients; `None` stays `None`."""
+    """Return detached copies in `dtype` that require gradients; `None` stays `None`."""
     return [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
 
 
 def results(f, tensors, *, order=1):
-    """Outputs of `f(*tensors)`, then gradients to the present tensors of a fixed weighting of them.
+    """Return the outputs of `f(*tensors)` and the gradients of a fixed weighting of them.
 
-    With `order=2` also the gradients of a fixed weighting of those gradients. Empty outputs, which
-    stand for statistics not asked for, are left out.
+    Gradients are those of the tensors that require one. With `order=2` the gradients of a fixed
+    weighting of these gradients follow. Empty outputs (statistics without `stats`) are left out.
     """
     outputs = f(*tensors)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
@@ -71,34 +76,52 @@ def results(f, tensors, *, order=1):
     inputs = [t for t in tensors if t is not None and t.requires_grad]
     seeds = [randn(*t.shape, seed=90 + i, dtype=t.dtype) for i, t in enumerate(outputs)]
     grads = torch.autograd.grad(outputs, inputs, seeds, create_graph=order > 1)
-    found = [*outputs, *grads]
+    values = [*outputs, *grads]
     if order > 1:
         loss = sum(
             (g * randn(*g.shape, seed=80 + i, dtype=g.dtype)).sum() for i, g in enumerate(grads)
         )
         if loss.requires_grad:
-            found += torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-    return [t.detach() for t in found]
+            values += torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    return [t.detach() for t in values]
 
 
 def assert_as_exact_as_eager(found, eager, exact, *, sums=False):
-    """Each error is at most twice that of eager PyTorch in the same dtype, or two roundings.
+    """Assert that each error is at most twice that of eager PyTorch, or two roundings.
 
-    `exact` are the same quantities from the same inputs in float64. With `sums` they are sums of
-    many terms of order 1, which may cancel: some float32 roundings of such a sum are allowed too.
+    The norm of each tensor's error is compared, and its largest element. `exact` are the same
+    quantities from the same inputs in float64. With `sums` they are sums of many terms of order 1,
+    which may cancel: some float32 roundings of such a sum are allowed too.
     """
     for i, (ours, theirs, true) in enumerate(zip(found, eager, exact, strict=True)):
         assert true.dtype == torch.float64
         assert (ours.dtype, ours.shape) == (theirs.dtype, true.shape), f"tensor {i}"
-        floor = 2 * torch.finfo(ours.dtype).eps * true.norm() + 1e-12
-        if sums:
-            floor += 16 * torch.finfo(torch.float32).eps * true.norm().clamp(min=4)
-        error, allowed = (ours.double() - true).norm(), (theirs.double() - true).norm()
-        assert error <= 2 * allowed + floor, f"tensor {i}: error {error}, eager's {allowed}"
+        error, allowed = ours.double() - true, theirs.double() - true
+        for size in (torch.norm, largest):
+            floor = 2 * torch.finfo(ours.dtype).eps * size(true) + 1e-12
+            if sums:
+                floor += 16 * torch.finfo(torch.float32).eps * size(true).clamp(min=4)
+            assert size(error) <= 2 * size(allowed) + floor, (
+                f"tensor {i}, {size.__name__}: error {size(error)}, eager's {size(allowed)}"
+            )
+
+
+def largest(t):
+    """Return the largest magnitude in `t`, 0 if it is empty."""
+    return t.abs().max() if t.numel() else t.new_zeros(())
+
+
+def assert_close_in_scale(found, expected, share):
+    """Assert that no element is off by more than `share` of the largest element expected."""
+    for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert ours.shape == theirs.shape
+        scale = largest(theirs.detach().double())
+        error = largest(ours.detach().double() - theirs.detach().double())
+        assert error <= share * scale, f"tensor {i}: off by {error}, largest element {scale}"
 
 
 class RecordOps(TorchDispatchMode):
-    """Counts every operator called inside the block by its qualified name."""
+    """Count of every operator called inside the block, by qualified name."""
 
     def __init__(self):
         super().__init__()
