@@ -1,16 +1,22 @@
-"""The block's parts against their formulas, written out."""
+"""Layers of Starformer against their formulas, written out."""
+
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from starlayers import ACTIVATIONS, StarBlock, StarMLP, use_backend
-from starlayers.nlp import StarConv, StarformerForCausalLM
-from starlayers.nlp import portable_starformer as portable
-from starlayers.nlp.layers_starformer import StarformerAttention, StarformerRMSNorm
+from starlayers.nlp import StarConv, StarformerEncoderModel, StarformerForCausalLM
+from starlayers.nlp.layers_starformer import (
+    PlainMLP,
+    StarformerAttention,
+    StarformerLayer,
+    StarformerRMSNorm,
+    StarformerRotaryEmbedding,
+)
+from tests.helpers import FORMULAS
 from tests.nlp.tiny import VARIANTS, config, decoder, encoder_config, ids, seq2seq
-
-BUILT_IN = sorted({row.name for row in ACTIVATIONS.values()})
 
 
 def test_norm_is_the_formula_and_torchs():
@@ -19,7 +25,112 @@ def test_norm_is_the_formula_and_torchs():
     norm = StarformerRMSNorm(16, eps=1e-3)
     torch.nn.init.normal_(norm.weight)
     torch.testing.assert_close(norm(x), F.rms_norm(x, (16,), norm.weight, 1e-3))
-    assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    # rounded before the product with the weight, as in Llama
+    norm, x = norm.bfloat16(), x.bfloat16()
+    rounded = F.rms_norm(x.float(), (16,), None, 1e-3).bfloat16()
+    torch.testing.assert_close(norm(x), norm.weight * rounded, atol=0, rtol=0)
+    assert str(norm) == "StarformerRMSNorm(16, eps=0.001)"
+
+
+def test_rotary_angles():
+    options = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+    positions = torch.tensor([[0, 1, 7], [3, 4, 5]])
+    rotary = StarformerRotaryEmbedding(config(**options))
+    cos, sin = rotary(torch.ones(1), positions)
+    angles = positions[..., None] * torch.tensor([100.0 ** (-2 * i / 8) for i in range(4)])
+    torch.testing.assert_close(cos, angles.cos().repeat(1, 1, 2))
+    torch.testing.assert_close(sin, angles.sin().repeat(1, 1, 2))
+    assert [t.dtype for t in rotary(torch.ones(1).half(), positions)] == [torch.float16] * 2
+
+
+def rotate(t, cos, sin):
+    """One head of one token: channel i with channel i + 4."""
+    a, b = t[:4], t[4:]
+    return torch.cat((a * cos[:4] - b * sin[:4], b * cos[4:] + a * sin[4:]))
+
+
+def attention_formula(attention, x, rotation, mask, states):
+    """Output before gate and projection, a head of a sample at a time; two heads share a key."""
+    source = x if states is None else states
+    q, k, v = attention.q_proj(x), attention.k_proj(source), attention.v_proj(source)
+    outputs = torch.zeros_like(q)
+    for n in range(x.shape[0]):
+        for h in range(4):
+            own, shared = slice(8 * h, 8 * h + 8), slice(8 * (h // 2), 8 * (h // 2) + 8)
+            queries, keys = q[n, :, own], k[n, :, shared]
+            if states is None:
+                angles = list(zip(*(t[0] for t in rotation), strict=True))
+                queries = torch.stack([rotate(t, *a) for t, a in zip(queries, angles, strict=True)])
+                keys = torch.stack([rotate(t, *a) for t, a in zip(keys, angles, strict=True)])
+            weights = (queries @ keys.T / 8**0.5 + mask).softmax(-1)
+            outputs[n, :, own] = weights @ v[n, :, shared]
+    return outputs
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("gate", ["none", "head", "channel"])
+@pytest.mark.parametrize("act", ["sigmoid", "silu", None])
+def test_attention_is_its_formula(gate, act, cross):
+    torch.manual_seed(0)
+    settings = config(
+        attention_gate=gate,
+        attention_gate_act=act,
+        attention_bias=True,
+        attn_implementation="eager",
+    )
+    attention = StarformerAttention(settings, 0)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    keys = 3 if cross else 5
+    x, mask = torch.randn(2, 5, 32), torch.randn(5, keys)
+    states = torch.randn(2, keys, 32) if cross else None
+    rotation = StarformerRotaryEmbedding(settings)(x, torch.arange(5)[None])
+    expected = attention_formula(attention, x, rotation, mask, states)
+    if gate != "none":
+        factor = FORMULAS[act or "identity"](attention.gate_proj(x))
+        expected = expected * (factor.repeat_interleave(8, -1) if gate == "head" else factor)
+    found, weights = attention(x, mask, rotation, encoder_hidden_states=states)
+    torch.testing.assert_close(found, attention.o_proj(expected))
+    assert weights.shape == (2, 4, 5, keys)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 5))
+
+
+def test_what_the_parts_of_a_layer_are_told():
+    settings = config(num_key_value_heads=1, rms_norm_eps=0.5)
+    attention = StarformerAttention(settings, 3)
+    assert (attention.layer_idx, attention.is_causal) == (3, True)
+    assert (attention.num_key_value_groups, attention.scaling) == (4, 8**-0.5)
+    layer = StarformerLayer(settings, 1, "full_attention", cross_attention=True)
+    assert (layer.self_attn.is_causal, layer.cross_attn.is_causal) == (True, False)
+    assert (layer.self_attn.layer_idx, layer.cross_attn.layer_idx) == (1, 1)
+    for norm in (layer.input_layernorm, layer.cross_attn_layernorm, layer.ffn.pre.norm):
+        assert norm.variance_epsilon == 0.5
+    assert not hasattr(layer, "conv")
+    layer = StarformerLayer(settings, 1, "conv", causal=False)
+    assert (layer.conv.causal, layer.conv.layer_idx) == (False, 1)
+    assert not hasattr(layer, "cross_attn")
+    assert StarformerLayer(settings, 1, "conv").conv.causal
+    assert not StarformerLayer(settings, 0, "full_attention", causal=False).self_attn.is_causal
+
+
+@pytest.mark.parametrize("mlp_type", ["star", "sum", "plain"])
+@pytest.mark.parametrize("act", ["silu", "relu", None])
+def test_the_mlp_is_its_formula(mlp_type, act):
+    torch.manual_seed(0)
+    options = {"mlp_offset": 0.5, "mlp_rank": 2} if mlp_type == "star" else {}
+    settings = config(mlp_type=mlp_type, hidden_act=act, mlp_bias=True, **options)
+    layer = StarformerLayer(settings, 0, "conv")
+    torch.nn.init.zeros_(layer.conv.o_proj.weight)
+    x = torch.randn(2, 3, 32)
+    mlp, z = layer.ffn.mlp, layer.ffn.pre(x)
+    first = FORMULAS[act or "identity"](mlp.f1(z))
+    if mlp_type == "star":
+        hidden = first * (0.5 + mlp.f2(z))
+        hidden = hidden[..., :48] + hidden[..., 48:]
+    else:
+        hidden = first + mlp.f2(z) if mlp_type == "sum" else first
+    torch.testing.assert_close(layer(x), x + mlp.g(hidden))
+    assert isinstance(mlp, PlainMLP) == (mlp_type == "plain")
 
 
 @pytest.mark.parametrize(
@@ -37,26 +148,6 @@ def test_attention_implementations_agree(implementation, variant):
         a = eager(tokens, attention_mask=mask).logits
         b = fast(tokens, attention_mask=mask).logits
     torch.testing.assert_close(a[mask.bool()], b[mask.bool()], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("gate", ["head", "channel"])
-@pytest.mark.parametrize("act", ["sigmoid", None])
-def test_a_gate_is_a_star_after_the_attention(gate, act):
-    torch.manual_seed(0)
-    options = {"attn_implementation": "eager", "attention_gate_act": act}
-    plain = StarformerAttention(config(**options), 0)
-    gated = StarformerAttention(config(attention_gate=gate, **options), 0)
-    gated.load_state_dict(plain.state_dict(), strict=False)
-    x = torch.randn(2, 5, 32)
-    rotation = (torch.ones(1, 5, 8), torch.zeros(1, 5, 8))
-    seen = {}
-    plain.o_proj.register_forward_pre_hook(lambda _, args: seen.update(mixed=args[0]))
-    plain(x, position_embeddings=rotation)
-    g = ACTIVATIONS[act].fn(gated.gate_proj(x))
-    if gate == "head":
-        g = g.repeat_interleave(8, dim=-1)
-    expected = gated.o_proj(g * seen["mixed"])
-    torch.testing.assert_close(gated(x, position_embeddings=rotation)[0], expected)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -80,6 +171,20 @@ def test_star_conv_is_its_formula(causal, act):
     torch.testing.assert_close(mixer(x, mask), expected)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 4])
+def test_star_conv_does_not_cross_documents(kernel_size, bias):
+    torch.manual_seed(0)
+    mixer = StarConv(config(conv_kernel_size=kernel_size, conv_bias=bias), 0)
+    x = torch.randn(2, 7, 32)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]])
+    found = mixer(x, documents=documents)
+    for sample, cuts in ((0, (0, 3, 5, 7)), (1, (0, 1, 7))):
+        parts = [mixer(x[sample, None, a:b]) for a, b in itertools.pairwise(cuts)]
+        torch.testing.assert_close(found[sample, None], torch.cat(parts, 1))
+    torch.testing.assert_close(mixer(x, documents=torch.zeros(2, 7)), mixer(x))
+
+
 def test_the_block_is_the_cores_and_may_run_fused():
     model = decoder()
     block = model.model.layers[0].ffn
@@ -99,25 +204,7 @@ def test_the_block_is_the_cores_and_may_run_fused():
             torch.testing.assert_close(fast, wide(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("act", [*BUILT_IN, None, "swiglu"])
-@pytest.mark.parametrize("options", [{}, {"rank": 2, "offset": 1.0}, {"combine": "sum"}], ids=str)
-def test_portable_layers_are_the_cores(act, options):
-    torch.manual_seed(0)
-    ours = StarBlock(8, expansion=3, act=act, pre=torch.nn.LayerNorm(8), **options)
-    theirs = portable.StarBlock(8, expansion=3, act=act, pre=torch.nn.LayerNorm(8), **options)
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 3, 8)
-    assert torch.equal(ours(x), theirs(x))
-
-
-def test_portable_activations_refuse_what_they_do_not_know():
-    with pytest.raises(ValueError, match="'cube' is not known without starlayers"):
-        portable.get_activation("cube")
-
-
 def test_padding_says_nothing_to_an_encoder_or_cross_attention():
-    from starlayers.nlp import StarformerEncoderModel
-
     torch.manual_seed(0)
     hybrid = {**VARIANTS["hybrid-gated"], "conv_kernel_size": 3}
     model = StarformerEncoderModel(encoder_config(**hybrid)).eval()
@@ -142,8 +229,6 @@ def test_padding_says_nothing_to_an_encoder_or_cross_attention():
 
 
 def test_an_encoder_sees_both_ways():
-    from starlayers.nlp import StarformerEncoderModel
-
     for layers in (["attention"], ["star_conv"]):
         torch.manual_seed(0)
         model = StarformerEncoderModel(encoder_config(num_hidden_layers=1, layer_types=layers))
@@ -158,51 +243,31 @@ def test_an_encoder_sees_both_ways():
         assert change[4] > 1e-4
 
 
-def test_recomputing_changes_memory_and_nothing_else():
-    from benchmarks.harness.timing import kept_bytes
+def kept_bytes(model, tokens):
+    """Bytes that a forward keeps for its backward, each storage once, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
 
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, labels=tokens)
+    return sum(kept.values())
+
+
+def test_recomputing_changes_memory_and_nothing_else():
     tokens, kept, grads = ids(2, 16), [], []
     for recompute in (False, True):
         model = decoder(mlp_recompute=recompute, attention_gate="head").train()
         assert model.model.layers[0].ffn.mlp.recompute is recompute
-        kept.append(kept_bytes(model, lambda model=model: model(tokens, labels=tokens)))
+        kept.append(kept_bytes(model, tokens))
         model(tokens, labels=tokens).loss.backward()
         grads.append([p.grad for p in model.parameters()])
     # f1(x), f2(x), silu(f1(x)) and the product, in each of two layers
     assert kept[0] - kept[1] == 2 * 4 * (2 * 16 * 48) * 4
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_configurations_say_what_is_wrong():
-    for options, message in (
-        ({"num_attention_heads": 5}, "hidden_size=32 is no multiple of num_attention_heads=5"),
-        (
-            {"num_key_value_heads": 3},
-            "num_attention_heads=4 is no multiple of num_key_value_heads=3",
-        ),
-        ({"head_dim": 5}, "even head size, got 5"),
-        ({"mlp_type": "swish"}, "unknown mlp_type 'swish', choose one of star, sum, plain"),
-        ({"attention_gate": "yes"}, "unknown attention_gate 'yes'"),
-        ({"layer_types": ["attention"]}, "1 layer_types for num_hidden_layers=2"),
-        ({"layer_types": ["mamba", "attention"]}, r"unknown layer_types \['mamba'\]"),
-        ({"mlp_type": "plain", "mlp_rank": 2}, "no second branch for mlp_rank=2"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            config(**options)
-    with pytest.raises(ValueError, match="odd conv_kernel_size, got 4"):
-        encoder_config(layer_types=["star_conv", "attention"], conv_kernel_size=4)
-    with pytest.raises(ValueError, match="unknown classifier_pooling 'max'"):
-        encoder_config(classifier_pooling="max")
-    with pytest.raises(ValueError, match="unknown activation 'silly'"):
-        decoder(hidden_act="silly")
-
-
-def test_tensor_parallel_plans_leave_out_what_cannot_be_split():
-    assert "layers.*.ffn.mlp.f1" in config().base_model_tp_plan
-    assert not any("ffn" in name for name in config(mlp_rank=2).base_model_tp_plan)
-    assert "layers.*.ffn.mlp.f2" not in config(mlp_type="plain").base_model_tp_plan
-    assert "layers.*.ffn.mlp.f1" in config().base_model_tp_plan  # the class's own is untouched
-    gated = config(attention_gate="head", mlp_rank=2).base_model_tp_plan
-    assert "layers.*.self_attn.gate_proj" in gated
-    assert "layers.*.self_attn.gate_proj" not in config(mlp_rank=2).base_model_tp_plan
