@@ -1,4 +1,4 @@
-"""The table of activations against closed forms and against autograd."""
+"""Activations against closed forms and against autograd."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def autograd_derivative(fn, x):
 
 @pytest.fixture
 def table():
-    """The table, put back afterwards."""
+    """Yield the table and restore it afterwards."""
     saved = dict(ACTIVATIONS)
     yield ACTIVATIONS
     ACTIVATIONS.clear()

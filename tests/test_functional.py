@@ -1,14 +1,17 @@
-"""`star` and the reference definitions."""
+"""`star`, `star_packed` and the reference definitions."""
+
+import inspect
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starlayers import ACTIVATIONS, star
+from starlayers import ACTIVATIONS, functional, star
 from starlayers.functional import (
     COMBINE,
     star_mlp_reference,
+    star_packed,
     star_product,
     star_reference,
     sum_reference,
@@ -64,6 +67,94 @@ def test_result_is_a_new_tensor(act):
     x1, x2 = torch.ones(3), torch.ones(3)
     star(x1, x2, act).zero_()
     assert x1.tolist() == x2.tolist() == [1.0, 1.0, 1.0]
+
+
+OPTIONS = {"act": "relu6", "offset": 0.0}
+CLAMPS = {"clamp1": None, "clamp2": None}
+DEFAULTS = {
+    star: OPTIONS | CLAMPS,
+    star_packed: OPTIONS | CLAMPS,
+    star_product: OPTIONS | CLAMPS,
+    star_reference: OPTIONS | CLAMPS,
+    sum_reference: OPTIONS,
+    star_mlp_reference: OPTIONS,
+}
+
+
+@pytest.mark.parametrize("f", DEFAULTS, ids=lambda f: f.__name__)
+def test_signature_defaults(f):
+    parameters = inspect.signature(f).parameters.values()
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == DEFAULTS[f]
+
+
+INF = float("inf")
+# options, value of star(x1, x2): relu6 and no offset unless set
+VALUES = [
+    ({}, [0.0, 2.0, -24.0]),
+    ({"act": None}, [-9.0, 2.0, -32.0]),
+    ({"act": "relu"}, [0.0, 2.0, -32.0]),
+    ({"offset": 1}, [0.0, 3.0, -18.0]),
+    ({"act": None, "clamp1": (-2, 7)}, [-6.0, 2.0, -28.0]),
+    ({"act": None, "clamp2": (-3, 2.5)}, [-7.5, 2.0, -24.0]),
+    ({"act": None, "clamp1": (-INF, 7), "clamp2": (-1, INF)}, [-9.0, 2.0, -7.0]),
+    ({"act": "relu", "offset": 1, "clamp1": (2, 9), "clamp2": (-1, 1)}, [4.0, 4.0, 0.0]),
+]
+
+
+@pytest.mark.parametrize(("options", "value"), VALUES, ids=str)
+def test_every_option_changes_the_value_as_documented(options, value):
+    x1, x2 = torch.tensor([-3.0, 1.0, 8.0]), torch.tensor([3.0, 2.0, -4.0])
+    assert star(x1, x2, **options).tolist() == value
+    assert star_packed(torch.cat((x1, x2)), **options).tolist() == value
+    assert star_reference(x1, x2, **options).tolist() == value
+    assert star_product(x1, x2, **options).tolist() == value
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Record the calls of the fused op, which computes its definition on a CPU."""
+    from starlayers.kernels import star as module
+
+    calls, op = [], module.star
+    monkeypatch.setattr(functional, "star_blocker", lambda x1, x2, act: None)
+    monkeypatch.setattr(module, "star", lambda *args: calls.append(args) or op(*args))
+    return calls
+
+
+def test_the_op_gets_every_option_and_packed_branches_whole(fused):
+    h = randn(3, 8)
+    options = {"offset": 1, "clamp1": (-INF, 0.7), "clamp2": (-0.5, 0.5)}
+    y = star(h[:, :4], h[:, 4:], "swiglu", **options)
+    packed = star_packed(h, "swiglu", **options)
+    (x1, x2, *passed), (whole, none, *again) = fused
+    assert passed == again == ["silu", 1.0, [-INF, 0.7], [-0.5, 0.5]]
+    assert torch.equal(torch.cat((x1, x2), 1), h)
+    assert whole is h
+    assert none is None
+    expected = star_reference(h[:, :4], h[:, 4:], "silu", **options)
+    assert torch.equal(y, expected)
+    assert torch.equal(packed, expected)
+
+
+LAST = torch.channels_last
+#: formats of both branches -> do they reach the op as (N, H, W, C)?
+FORMATS = [
+    (LAST, LAST, True),
+    (LAST, torch.contiguous_format, False),
+    (torch.contiguous_format, LAST, False),
+    (torch.contiguous_format, torch.contiguous_format, False),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "permuted"), FORMATS, ids=str)
+def test_channels_last_branches_reach_the_op_as_they_lie_in_memory(first, second, permuted, fused):
+    x1, x2 = (
+        randn(2, 3, 4, 5, seed=s).contiguous(memory_format=f) for s, f in enumerate((first, second))
+    )
+    y = star(x1, x2, "silu", offset=1)
+    assert fused[0][0].shape == ((2, 4, 5, 3) if permuted else (2, 3, 4, 5))
+    assert y.is_contiguous(memory_format=LAST) is permuted
+    assert torch.equal(y, star_reference(x1, x2, "silu", offset=1))
 
 
 def test_default_activation_is_relu6():
@@ -166,3 +257,28 @@ def test_references_are_their_formulas(act):
 def test_combine_table():
     assert list(COMBINE.items()) == [("mul", star_product), ("sum", sum_reference)]
     assert sum_reference(torch.tensor([9.0]), torch.tensor([3.0]), offset=1).tolist() == [10.0]
+
+
+def test_packed_is_the_star_of_its_halves():
+    h = randn(3, 8)
+    assert torch.equal(star_packed(h, "gelu", offset=1), star(h[:, :4], h[:, 4:], "gelu", offset=1))
+    for bad in (randn(3, 7), randn()):
+        with pytest.raises(ValueError, match="even last dimension"):
+            star_packed(bad)
+    with pytest.raises(TypeError, match="floating"):
+        star_packed(torch.ones(2, 4, dtype=torch.int64))
+
+
+def test_clamps_come_before_everything_else():
+    x1, x2 = torch.tensor([-9.0, 1.0, 9.0]), torch.tensor([3.0, -3.0, 0.5])
+    y = star(x1, x2, None, offset=1, clamp1=(-INF, 7), clamp2=(-2, 2))
+    assert torch.equal(y, torch.tensor([-27.0, -1.0, 10.5]))
+
+
+@pytest.mark.parametrize("limits", [(1, -1), (1,), (float("nan"), 1)])
+def test_an_empty_clamp_raises(limits):
+    x = torch.ones(2)
+    with pytest.raises(ValueError, match="clamp2 must be"):
+        star(x, x, clamp2=limits)
+    with pytest.raises(ValueError, match="clamp2 must be"):
+        star_packed(x, clamp2=limits)

@@ -1,4 +1,6 @@
-"""StarOp, StarMLP, DropPath and StarBlock: values, gradients and inputs that must raise."""
+"""StarOp, StarMLP, DropPath and StarBlock: values, options, defaults and errors."""
+
+import inspect
 
 import pytest
 import torch
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 from timm.layers import DropPath as TimmDropPath
 from torch import nn
 
-from starlayers import ACTIVATIONS, DropPath, StarBlock, StarMLP, StarOp, use_backend
+from starlayers import ACTIVATIONS, DropPath, StarBlock, StarMLP, StarOp, modules, use_backend
+from starlayers.modules import COEFFICIENTS, positive_int, probability
 from tests.helpers import FORMULAS, properties, randn, star_mlp_formula, star_op_formula
 
 DOUBLE = torch.float64
@@ -85,15 +88,134 @@ def test_branches_are_plain_linears_and_direct_children(module, shapes):
     torch.testing.assert_close(module(x), formula(module, x))
 
 
+STAR = {"act": "relu6", "combine": "mul", "offset": 0.0, "rank": 1, "coefficients": "fixed"}
+FACTORY = {"bias": True, "device": None, "dtype": None}
+DEFAULTS = {
+    StarOp: STAR | FACTORY,
+    StarMLP: {"hidden": None, "out_features": None, "recompute": False} | STAR | FACTORY,
+    StarBlock: {"expansion": 4, "pre": None, "post": None, "drop_path": 0.0, "layer_scale": None}
+    | STAR
+    | FACTORY,
+    DropPath: {"p": 0.0},
+}
+
+
+@pytest.mark.parametrize("kind", DEFAULTS, ids=lambda kind: kind.__name__)
+def test_signature_defaults(kind):
+    parameters = inspect.signature(kind).parameters.values()
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == DEFAULTS[kind]
+
+
+def explicit(options, x, module):
+    """Compute a star layer from `options` alone, with the weights of `module` (f1, f2, g)."""
+    options = STAR | options
+    h1, h2 = (x @ f.weight.T + (0 if f.bias is None else f.bias) for f in (module.f1, module.f2))
+    a = FORMULAS[options["act"]](h1)
+    y = a + h2 if options["combine"] == "sum" else a * (options["offset"] + h2)
+    y = y.unflatten(-1, (options["rank"], -1)).sum(-2)
+    g = getattr(module, "g", None)
+    return y if g is None else y @ g.weight.T + (0 if g.bias is None else g.bias)
+
+
+OPTION_VALUES = [
+    {},
+    {"act": "gelu"},
+    {"combine": "sum"},
+    {"offset": 1.5},
+    {"rank": 2},
+    {"bias": False},
+    {"act": "tanh", "offset": -0.5, "rank": 3, "bias": False},
+]
+
+
+@pytest.mark.parametrize("options", OPTION_VALUES, ids=str)
+@pytest.mark.parametrize("kind", [StarOp, StarMLP, StarBlock], ids=lambda kind: kind.__name__)
+def test_every_option_reaches_the_computation(kind, options):
+    sizes = (4, 6) if kind is not StarBlock else (4,)
+    module, x = kind(*sizes, **options, dtype=DOUBLE), randn(5, 4, dtype=DOUBLE)
+    inner = module.mlp if kind is StarBlock else module
+    y = explicit(options, x, inner)
+    torch.testing.assert_close(module(x), x + y if kind is StarBlock else y)
+    assert inner.f1.weight.shape[0] == (16 if kind is StarBlock else 6) * options.get("rank", 1)
+    biases = [f.bias for f in inner.children() if isinstance(f, nn.Linear)]
+    assert all((b is None) is (options.get("bias") is False) for b in biases)
+    if set(options) - {"bias", "rank"}:
+        assert not torch.allclose(y, explicit({"rank": options.get("rank", 1)}, x, inner))
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("kind", [StarOp, StarMLP, StarBlock], ids=lambda kind: kind.__name__)
+def test_coefficients_device_and_dtype_reach_every_parameter(kind, coefficients):
+    sizes = (4, 6) if kind is not StarBlock else (4,)
+    extra = {} if kind is not StarBlock else {"layer_scale": 1.0}
+    module = kind(*sizes, coefficients=coefficients, device="meta", dtype=torch.bfloat16, **extra)
+    assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
+    names = {n.removeprefix("mlp.").split(".")[0] for n, _ in module.named_parameters()}
+    learned = {"fixed": set(), "scale": {"scale", "shift"}, "dynamic": {"scale", "shift", "gate"}}
+    assert names - {"f1", "f2", "g", "gamma"} == learned[coefficients]
+
+
+def test_hidden_sizes_by_default_and_as_asked_for():
+    assert (StarMLP(3).hidden_features, StarMLP(3).out_features) == (12, 3)
+    mlp = StarMLP(3, 5, out_features=7)
+    assert (mlp.in_features, mlp.hidden_features, mlp.out_features) == (3, 5, 7)
+    assert StarBlock(3).mlp.hidden_features == 12
+    assert StarBlock(3, expansion=2).mlp.hidden_features == 6
+
+
+@pytest.mark.parametrize(("width", "squeezed"), [(16, 8), (128, 8), (144, 9), (320, 20)])
+def test_gate_of_dynamic_coefficients_has_a_sixteenth_of_the_channels(width, squeezed):
+    gate = StarOp(width, 2, coefficients="dynamic").gate
+    assert [m.weight.shape for m in (gate[0], gate[2])] == [(squeezed, width), (2, squeezed)]
+
+
+def test_drop_path_of_a_block_drops_the_branch_in_training_only():
+    block, x = StarBlock(4, drop_path=0.5), randn(64, 4)
+    assert block.drop_path.p == 0.5
+    torch.manual_seed(0)
+    y = block(x)
+    dropped = (y == x).all(1)
+    assert 0 < dropped.sum() < 64
+    branch = star_mlp_formula(block.mlp, x)
+    torch.testing.assert_close(y[~dropped], (x + 2 * branch)[~dropped])
+    torch.testing.assert_close(block.eval()(x), x + branch)
+    assert type(StarBlock(4).drop_path) is nn.Identity
+
+
+def test_layer_scale_is_where_gamma_starts():
+    x = randn(5, 4)
+    block = StarBlock(4, layer_scale=0.25)
+    torch.testing.assert_close(block(x), x + 0.25 * star_mlp_formula(block.mlp, x))
+    assert StarBlock(4).gamma is StarBlock(4).layer_scale is None
+
+
+def test_drop_path_default_drops_nothing():
+    x = randn(4, 3)
+    assert DropPath().p == 0.0
+    assert DropPath()(x) is x
+
+
+def test_checks_return_the_number():
+    assert positive_int("Layer", "n", 1) == 1
+    number = positive_int("Layer", "n", torch.tensor(3))
+    assert (number, type(number)) == (3, int)
+    assert probability("Layer", "p", 0) == 0.0
+    assert isinstance(probability("Layer", "p", 0), float)
+    assert probability("Layer", "p", 0.999) == 0.999
+    assert COEFFICIENTS == ("fixed", "scale", "dynamic")
+    assert set(modules.__all__) == {"DropPath", "StarBlock", "StarMLP", "StarOp"}
+
+
 @pytest.mark.parametrize(
     ("module", "text"),
     [
         (StarOp(3, 2), "3, 2, act='relu6'"),
         (StarMLP(3, act=None, offset=1, rank=2), "3, 3, act='identity', offset=1.0, rank=2"),
         (StarOp(3, 2, combine="sum", act="swiglu"), "3, 2, act='silu', combine='sum'"),
+        (StarMLP(3, recompute=True), "3, 3, act='relu6', recompute=True"),
         (DropPath(0.25), "p=0.25"),
     ],
-    ids=["op", "mlp", "sum", "drop-path"],
+    ids=["op", "mlp", "sum", "recompute", "drop-path"],
 )
 def test_repr_shows_what_differs_from_the_default(module, text):
     assert module.extra_repr() == text
@@ -120,12 +242,12 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean(p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_drop_path_draws_what_timm_draws(shape, dtype):
     x = randn(*shape, dtype=dtype)
-    found = []
+    outputs = []
     for layer in (DropPath(0.4), TimmDropPath(0.4)):
         torch.manual_seed(3)
-        found.append(layer(x))
-    assert torch.equal(*found)
-    assert not torch.equal(found[0], x)
+        outputs.append(layer(x))
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], x)
 
 
 @pytest.mark.parametrize("layer_scale", [None, 0.5, 1e-6, 0.0], ids=str)
@@ -227,6 +349,14 @@ REJECTED = [
     ("block-dim-0", lambda: StarBlock(0), ValueError, "StarBlock: dim .*got 0"),
     ("block-dim-float", lambda: StarBlock(8.0), TypeError, "StarBlock: dim .*got 8.0"),
     ("block-fraction", lambda: StarBlock(10, expansion=0.25), ValueError, "10 .*0.25 gives 2.5"),
+    ("block-nearly", lambda: StarBlock(10, expansion=0.2001), ValueError, "gives 2.001"),
+    ("coefficients", lambda: StarOp(3, 8, coefficients="x"), ValueError, "'x'.* fixed, scale, dyn"),
+    (
+        "coefficients-sum",
+        lambda: StarOp(3, 8, combine="sum", coefficients="scale"),
+        ValueError,
+        "StarOp: coefficients='scale' needs combine='mul', got 'sum'",
+    ),
     (
         "block-expansion-0",
         lambda: StarBlock(10, expansion=0),

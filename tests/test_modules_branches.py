@@ -1,4 +1,4 @@
-"""Branches that users replace, hook or parametrise are really used, also where fused could run."""
+"""Branches that users replace, hook or parametrise run, also if a fused op could."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.helpers import RecordOps, randn, star_mlp_formula, star_op_formula
 
 
 class LowRank(nn.Module):
-    """A LoRA-like wrapper: not an `nn.Linear` at all."""
+    """Wrapper like that of LoRA, which is no `nn.Linear`."""
 
     def __init__(self, base):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The ways through a StarMLP: recomputed, with a residual, alone or at the end of a block."""
+"""Paths of a StarMLP: recomputed, with a residual, alone or at the end of a block."""
 
 import copy
 
@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from starlayers import StarBlock, StarMLP, star, use_backend
-from starlayers.functional import star_packed
+from starlayers import StarBlock, StarMLP, use_backend
 from tests.helpers import RecordOps, gradients, randn, star_mlp_formula
 
 
 def saved_bytes(call):
-    """Bytes that autograd saves inside the call, parameters and views aside."""
+    """Return the bytes that autograd saves inside the call, except parameters and views."""
     sizes = []
 
     def pack(t):
@@ -83,51 +82,26 @@ def test_a_block_that_ends_in_its_mlp_lets_it_add(name):
     block.mlp.register_forward_pre_hook(lambda _, args: seen.append(len(args)))
     y = block.post(star_mlp_formula(block.mlp, block.pre(x)))
     torch.testing.assert_close(block(x), x + (y if block.gamma is None else block.gamma * y))
-    assert seen == [1]  # a hooked MLP is called as ever
+    assert seen == [1]  # a hooked MLP gets no residual
     block.mlp._forward_pre_hooks.clear()
     torch.testing.assert_close(block(x), x + (y if block.gamma is None else block.gamma * y))
     assert block._ends_in_mlp() is adds
 
 
-def test_packed_is_the_star_of_its_halves():
-    h = randn(3, 8)
-    assert torch.equal(star_packed(h, "gelu", offset=1), star(h[:, :4], h[:, 4:], "gelu", offset=1))
-    for bad in (randn(3, 7), randn()):
-        with pytest.raises(ValueError, match="even last dimension"):
-            star_packed(bad)
-    with pytest.raises(TypeError, match="floating"):
-        star_packed(torch.ones(2, 4, dtype=torch.int64))
-
-
-def test_clamps_come_before_everything_else():
-    x1, x2 = torch.tensor([-9.0, 1.0, 9.0]), torch.tensor([3.0, -3.0, 0.5])
-    y = star(x1, x2, None, offset=1, clamp1=(-float("inf"), 7), clamp2=(-2, 2))
-    assert torch.equal(y, torch.tensor([-27.0, -1.0, 10.5]))
-
-
-@pytest.mark.parametrize("limits", [(1, -1), (1,), (float("nan"), 1)])
-def test_an_empty_clamp_raises(limits):
-    x = torch.ones(2)
-    with pytest.raises(ValueError, match="clamp2 must be"):
-        star(x, x, clamp2=limits)
-    with pytest.raises(ValueError, match="clamp2 must be"):
-        star_packed(x, clamp2=limits)
-
-
 def test_recompute_draws_the_same_dropout_again():
     mlp = StarMLP(8, bias=False, act=None, recompute=True)
     mlp.f1 = nn.Sequential(mlp.f1, nn.Dropout(0.5))
-    found = []
+    results = []
     for mlp.recompute in (True, False):
         torch.manual_seed(0)
-        found.append(gradients(mlp, randn(20, 8)))
-    torch.testing.assert_close(*found)
+        results.append(gradients(mlp, randn(20, 8)))
+    torch.testing.assert_close(*results)
 
 
 def test_recompute_keeps_the_backend_of_the_forward(eligible):
     mlp, x = StarMLP(8, rank=2, recompute=True), randn(70, 8, grad=True)
     with use_backend("eager"):
         y = mlp(x)
-    with use_backend("triton"):  # which would refuse rank 2
+    with use_backend("triton"):  # would refuse rank 2
         y.sum().backward()
     assert x.grad is not None
