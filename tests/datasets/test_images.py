@@ -296,7 +296,7 @@ def fake_cifar10(seed, per_class=1):
         labels = rng.permutation(list(range(10)) * per_class * len(pngs))
         for name, batch in zip(pngs, images):
             buffer = io.BytesIO()
-            Image.fromarray(batch.reshape(-1, 1024, 3)).save(buffer, "PNG")
+            Image.fromarray(batch.reshape(-1, 1024, 3)).save(buffer, "PNG", compress_level=0)
             files[name] = buffer.getvalue()
         files[label_file] = json.dumps(labels.tolist()).encode()
         pixels = torch.from_numpy(images.reshape(-1, 32, 32, 3)).permute(0, 3, 1, 2)
