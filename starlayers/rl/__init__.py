@@ -1,10 +1,10 @@
-"""Star policies for stable-baselines3. Install with `pip install 'starlayers[rl]'`.
+"""Star policies for stable-baselines3 (`pip install 'starlayers[rl]'`).
 
-Importing it makes "StarMlpPolicy", "StarCnnPolicy" and "StarMultiInputPolicy" names of policies.
+Importing it registers "StarMlpPolicy", "StarCnnPolicy" and "StarMultiInputPolicy" as policies of
+every algorithm of stable-baselines3, and of sb3-contrib where that is installed.
 """
 
 try:
-    import einops as _einops  # noqa: F401
     import stable_baselines3 as _sb3  # noqa: F401
 except ImportError as error:
     raise ImportError(f"starlayers.rl needs {error.name}: pip install 'starlayers[rl]'") from error

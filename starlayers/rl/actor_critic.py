@@ -1,4 +1,4 @@
-"""Star policies with an actor and a value: PPO, A2C, TRPO, and the hook for sb3-contrib's."""
+"""Star policies with an actor and a value network: PPO, A2C and TRPO."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -6,8 +6,7 @@ from typing import Any, ClassVar
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
-from starlayers.rl.base import StarOptions
-from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor
+from starlayers.rl.base import StarPolicy, image_and_dict_policies
 from starlayers.rl.spec import NetSpec
 from starlayers.rl.stack import StarStack
 from starlayers.rl.trunks import KeepsInit
@@ -24,16 +23,16 @@ __all__ = [
 
 
 class StarMlpExtractor(KeepsInit):
-    """The trunks of an actor-critic policy, in the place of SB3's `MlpExtractor`.
+    """Trunks of policy and value, in the place of SB3's `MlpExtractor`.
 
     Shapes: (batch, features_dim) -> (batch, latent_dim_pi), (batch, latent_dim_vf).
 
     Args:
         features_dim: channels of the input.
         net_arch: widths for both sides, or `dict(pi=..., vf=...)`.
-        specs: the spec of each side.
-        share: one trunk for both.
-        joint: two stars of one shape become one `StarStack`, and run in one pass.
+        specs: the spec of each side, "pi" and "vf".
+        share: one trunk for both sides.
+        use_stack: compute two plain star trunks of the same widths as one `StarStack`.
 
     Raises:
         ValueError: `share` with different sides.
@@ -52,24 +51,24 @@ class StarMlpExtractor(KeepsInit):
         specs: Mapping[str, NetSpec],
         *,
         share: bool = False,
-        joint: bool = False,
+        use_stack: bool = False,
     ) -> None:
         super().__init__()
         arch = net_arch if isinstance(net_arch, dict) else {"pi": net_arch, "vf": net_arch}
         pi, vf = arch.get("pi", []), arch.get("vf", [])
-        alike = pi == vf and specs["pi"] == specs["vf"]
-        if share and not alike:
+        equal = pi == vf and specs["pi"] == specs["vf"]
+        if share and not equal:
             raise ValueError(
                 f"share_trunk=True needs equal sides, got pi {specs['pi'].net!r} {pi} and "
                 f"vf {specs['vf'].net!r} {vf}"
             )
         self.share = share
         self.stack = None
-        if joint and alike and not share and pi and specs["pi"].plain_star:
-            self.stack = StarStack(2, features_dim, pi, act=specs["pi"].row)
+        if use_stack and equal and not share and pi and specs["pi"].is_plain_star:
+            self.stack = StarStack(2, features_dim, pi, act=specs["pi"].act_name)
             self.latent_dim_pi = self.latent_dim_vf = pi[-1]
             return
-        # the names are SB3's: TRPO tells critics by "value" in a parameter's name
+        # names as in SB3: TRPO tells the critic's parameters by "value" in their names
         self.policy_net = specs["pi"].trunk(features_dim, pi)
         self.latent_dim_pi = self.latent_dim_vf = self.policy_net.out_features
         if not share:
@@ -94,11 +93,16 @@ class StarMlpExtractor(KeepsInit):
         return (self.policy_net if self.share else self.value_net)(features)  # type: ignore
 
 
-class ActorCriticOptions(StarOptions):
-    """The hook of the actor-critic policies, over SB3's and over those of sb3-contrib."""
+class OnPolicyActorCritic(StarPolicy):
+    """Star options of PPO and its kin, over an actor-critic policy of SB3.
 
-    #: whether both sides may be rows of the same parameter tensors
-    joint: ClassVar[bool] = False
+    Args:
+        args, kwargs: those of `StarPolicy`.
+        share_trunk: one trunk for policy and value.
+    """
+
+    #: True if policy and value may be slices of the same parameter tensors
+    use_stack: ClassVar[bool] = False
 
     sides = ("pi", "vf")
     base_arch: ClassVar[Mapping[str, list[int]]] = {"pi": [64, 64], "vf": [64, 64]}
@@ -114,93 +118,64 @@ class ActorCriticOptions(StarOptions):
 
     def _build_mlp_extractor(self) -> None:
         # a recurrent policy has its LSTM between the features and the trunks
-        features: Any = getattr(self, "lstm_output_dim", None) or self.features_dim
+        features_dim: Any = getattr(self, "lstm_output_dim", None) or self.features_dim
         trunks = StarMlpExtractor(
-            features,
+            features_dim,
             self.net_arch,
             self.specs,
             share=self.share_trunk,
-            joint=self.joint and bool(self.share_features_extractor),
+            use_stack=self.use_stack and bool(self.share_features_extractor),
         )
         self.mlp_extractor: Any = trunks.to(self.device)
 
 
-class StarActorCriticPolicy(ActorCriticOptions, ActorCriticPolicy):  # type: ignore[misc]
-    """The star policy of TRPO, and of any algorithm over SB3's `ActorCriticPolicy`.
+class StarActorCriticPolicy(OnPolicyActorCritic, ActorCriticPolicy):  # type: ignore[misc]
+    """Star policy of TRPO, and of any algorithm over SB3's `ActorCriticPolicy`.
 
-    Takes all arguments of SB3's policy; `net`, `norm`, `width`, `depth` and names for
+    It takes all arguments of SB3's policy; `net`, `norm`, `width`, `depth` and names for
     `activation_fn` come on top (docs/rl.md), and `share_trunk=True` for one trunk. Policy and value
     have parameter tensors of their own, as TRPO demands.
 
     Raises:
-        TypeError, ValueError: an option out of range, naming it.
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range; the message names it.
 
     Example:
         >>> from sb3_contrib import TRPO
-        >>> model = TRPO("StarMlpPolicy", "CartPole-v1", policy_kwargs={"width": 32, "depth": 2})
-        >>> model.policy.mlp_extractor.value_net[0].proj.out_features
-        64
+        >>> kwargs = {"width": 32, "depth": 2}
+        >>> model = TRPO("StarMlpPolicy", "CartPole-v1", policy_kwargs=kwargs, device="cpu")
+        >>> model.policy.mlp_extractor.value_net[0]
+        PackedStar(
+          4, 32, act='tanh'
+          (proj): Linear(in_features=4, out_features=64, bias=True)
+        )
     """
-
-
-class StarActorCriticCnnPolicy(StarActorCriticPolicy):
-    """`StarActorCriticPolicy` for images, behind a `StarCnnExtractor`.
-
-    Example:
-        >>> StarActorCriticCnnPolicy.base_extractor.__name__
-        'StarCnnExtractor'
-    """
-
-    base_extractor = StarCnnExtractor
-
-
-class StarActorCriticMultiInputPolicy(StarActorCriticPolicy):
-    """`StarActorCriticPolicy` for dictionaries, behind a `StarCombinedExtractor`.
-
-    Example:
-        >>> StarActorCriticMultiInputPolicy.base_extractor.__name__
-        'StarCombinedExtractor'
-    """
-
-    base_extractor = StarCombinedExtractor
 
 
 class StarPPOPolicy(StarActorCriticPolicy):
-    """The star policy of PPO and A2C: `PPO("StarMlpPolicy", env, policy_kwargs=...)`.
+    """Star policy of PPO and A2C: `PPO("StarMlpPolicy", env, policy_kwargs=...)`.
 
-    A `StarActorCriticPolicy` whose two trunks, where they are stars of one shape over shared
-    features, are one `StarStack` and run in one pass. Not for TRPO, whose value updates spare
-    every tensor that the actor uses.
+    `StarActorCriticPolicy` with one difference: two plain star trunks of the same widths over
+    shared features are one `StarStack` and run in one pass. Not for TRPO, whose value updates leave
+    out every tensor that the actor uses.
 
     Raises:
-        TypeError, ValueError: an option out of range, naming it.
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range; the message names it.
 
     Example:
         >>> from stable_baselines3 import PPO
-        >>> PPO("StarMlpPolicy", "CartPole-v1").policy.mlp_extractor.stack
+        >>> model = PPO("StarMlpPolicy", "CartPole-v1", device="cpu")
+        >>> model.policy.mlp_extractor.stack
         StarStack(2, 4, [44, 44], act='tanh')
     """
 
-    joint = True
+    use_stack = True
 
 
-class StarPPOCnnPolicy(StarPPOPolicy):
-    """`StarPPOPolicy` for images, behind a `StarCnnExtractor`.
-
-    Example:
-        >>> StarPPOCnnPolicy.base_extractor.__name__
-        'StarCnnExtractor'
-    """
-
-    base_extractor = StarCnnExtractor
-
-
-class StarPPOMultiInputPolicy(StarPPOPolicy):
-    """`StarPPOPolicy` for dictionaries, behind a `StarCombinedExtractor`.
-
-    Example:
-        >>> StarPPOMultiInputPolicy.base_extractor.__name__
-        'StarCombinedExtractor'
-    """
-
-    base_extractor = StarCombinedExtractor
+StarActorCriticCnnPolicy, StarActorCriticMultiInputPolicy = image_and_dict_policies(
+    StarActorCriticPolicy, "sb3_contrib.TRPO"
+)
+StarPPOCnnPolicy, StarPPOMultiInputPolicy = image_and_dict_policies(
+    StarPPOPolicy, "stable_baselines3.PPO"
+)

@@ -1,8 +1,7 @@
-"""What star policies of all algorithms share: the options, and networks that a spec replaces."""
+"""Base classes of the star policies: their options, and networks with star trunks."""
 
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from stable_baselines3.common.policies import BaseModel, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
@@ -13,37 +12,43 @@ from stable_baselines3.common.torch_layers import (
 )
 from torch import nn
 
-from starlayers.rl.extractors import StarCnnExtractor
-from starlayers.rl.spec import NetSpec, default_widths, resolve, uniform
-from starlayers.rl.trunks import activation, activation_module
+from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor
+from starlayers.rl.spec import DEFAULT, NetSpec, default_widths, resolve_specs, uniform_widths
+from starlayers.rl.trunks import activation_factory, parse_activation
 
 __all__ = [
-    "ContinuousOptions",
     "LatentActor",
+    "OffPolicyActorCritic",
     "StarNetwork",
-    "StarOptions",
-    "critic_nets",
-    "headed",
+    "StarPolicy",
+    "build_critics",
+    "image_and_dict_policies",
+    "with_head",
 ]
 
 
-class StarOptions(BasePolicy):
-    """What all star policies share: the options, their defaults, and that they are saved.
+class StarPolicy(BasePolicy):
+    """Options of all star policies: their defaults, their checks, and saving them.
+
+    A class that derives from it and from a policy of SB3 is a star policy.
 
     Args:
+        observation_space, action_space, lr_schedule: as for the policies of SB3.
         net_arch: widths as in SB3, a list or one per side; one layer (or residual block) each.
             By default SB3's own widths, made smaller so that the parameters match.
-        activation_fn: a name from `ACTIVATIONS`, or a class as in SB3; by default tanh for stars,
-            SB3's for other nets.
-        net: a row of `NETS`, or one per side; "product" for critics of states and actions.
-        norm: "layer", "rms", "none", or `None` for what the net does by itself.
+        activation_fn: a name from `ACTIVATIONS`, or a class as in SB3. By default tanh for stars,
+            relu for "simba", and SB3's for the other nets.
+        net: a name in `NETS`, or one per side; "product" for critics of states and actions.
+        norm: "layer", "rms", "none", or `None` for the net's own default.
         width, depth: short for `net_arch=[width] * depth`.
-        kwargs: everything the policy of SB3 takes.
+        kwargs: everything else that the policy of SB3 takes.
 
     Raises:
-        TypeError, ValueError: an option out of range, naming it.
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range; the message names it.
     """
 
+    #: networks that options can differ for: "pi" is the actor, "vf", "qf" or "q" are critics
     sides: ClassVar[tuple[str, ...]] = ("pi", "qf")
     #: SB3's own default widths, and those behind a convolutional extractor
     base_arch: ClassVar[Mapping[str, list[int]]] = {"pi": [256, 256], "qf": [256, 256]}
@@ -58,70 +63,78 @@ class StarOptions(BasePolicy):
         lr_schedule: Any,
         *,
         net_arch: Any = None,
-        activation_fn: str | type[nn.Module] | None = "default",
+        activation_fn: str | type[nn.Module] | None = DEFAULT,
         net: str | Mapping[str, str] = "star",
         norm: str | None = None,
         width: int | None = None,
         depth: int | None = None,
         **kwargs: Any,
     ) -> None:
-        owner = type(self).__name__
-        given = activation_fn != "default"
-        self.options: dict[str, Any] = {"net": net, "activation_fn": activation_fn, "norm": norm}
-        usual = self.base_activation
-        self.specs = resolve(
-            owner, self.sides, net, norm, act=activation_fn if given else usual, given=given
+        name = type(self).__name__
+        self.options: dict[str, Any] = {"net": net, "norm": norm, "activation_fn": activation_fn}
+        self.specs = resolve_specs(
+            name, self.sides, net, norm, activation_fn, sb3_activation=self.base_activation
         )
         extractor = kwargs.setdefault("features_extractor_class", self.base_extractor)
-        arch = uniform(owner, width, depth, net_arch)
-        if arch is None and net_arch is None:
-            convolutional = issubclass(extractor, (NatureCNN, StarCnnExtractor))
-            base = self.cnn_arch if convolutional else self.base_arch
-            options = {"net": net, "norm": norm, "activation_fn": activation_fn}
-            idle = ("star", "mlp", None, "default")
-            asked = [f"{k}={v!r}" for k, v in options.items() if v not in idle]
-            if asked and not any(base.values()):
-                raise ValueError(
-                    f"{owner}: behind a convolutional extractor there is no layer by default, and "
-                    f"{', '.join(asked)} would shape none; give net_arch=[64], or leave it out"
-                )
-            widths = {side: default_widths(self.specs[side].net, base[side]) for side in self.sides}
-            net_arch = widths if len(self.sides) > 1 else widths[self.sides[0]]
+        net_arch = uniform_widths(name, width, depth, net_arch) or net_arch
+        if net_arch is None:
+            net_arch = self._default_arch(extractor)
         if kwargs.get("features_extractor_kwargs") is not None:
-            # SB3 writes into the caller's own dictionary
+            # SB3 writes into the dictionary that it is given, which belongs to the caller
             kwargs["features_extractor_kwargs"] = dict(kwargs["features_extractor_kwargs"])
-        # SB3 calls it to make each of its own layers
-        stock: Any = activation(activation_fn if given else usual)
-        stock = stock if isinstance(stock, type) else partial(activation_module, stock)
+        act: Any = self.base_activation if activation_fn == DEFAULT else activation_fn
         super().__init__(
             observation_space,
             action_space,
             lr_schedule,  # type: ignore[arg-type]
-            net_arch=net_arch if arch is None else arch,  # type: ignore[call-arg]
-            activation_fn=stock,  # type: ignore[call-arg]
+            net_arch=net_arch,  # type: ignore[call-arg]
+            activation_fn=activation_factory(parse_activation(act)),  # type: ignore[call-arg]
             **kwargs,
         )
+
+    def _default_arch(self, extractor: type[BaseFeaturesExtractor]) -> Any:
+        """Return the widths at which the networks have about the parameters of SB3's."""
+        convolutional = issubclass(extractor, (NatureCNN, StarCnnExtractor))
+        base = self.cnn_arch if convolutional else self.base_arch
+        without_effect = [
+            f"{option}={value!r}"
+            for option, value in self.options.items()
+            if value not in ("star", "mlp", None, DEFAULT)
+        ]
+        if without_effect and not any(base.values()):
+            raise ValueError(
+                f"{type(self).__name__}: behind a convolutional extractor there is no layer by "
+                f"default, and {', '.join(without_effect)} would shape none; give net_arch=[64], "
+                "or leave it out"
+            )
+        widths = {side: default_widths(self.specs[side].net, base[side]) for side in self.sides}
+        return widths if len(self.sides) > 1 else widths[self.sides[0]]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
         data.update(self.options)
         if hasattr(self, "share_features_extractor"):
-            # SB3 leaves it out, and an unshared policy comes back shared
+            # SB3 leaves it out, and an unshared policy would come back shared
             data["share_features_extractor"] = self.share_features_extractor
         return data
 
 
 class StarNetwork(BaseModel):
-    """A network of SB3 whose layers a spec replaces, unless they are what the spec says already."""
+    """Network of SB3 with the layers that a spec asks for.
+
+    Args:
+        args, kwargs: those of the network of SB3.
+        spec: what to build; where it is SB3's own network, that stays.
+    """
 
     def __init__(self, *args: Any, spec: NetSpec, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.spec = spec
-        if not spec.stock:
-            self.replace(kwargs)
+        if not spec.is_stock:
+            self.replace_layers(kwargs)
 
-    def replace(self, given: Mapping[str, Any]) -> None:
-        """Put the star layers where SB3's were; `given` are the constructor's arguments."""
+    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
+        """Put star layers in the place of SB3's; `kwargs` are the constructor's."""
         raise NotImplementedError
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -129,38 +142,101 @@ class StarNetwork(BaseModel):
 
 
 class LatentActor(StarNetwork):
-    """An actor whose trunk is `latent_pi`: those of SAC and TQC."""
+    """Actor with the trunk `latent_pi`, as those of SAC and TQC."""
 
-    def replace(self, given: Mapping[str, Any]) -> None:
-        self.latent_pi: Any = self.spec.trunk(given["features_dim"], given["net_arch"])
+    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
+        self.latent_pi: Any = self.spec.trunk(kwargs["features_dim"], kwargs["net_arch"])
 
 
-def headed(trunk: nn.Module, outputs: int, *tail: nn.Module) -> nn.Sequential:
-    """A trunk, a linear layer from it to so many outputs, and what comes last."""
+def with_head(trunk: nn.Module, outputs: int, *last: nn.Module) -> nn.Sequential:
+    """Chain a trunk, a linear layer to `outputs` channels, and the modules `last`."""
     width: Any = trunk.out_features
-    return nn.Sequential(trunk, nn.Linear(width, outputs), *tail)
+    return nn.Sequential(trunk, nn.Linear(width, outputs), *last)
 
 
-def critic_nets(critic: Any, given: Mapping[str, Any], outputs: int) -> None:
-    """Give a critic of SB3 its Q networks anew, by its spec."""
-    states, actions = given["features_dim"], get_action_dim(critic.action_space)
+def build_critics(critic: Any, kwargs: Mapping[str, Any], outputs: int) -> None:
+    """Build the Q networks of a critic of SB3 anew, as its spec asks for."""
+    states, actions = kwargs["features_dim"], get_action_dim(critic.action_space)
     critic.q_networks = []
     for i in range(critic.n_critics):
-        net = headed(critic.spec.critic_trunk(states, actions, given["net_arch"]), outputs)
-        setattr(critic, f"qf{i}", net)
-        critic.q_networks.append(net)
+        trunk = critic.spec.critic_trunk(states, actions, kwargs["net_arch"])
+        q_network = with_head(trunk, outputs)
+        setattr(critic, f"qf{i}", q_network)
+        critic.q_networks.append(q_network)
 
 
-class ContinuousOptions(StarOptions):
-    """The hooks of policies with an actor and a critic network."""
+class OffPolicyActorCritic(StarPolicy):
+    """Star policy of SAC, TD3 and their kin, with an actor and critics."""
 
     actor_class: ClassVar[type[StarNetwork]]
     critic_class: ClassVar[type[Any]]
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Any:
-        given = self._update_features_extractor(self.actor_kwargs, features_extractor)  # type: ignore
-        return self.actor_class(**given, spec=self.specs["pi"]).to(self.device)
+        kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)  # type: ignore
+        return self.actor_class(**kwargs, spec=self.specs["pi"]).to(self.device)
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Any:
-        given = self._update_features_extractor(self.critic_kwargs, features_extractor)  # type: ignore
-        return self.critic_class(**given, spec=self.specs["qf"]).to(self.device)
+        kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)  # type: ignore
+        return self.critic_class(**kwargs, spec=self.specs["qf"]).to(self.device)
+
+
+P = TypeVar("P", bound=StarPolicy)
+
+#: part of a policy's name -> extractor, observations, and an environment that has them
+_OBSERVATIONS: dict[str, tuple[type[BaseFeaturesExtractor], str, str]] = {
+    "Cnn": (StarCnnExtractor, "images", "FakeImageEnv(screen_height=36, screen_width=36, {})"),
+    "MultiInput": (StarCombinedExtractor, "dictionaries", "SimpleMultiObsEnv({})"),
+}
+
+_DOC = """`{policy}` for {observations}, behind a `{extractor}`.
+
+Options are those of `{policy}`.
+
+Example:
+    >>> from {package} import {algorithm}
+    >>> from stable_baselines3.common.envs import {env_class}
+    >>> env = {env}
+    >>> model = {algorithm}("Star{part}Policy", env, {settings}device="cpu")
+    >>> action, _ = model.predict(env.observation_space.sample())
+    >>> env.action_space.contains(action)
+    True
+"""
+
+
+def image_and_dict_policies(
+    policy: type[P], algorithm: str, *, discrete: bool = True, replay: bool = False
+) -> tuple[type[P], type[P]]:
+    """Make the subclasses of a policy for images and for dictionaries of observations.
+
+    Both differ from `policy` in their default features extractor. Assign them to the names
+    `Star...CnnPolicy` and `Star...MultiInputPolicy` in the module of `policy`: pickle and SB3's
+    zip files refer to classes by module and name.
+
+    Args:
+        policy: class for flat observations, named `Star...Policy`.
+        algorithm: one that takes it, for the examples: "stable_baselines3.PPO".
+        discrete: True if the example has discrete actions.
+        replay: True if the algorithm has a replay buffer.
+
+    Returns:
+        The class for images and the class for dictionaries.
+    """
+    made = []
+    for part, (extractor, observations, env) in _OBSERVATIONS.items():
+        name = f"{policy.__name__.removesuffix('Policy')}{part}Policy"
+        package, _, algorithm_class = algorithm.rpartition(".")
+        option = "discrete" if part == "Cnn" else "discrete_actions"
+        doc = _DOC.format(
+            policy=policy.__name__,
+            observations=observations,
+            extractor=extractor.__name__,
+            package=package,
+            algorithm=algorithm_class,
+            env_class=env.partition("(")[0],
+            env=env.format(f"{option}={discrete}"),
+            part=part,
+            settings="buffer_size=100, " if replay else "",
+        )
+        namespace = {"__module__": policy.__module__, "__doc__": doc, "base_extractor": extractor}
+        made.append(cast(type[P], type(name, (policy,), namespace)))
+    return made[0], made[1]

@@ -1,15 +1,15 @@
-"""What silently does not work in a model of stable-baselines3, one check each."""
+"""Checks of a model of SB3 for faults that raise no error."""
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from starlayers.modules import StarOp
-from starlayers.rl.inspect import Subject
+from starlayers.rl.inspect import Inspector
 
 __all__ = ["CHECKS"]
 
@@ -17,55 +17,58 @@ __all__ = ["CHECKS"]
 ORTHO_GAINS = (math.sqrt(2), 1.0, 0.01)
 
 
-def some(names: list[str]) -> str:
-    """The first names of a list."""
+def first_three(names: list[str]) -> str:
+    """Join the first three names of a list and say how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
-def unowned(s: Subject) -> Iterator[str]:
-    """Parameters that nothing trains."""
-    lost = [
+def without_optimizer(model: Inspector) -> Iterator[str]:
+    """Find parameters that no optimizer holds."""
+    missing = [
         name
-        for name, p in s.policy.named_parameters()
-        if p.requires_grad and id(p) not in s.owners and not name.split(".")[0].endswith("_target")
+        for name, p in model.policy.named_parameters()
+        if p.requires_grad
+        and id(p) not in model.optimizers_of
+        and not name.split(".")[0].endswith("_target")
     ]
-    if lost and not s.is_a("ARS"):
-        yield f"no optimizer owns {some(lost)}, so that training leaves it as it is"
+    if missing and not model.is_algorithm("ARS"):
+        yield f"no optimizer owns {first_three(missing)}, so that training leaves it as it is"
 
 
-def foreign(s: Subject) -> Iterator[str]:
-    """Tensors of optimizers that the policy has no more."""
-    own = {id(p) for p in s.policy.parameters()}
-    for name, optimizer in s.optimizers.items():
-        groups = [p for group in optimizer.param_groups for p in group["params"]]
-        shapes = [str(tuple(p.shape)) for p in groups if id(p) not in own]
+def removed_tensors(model: Inspector) -> Iterator[str]:
+    """Find tensors in optimizers that are no longer in the policy."""
+    parameters = {id(p) for p in model.policy.parameters()}
+    for name, optimizer in model.optimizers.items():
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        shapes = [str(tuple(p.shape)) for p in held if id(p) not in parameters]
         if shapes:
+            tensors = "a tensor that is" if len(shapes) == 1 else f"{len(shapes)} tensors that are"
             yield (
-                f"{name} owns {len(shapes)} tensors that are no longer in the policy, of shape "
-                f"{some(shapes)}: make a new one over the parameters that there are"
+                f"{name} owns {tensors} no longer in the policy, of shape {first_three(shapes)}: "
+                "make a new one over the parameters that there are"
             )
 
 
-def stale(s: Subject) -> Iterator[str]:
-    """What the algorithm remembers of the policy, and is no longer in it."""
-    for name, part in s.policy.named_children():
-        alias = vars(s.model).get(name)
+def stale_references(model: Inspector) -> Iterator[str]:
+    """Find references of the algorithm to what the policy no longer has."""
+    for name, part in model.policy.named_children():
+        alias = vars(model.model).get(name)
         if isinstance(alias, nn.Module) and alias is not part:
             yield (
                 f"model.{name} is no longer policy.{name}, and training uses it: "
                 "model._create_aliases() renews it"
             )
-    kept = {t.data_ptr() for t in s.policy.state_dict().values()}
-    for name, tensors in vars(s.model).items():
-        if "batch_norm_stats" in name and any(t.data_ptr() not in kept for t in tensors):
+    present = {t.data_ptr() for t in model.policy.state_dict().values()}
+    for name, tensors in vars(model.model).items():
+        if "batch_norm_stats" in name and any(t.data_ptr() not in present for t in tensors):
             yield f"model.{name} holds statistics that are no longer in the policy"
 
 
-def targets(s: Subject) -> Iterator[str]:
-    """Targets that are no copies of their networks."""
-    for name, part in s.parts.items():
-        target = s.parts.get(f"{name}_target")
+def different_targets(model: Inspector) -> Iterator[str]:
+    """Find target networks whose parameters are not those of their online networks."""
+    for name, part in model.parts.items():
+        target = model.parts.get(f"{name}_target")
         if target is None:
             continue
         online, copied = (
@@ -77,131 +80,153 @@ def targets(s: Subject) -> Iterator[str]:
         if different:
             yield (
                 f"{name} and {name}_target differ, and target updates go by position: "
-                f"{some(different)}"
+                f"{first_three(different)}"
             )
 
 
-def log_density(s: Subject) -> Tensor:
-    """Of the likeliest actions on two observations, by which actors are told from critics."""
-    distribution = s.distribution(s.observations(2), 2)
+def log_density(model: Inspector) -> Tensor:
+    """Sum the log-probabilities of the likeliest actions on two observations.
+
+    Its gradient tells the actor's parameters from the critic's.
+    """
+    distribution = model.distribution(model.observations(2), 2)
     density: Tensor = distribution.log_prob(distribution.get_actions(deterministic=True)).sum()
     return density
 
 
-def frozen_by_trpo(s: Subject) -> Iterator[str]:
-    """Parameters of the actor that TRPO takes for the critic's, by their names."""
-    if not s.is_a("TRPO"):
+def trpo_skips_actor(model: Inspector) -> Iterator[str]:
+    """Find parameters of the actor that TRPO takes for the critic's, by their names."""
+    if not model.is_algorithm("TRPO"):
         return
-    named = {n: p for n, p in s.policy.named_parameters() if p.requires_grad and "value" in n}
-    density = log_density(s)
+    named = {n: p for n, p in model.policy.named_parameters() if p.requires_grad and "value" in n}
+    density = log_density(model)
     if not named or not density.requires_grad:
         return
     grads = torch.autograd.grad(density, list(named.values()), allow_unused=True)
-    frozen = [name for name, grad in zip(named, grads) if grad is not None]
-    if frozen:
+    skipped = [name for name, grad in zip(named, grads) if grad is not None]
+    if skipped:
         yield (
-            f"the policy update of TRPO skips {some(frozen)}: it takes every parameter with "
-            "'value' in its name for the critic's; rename it"
+            f"the policy update of TRPO skips {first_three(skipped)}: it takes every parameter "
+            "with 'value' in its name for the critic's; rename it"
         )
 
 
-def spared_by_trpo(s: Subject) -> Iterator[str]:
-    """Trunks that TRPO takes for the actor's alone, because the actor uses them too."""
-    if not s.is_a("TRPO"):
+def trpo_skips_critic(model: Inspector) -> Iterator[str]:
+    """Find tensors of trunks that TRPO takes for the actor's, because both use them."""
+    if not model.is_algorithm("TRPO"):
         return
-    named = {n: p for n, p in s.policy.mlp_extractor.named_parameters() if p.requires_grad}
-    density, value = log_density(s), s.policy.predict_values(s.observations(2)).sum()
+    named = {n: p for n, p in model.policy.mlp_extractor.named_parameters() if p.requires_grad}
+    density, value = (
+        log_density(model),
+        model.policy.predict_values(model.observations(2)).sum(),
+    )
     if not (named and density.requires_grad and value.requires_grad):
         return
     grads = [
         torch.autograd.grad(y, list(named.values()), allow_unused=True) for y in (density, value)
     ]
-    both = [n for n, a, b in zip(named, *grads) if a is not None and b is not None]
+    both = [
+        f"mlp_extractor.{name}"
+        for name, of_density, of_value in zip(named, *grads)
+        if of_density is not None and of_value is not None
+    ]
     if both:
         yield (
-            f"the value updates of TRPO spare {some([f'mlp_extractor.{n}' for n in both])}, which "
-            "the actor uses too: give the critic tensors of its own, as StarActorCriticPolicy does"
+            f"the value updates of TRPO spare {first_three(both)}, which the actor uses too: give "
+            "the critic tensors of its own, as StarActorCriticPolicy does"
         )
 
 
-def forgotten(s: Subject) -> Iterator[str]:
-    """Options that do not survive `policy.save`."""
+def unsaved_options(model: Inspector) -> Iterator[str]:
+    """Find options that `policy.save` does not save."""
     option = "share_features_extractor"
-    value = getattr(s.policy, option, None)
-    if value is None or option in s.policy._get_constructor_parameters():
+    value = getattr(model.policy, option, None)
+    if value is None or option in model.policy._get_constructor_parameters():
         return
-    mro: tuple[Any, ...] = type(s.policy).__mro__
-    inits = [inspect.signature(cls.__init__).parameters for cls in mro]
-    default = next((p[option].default for p in inits if option in p), value)
+    mro: tuple[Any, ...] = type(model.policy).__mro__
+    signatures = [inspect.signature(cls.__init__).parameters for cls in mro]
+    default = next((p[option].default for p in signatures if option in p), value)
     if default != value:
         yield (
-            f"policy.save and policy.load forget {option}={value}, and {type(s.policy).__name__} "
-            f"comes back with {default}: use model.save, or a star policy"
+            f"policy.save and policy.load forget {option}={value}, and "
+            f"{type(model.policy).__name__} comes back with {default}: use model.save, or a star "
+            "policy"
         )
 
 
-def overwritten(s: Subject) -> Iterator[str]:
-    """Star layers that began as plain layers until SB3 initialised them anew."""
-    if not getattr(s.policy, "ortho_init", False):
+def reinitialised_stars(model: Inspector) -> Iterator[str]:
+    """Find star layers whose initialisation `ortho_init` has replaced."""
+    if not getattr(model.policy, "ortho_init", False):
         return
     names = [
         name
-        for name, m in s.policy.named_modules()
-        if isinstance(m, StarOp) and m.offset == 1 and orthogonal(m.f2.weight.detach())
+        for name, m in model.policy.named_modules()
+        if isinstance(m, StarOp) and m.offset == 1 and is_orthogonal(m.f2.weight.detach())
     ]
     if names:
         yield (
-            f"ortho_init=True initialised the branches of {some(names)} anew, the second as large "
-            "as the first: pass ortho_init=False, or use a star policy or extractor"
+            f"ortho_init=True initialised the branches of {first_three(names)} anew, the second as "
+            "large as the first: pass ortho_init=False, or use a star policy or extractor"
         )
 
 
-def orthogonal(weight: Tensor) -> bool:
-    """Whether a matrix is what SB3's orthogonal initialisation leaves."""
+def is_orthogonal(weight: Tensor) -> bool:
+    """Return True if a matrix is orthogonal up to one of SB3's gains."""
     w = weight if weight.shape[0] <= weight.shape[1] else weight.T
     gram, eye = w @ w.T, torch.eye(len(w), device=w.device, dtype=w.dtype)
     return any(torch.allclose(gram, g * g * eye, rtol=0, atol=1e-3 * g * g) for g in ORTHO_GAINS)
 
 
-def statistics(s: Subject) -> Iterator[str]:
-    """Batch statistics and dropout where an algorithm does not keep them right."""
-    moving = s.moving()
-    modules = dict(s.policy.named_modules())
-    norms = {name.rpartition(".")[0] for name in moving}
-    if s.actor_critic:
-        norms |= {
-            k for k, m in modules.items() if getattr(m, "p", 0) and "Dropout" in type(m).__name__
+def train_eval_differences(model: Inspector) -> Iterator[str]:
+    """Find layers that compute differently when acting and when learning."""
+    statistics = model.running_statistics()
+    modules = dict(model.policy.named_modules())
+    names = {name.rpartition(".")[0] for name in statistics}
+    if model.actor_critic:
+        names |= {
+            name
+            for name, m in modules.items()
+            if getattr(m, "p", 0) and "Dropout" in type(m).__name__
         }
-    kinds = {k: type(modules[k]).__name__ for k in modules if k in norms}
-    algorithm = type(s.model).__name__
-    for name, kind in kinds.items():
-        if s.actor_critic:
+    algorithm = type(model.model).__name__
+    for name in (name for name in modules if name in names):
+        kind = type(modules[name]).__name__
+        if model.actor_critic:
             yield (
                 f"{name} ({kind}) differs between evaluation mode, in which {algorithm} collects, "
                 "and training mode, in which it updates: it updates another policy than the one "
                 "that acted; use LayerNorm, or VecNormalize for observations"
             )
-        elif s.is_a("CrossQ") and kind != "BatchRenorm1d":
+        elif model.is_algorithm("CrossQ") and kind != "BatchRenorm1d":
             yield (
                 f"{name} ({kind}) always uses the statistics of the batch while CrossQ trains: it "
                 "switches only BatchRenorm1d of sb3-contrib"
             )
-    lost = [k for k in moving if f"{k.split('.')[0]}_target" in s.parts and "running_" not in k]
-    if lost:
+
+
+def uncopied_statistics(model: Inspector) -> Iterator[str]:
+    """Find running statistics that the target networks never get."""
+    uncopied = [
+        name
+        for name in model.running_statistics()
+        if f"{name.split('.')[0]}_target" in model.parts and "running_" not in name
+    ]
+    if uncopied:
         yield (
-            f"the target never gets {some(lost)}: a statistic is copied where its name has "
-            "'running_' in it"
+            f"the target never gets {first_three(uncopied)}: a statistic is copied where its name "
+            "has 'running_' in it"
         )
 
 
-CHECKS = (
-    unowned,
-    foreign,
-    stale,
-    targets,
-    frozen_by_trpo,
-    spared_by_trpo,
-    forgotten,
-    overwritten,
-    statistics,
+CHECKS: tuple[Callable[[Inspector], Iterator[str]], ...] = (
+    without_optimizer,
+    removed_tensors,
+    stale_references,
+    different_targets,
+    trpo_skips_actor,
+    trpo_skips_critic,
+    unsaved_options,
+    reinitialised_stars,
+    train_eval_differences,
+    uncopied_statistics,
 )

@@ -18,18 +18,18 @@ from sb3_contrib.tqc.policies import TQCPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from torch import nn
 
-from starlayers.rl.actor_critic import ActorCriticOptions
+from starlayers.rl.actor_critic import OnPolicyActorCritic
 from starlayers.rl.base import (
-    ContinuousOptions,
     LatentActor,
+    OffPolicyActorCritic,
     StarNetwork,
-    StarOptions,
-    critic_nets,
-    headed,
+    StarPolicy,
+    build_critics,
+    image_and_dict_policies,
+    with_head,
 )
-from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor
-from starlayers.rl.spec import PRODUCT, default_widths, resolve, uniform
-from starlayers.rl.trunks import RESIDUAL, Norm, activation, activation_module
+from starlayers.rl.spec import DEFAULT, PRODUCT, default_widths, resolve_specs, uniform_widths
+from starlayers.rl.trunks import RESIDUAL, Norm, activation_factory, parse_activation
 
 __all__ = [
     "StarARSPolicy",
@@ -49,199 +49,141 @@ __all__ = [
 ]
 
 
-class StarMaskablePolicy(ActorCriticOptions, MaskableActorCriticPolicy):  # type: ignore[misc]
-    """The star policy of MaskablePPO, with the options of `StarActorCriticPolicy`.
+class StarMaskablePolicy(OnPolicyActorCritic, MaskableActorCriticPolicy):  # type: ignore[misc]
+    """Star policy of MaskablePPO, with the options of `StarActorCriticPolicy`.
+
+    Two plain star trunks of the same widths are one `StarStack`, as in `StarPPOPolicy`.
 
     Raises:
-        TypeError, ValueError: an option out of range, naming it.
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range; the message names it.
 
     Example:
-        >>> StarMaskablePolicy.joint
-        True
+        >>> from sb3_contrib import MaskablePPO
+        >>> from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+        >>> env = InvalidActionEnvDiscrete(dim=4, n_invalid_actions=3)
+        >>> model = MaskablePPO("StarMlpPolicy", env, policy_kwargs={"net_arch": [8]}, device="cpu")
+        >>> mask = [False, False, True, False]  # one action is allowed
+        >>> int(model.predict(env.reset()[0], action_masks=mask)[0])
+        2
     """
 
-    joint = True
+    use_stack = True
 
 
-class StarMaskableCnnPolicy(StarMaskablePolicy):
-    """`StarMaskablePolicy` for images, behind a `StarCnnExtractor`.
+class StarRecurrentPolicy(OnPolicyActorCritic, RecurrentActorCriticPolicy):  # type: ignore[misc]
+    """Star policy of RecurrentPPO: star trunks behind its LSTMs.
 
-    Example:
-        >>> StarMaskableCnnPolicy.base_extractor.__name__
-        'StarCnnExtractor'
-    """
-
-    base_extractor = StarCnnExtractor
-
-
-class StarMaskableMultiInputPolicy(StarMaskablePolicy):
-    """`StarMaskablePolicy` for dictionaries, behind a `StarCombinedExtractor`.
-
-    Example:
-        >>> StarMaskableMultiInputPolicy.base_extractor.__name__
-        'StarCombinedExtractor'
-    """
-
-    base_extractor = StarCombinedExtractor
-
-
-class StarRecurrentPolicy(ActorCriticOptions, RecurrentActorCriticPolicy):  # type: ignore[misc]
-    """The star policy of RecurrentPPO: star trunks behind its LSTMs.
-
-    Options as for `StarActorCriticPolicy`.
+    Options as for `StarActorCriticPolicy`, and those of sb3-contrib's policy for the LSTMs.
 
     Raises:
-        TypeError, ValueError: an option out of range, naming it.
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range; the message names it.
 
     Example:
         >>> from sb3_contrib import RecurrentPPO
         >>> kwargs = {"lstm_hidden_size": 16, "net_arch": [8]}
-        >>> model = RecurrentPPO("StarMlpPolicy", "CartPole-v1", policy_kwargs=kwargs)
-        >>> model.policy.mlp_extractor.policy_net.in_features
-        16
+        >>> model = RecurrentPPO("StarMlpPolicy", "CartPole-v1", policy_kwargs=kwargs, device="cpu")
+        >>> model.policy.lstm_actor, model.policy.mlp_extractor.policy_net.in_features
+        (LSTM(4, 16), 16)
     """
-
-    #: what it takes beside the arguments of an actor-critic policy, and SB3 does not save
-    lstm_options: ClassVar[tuple[str, ...]] = (
-        "lstm_hidden_size",
-        "n_lstm_layers",
-        "shared_lstm",
-        "enable_critic_lstm",
-        "lstm_kwargs",
-    )
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.lstm_given = {key: kwargs[key] for key in self.lstm_options if key in kwargs}
-        super().__init__(*args, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), **self.lstm_given}
-
-
-class StarRecurrentCnnPolicy(StarRecurrentPolicy):
-    """`StarRecurrentPolicy` for images, behind a `StarCnnExtractor`.
-
-    Example:
-        >>> StarRecurrentCnnPolicy.base_extractor.__name__
-        'StarCnnExtractor'
-    """
-
-    base_extractor = StarCnnExtractor
-
-
-class StarRecurrentMultiInputPolicy(StarRecurrentPolicy):
-    """`StarRecurrentPolicy` for dictionaries, behind a `StarCombinedExtractor`.
-
-    Example:
-        >>> StarRecurrentMultiInputPolicy.base_extractor.__name__
-        'StarCombinedExtractor'
-    """
-
-    base_extractor = StarCombinedExtractor
+        # sb3-contrib saves none of these
+        lstm = {
+            "lstm_hidden_size": self.lstm_actor.hidden_size,
+            "n_lstm_layers": self.lstm_actor.num_layers,
+            "shared_lstm": self.shared_lstm,
+            "enable_critic_lstm": self.enable_critic_lstm,
+            "lstm_kwargs": self.lstm_kwargs,
+        }
+        return {**super()._get_constructor_parameters(), **lstm}
 
 
 class StarTQCActor(LatentActor, TQCActor):  # type: ignore[misc]
-    """The actor of TQC, its trunk by a spec."""
+    """Actor of TQC with a star trunk."""
 
 
 class StarTQCCritic(StarNetwork, TQCCritic):
-    """The quantile critics of TQC, their networks by a spec."""
+    """Quantile critics of TQC with star trunks."""
 
-    def replace(self, given: Mapping[str, Any]) -> None:
-        critic_nets(self, given, self.n_quantiles)
+    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
+        build_critics(self, kwargs, self.n_quantiles)
 
 
-class StarTQCPolicy(ContinuousOptions, TQCPolicy):
-    """The star policy of TQC, with the options of `StarSACPolicy`.
+class StarTQCPolicy(OffPolicyActorCritic, TQCPolicy):
+    """Star policy of TQC, with the options of `StarSACPolicy`.
 
     Raises:
-        TypeError, ValueError: an option out of range, naming it.
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range; the message names it.
 
     Example:
         >>> from sb3_contrib import TQC
-        >>> model = TQC("StarMlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": [32]})
-        >>> model.critic.qf0[1].out_features
-        25
+        >>> kwargs = {"net": "product", "net_arch": [32], "n_quantiles": 5}
+        >>> model = TQC("StarMlpPolicy", "Pendulum-v1", policy_kwargs=kwargs, device="cpu")
+        >>> model.critic.qf0[1]
+        Linear(in_features=32, out_features=5, bias=True)
     """
 
     actor_class, critic_class = StarTQCActor, StarTQCCritic
 
 
-class StarTQCCnnPolicy(StarTQCPolicy):
-    """`StarTQCPolicy` for images, behind a `StarCnnExtractor`.
+def make_renorm(kwargs: Mapping[str, Any]) -> Norm | None:
+    """Return a function that makes CrossQ's batch renormalisation, or `None` for none.
 
-    Example:
-        >>> StarTQCCnnPolicy.base_extractor.__name__
-        'StarCnnExtractor'
+    `kwargs` are those of CrossQ's networks. The layer has to be sb3-contrib's own: CrossQ switches
+    between the statistics of the batch and the running ones by that class.
     """
-
-    base_extractor = StarCnnExtractor
-
-
-class StarTQCMultiInputPolicy(StarTQCPolicy):
-    """`StarTQCPolicy` for dictionaries, behind a `StarCombinedExtractor`.
-
-    Example:
-        >>> StarTQCMultiInputPolicy.base_extractor.__name__
-        'StarCombinedExtractor'
-    """
-
-    base_extractor = StarCombinedExtractor
-
-
-def renorm_of(given: Mapping[str, Any]) -> Norm | None:
-    """The batch renormalisation that CrossQ puts before each layer, from its constructor's values.
-
-    It has to be the class of sb3-contrib: CrossQ switches between the statistics of a batch and the
-    running ones by that class.
-    """
-    if not given.get("batch_norm", True):
+    if not kwargs.get("batch_norm", True):
         return None
     return partial(
         BatchRenorm1d,
-        momentum=given.get("batch_norm_momentum", 0.01),
-        eps=given.get("batch_norm_eps", 0.001),
-        warmup_steps=given.get("renorm_warmup_steps", 100_000),
+        momentum=kwargs.get("batch_norm_momentum", 0.01),
+        eps=kwargs.get("batch_norm_eps", 0.001),
+        warmup_steps=kwargs.get("renorm_warmup_steps", 100_000),
     )
 
 
 class StarCrossQActor(StarNetwork, CrossQActor):
-    """The actor of CrossQ, its trunk by a spec between batch renormalisations."""
+    """Actor of CrossQ with a star trunk and batch renormalisations."""
 
-    def replace(self, given: Mapping[str, Any]) -> None:
-        renorm = renorm_of(given)
+    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
+        renorm = make_renorm(kwargs)
         trunk = self.spec.trunk(self.features_dim, self.net_arch, renorm)
         last = [renorm(self.net_arch[-1])] if renorm and self.net_arch else []
         self.latent_pi = nn.Sequential(trunk, *last)
 
 
 class StarCrossQCritic(StarNetwork, CrossQCritic):
-    """The critics of CrossQ, their trunks by a spec between batch renormalisations."""
+    """Critics of CrossQ with star trunks and batch renormalisations."""
 
-    def replace(self, given: Mapping[str, Any]) -> None:
-        renorm, arch = renorm_of(given), given["net_arch"]
-        inputs = given["features_dim"] + get_action_dim(self.action_space)
+    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
+        renorm, net_arch = make_renorm(kwargs), kwargs["net_arch"]
+        inputs = kwargs["features_dim"] + get_action_dim(self.action_space)
         self.q_networks = []
         for i in range(self.n_critics):
-            trunk: Any = self.spec.trunk(inputs, arch, renorm)
+            trunk: Any = self.spec.trunk(inputs, net_arch, renorm)
             last = [renorm(trunk.out_features)] if renorm else []
-            net = nn.Sequential(trunk, *last, nn.Linear(trunk.out_features, 1))
-            setattr(self, f"qf{i}", net)
-            self.q_networks.append(net)
+            q_network = nn.Sequential(trunk, *last, nn.Linear(trunk.out_features, 1))
+            setattr(self, f"qf{i}", q_network)
+            self.q_networks.append(q_network)
 
 
-class StarCrossQPolicy(ContinuousOptions, CrossQPolicy):
-    """The star policy of CrossQ, with sb3-contrib's batch renormalisation before each layer.
+class StarCrossQPolicy(OffPolicyActorCritic, CrossQPolicy):
+    """Star policy of CrossQ, with batch renormalisation before each layer.
 
-    Options as for `StarSACPolicy`, without the product critic and the residual nets, whose norms
-    would stand beside CrossQ's own.
+    Options as for `StarSACPolicy`, without the product critic and the residual nets, which have
+    norms of their own.
 
     Raises:
-        TypeError, ValueError: an option out of range, naming it.
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range; the message names it.
 
     Example:
         >>> from sb3_contrib import CrossQ
-        >>> model = CrossQ("StarMlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": [32]})
+        >>> kwargs = {"net_arch": [32]}
+        >>> model = CrossQ("StarMlpPolicy", "Pendulum-v1", policy_kwargs=kwargs, device="cpu")
         >>> [type(layer).__name__ for layer in model.critic.qf0[0]]
         ['BatchRenorm1d', 'PackedStar']
     """
@@ -253,29 +195,34 @@ class StarCrossQPolicy(ContinuousOptions, CrossQPolicy):
         net = kwargs.get("net", "star")
         for name in [net] if isinstance(net, str) else net.values():
             if name in (PRODUCT, *RESIDUAL):
-                raise ValueError(f"StarCrossQPolicy: net={name!r} brings norms beside CrossQ's own")
+                raise ValueError(
+                    f"{type(self).__name__}: net={name!r} brings norms beside CrossQ's own; take "
+                    "net='star', 'mlp' or 'd2rl'"
+                )
         super().__init__(*args, **kwargs)
 
 
 class StarQuantileNetwork(StarNetwork, QuantileNetwork):
-    """The quantile network of QR-DQN, its trunk by a spec."""
+    """Quantile network of QR-DQN with a star trunk."""
 
-    def replace(self, given: Mapping[str, Any]) -> None:
+    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
         trunk = self.spec.trunk(self.features_dim, self.net_arch)
-        self.quantile_net = headed(trunk, int(self.action_space.n) * self.n_quantiles)
+        self.quantile_net = with_head(trunk, int(self.action_space.n) * self.n_quantiles)
 
 
-class StarQRDQNPolicy(StarOptions, QRDQNPolicy):
-    """The star policy of QR-DQN, with the options of `StarDQNPolicy`.
+class StarQRDQNPolicy(StarPolicy, QRDQNPolicy):
+    """Star policy of QR-DQN, with the options of `StarDQNPolicy`.
 
     Raises:
-        TypeError, ValueError: an option out of range, naming it.
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range; the message names it.
 
     Example:
         >>> from sb3_contrib import QRDQN
-        >>> model = QRDQN("StarMlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [8]})
-        >>> model.quantile_net.quantile_net[1].out_features
-        400
+        >>> kwargs = {"net_arch": [8], "n_quantiles": 25}
+        >>> model = QRDQN("StarMlpPolicy", "CartPole-v1", policy_kwargs=kwargs, device="cpu")
+        >>> model.quantile_net.quantile_net[1]  # two actions, 25 quantiles each
+        Linear(in_features=8, out_features=50, bias=True)
     """
 
     sides = ("q",)
@@ -283,47 +230,27 @@ class StarQRDQNPolicy(StarOptions, QRDQNPolicy):
     cnn_arch: ClassVar[Mapping[str, list[int]]] = {"q": []}
 
     def make_quantile_net(self) -> QuantileNetwork:
-        given = self._update_features_extractor(self.net_args, features_extractor=None)
-        return StarQuantileNetwork(**given, spec=self.specs["q"]).to(self.device)
-
-
-class StarQRDQNCnnPolicy(StarQRDQNPolicy):
-    """`StarQRDQNPolicy` for images, behind a `StarCnnExtractor`.
-
-    Example:
-        >>> StarQRDQNCnnPolicy.base_extractor.__name__
-        'StarCnnExtractor'
-    """
-
-    base_extractor = StarCnnExtractor
-
-
-class StarQRDQNMultiInputPolicy(StarQRDQNPolicy):
-    """`StarQRDQNPolicy` for dictionaries, behind a `StarCombinedExtractor`.
-
-    Example:
-        >>> StarQRDQNMultiInputPolicy.base_extractor.__name__
-        'StarCombinedExtractor'
-    """
-
-    base_extractor = StarCombinedExtractor
+        kwargs = self._update_features_extractor(self.net_args, features_extractor=None)
+        return StarQuantileNetwork(**kwargs, spec=self.specs["q"]).to(self.device)
 
 
 class StarARSPolicy(ARSPolicy):
-    """The star policy of ARS, which searches over all parameters as one vector.
+    """Star policy of ARS, which searches over all parameters as one vector.
 
     Args:
         observation_space, action_space: as for ARS.
         net_arch, activation_fn, net, norm, width, depth: as for the other star policies.
-        squash_output: whether continuous actions end in a tanh.
+        squash_output: True if continuous actions end in a tanh.
 
     Raises:
-        TypeError, ValueError: an option out of range, naming it.
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range; the message names it.
 
     Example:
         >>> from sb3_contrib import ARS
-        >>> model = ARS("StarMlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [8]})
-        >>> sum(p.numel() for p in model.policy.parameters()) == 2 * (4 + 1) * 8 + (8 + 1) * 2
+        >>> kwargs = {"net_arch": [8]}
+        >>> model = ARS("StarMlpPolicy", "CartPole-v1", policy_kwargs=kwargs, device="cpu")
+        >>> model.n_params == 2 * (4 + 1) * 8 + (8 + 1) * 2  # two branches, and two actions
         True
     """
 
@@ -332,7 +259,7 @@ class StarARSPolicy(ARSPolicy):
         observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
         net_arch: list[int] | None = None,
-        activation_fn: str | type[nn.Module] | None = "default",
+        activation_fn: str | type[nn.Module] | None = DEFAULT,
         squash_output: bool = True,
         *,
         net: str = "star",
@@ -340,25 +267,41 @@ class StarARSPolicy(ARSPolicy):
         width: int | None = None,
         depth: int | None = None,
     ) -> None:
-        owner, given = type(self).__name__, activation_fn != "default"
-        act: Any = activation_fn if given else nn.ReLU
-        spec = resolve(owner, ("pi",), net, norm, act=act, given=given)["pi"]
-        net_arch = uniform(owner, width, depth, net_arch) or net_arch
+        name = type(self).__name__
+        specs = resolve_specs(name, ("pi",), net, norm, activation_fn, sb3_activation=nn.ReLU)
+        spec = specs["pi"]
+        net_arch = uniform_widths(name, width, depth, net_arch) or net_arch
         if net_arch is None:
             net_arch = default_widths(spec.net, [64, 64])
-        stock: Any = activation(act)
-        stock = stock if isinstance(stock, type) else partial(activation_module, stock)
+        act: Any = nn.ReLU if activation_fn == DEFAULT else activation_fn
         super().__init__(
-            observation_space, action_space, net_arch, stock, squash_output=squash_output
+            observation_space,
+            action_space,
+            net_arch,
+            activation_factory(parse_activation(act)),  # type: ignore[arg-type]
+            squash_output=squash_output,
         )
         self.options = {"activation_fn": activation_fn, "net": net, "norm": norm}
-        self.squashed = squash_output
-        if not spec.stock:
+        if not spec.is_stock:
             trunk = spec.trunk(self.features_dim, net_arch)
             head: Any = self.action_net[-2 if isinstance(self.action_net[-1], nn.Tanh) else -1]
-            tail = [nn.Tanh()] if self.squash_output else []
-            self.action_net = headed(trunk, head.out_features, *tail)
+            last = [nn.Tanh()] if self.squash_output else []
+            self.action_net = with_head(trunk, head.out_features, *last)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
-        return {**data, **self.options, "squash_output": self.squashed}
+        return {**data, **self.options, "squash_output": self.squash_output}
+
+
+StarMaskableCnnPolicy, StarMaskableMultiInputPolicy = image_and_dict_policies(
+    StarMaskablePolicy, "sb3_contrib.MaskablePPO"
+)
+StarRecurrentCnnPolicy, StarRecurrentMultiInputPolicy = image_and_dict_policies(
+    StarRecurrentPolicy, "sb3_contrib.RecurrentPPO"
+)
+StarTQCCnnPolicy, StarTQCMultiInputPolicy = image_and_dict_policies(
+    StarTQCPolicy, "sb3_contrib.TQC", discrete=False, replay=True
+)
+StarQRDQNCnnPolicy, StarQRDQNMultiInputPolicy = image_and_dict_policies(
+    StarQRDQNPolicy, "sb3_contrib.QRDQN", replay=True
+)

@@ -1,4 +1,4 @@
-"""The state-action star: products of state and action in critics, new and trained."""
+"""Critics that multiply state and action: `ProductTrunk`, `ProductTerm`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,20 +13,21 @@ __all__ = ["ProductTerm", "ProductTrunk"]
 
 
 class ProductTrunk(KeepsInit):
-    """A trunk of Q(s, a) that multiplies state and action.
+    """Trunk of Q(s, a) that multiplies state and action.
 
-    The first layer is `act(norm(Ws s)) * norm(Wa a) + W [s, a] + b`, the star operation over two
-    inputs beside the usual path over their concatenation; star layers follow. Without the norms
-    the gradient in the action grows with the state's embedding, which is known to destabilise
-    actors; each branch is therefore normalised unless `norm="none"`.
+    The first layer is `act(norm(Ws s + bs)) * norm(Wa a + ba) + W [s, a] + b`: a star operation
+    over two inputs, plus the usual linear layer over their concatenation; star layers follow.
+    Without the norms the gradient with respect to the action grows with the state's embedding,
+    which is known to destabilise actors; each branch is therefore normalised unless `norm="none"`.
 
     Shapes: (batch, states + actions), as SB3's critics concatenate them -> (batch, out_features).
 
     Args:
-        states, actions: channels of either.
+        states: channels of the state.
+        actions: channels of the action.
         net_arch: widths, at least one.
-        act: a row of `ACTIVATIONS`.
-        norm: a row of `NORMS`, or "none".
+        act: name of the activation in `ACTIVATIONS`.
+        norm: "layer", "rms" or "none".
 
     Raises:
         ValueError: an empty `net_arch`, an unknown norm.
@@ -36,8 +37,12 @@ class ProductTrunk(KeepsInit):
     Reinforcement Learning with Spectral Normalization", NeurIPS 2021.
 
     Example:
-        >>> ProductTrunk(3, 1, [32, 32])(torch.randn(8, 4)).shape
-        torch.Size([8, 32])
+        >>> from stable_baselines3 import SAC
+        >>> kwargs = {"net": {"pi": "mlp", "qf": "product"}, "net_arch": [32]}
+        >>> model = SAC("StarMlpPolicy", "Pendulum-v1", policy_kwargs=kwargs, device="cpu")
+        >>> trunk = model.critic.qf0[0]
+        >>> trunk.state.in_features, trunk.action.in_features, trunk.out_features
+        (3, 1, 32)
     """
 
     def __init__(
@@ -55,13 +60,13 @@ class ProductTrunk(KeepsInit):
             raise ValueError(f"unknown norm {norm!r}, choose one of {', '.join(NORMS)} or 'none'")
         super().__init__()
         first, *rest = net_arch
-        normalise = nn.Identity if norm == "none" else NORMS[norm]
+        make_norm = nn.Identity if norm == "none" else NORMS[norm]
         self.in_features, self.out_features = states + actions, net_arch[-1]
         self.sizes, self.act = [states, actions], act
         self.state = nn.Linear(states, first)
         self.action = nn.Linear(actions, first)
         self.both = nn.Linear(states + actions, first)
-        self.state_norm, self.action_norm = normalise(first), normalise(first)
+        self.state_norm, self.action_norm = make_norm(first), make_norm(first)
         self.tail = build_trunk("star", first, rest, act=act, norm=None if norm == "none" else norm)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,19 +78,21 @@ class ProductTrunk(KeepsInit):
 
 
 class ProductTerm(nn.Module):
-    """A critic's network with a product of state and action beside it.
+    """Critic network plus a learned product of state and action, zero at first.
 
-    `Q(s, a) = q([s, a]) + head(tanh(Ws s + bs) * (Wa a + ba))` with a zero head: `q` to the bit at
-    first. A network over the concatenation has to learn such products; here they are given, and
-    the bounded state branch keeps the gradient in the action bounded.
+    `Q(s, a) = q([s, a]) + head(tanh(Ws s + bs) * (Wa a + ba))`. The head starts at zero, so that
+    the sum equals `q` to the bit. A network over the concatenation has to learn such products from
+    data; here they are part of the formula, and the bounded branch of the state keeps the gradient
+    with respect to the action bounded. `starify(model, product=width)` adds one to each critic.
 
     Shapes: (batch, states + actions), as SB3's critics concatenate them -> that of `q`.
 
     Args:
         q: the critic's own network, with its gates if it has any.
-        states, actions: channels of either.
-        outputs: of `q`; quantiles have one each.
-        width: products.
+        states: channels of the state.
+        actions: channels of the action.
+        outputs: channels of `q`'s output: one, or one for each quantile.
+        width: number of products.
 
     Example:
         >>> q = nn.Linear(4, 1)
@@ -97,12 +104,12 @@ class ProductTerm(nn.Module):
     def __init__(self, q: nn.Module, states: int, actions: int, outputs: int, width: int) -> None:
         super().__init__()
         first = next(q.parameters())
-        where: dict[str, Any] = {"dtype": first.dtype, "device": first.device}
+        factory: dict[str, Any] = {"dtype": first.dtype, "device": first.device}
         self.q = q
         self.sizes = [states, actions]
-        self.state = nn.Linear(states, width, **where)
-        self.action = nn.Linear(actions, width, **where)
-        self.head = nn.Linear(width, outputs, bias=False, **where)
+        self.state = nn.Linear(states, width, **factory)
+        self.action = nn.Linear(actions, width, **factory)
+        self.head = nn.Linear(width, outputs, bias=False, **factory)
         nn.init.zeros_(self.head.weight)
         self.train(q.training)
 

@@ -1,27 +1,35 @@
-"""What a model of stable-baselines3 is made of, what trains it, and what silently does not work."""
+"""Description of a model of SB3: its networks, optimizers and problems."""
 
 from dataclasses import dataclass
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from starlayers.rl.checks import CHECKS
-from starlayers.rl.inspect import Network, Subject
+from starlayers.rl.inspect import Inspector, Network
 
 __all__ = ["Description", "Network", "describe"]
+
+COLUMNS = ("network", "class", "shared with", "parameters", "FLOPs", "optimizer", "lr", "trains")
+#: columns of numbers, aligned to the right
+NUMBERS = ("parameters", "FLOPs")
 
 
 @dataclass(frozen=True)
 class Description:
-    """The networks of a model and its problems; `print(description)` gives a table.
+    """Networks of a model and its problems; `print(description)` shows a table.
 
     Args:
-        algorithm, policy: names of the classes.
-        networks: a row each.
+        algorithm: name of the class of the model.
+        policy: name of the class of its policy.
+        networks: one entry per network.
         problems: one sentence each; empty for a healthy model.
 
     Example:
-        >>> Description("PPO", "ActorCriticPolicy", (), ("no optimizer owns net.weight",)).problems
-        ('no optimizer owns net.weight',)
+        >>> from stable_baselines3 import PPO
+        >>> model = PPO("MlpPolicy", "CartPole-v1", device="cpu")
+        >>> model.policy.value_net.bias = torch.nn.Parameter(torch.zeros(1))  # surgery by hand
+        >>> describe(model).problems[0]
+        'no optimizer owns value_net.bias, so that training leaves it as it is'
     """
 
     algorithm: str
@@ -30,22 +38,12 @@ class Description:
     problems: tuple[str, ...]
 
     def __str__(self) -> str:
-        head = (
-            "network",
-            "class",
-            "shared with",
-            "parameters",
-            "FLOPs",
-            "optimizer",
-            "lr",
-            "trains",
-        )
-        lines = [head, *(network.cells() for network in self.networks)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        lines = [COLUMNS, *(network.cells() for network in self.networks)]
+        widths = [max(map(len, column)) for column in zip(*lines)]
         table = [
             "  ".join(
-                cell.rjust(width) if i in (3, 4) else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths))
+                cell.rjust(width) if name in NUMBERS else cell.ljust(width)
+                for name, cell, width in zip(COLUMNS, line, widths)
             ).rstrip()
             for line in lines
         ]
@@ -64,16 +62,16 @@ class Description:
 
 
 def describe(model: BaseAlgorithm, *, strict: bool = False) -> Description:
-    """What a model is made of, which optimizer owns what, and what silently does not work.
+    """List a model's networks, their optimizers, and faults that raise no error.
 
-    It looks for parameters that nothing trains, for an optimizer, alias or target that module
-    surgery left behind, for what TRPO, `policy.load`, `ortho_init` and target updates leave out,
-    and for batch statistics where an algorithm does not keep them right (docs/rl.md). The model
-    stays as it is.
+    It looks for parameters that no optimizer holds; optimizers, aliases and targets that changes by
+    hand left behind; parameters that TRPO, `policy.load`, `ortho_init` and target updates leave
+    out; and batch statistics that differ between acting and learning (docs/rl.md). The model stays
+    as it is.
 
     Args:
         model: any algorithm of stable-baselines3 or sb3-contrib.
-        strict: raise where there is a problem.
+        strict: raise if there is a problem.
 
     Raises:
         TypeError: not a model of stable-baselines3.
@@ -82,10 +80,10 @@ def describe(model: BaseAlgorithm, *, strict: bool = False) -> Description:
     Example:
         >>> from stable_baselines3 import PPO
         >>> model = PPO("MlpPolicy", "CartPole-v1", device="cpu", policy_kwargs={"net_arch": [8]})
-        >>> found = describe(model)
-        >>> [(n.name, n.parameters, n.flops) for n in found.networks if n.kind == "Linear"]
+        >>> description = describe(model)
+        >>> [(n.name, n.parameters, n.flops) for n in description.networks if n.kind == "Linear"]
         [('action_net', 18, 32), ('value_net', 9, 16)]
-        >>> print(found)  # doctest: +ELLIPSIS
+        >>> print(description)  # doctest: +ELLIPSIS
         PPO with ActorCriticPolicy: 107 parameters, 107 trained; ...
         no problems found
     """
@@ -94,14 +92,15 @@ def describe(model: BaseAlgorithm, *, strict: bool = False) -> Description:
             "describe takes a model of stable-baselines3 or sb3-contrib, such as PPO, "
             f"got {type(model).__name__}"
         )
-    subject = Subject(model)
-    with subject.untouched():
-        found = Description(
+    inspector = Inspector(model)
+    with inspector.evaluation_mode():
+        description = Description(
             type(model).__name__,
             type(model.policy).__name__,
-            tuple(subject.networks()),
-            tuple(p for check in CHECKS for p in check(subject)),
+            tuple(inspector.networks()),
+            tuple(problem for check in CHECKS for problem in check(inspector)),
         )
-    if strict and found.problems:
-        raise ValueError("\n".join([f"{found.algorithm}:", *(f"- {p}" for p in found.problems)]))
-    return found
+    if strict and description.problems:
+        problems = [f"- {problem}" for problem in description.problems]
+        raise ValueError("\n".join([f"{description.algorithm}:", *problems]))
+    return description

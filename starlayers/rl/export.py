@@ -1,4 +1,4 @@
-"""Trained policies as ONNX files that need neither PyTorch nor stable-baselines3."""
+"""Export of trained policies to ONNX, to run without PyTorch or SB3."""
 
 import os
 import tempfile
@@ -9,8 +9,8 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
-from starlayers.rl.onnx import Decision
-from starlayers.rl.parity import check_parity, samples, tensors
+from starlayers.rl.onnx import DeterministicPolicy
+from starlayers.rl.parity import check_parity, random_inputs, to_tensors
 
 __all__ = ["export_onnx"]
 
@@ -22,12 +22,12 @@ def export_onnx(
     vec_normalize: VecNormalize | None = None,
     opset: int = 18,
 ) -> Path:
-    """Write the deterministic `predict` of a model to an ONNX file, checked in onnxruntime.
+    """Write the deterministic `predict` of a model to a verified ONNX file.
 
     The graph takes observations as the environment gives them (images channel first, as
     `model.observation_space`) and returns the action that `env.step` takes: the statistics of
     `VecNormalize`, SB3's preprocessing, the masks of MaskablePPO and the scaling or clipping of
-    actions are all inside. Before the file appears, its actions are compared with `predict` on
+    actions are all inside. Before the file is written, its actions are compared with `predict` on
     random observations; where two actions have the same score to rounding, either passes.
 
     Inputs, with a free batch size: "obs" (batch, ...), or one input per key of a Dict space, in
@@ -37,9 +37,9 @@ def export_onnx(
 
     Args:
         model: any algorithm of stable-baselines3 or sb3-contrib.
-        path: of the file; it is replaced in one step.
-        vec_normalize: the statistics; default those of the model's environment, if any. A model
-            that was loaded without its environment knows of none: give them.
+        path: of the file. It is written to a temporary name first and then replaced.
+        vec_normalize: the statistics; by default those of the model's environment, if any. A model
+            that was loaded without its environment has none: pass them.
         opset: version of the ONNX operators.
 
     Returns:
@@ -55,12 +55,15 @@ def export_onnx(
             the action; no file is written.
 
     Example:
-        >>> import tempfile
+        >>> import numpy as np, onnxruntime, tempfile
         >>> from stable_baselines3 import PPO
-        >>> model = PPO("MlpPolicy", "CartPole-v1", device="cpu")
+        >>> model = PPO("StarMlpPolicy", "CartPole-v1", device="cpu")
+        >>> obs = np.zeros((1, 4), np.float32)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     export_onnx(model, f"{folder}/cartpole.onnx").name
-        'cartpole.onnx'
+        ...     session = onnxruntime.InferenceSession(export_onnx(model, f"{folder}/agent.onnx"))
+        >>> action, _ = model.predict(obs, deterministic=True)
+        >>> bool(session.run(["action"], {"obs": obs})[0] == action)
+        True
     """
     if not isinstance(model, BaseAlgorithm):
         raise TypeError(
@@ -85,36 +88,40 @@ def export_onnx(
     modes = [(module, module.training) for module in policy.modules()]
     policy.set_training_mode(False)
     try:
-        decision = Decision(policy, stats)
-        decision.training = False
+        graph = DeterministicPolicy(policy, stats)
+        graph.training = False
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            written = Path(folder) / path.name
-            _write(decision, written, opset)
-            session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
-            check_parity(model, decision, session, stats)
-            os.replace(written, path)
+            temporary = Path(folder) / path.name
+            _write(graph, temporary, opset)
+            session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+            check_parity(model, graph, session, stats)
+            os.replace(temporary, path)
     finally:
         for module, training in modes:
             module.training = training
     return path
 
 
-def _write(decision: Decision, path: Path, opset: int) -> None:
-    names = [*decision.inputs, *decision.extras()]
-    outputs = ["action"] + ["next_hidden", "next_cell"] * decision.recurrent
-    twice = sorted({n for n in names + outputs if (names + outputs).count(n) > 1})
-    if twice:
-        raise ValueError(f"export_onnx: rename the observation {twice}, which the graph also needs")
+def _write(graph: DeterministicPolicy, path: Path, opset: int) -> None:
+    """Write the graph to an ONNX file, with a free batch size."""
+    inputs = [*graph.inputs, *graph.extra_inputs()]
+    outputs = ["action"] + ["next_hidden", "next_cell"] * graph.recurrent
+    names = inputs + outputs
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"export_onnx: rename the observation {repeated}, which the graph also needs"
+        )
     batch = torch.export.Dim("batch")
-    shapes = [{1 if name in ("hidden", "cell") else 0: batch} for name in names]
-    args = tensors(decision, next(samples(decision, (2,))))
+    shapes = [{1 if name in ("hidden", "cell") else 0: batch} for name in inputs]
+    args = to_tensors(graph, next(random_inputs(graph, (2,))))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            decision,
+            graph,
             args,
             path,
-            input_names=names,
+            input_names=inputs,
             output_names=outputs,
             dynamic_shapes={"args": tuple(shapes)},
             # the tracing exporter would record fused kernels, which ONNX does not have

@@ -1,39 +1,38 @@
-"""Star features extractors: flat observations, images, dictionaries."""
+"""Star features extractors for flat observations, images and dictionaries."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
 from torch import Tensor, nn
 
 from starlayers.modules import StarBlock, positive_int
-from starlayers.rl.trunks import KeepsInit, activation_row, build_trunk, end_in_zero
-from starlayers.vision.blocks import OnChannelsLast
+from starlayers.rl.trunks import KeepsInit, activation_name, build_trunk, zero_output
 
 __all__ = ["StarCnnExtractor", "StarCombinedExtractor", "StarExtractor"]
 
 
 class StarExtractor(KeepsInit, BaseFeaturesExtractor):
-    """A star trunk over flat observations, as a features extractor of SB3.
+    """Features extractor of flat observations: a trunk of star layers.
 
     Beware that SB3 puts an MLP of its own behind an extractor unless `net_arch=[]` is given.
+
     Shapes: (batch, *observation) -> (batch, features_dim).
 
     Args:
-        observation_space: any space SB3 flattens.
-        features_dim: channels of the result.
-        net: a row of `NETS`.
-        depth: layers, or residual blocks.
+        observation_space: any space that SB3 flattens.
+        features_dim: channels of the result, and width of every layer.
+        net: a name in `NETS`.
+        depth: number of layers, or of residual blocks.
         activation_fn: a name from `ACTIVATIONS`, or a class as SB3 takes it.
-        norm: "layer", "rms" or `None`.
+        norm: "layer", "rms", "none" or `None`.
 
     Raises:
-        TypeError, ValueError: an option out of range, naming it.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range; the message names it.
 
     Example:
         >>> from stable_baselines3 import PPO
@@ -61,7 +60,7 @@ class StarExtractor(KeepsInit, BaseFeaturesExtractor):
             net,
             get_flattened_obs_dim(observation_space),
             [features_dim] * depth,
-            act=activation_row(activation_fn),
+            act=activation_name(activation_fn),
             norm=norm,
         )
 
@@ -70,13 +69,13 @@ class StarExtractor(KeepsInit, BaseFeaturesExtractor):
 
 
 class StarCnnExtractor(KeepsInit, BaseFeaturesExtractor):
-    """A small StarNet over images, as a features extractor of SB3.
+    """Features extractor of images: a small StarNet.
 
     A strided stem, then stages of a strided 3x3 convolution and star blocks, then one linear
-    layer. Strides follow the size of the image: 84x84 and 64x64 shrink by four in the stem and by
-    two in each stage; grids below 16 pixels keep their size in the stem. Norms are over channels:
-    PPO collects in eval mode and learns in train mode, and batch statistics would make the two
-    disagree.
+    layer with a ReLU. Strides follow the shorter side of the image, in pixels: from 48 the stem
+    divides it by four (8x8 kernel), from 16 by two (3x3), below it keeps the size; a stage divides
+    by two while more than 4 pixels are left. Norms are over channels: PPO collects in evaluation
+    mode and learns in training mode, and batch statistics would make the two disagree.
 
     Shapes: (batch, C, H, W) -> (batch, features_dim); uint8 images, which SB3 scales to [0, 1],
     or floats.
@@ -84,18 +83,22 @@ class StarCnnExtractor(KeepsInit, BaseFeaturesExtractor):
     Args:
         observation_space: a `Box` of three dimensions, channels first.
         features_dim: channels of the result.
-        normalized_image: accepted as SB3's CNN does; floats are taken either way.
-        dims: channels of the stages.
-        depths: star blocks in each stage.
+        normalized_image: accepted for SB3, which passes it; bytes and floats are taken either way.
+        dims: channels of each stage.
+        depths: number of star blocks in each stage.
         activation_fn: of the star blocks; a name from `ACTIVATIONS`, or a class as SB3 takes it.
 
     Raises:
+        TypeError: `features_dim` is no integer, or `activation_fn` neither a name nor a class.
         ValueError: a space that is no image or has its channels last, `dims` and `depths` of
-            different lengths.
+            different lengths, an unknown activation, `features_dim` below 1.
 
     Example:
         >>> space = spaces.Box(0, 255, (4, 84, 84), dtype="uint8")
-        >>> StarCnnExtractor(space)(torch.rand(2, 4, 84, 84)).shape
+        >>> extractor = StarCnnExtractor(space)
+        >>> extractor.stem
+        Conv2d(4, 32, kernel_size=(8, 8), stride=(4, 4), padding=(4, 4))
+        >>> extractor(torch.rand(2, 4, 84, 84)).shape
         torch.Size([2, 512])
     """
 
@@ -109,7 +112,7 @@ class StarCnnExtractor(KeepsInit, BaseFeaturesExtractor):
         depths: Sequence[int] = (1, 1),
         activation_fn: str | type[nn.Module] | None = "relu6",
     ) -> None:
-        act = activation_row(activation_fn)
+        act = activation_name(activation_fn)
         shape = getattr(observation_space, "shape", None)
         if not isinstance(observation_space, spaces.Box) or shape is None or len(shape) != 3:
             raise ValueError(
@@ -122,63 +125,88 @@ class StarCnnExtractor(KeepsInit, BaseFeaturesExtractor):
                 "VecTransposeImage turns bytes, gymnasium's TransformObservation floats"
             )
         if len(dims) != len(depths) or not dims:
-            raise ValueError(f"StarCnnExtractor: dims={dims} and depths={depths} differ in length")
-        super().__init__(observation_space, positive_int("StarCnn", "features_dim", features_dim))
+            raise ValueError(
+                f"StarCnnExtractor: dims={dims} and depths={depths} need one entry for each stage"
+            )
+        super().__init__(
+            observation_space, positive_int("StarCnnExtractor", "features_dim", features_dim)
+        )
         channels, size = shape[0], min(shape[1:])
         kernel, stride = (8, 4) if size >= 48 else (3, 2) if size >= 16 else (3, 1)
         self.stem = nn.Conv2d(channels, dims[0], kernel, stride, padding=kernel // 2)
         self.stem_norm = nn.LayerNorm(dims[0])
         size = (size + 2 * (kernel // 2) - kernel) // stride + 1
-        stages, before = [], dims[0]
+        stages, previous = [], dims[0]
         for dim, depth in zip(dims, depths):
             stride = 2 if size > 4 else 1
             size = (size - 1) // stride + 1
-            down = nn.Conv2d(before, dim, 3, stride, padding=1)
-            blocks = [_block(dim, act) for _ in range(depth)]
-            stages.append(nn.Sequential(OnChannelsLast(OrderedDict(conv=down)), *blocks))
-            before = dim
-        self.stages = nn.Sequential(*stages, nn.LayerNorm(before))
+            down = ChannelsLastConv(nn.Conv2d(previous, dim, 3, stride, padding=1))
+            stages.append(nn.Sequential(down, *(_star_block(dim, act) for _ in range(depth))))
+            previous = dim
+        self.stages = nn.Sequential(*stages, nn.LayerNorm(previous))
         with torch.no_grad():
-            flat = self._maps(torch.zeros(1, *shape)).numel()
+            flat = self.feature_maps(torch.zeros(1, *shape)).numel()
         self.head = nn.Sequential(nn.Linear(flat, features_dim), nn.ReLU())
 
-    def _maps(self, images: Tensor) -> Tensor:
-        pixels = rearrange(self.stem(images), "n c h w -> n h w c")
+    def feature_maps(self, images: Tensor) -> Tensor:
+        """Compute the maps before the last linear layer: (batch, height, width, channels)."""
+        pixels = self.stem(images).permute(0, 2, 3, 1)
         return self.stages(self.stem_norm(pixels))  # type: ignore[no-any-return]
 
     def forward(self, observations: Tensor) -> Tensor:
-        return self.head(self._maps(observations).flatten(1))  # type: ignore[no-any-return]
+        return self.head(self.feature_maps(observations).flatten(1))  # type: ignore[no-any-return]
 
     def reset_star(self, gain: float) -> None:
         super().reset_star(gain)
         for module in self.modules():
-            # an orthogonal (C, 9) matrix gives a filter of one channel next to no weight
+            # depthwise filters: an orthogonal (channels, 9) matrix makes each of them nearly zero
             if isinstance(module, nn.Conv2d) and module.groups > 1:
                 module.reset_parameters()
 
 
-def _block(dim: int, act: str) -> StarBlock:
-    """A star block over (N, H, W, C) with depthwise 3x3 convolutions, at first the identity."""
+class ChannelsLastConv(nn.Module):
+    """Convolution over (N, H, W, C) tensors.
 
-    def depthwise() -> OnChannelsLast:
-        return OnChannelsLast(OrderedDict(conv=nn.Conv2d(dim, dim, 3, padding=1, groups=dim)))
+    Args:
+        conv: the convolution, over (N, C, H, W).
+
+    Example:
+        >>> ChannelsLastConv(nn.Conv2d(3, 8, 3, stride=2, padding=1))(torch.ones(2, 9, 9, 3)).shape
+        torch.Size([2, 5, 5, 8])
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
+
+
+def _star_block(dim: int, act: str) -> StarBlock:
+    """Make a depthwise star block over (N, H, W, C), at first the identity."""
+
+    def depthwise() -> ChannelsLastConv:
+        return ChannelsLastConv(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))
 
     pre = nn.Sequential(depthwise(), nn.LayerNorm(dim))
     block = StarBlock(dim, expansion=2, act=act, offset=1.0, pre=pre, post=depthwise())
-    end_in_zero(block)
+    zero_output(block)
     return block
 
 
 class StarCombinedExtractor(KeepsInit, CombinedExtractor):
-    """A features extractor for dictionaries: images through a StarNet, the rest flattened.
+    """Features extractor of dictionaries: StarNets for images, the rest flattened.
 
-    As SB3's `CombinedExtractor`, whose place it takes. Shapes: a dictionary of (batch, ...) ->
-    (batch, features_dim), the features of the keys side by side.
+    It takes the place of SB3's `CombinedExtractor`.
+
+    Shapes: a dictionary of (batch, ...) -> (batch, features_dim), the features of all keys
+    concatenated.
 
     Args:
         observation_space: a `Dict` of spaces.
         cnn_output_dim: features of each image.
-        normalized_image: whether images are floats already.
+        normalized_image: True if images are floats from 0 to 1 already.
         kwargs: passed on to each `StarCnnExtractor`.
 
     Raises:
@@ -206,8 +234,8 @@ class StarCombinedExtractor(KeepsInit, CombinedExtractor):
             else get_flattened_obs_dim(space)
             for key, space in observation_space.spaces.items()
         }
-        # SB3 tells subclasses of its own extractor when images are floats already; the networks of
-        # that one are not made
+        # subclasses of SB3's extractor are told by SB3 when images are floats already; its
+        # constructor is skipped, because it would build networks of its own
         BaseFeaturesExtractor.__init__(self, observation_space, sum(sizes.values()))
         self.extractors = nn.ModuleDict(
             {

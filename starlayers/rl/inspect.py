@@ -1,4 +1,4 @@
-"""A model of stable-baselines3 under examination: its networks, their owners, ways to run them."""
+"""Inspection of a model of SB3: networks, optimizers, a forward pass."""
 
 import copy
 from collections.abc import Iterator
@@ -13,26 +13,30 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from starlayers.backend import use_backend
 
-__all__ = ["Network", "Subject"]
+__all__ = ["Inspector", "Network"]
 
 
 @dataclass(frozen=True)
 class Network:
-    """One network, or lone parameter, of a policy.
+    """One network of a policy, or one parameter outside of networks.
 
     Args:
         name: its path in the policy.
-        kind: its class.
-        shared: other paths that lead to it, of those who share it.
-        parameters: all of them.
-        trained: those that need gradients and are in an optimizer.
+        kind: name of its class.
+        shared: other paths to the same network.
+        parameters: number of its parameters.
+        trained: number of those that need gradients and are in an optimizer.
         flops: of matrix products and convolutions for one observation, two per multiply-add.
-        optimizers: that own parameters of it.
+        optimizers: names of the optimizers that hold parameters of it.
         learning_rates: of those parameters, now.
 
     Example:
-        >>> Network("action_net", "Linear", (), 130, 130, 256, ("policy.optimizer",), (3e-4,)).flops
-        256
+        >>> from stable_baselines3 import PPO
+        >>> from starlayers.rl import describe
+        >>> model = PPO("MlpPolicy", "CartPole-v1", device="cpu")
+        >>> describe(model).networks[-1]  # doctest: +NORMALIZE_WHITESPACE
+        Network(name='value_net', kind='Linear', shared=(), parameters=65, trained=65, flops=128,
+                optimizers=('policy.optimizer',), learning_rates=(0.0003,))
     """
 
     name: str
@@ -45,7 +49,7 @@ class Network:
     learning_rates: tuple[float, ...]
 
     def cells(self) -> tuple[str, ...]:
-        """The row of the printed table."""
+        """Format the fields for a table, one string per column."""
         trains = "yes" if self.trained == self.parameters else f"{self.trained:,} of them"
         return (
             self.name,
@@ -59,8 +63,12 @@ class Network:
         )
 
 
-class Subject:
-    """A model under examination: its parts by name, and ways to run them."""
+class Inspector:
+    """Access to the parts of a model by name, and ways to run them.
+
+    Args:
+        model: an algorithm of stable-baselines3 or sb3-contrib.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -78,19 +86,20 @@ class Subject:
             for name, part in {"policy": self.policy, **self.parts}.items()
             if isinstance(getattr(part, "optimizer", None), torch.optim.Optimizer)
         }
-        self.owners: dict[int, list[tuple[str, float]]] = {}
+        #: id of a parameter -> names and learning rates of the optimizers that hold it
+        self.optimizers_of: dict[int, list[tuple[str, float]]] = {}
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 for p in group["params"]:
-                    self.owners.setdefault(id(p), []).append((name, float(group["lr"])))
+                    self.optimizers_of.setdefault(id(p), []).append((name, float(group["lr"])))
 
-    def is_a(self, algorithm: str) -> bool:
-        """Whether the model is of the named algorithm, which need not be installed."""
-        return any(cls.__name__ == algorithm for cls in type(self.model).__mro__)
+    def is_algorithm(self, name: str) -> bool:
+        """Return True if the model is of the named algorithm, which need not be installed."""
+        return any(cls.__name__ == name for cls in type(self.model).__mro__)
 
     @contextmanager
-    def untouched(self) -> Iterator[None]:
-        """Evaluation mode inside; modes, buffers and seeds as they were afterwards."""
+    def evaluation_mode(self) -> Iterator[None]:
+        """Set evaluation mode; afterwards restore modes, buffers and random seeds."""
         modules = [(m, m.training) for m in self.policy.modules()]
         buffers = [(b, b.clone()) for b in self.policy.buffers()]
         devices = [self.policy.device] if self.policy.device.type == "cuda" else []
@@ -106,7 +115,7 @@ class Subject:
                     buffer.copy_(value)
 
     def observations(self, n: int) -> Any:
-        """Random observations, as the policy takes them."""
+        """Sample `n` observations as tensors, as the policy takes them."""
         space = copy.deepcopy(self.model.observation_space)
         space.seed(0)
         samples = [space.sample() for _ in range(n)]
@@ -116,7 +125,7 @@ class Subject:
         return self.policy.obs_to_tensor(stacked)[0]
 
     def run(self, n: int = 1) -> None:
-        """Run actor, critics and targets on random observations."""
+        """Run actor, critics and targets on `n` random observations."""
         obs = self.observations(n)
         with torch.no_grad():
             if self.actor_critic and not self.lstm_state(n):
@@ -134,11 +143,13 @@ class Subject:
                     part(obs)
 
     def distribution(self, obs: Any, n: int) -> Any:
-        """That of the actions; a recurrent policy returns its state beside it."""
-        found = self.policy.get_distribution(obs, *self.lstm_state(n))
-        return found[0] if isinstance(found, tuple) else found
+        """Return the distribution of the actions for `n` observations."""
+        result = self.policy.get_distribution(obs, *self.lstm_state(n))
+        # a recurrent policy returns its state as well
+        return result[0] if isinstance(result, tuple) else result
 
     def lstm_state(self, n: int) -> tuple[Any, ...]:
+        """Return zero states and episode starts of a recurrent policy, else `()`."""
         lstm = getattr(self.policy, "lstm_actor", None)
         if lstm is None:
             return ()
@@ -146,23 +157,17 @@ class Subject:
         return (zeros, zeros), torch.zeros(n, device=self.policy.device)
 
     def networks(self) -> Iterator[Network]:
-        """A row per network, wherever it is found first."""
-        named = self.named()
+        """Yield a `Network` for each network, under its first name."""
+        named = self.named_networks()
         flops = self.flops([net for net, _ in named.values()])
         for key, (net, (name, *shared)) in named.items():
             parameters = list(net.parameters()) if isinstance(net, nn.Module) else [net]
-            owners = [o for p in parameters for o in self.owners.get(id(p), ())]
-            trained = [p for p in parameters if p.requires_grad and id(p) in self.owners]
-            if self.is_a("ARS") and parameters:  # searches without gradients
-                owners, trained = (
-                    [
-                        (
-                            "ARS",
-                            float(self.model.lr_schedule(self.model._current_progress_remaining)),
-                        )
-                    ],
-                    parameters,
-                )
+            holders = [h for p in parameters for h in self.optimizers_of.get(id(p), ())]
+            trained = [p for p in parameters if p.requires_grad and id(p) in self.optimizers_of]
+            if self.is_algorithm("ARS") and parameters:  # it searches without gradients
+                progress = self.model._current_progress_remaining
+                holders = [("ARS", float(self.model.lr_schedule(progress)))]
+                trained = parameters
             yield Network(
                 name,
                 type(net).__name__,
@@ -170,32 +175,17 @@ class Subject:
                 sum(p.numel() for p in parameters),
                 sum(p.numel() for p in trained),
                 flops.get(key, 0),
-                tuple(dict.fromkeys(owner for owner, _ in owners)),
-                tuple(dict.fromkeys(rate for _, rate in owners)),
+                tuple(dict.fromkeys(name for name, _ in holders)),
+                tuple(dict.fromkeys(rate for _, rate in holders)),
             )
 
-    def named(self) -> dict[int, tuple[Any, list[str]]]:
-        """The networks and all of their names."""
+    def named_networks(self) -> dict[int, tuple[Any, list[str]]]:
+        """Return each network with all of its names, by its id."""
         found: dict[int, tuple[Any, list[str]]] = {}
-
-        def enter(path: str, net: Any) -> None:
+        for path, net in self._paths():
             # a module or parameter of a policy may be `None`
             if net is not None:
                 found.setdefault(id(net), (net, []))[1].append(path)
-
-        # an actor-critic policy has its first extractor under two names
-        skipped = {*self.parts, *(["features_extractor"] if self.actor_critic else [])}
-        for name, net in [*self.policy._modules.items(), *self.policy._parameters.items()]:
-            if name == "mlp_extractor" and not net._parameters:
-                for inner, trunk in net._modules.items():
-                    enter(f"mlp_extractor.{inner}", trunk)
-                if getattr(net, "share", False):  # `share_trunk=True`
-                    enter("mlp_extractor.value_net", net.policy_net)
-            elif name not in skipped:
-                enter(name, net)
-        for prefix, part in self.parts.items():
-            for name, net in [*part._modules.items(), *part._parameters.items()]:
-                enter(f"{prefix}.{name}", net)
         return {
             key: (net, names)
             for key, (net, names) in found.items()
@@ -204,10 +194,26 @@ class Subject:
             or any(True for _ in net.parameters())
         }
 
+    def _paths(self) -> Iterator[tuple[str, Any]]:
+        """Yield path and module (or parameter) of everything that counts as a network."""
+        # an actor-critic policy has its first extractor under two names
+        skipped = {*self.parts, *(["features_extractor"] if self.actor_critic else [])}
+        for name, net in _members(self.policy):
+            if name == "mlp_extractor" and not net._parameters:
+                for inner, trunk in net._modules.items():
+                    yield f"mlp_extractor.{inner}", trunk
+                if getattr(net, "share", False):  # `share_trunk=True`
+                    yield "mlp_extractor.value_net", net.policy_net
+            elif name not in skipped:
+                yield name, net
+        for prefix, part in self.parts.items():
+            for name, net in _members(part):
+                yield f"{prefix}.{name}", net
+
     def flops(self, networks: list[Any]) -> dict[int, int]:
-        """FLOPs of each network for one observation, by its identity."""
+        """Count the FLOPs of each network for one observation, by its id."""
         started: dict[int, int] = {}
-        found: dict[int, int] = {}
+        counts: dict[int, int] = {}
         with FlopCounterMode(display=False) as counter:
 
             def before(module: nn.Module, _: Any) -> None:
@@ -216,10 +222,9 @@ class Subject:
             def after(module: nn.Module, _: Any, __: Any) -> None:
                 flops = counter.get_total_flops() - started[id(module)]
                 if isinstance(module, nn.RNNBase):  # runs as one operation, which is not counted
-                    flops = 2 * sum(
-                        p.numel() for n, p in module.named_parameters() if "weight" in n
-                    )
-                found.setdefault(id(module), flops)
+                    weights = [p for n, p in module.named_parameters() if "weight" in n]
+                    flops = 2 * sum(p.numel() for p in weights)
+                counts.setdefault(id(module), flops)
 
             modules = [net for net in networks if isinstance(net, nn.Module)]
             handles = [m.register_forward_pre_hook(before) for m in modules]
@@ -229,10 +234,10 @@ class Subject:
             finally:
                 for handle in handles:
                     handle.remove()
-        return found
+        return counts
 
-    def moving(self) -> list[str]:
-        """The buffers that a step of training changes: running statistics."""
+    def running_statistics(self) -> list[str]:
+        """Return the names of the buffers that a forward pass in training mode changes."""
         buffers = {name: (b, b.clone()) for name, b in self.policy.named_buffers()}
         online = [part for name, part in self.parts.items() if not name.endswith("_target")]
         for part in online or [self.policy]:
@@ -240,11 +245,16 @@ class Subject:
         self.run(4)
         for part in online or [self.policy]:
             part.train(False)
-        moved = [
+        changed = [
             name
-            for name, (now, value) in buffers.items()
-            if now.is_floating_point() and not torch.equal(now, value)
+            for name, (buffer, value) in buffers.items()
+            if buffer.is_floating_point() and not torch.equal(buffer, value)
         ]
-        for now, value in buffers.values():
-            now.copy_(value)
-        return moved
+        for buffer, value in buffers.values():
+            buffer.copy_(value)
+        return changed
+
+
+def _members(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return children and own parameters of a module by name; some are `None`."""
+    return [*module._modules.items(), *module._parameters.items()]

@@ -13,14 +13,14 @@ from stable_baselines3.td3.policies import TD3Policy
 from torch import nn
 
 from starlayers.rl.base import (
-    ContinuousOptions,
     LatentActor,
+    OffPolicyActorCritic,
     StarNetwork,
-    StarOptions,
-    critic_nets,
-    headed,
+    StarPolicy,
+    build_critics,
+    image_and_dict_policies,
+    with_head,
 )
-from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor
 
 __all__ = [
     "StarDQNCnnPolicy",
@@ -36,129 +36,93 @@ __all__ = [
 
 
 class StarSACActor(LatentActor, SACActor):  # type: ignore[misc]
-    """The actor of SAC, its trunk by a spec."""
+    """Actor of SAC with a star trunk."""
 
 
 class StarTD3Actor(StarNetwork, TD3Actor):
-    """The actor of TD3 and DDPG, its trunk by a spec."""
+    """Actor of TD3 and DDPG with a star trunk."""
 
-    def replace(self, given: Mapping[str, Any]) -> None:
+    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
         trunk = self.spec.trunk(self.features_dim, self.net_arch)
-        self.mu = headed(trunk, get_action_dim(self.action_space), nn.Tanh())
+        self.mu = with_head(trunk, get_action_dim(self.action_space), nn.Tanh())
 
 
 class StarCritic(StarNetwork, ContinuousCritic):  # type: ignore[misc]
-    """The critic of SAC, TD3 and DDPG, its networks by a spec."""
+    """Critics of SAC, TD3 and DDPG with star trunks."""
 
-    def replace(self, given: Mapping[str, Any]) -> None:
-        critic_nets(self, given, 1)
+    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
+        build_critics(self, kwargs, 1)
 
 
 class StarQNetwork(StarNetwork, QNetwork):
-    """The Q network of DQN, its trunk by a spec."""
+    """Q network of DQN with a star trunk."""
 
-    def replace(self, given: Mapping[str, Any]) -> None:
+    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
         trunk = self.spec.trunk(self.features_dim, self.net_arch)
-        self.q_net = headed(trunk, int(self.action_space.n))
+        self.q_net = with_head(trunk, int(self.action_space.n))
 
 
-class StarSACPolicy(ContinuousOptions, SACPolicy):
-    """The star policy of SAC: `SAC("StarMlpPolicy", env, policy_kwargs=...)`.
+class StarSACPolicy(OffPolicyActorCritic, SACPolicy):
+    """Star policy of SAC: `SAC("StarMlpPolicy", env, policy_kwargs=...)`.
 
     SB3's `SACPolicy` with star layers in actor and critics; `net=dict(pi="star", qf="product")`
-    multiplies state and action (`ProductTrunk`). Takes all of SB3's arguments; `net`, `norm`,
-    `width`, `depth` and names for `activation_fn` come on top (docs/rl.md).
+    multiplies state and action (`ProductTrunk`). It takes all arguments of SB3's policy; `net`,
+    `norm`, `width`, `depth` and names for `activation_fn` come on top (docs/rl.md).
 
     Raises:
-        TypeError, ValueError: an option out of range, naming it.
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range; the message names it.
 
     Example:
         >>> from stable_baselines3 import SAC
-        >>> kwargs = {"net": {"pi": "mlp", "qf": "product"}, "net_arch": [32]}
-        >>> model = SAC("StarMlpPolicy", "Pendulum-v1", policy_kwargs=kwargs)
-        >>> type(model.critic.qf0[0]).__name__
-        'ProductTrunk'
+        >>> kwargs = {"net": {"pi": "mlp", "qf": "star"}, "width": 64, "depth": 2}
+        >>> model = SAC("StarMlpPolicy", "Pendulum-v1", policy_kwargs=kwargs, device="cpu")
+        >>> model.critic.qf0[0][0]
+        PackedStar(
+          4, 64, act='tanh'
+          (proj): Linear(in_features=4, out_features=128, bias=True)
+        )
     """
 
     actor_class, critic_class = StarSACActor, StarCritic
 
 
-class StarSACCnnPolicy(StarSACPolicy):
-    """`StarSACPolicy` for images, behind a `StarCnnExtractor`.
+class StarTD3Policy(OffPolicyActorCritic, TD3Policy):
+    """Star policy of TD3 and DDPG: `TD3("StarMlpPolicy", env, policy_kwargs=...)`.
 
-    Example:
-        >>> StarSACCnnPolicy.base_extractor.__name__
-        'StarCnnExtractor'
-    """
-
-    base_extractor = StarCnnExtractor
-
-
-class StarSACMultiInputPolicy(StarSACPolicy):
-    """`StarSACPolicy` for dictionaries of observations, behind a `StarCombinedExtractor`.
-
-    Example:
-        >>> StarSACMultiInputPolicy.base_extractor.__name__
-        'StarCombinedExtractor'
-    """
-
-    base_extractor = StarCombinedExtractor
-
-
-class StarTD3Policy(ContinuousOptions, TD3Policy):
-    """The star policy of TD3 and DDPG: `TD3("StarMlpPolicy", env, policy_kwargs=...)`.
-
-    SB3's `TD3Policy` with star layers in actor and critics, with the options of `StarSACPolicy`.
+    SB3's `TD3Policy` with star layers in actor and critics, and the options of `StarSACPolicy`.
 
     Raises:
-        TypeError, ValueError: an option out of range, naming it.
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range; the message names it.
 
     Example:
         >>> from stable_baselines3 import TD3
-        >>> TD3("StarMlpPolicy", "Pendulum-v1").actor.mu[0].out_features
-        212
+        >>> model = TD3("StarMlpPolicy", "Pendulum-v1", device="cpu")
+        >>> [layer.out_features for layer in model.actor.mu[0]]  # SB3's 400 and 300 over sqrt(2)
+        [284, 212]
     """
 
     base_arch: ClassVar[Mapping[str, list[int]]] = {"pi": [400, 300], "qf": [400, 300]}
     actor_class, critic_class = StarTD3Actor, StarCritic
 
 
-class StarTD3CnnPolicy(StarTD3Policy):
-    """`StarTD3Policy` for images, behind a `StarCnnExtractor`.
+class StarDQNPolicy(StarPolicy, DQNPolicy):
+    """Star policy of DQN: `DQN("StarMlpPolicy", env, policy_kwargs=...)`.
 
-    Example:
-        >>> StarTD3CnnPolicy.base_extractor.__name__
-        'StarCnnExtractor'
-    """
-
-    base_extractor = StarCnnExtractor
-
-
-class StarTD3MultiInputPolicy(StarTD3Policy):
-    """`StarTD3Policy` for dictionaries of observations, behind a `StarCombinedExtractor`.
-
-    Example:
-        >>> StarTD3MultiInputPolicy.base_extractor.__name__
-        'StarCombinedExtractor'
-    """
-
-    base_extractor = StarCombinedExtractor
-
-
-class StarDQNPolicy(StarOptions, DQNPolicy):
-    """The star policy of DQN: `DQN("StarMlpPolicy", env, policy_kwargs=...)`.
-
-    SB3's `DQNPolicy` with a star trunk. It has one side, and no action to multiply with.
-    Takes all of SB3's arguments; `net`, `norm`, `width`, `depth` and names for `activation_fn`
-    come on top (docs/rl.md).
+    SB3's `DQNPolicy` with a star trunk. Its one network, the side "q", takes no action, so that
+    there is no "product". It takes all arguments of SB3's policy; `net`, `norm`, `width`, `depth`
+    and names for `activation_fn` come on top (docs/rl.md).
 
     Raises:
-        TypeError, ValueError: an option out of range, naming it.
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range; the message names it.
 
     Example:
         >>> from stable_baselines3 import DQN
-        >>> DQN("StarMlpPolicy", "CartPole-v1").q_net.q_net[1]
-        Linear(in_features=44, out_features=2, bias=True)
+        >>> model = DQN("StarMlpPolicy", "CartPole-v1", device="cpu")
+        >>> [layer.out_features for layer in model.q_net.q_net[0]]  # SB3's [64, 64] over sqrt(2)
+        [44, 44]
     """
 
     sides = ("q",)
@@ -166,27 +130,16 @@ class StarDQNPolicy(StarOptions, DQNPolicy):
     cnn_arch: ClassVar[Mapping[str, list[int]]] = {"q": []}
 
     def make_q_net(self) -> QNetwork:
-        given = self._update_features_extractor(self.net_args, features_extractor=None)
-        return StarQNetwork(**given, spec=self.specs["q"]).to(self.device)
+        kwargs = self._update_features_extractor(self.net_args, features_extractor=None)
+        return StarQNetwork(**kwargs, spec=self.specs["q"]).to(self.device)
 
 
-class StarDQNCnnPolicy(StarDQNPolicy):
-    """`StarDQNPolicy` for images, behind a `StarCnnExtractor`.
-
-    Example:
-        >>> StarDQNCnnPolicy.base_extractor.__name__
-        'StarCnnExtractor'
-    """
-
-    base_extractor = StarCnnExtractor
-
-
-class StarDQNMultiInputPolicy(StarDQNPolicy):
-    """`StarDQNPolicy` for dictionaries of observations, behind a `StarCombinedExtractor`.
-
-    Example:
-        >>> StarDQNMultiInputPolicy.base_extractor.__name__
-        'StarCombinedExtractor'
-    """
-
-    base_extractor = StarCombinedExtractor
+StarSACCnnPolicy, StarSACMultiInputPolicy = image_and_dict_policies(
+    StarSACPolicy, "stable_baselines3.SAC", discrete=False, replay=True
+)
+StarTD3CnnPolicy, StarTD3MultiInputPolicy = image_and_dict_policies(
+    StarTD3Policy, "stable_baselines3.TD3", discrete=False, replay=True
+)
+StarDQNCnnPolicy, StarDQNMultiInputPolicy = image_and_dict_policies(
+    StarDQNPolicy, "stable_baselines3.DQN", replay=True
+)

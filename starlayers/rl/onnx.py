@@ -1,4 +1,4 @@
-"""What `predict` decides, as one module without distributions: the graph that is exported."""
+"""Deterministic policy as one module: the graph that `export_onnx` writes."""
 
 from typing import Any
 
@@ -10,40 +10,55 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor, nn
 
-__all__ = ["Decision"]
+__all__ = ["DeterministicPolicy"]
 
-#: what sb3-contrib puts in the place of a masked logit
+#: the value that sb3-contrib gives to masked logits
 MASKED = -1e8
 
 
-class Normalise(nn.Module):
+class NormaliseObservation(nn.Module):
     """`VecNormalize` of one observation: `clip((x - mean) / sqrt(var + epsilon))`.
 
-    It works in single precision where the observation fits, as accelerators want it, and takes
-    the mean off in two parts: a mean of 1e6 with a spread of 1 keeps its digits.
+    It computes in single precision where the observation fits, as accelerators need it, and
+    subtracts the mean in two parts: with a mean of 1e6 the digits of a spread of 1 are kept.
+
+    Args:
+        rms: running mean and variance of the observation.
+        stats: the wrapper that holds `epsilon` and the bound of the clip.
+        dtype: of the observation; float64 and integers of 4 bytes or more are kept in float64.
     """
 
-    first: Tensor
-    rest: Tensor
+    mean_high: Tensor
+    mean_low: Tensor
     std: Tensor
 
     def __init__(self, rms: RunningMeanStd, stats: VecNormalize, dtype: np.dtype[Any]) -> None:
         super().__init__()
-        fits = dtype == np.float32 or dtype.itemsize < 4
+        single = dtype == np.float32 or dtype.itemsize < 4
         mean = torch.as_tensor(rms.mean, dtype=torch.float64)
-        first = mean.float() if fits else mean
+        high = mean.float() if single else mean
         self.clip = float(stats.clip_obs)
-        self.register_buffer("first", first)
-        self.register_buffer("rest", (mean - first.double()).to(first.dtype))
-        self.register_buffer("std", torch.as_tensor(rms.var + stats.epsilon).sqrt().to(first.dtype))
+        self.register_buffer("mean_high", high)
+        self.register_buffer("mean_low", (mean - high.double()).to(high.dtype))
+        self.register_buffer("std", torch.as_tensor(rms.var + stats.epsilon).sqrt().to(high.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = (x.to(self.std.dtype) - self.first - self.rest) / self.std
+        x = (x.to(self.std.dtype) - self.mean_high - self.mean_low) / self.std
         return x.clamp(-self.clip, self.clip).float()
 
 
-class Decision(nn.Module):
-    """What `predict(deterministic=True)` computes, from the observation to the action."""
+class DeterministicPolicy(nn.Module):
+    """Module that computes `predict(deterministic=True)` from an observation.
+
+    It makes no distributions: their checks depend on data, which an exporter cannot follow.
+
+    Args:
+        policy: a policy of stable-baselines3 or sb3-contrib.
+        stats: statistics of the observations, or `None` for none.
+
+    Raises:
+        ValueError: statistics of another shape than the observations.
+    """
 
     low: Tensor
     high: Tensor
@@ -56,23 +71,23 @@ class Decision(nn.Module):
         self.recurrent = hasattr(policy, "lstm_actor")
         # the actors of TD3 and ARS end in a tanh, the others leave it to a distribution
         actor = getattr(policy, "actor", policy)
-        drawn = hasattr(policy, "mlp_extractor") or hasattr(actor, "get_action_dist_params")
-        self.tanh = drawn and policy.squash_output
+        stochastic = hasattr(policy, "mlp_extractor") or hasattr(actor, "get_action_dist_params")
+        self.tanh = stochastic and policy.squash_output
         self.inputs = dict(policy.observation_space.spaces) if self.is_dict else {}
         self.inputs = self.inputs or {"obs": policy.observation_space}
-        self.normalised = self._normalised(stats)
+        self.statistics = self._check_statistics(stats)
         self.normalise = nn.ModuleList(
-            Normalise(rms, stats, self.inputs[key].dtype)  # type: ignore[arg-type]
-            for key, rms in self.normalised.items()
+            NormaliseObservation(rms, stats, self.inputs[key].dtype)  # type: ignore[arg-type]
+            for key, rms in self.statistics.items()
         )
-        #: sizes of the choices; a binary action is one of two
-        self.heads: list[int] = []
+        #: number of values of each discrete action; a binary action has two
+        self.choices: list[int] = []
         if isinstance(self.space, spaces.Discrete):
-            self.heads = [int(self.space.n)]
+            self.choices = [int(self.space.n)]
         elif isinstance(self.space, spaces.MultiDiscrete):
-            self.heads = [int(n) for n in self.space.nvec]
+            self.choices = [int(n) for n in self.space.nvec]
         elif isinstance(self.space, spaces.MultiBinary):
-            self.heads = [2] * int(np.prod(self.space.shape))
+            self.choices = [2] * int(np.prod(self.space.shape))
         else:
             dtype = np.result_type(np.float32, self.space.dtype)
             self.register_buffer("low", torch.as_tensor(self.space.low.astype(dtype)))
@@ -81,34 +96,35 @@ class Decision(nn.Module):
 
     @property
     def is_dict(self) -> bool:
+        """True if observations are dictionaries."""
         return isinstance(self.policy.observation_space, spaces.Dict)
 
-    def _normalised(self, stats: VecNormalize | None) -> dict[str, Any]:
-        """The running statistics by the name of the input."""
+    def _check_statistics(self, stats: VecNormalize | None) -> dict[str, Any]:
+        """Return the running statistics by name of the input."""
         if stats is None or not stats.norm_obs:
             return {}
-        rms: Any = stats.obs_rms
-        found = rms if isinstance(rms, dict) else {"obs": rms}
-        for key, rms in found.items():
-            want = self.inputs[key].shape if key in self.inputs else None
-            if rms.mean.shape != want:
+        obs_rms: Any = stats.obs_rms
+        statistics = obs_rms if isinstance(obs_rms, dict) else {"obs": obs_rms}
+        for key, rms in statistics.items():
+            expected = self.inputs[key].shape if key in self.inputs else None
+            if rms.mean.shape != expected:
                 raise ValueError(
                     f"export_onnx: VecNormalize has statistics of shape {rms.mean.shape} for "
-                    f"{key!r}, but the model observes {want}; a wrapper that changes the shape "
+                    f"{key!r}, but the model observes {expected}; a wrapper that changes the shape "
                     "belongs inside VecNormalize"
                 )
-        return found
+        return statistics
 
-    def extras(self) -> list[str]:
-        return ["action_masks"] * self.maskable + ["hidden", "cell", "episode_start"] * (
-            self.recurrent
-        )
+    def extra_inputs(self) -> list[str]:
+        """Return the names of inputs beside the observations."""
+        masks = ["action_masks"] if self.maskable else []
+        return masks + (["hidden", "cell", "episode_start"] if self.recurrent else [])
 
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
         scores, state = self.scores(*args)
         shape = tuple(self.space.shape)
-        if self.heads:
-            action = torch.stack([s.argmax(1) for s in scores.split(self.heads, 1)], 1)
+        if self.choices:
+            action = torch.stack([s.argmax(1) for s in scores.split(self.choices, 1)], 1)
             if isinstance(self.space, spaces.MultiBinary) and not self.maskable:
                 action = action.float()
             return (action.reshape(-1, *shape), *state)
@@ -121,22 +137,18 @@ class Decision(nn.Module):
         return (action, *state)
 
     def scores(self, *args: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The mean action before tanh, or scores of all choices; and the next LSTM state."""
-        named = dict(zip([*self.inputs, *self.extras()], args, strict=True))
-        seen = {k: named[k] for k in self.inputs}
-        for key, normalise in zip(self.normalised, self.normalise):
-            seen[key] = normalise(seen[key])
-        obs: Any = seen if self.is_dict else seen["obs"]
+        """Compute mean action before tanh, or score per choice, and next LSTM state."""
+        named = dict(zip([*self.inputs, *self.extra_inputs()], args, strict=True))
+        observations = {key: named[key] for key in self.inputs}
+        for key, normalise in zip(self.statistics, self.normalise):
+            observations[key] = normalise(observations[key])
+        obs: Any = observations if self.is_dict else observations["obs"]
         policy = self.policy
         state: tuple[Tensor, ...] = ()
         if hasattr(policy, "mlp_extractor"):
             latent = BaseModel.extract_features(policy, obs, policy.pi_features_extractor)
             if self.recurrent:
-                keep = 1.0 - named["episode_start"].reshape(1, -1, 1)
-                state = (keep * named["hidden"], keep * named["cell"])
-                latent, state = policy.lstm_actor(latent.unsqueeze(0), state)
-                latent = latent.squeeze(0)
-            # no distribution is made: its checks depend on data, which an exporter cannot follow
+                latent, state = self._lstm(latent, named)
             scores = policy.action_net(policy.mlp_extractor.forward_actor(latent))
         elif hasattr(policy, "actor"):
             params = getattr(policy.actor, "get_action_dist_params", None)
@@ -150,12 +162,22 @@ class Decision(nn.Module):
             scores = policy.action_net(features)
         else:
             raise ValueError(
-                f"export_onnx: {type(policy).__name__} has none of the networks that the policies "
-                "of stable-baselines3 decide by (mlp_extractor, actor, q_net, quantile_net, "
+                f"export_onnx: {type(policy).__name__} has none of the networks by which the "
+                "policies of stable-baselines3 act (mlp_extractor, actor, q_net, quantile_net, "
                 "action_net)"
             )
         if self.maskable:
             return torch.where(named["action_masks"], scores, MASKED), state
         if isinstance(self.space, spaces.MultiBinary):
+            # the logit of a binary action is that of 1 against 0
             scores = torch.stack([torch.zeros_like(scores), scores], -1).flatten(1)
         return scores, state
+
+    def _lstm(
+        self, latent: Tensor, named: dict[str, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Run one step of the actor's LSTM, from zero where an episode starts."""
+        keep = 1.0 - named["episode_start"].reshape(1, -1, 1)
+        state = (keep * named["hidden"], keep * named["cell"])
+        latent, state = self.policy.lstm_actor(latent.unsqueeze(0), state)
+        return latent.squeeze(0), state

@@ -1,4 +1,4 @@
-"""Whether an exported graph acts as the model it came from."""
+"""Comparison of an exported ONNX graph with the model it came from."""
 
 import copy
 from collections.abc import Iterator
@@ -11,120 +11,150 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor, nn
 
-from starlayers.rl.onnx import MASKED, Decision
+from starlayers.rl.onnx import MASKED, DeterministicPolicy
 
-__all__ = ["check_parity", "samples", "tensors"]
+__all__ = ["check_parity", "random_inputs", "to_tensors"]
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
 
+#: largest difference of an action, relative to the largest of 1 and the action itself
 TOLERANCE = 1e-5
+#: sizes of the batches that are compared
 BATCHES = (1, 2, 7, 64)
-#: bounds beyond this are no range that observations fill
+#: bounds of a space beyond this are no range that observations fill
 LARGE = 1e3
 
 
-def check_parity(model: Any, decision: Decision, session: Any, stats: VecNormalize | None) -> None:
-    """Raise where a session of onnxruntime and `predict` differ on random observations."""
-    for feed in samples(decision, BATCHES):
-        obs: Any = {k: feed[k] for k in decision.inputs}
-        obs = obs if decision.is_dict else obs["obs"]
+def check_parity(
+    model: Any, graph: DeterministicPolicy, session: Any, stats: VecNormalize | None
+) -> None:
+    """Compare an onnxruntime session with `predict` on random observations.
+
+    Raises:
+        RuntimeError: they differ by more than `TOLERANCE`.
+    """
+    for inputs in random_inputs(graph, BATCHES):
+        obs: Any = {key: inputs[key] for key in graph.inputs}
+        obs = obs if graph.is_dict else obs["obs"]
         obs = obs if stats is None else stats.normalize_obs(obs)
-        known: dict[str, Any] = {"deterministic": True}
-        if decision.maskable:
-            known["action_masks"] = feed["action_masks"]
-        if decision.recurrent:
-            known["state"] = (feed["hidden"], feed["cell"])
-            known["episode_start"] = feed["episode_start"]
-        action, state = model.predict(obs, **known)
-        pairs = list(zip([action, *(state or ())], session.run(None, feed), strict=True))
-        scores, inside = _inside(decision, tensors(decision, feed))
-        # the action first; the state of an LSTM is no choice between scores
-        gap = max(
-            _gap(want, got, scores, inside, decision.heads if i == 0 else [])
-            for i, (want, got) in enumerate(pairs)
+        kwargs: dict[str, Any] = {"deterministic": True}
+        if graph.maskable:
+            kwargs["action_masks"] = inputs["action_masks"]
+        if graph.recurrent:
+            kwargs["state"] = (inputs["hidden"], inputs["cell"])
+            kwargs["episode_start"] = inputs["episode_start"]
+        action, state = model.predict(obs, **kwargs)
+        outputs = zip([action, *(state or ())], session.run(None, inputs), strict=True)
+        scores, largest = _scores_and_largest(graph, to_tensors(graph, inputs))
+        # only the action, which comes first, is a choice between scores: LSTM states are not
+        difference = max(
+            _difference(expected, actual, scores, largest, graph.choices if i == 0 else [])
+            for i, (expected, actual) in enumerate(outputs)
         )
-        if not gap <= TOLERANCE:  # NaN is a mismatch too
+        if not difference <= TOLERANCE:  # NaN is a mismatch too
             raise RuntimeError(
-                f"export_onnx: onnxruntime and predict differ by {gap:.3g} on {len(action)} random "
-                f"observations, more than {TOLERANCE}; no file was written. The graph follows the "
-                f"networks of {type(model.policy).__name__}, not a predict or get_distribution of "
-                "its own"
+                f"export_onnx: onnxruntime and predict differ by {difference:.3g} on {len(action)} "
+                f"random observations, more than {TOLERANCE}; no file was written. The graph "
+                f"follows the networks of {type(model.policy).__name__}, not a predict or "
+                "get_distribution of its own"
             )
 
 
-def _inside(decision: Decision, args: tuple[Tensor, ...]) -> tuple[Array, float]:
-    """The scores, and the largest number on the way to them, whose rounding reaches the action."""
+def _scores_and_largest(
+    graph: DeterministicPolicy, args: tuple[Tensor, ...]
+) -> tuple[Array, float]:
+    """Return the scores, and the largest number in the network on the way to them.
+
+    Rounding of that number, which may cancel later, reaches the action.
+    """
     largest = [0.0]
 
-    def hook(module: nn.Module, _: Any, output: Any) -> None:
+    def record(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point():
             largest.append(float(output.abs().max()))
 
-    handles = [m.register_forward_hook(hook) for m in decision.policy.modules()]
+    handles = [module.register_forward_hook(record) for module in graph.policy.modules()]
     try:
         with torch.no_grad():
-            return decision.scores(*args)[0].cpu().numpy(), max(largest)
+            return graph.scores(*args)[0].cpu().numpy(), max(largest)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _gap(want: Array, got: Array, scores: Array, inside: float, heads: list[int]) -> float:
-    """The largest difference, relative above 1 or where far larger numbers cancelled.
+def _difference(
+    expected: Array, actual: Array, scores: Array, largest: float, choices: list[int]
+) -> float:
+    """Return the largest difference, relative to a scale of at least 1.
 
-    Discrete actions differ by their scores: at a tie rounding decides, and both are right.
+    The scale is the largest of 1, the values, and a tenth of `largest`, the largest number inside
+    the network. Discrete actions are compared by their scores, without the 1: at a tie rounding
+    decides, and either action is right. Another shape or dtype is an infinite difference.
     """
-    if want.shape != got.shape or want.dtype != got.dtype:
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
         return float("inf")
-    size = inside / 10
-    if heads:
-        starts = np.cumsum([0, *heads[:-1]])
-        want, got = (
+    scale = largest / 10
+    if choices:
+        starts = np.cumsum([0, *choices[:-1]])
+        expected, actual = (
             np.take_along_axis(scores, x.reshape(len(x), -1).astype(np.int64) + starts, 1)
-            for x in (want, got)
+            for x in (expected, actual)
         )
-        size = max(size, float(np.abs(scores[scores > MASKED]).max()))
+        scale = max(scale, float(np.abs(scores[scores > MASKED]).max()))
     else:
-        size = max(size, 1.0, float(np.abs(want).max()))
-    return float(np.abs(want - got).max() / max(size, 1e-30))
+        scale = max(scale, 1.0, float(np.abs(expected).max()))
+    return float(np.abs(expected - actual).max() / max(scale, 1e-30))
 
 
-def tensors(decision: Decision, feed: Arrays) -> tuple[Tensor, ...]:
-    """Inputs on the device of the policy."""
-    device = decision.policy.device
-    return tuple(torch.as_tensor(x, device=device) for x in feed.values())
+def to_tensors(graph: DeterministicPolicy, inputs: Arrays) -> tuple[Tensor, ...]:
+    """Copy inputs to tensors on the device of the policy."""
+    device = graph.policy.device
+    return tuple(torch.as_tensor(x, device=device) for x in inputs.values())
 
 
-def samples(decision: Decision, sizes: tuple[int, ...]) -> Iterator[Arrays]:
-    """Random inputs; with statistics also such that the normalised values spread."""
+def random_inputs(graph: DeterministicPolicy, sizes: tuple[int, ...]) -> Iterator[Arrays]:
+    """Yield random inputs of every batch size.
+
+    With statistics each size comes twice: samples of the space, most of which normalise to beyond
+    the clip, and samples around the running mean.
+    """
     rng = np.random.default_rng(0)
-    inputs = copy.deepcopy(decision.inputs)
-    for i, space in enumerate(inputs.values()):
+    observation_spaces = copy.deepcopy(graph.inputs)
+    for i, space in enumerate(observation_spaces.values()):
         space.seed(i)
     for n in sizes:
-        for spread in (False, True) if decision.normalised else (False,):
-            feed = {}
-            for key, space in inputs.items():
-                x = np.stack([np.asarray(space.sample()) for _ in range(n)])
-                rms = decision.normalised.get(key)
-                if spread and rms is not None:
-                    x = rms.mean + 2 * np.sqrt(rms.var) * rng.standard_normal(x.shape)
-                elif x.dtype.kind == "f":
-                    x = np.where(np.abs(x) > LARGE, rng.standard_normal(x.shape), x)
-                if isinstance(space, spaces.Box) and x.dtype != space.dtype:
-                    kind = space.dtype
-                    x = x if kind.kind == "f" else np.clip(np.rint(x), space.low, space.high)
-                feed[key] = x.astype(space.dtype)
-            if decision.maskable:
-                masks = [rng.random((n, size)) > 0.5 for size in decision.heads]
-                for mask in masks:
-                    mask[np.arange(n), rng.integers(mask.shape[1], size=n)] = True
-                feed["action_masks"] = np.concatenate(masks, 1)
-            if decision.recurrent:
-                lstm = decision.policy.lstm_actor
+        for around_mean in (False, True) if graph.statistics else (False,):
+            inputs = {}
+            for key, space in observation_spaces.items():
+                rms = graph.statistics.get(key) if around_mean else None
+                inputs[key] = _random_observations(space, rms, n, rng)
+            if graph.maskable:
+                inputs["action_masks"] = _random_masks(graph.choices, n, rng)
+            if graph.recurrent:
+                lstm = graph.policy.lstm_actor
                 shape = (lstm.num_layers, n, lstm.hidden_size)
                 for name in ("hidden", "cell"):
-                    feed[name] = rng.uniform(-1, 1, shape).astype(np.float32)
-                feed["episode_start"] = (rng.random(n) > 0.5).astype(np.float32)
-            yield feed
+                    inputs[name] = rng.uniform(-1, 1, shape).astype(np.float32)
+                inputs["episode_start"] = (rng.random(n) > 0.5).astype(np.float32)
+            yield inputs
+
+
+def _random_observations(space: Any, rms: Any, n: int, rng: np.random.Generator) -> Array:
+    """Sample a space, or around the running mean `rms.mean` if there is one."""
+    x = np.stack([np.asarray(space.sample()) for _ in range(n)])
+    if rms is not None:
+        x = rms.mean + 2 * np.sqrt(rms.var) * rng.standard_normal(x.shape)
+    elif x.dtype.kind == "f":
+        x = np.where(np.abs(x) > LARGE, rng.standard_normal(x.shape), x)
+    if isinstance(space, spaces.Box) and x.dtype != space.dtype and space.dtype.kind != "f":
+        x = np.clip(np.rint(x), space.low, space.high)
+    return x.astype(space.dtype)
+
+
+def _random_masks(choices: list[int], n: int, rng: np.random.Generator) -> Array:
+    """Draw masks that allow each value with probability 0.5, and at least one."""
+    masks = [rng.random((n, size)) > 0.5 for size in choices]
+    for mask in masks:
+        mask[np.arange(n), rng.integers(mask.shape[1], size=n)] = True
+    return np.concatenate(masks, 1)

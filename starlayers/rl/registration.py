@@ -1,4 +1,4 @@
-"""The names of star policies among the policies that algorithms know by name."""
+"""Registration of the star policies by name, such as `PPO("StarMlpPolicy", env)`."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -11,33 +11,30 @@ from starlayers.rl import actor_critic, off_policy
 
 __all__ = ["register"]
 
+#: names of policies for flat observations, images and dictionaries
 NAMES = ("StarMlpPolicy", "StarCnnPolicy", "StarMultiInputPolicy")
 
 Policies = tuple[type[BasePolicy], ...]
 
 
 def register() -> None:
-    """Enter the star policies into `policy_aliases`, SB3's table of names, of every algorithm.
+    """Enter the star policies in the `policy_aliases` of every algorithm.
 
-    `Algorithm("StarMlpPolicy", env)` finds them there. Algorithms of sb3-contrib take part where
-    that package is installed.
+    `Algorithm("StarMlpPolicy", env)` looks names up there. Algorithms of sb3-contrib are included
+    if that package is installed. Importing `starlayers.rl` calls this.
 
     Example:
         >>> register()
-        >>> PPO.policy_aliases["StarMlpPolicy"].__name__
-        'StarPPOPolicy'
+        >>> PPO.policy_aliases["StarMlpPolicy"]
+        <class 'starlayers.rl.actor_critic.StarPPOPolicy'>
     """
-    for algorithm, classes in _policies().items():
-        # DDPG has TD3's own dictionary, and each gets its own here
-        algorithm.policy_aliases = {**algorithm.policy_aliases, **dict(zip(NAMES, classes))}
+    for algorithm, policies in _policies().items():
+        # a dictionary for each algorithm: DDPG has the same object as TD3
+        algorithm.policy_aliases = {**algorithm.policy_aliases, **dict(zip(NAMES, policies))}
 
 
 def _policies() -> Mapping[type[BaseAlgorithm], Policies]:
-    separate = (
-        actor_critic.StarActorCriticPolicy,
-        actor_critic.StarActorCriticCnnPolicy,
-        actor_critic.StarActorCriticMultiInputPolicy,
-    )
+    """Return the star policies of each algorithm, in the order of `NAMES`."""
     ppo = (
         actor_critic.StarPPOPolicy,
         actor_critic.StarPPOCnnPolicy,
@@ -48,7 +45,7 @@ def _policies() -> Mapping[type[BaseAlgorithm], Policies]:
         off_policy.StarTD3CnnPolicy,
         off_policy.StarTD3MultiInputPolicy,
     )
-    table: dict[type[BaseAlgorithm], Policies] = {
+    policies: dict[type[BaseAlgorithm], Policies] = {
         PPO: ppo,
         A2C: ppo,
         SAC: (
@@ -64,33 +61,42 @@ def _policies() -> Mapping[type[BaseAlgorithm], Policies]:
             off_policy.StarDQNMultiInputPolicy,
         ),
     }
-    if find_spec("sb3_contrib") is None:
-        return table
+    return {**policies, **(_contrib_policies() if find_spec("sb3_contrib") else {})}
+
+
+def _contrib_policies() -> dict[type[BaseAlgorithm], Policies]:
+    """Return those of sb3-contrib's algorithms, which is an optional dependency."""
     import sb3_contrib
 
     from starlayers.rl import contrib
 
-    table[sb3_contrib.TRPO] = separate
-    table[sb3_contrib.MaskablePPO] = (
-        contrib.StarMaskablePolicy,
-        contrib.StarMaskableCnnPolicy,
-        contrib.StarMaskableMultiInputPolicy,
-    )
-    table[sb3_contrib.RecurrentPPO] = (
-        contrib.StarRecurrentPolicy,
-        contrib.StarRecurrentCnnPolicy,
-        contrib.StarRecurrentMultiInputPolicy,
-    )
-    table[sb3_contrib.TQC] = (
-        contrib.StarTQCPolicy,
-        contrib.StarTQCCnnPolicy,
-        contrib.StarTQCMultiInputPolicy,
-    )
-    table[sb3_contrib.QRDQN] = (
-        contrib.StarQRDQNPolicy,
-        contrib.StarQRDQNCnnPolicy,
-        contrib.StarQRDQNMultiInputPolicy,
-    )
-    table[sb3_contrib.CrossQ] = (contrib.StarCrossQPolicy,)
-    table[sb3_contrib.ARS] = (contrib.StarARSPolicy,)
-    return table
+    return {
+        # not the policies of PPO: TRPO needs separate tensors for actor and critic
+        sb3_contrib.TRPO: (
+            actor_critic.StarActorCriticPolicy,
+            actor_critic.StarActorCriticCnnPolicy,
+            actor_critic.StarActorCriticMultiInputPolicy,
+        ),
+        sb3_contrib.MaskablePPO: (
+            contrib.StarMaskablePolicy,
+            contrib.StarMaskableCnnPolicy,
+            contrib.StarMaskableMultiInputPolicy,
+        ),
+        sb3_contrib.RecurrentPPO: (
+            contrib.StarRecurrentPolicy,
+            contrib.StarRecurrentCnnPolicy,
+            contrib.StarRecurrentMultiInputPolicy,
+        ),
+        sb3_contrib.TQC: (
+            contrib.StarTQCPolicy,
+            contrib.StarTQCCnnPolicy,
+            contrib.StarTQCMultiInputPolicy,
+        ),
+        sb3_contrib.QRDQN: (
+            contrib.StarQRDQNPolicy,
+            contrib.StarQRDQNCnnPolicy,
+            contrib.StarQRDQNMultiInputPolicy,
+        ),
+        sb3_contrib.CrossQ: (contrib.StarCrossQPolicy,),
+        sb3_contrib.ARS: (contrib.StarARSPolicy,),
+    }

@@ -1,4 +1,4 @@
-"""What a star policy is built from: one `NetSpec` per side, resolved from `policy_kwargs`."""
+"""Specifications of a policy's networks, made from `policy_kwargs`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,30 +17,33 @@ from starlayers.rl.trunks import (
     Activation,
     Norm,
     Trunk,
-    activation,
-    activation_row,
+    activation_name,
     build_trunk,
+    parse_activation,
 )
 
-__all__ = ["PRODUCT", "NetSpec", "default_widths", "resolve"]
+__all__ = ["PRODUCT", "NetSpec", "default_widths", "resolve_specs", "uniform_widths"]
 
-#: the net that only critics of states and actions can have
+#: name of the net that only critics of states and actions can have
 PRODUCT = "product"
 
-#: net -> its activation unless another is asked for. With a bounded first branch a star layer grows
-#: as an MLP's does; with relu it grows with the square of its input, and values that bootstrap can
-#: run away. SimBa is published with relu.
-DEFAULTS = {"star": "tanh", "star_residual": "tanh", "simba": "relu"}
+#: value of `activation_fn` that leaves the choice to `DEFAULT_ACTS`
+DEFAULT = "default"
+
+#: net -> its default activation. With a bounded first branch a star layer grows as an MLP's does;
+#: with relu it grows with the square of its input, and bootstrapped values can diverge. SimBa is
+#: published with relu. The other nets have SB3's default.
+DEFAULT_ACTS = {"star": "tanh", "star_residual": "tanh", "simba": "relu"}
 
 
 @dataclass(frozen=True)
 class NetSpec:
-    """The net, activation and norm of one side of a policy.
+    """Net, activation and norm of one side of a policy: its actor, or its critics.
 
     Args:
-        net: a row of `NETS`, or "product" for a critic of states and actions.
-        act: a row of `ACTIVATIONS`, or a class where the net has no star.
-        norm: a row of `NORMS`, "none", or `None` for what the net does by itself.
+        net: a name in `NETS`, or "product" for a critic of states and actions.
+        act: a name in `ACTIVATIONS`, or a module class where the net has no star.
+        norm: "layer", "rms", "none", or `None` for the net's own default.
 
     Example:
         >>> NetSpec("star", "tanh").trunk(4, [32, 16]).out_features
@@ -52,86 +55,103 @@ class NetSpec:
     norm: str | None = None
 
     @property
-    def stock(self) -> bool:
-        """Whether SB3's own network is just this one, and stays."""
+    def is_stock(self) -> bool:
+        """True if SB3's own network is what the spec asks for."""
         return self.net == "mlp" and self.norm in (None, "none")
 
     @property
-    def row(self) -> str:
-        """The activation of a star layer."""
-        return activation_row(self.act)
+    def act_name(self) -> str:
+        """Name of the activation in `ACTIVATIONS`."""
+        return activation_name(self.act)
 
     @property
-    def plain_star(self) -> bool:
-        """Whether the trunk is star layers and nothing else."""
+    def is_plain_star(self) -> bool:
+        """True if the trunk has star layers and nothing else."""
         return self.net == "star" and self.norm in (None, "none")
 
-    def trunk(self, in_features: int, net_arch: Sequence[int], before: Norm | None = None) -> Trunk:
-        """The trunk over one input."""
-        norm = None if self.norm == "none" else self.norm
-        return build_trunk(self.net, in_features, net_arch, act=self.act, norm=norm, before=before)
+    def trunk(
+        self, in_features: int, net_arch: Sequence[int], norm_before: Norm | None = None
+    ) -> Trunk:
+        """Build the trunk over one input."""
+        return build_trunk(
+            self.net, in_features, net_arch, act=self.act, norm=self.norm, norm_before=norm_before
+        )
 
     def critic_trunk(self, states: int, actions: int, net_arch: Sequence[int]) -> nn.Module:
-        """The trunk over states and actions, as SB3 concatenates them."""
+        """Build the trunk over states and actions, as SB3 concatenates them."""
         if self.net != PRODUCT:
             return self.trunk(states + actions, net_arch)
-        return ProductTrunk(states, actions, net_arch, act=self.row, norm=self.norm or "layer")
+        return ProductTrunk(states, actions, net_arch, act=self.act_name, norm=self.norm or "layer")
 
 
-def resolve(
-    owner: str,
+def resolve_specs(
+    policy: str,
     sides: Sequence[str],
     net: str | Mapping[str, str],
     norm: str | None,
+    activation_fn: Activation | None,
     *,
-    act: Activation | None,
-    given: bool = True,
+    sb3_activation: type[nn.Module],
 ) -> dict[str, NetSpec]:
-    """The spec of each side, from the values a user gave.
+    """Make the spec of each side of a policy from the options a user passed.
 
-    `act` is what the user has `given`, or else what SB3 takes, which `DEFAULTS` overrules.
+    Args:
+        policy: name of the policy class, for messages.
+        sides: keys of the result, such as ("pi", "vf").
+        net: a name for all sides, or a mapping from side to name; sides left out are stars.
+        norm: "layer", "rms", "none" or `None`.
+        activation_fn: a name, a module class, `None` for the identity, or "default".
+        sb3_activation: SB3's default, for nets without a default of their own.
 
     Raises:
-        ValueError: an unknown net, norm or side, or a product where there is no action to take in.
+        TypeError: `net` is neither a name nor a mapping, or `activation_fn` has the wrong type.
+        ValueError: an unknown net, norm, side or activation, or "product" for a side that takes
+            no action.
 
     Example:
-        >>> specs = resolve("P", ("pi", "vf"), {"vf": "simba"}, None, act="gelu", given=False)
-        >>> {side: (spec.net, spec.act) for side, spec in specs.items()}
-        {'pi': ('star', 'tanh'), 'vf': ('simba', 'relu')}
+        >>> net = {"vf": "simba"}
+        >>> specs = resolve_specs(
+        ...     "StarPPOPolicy", ("pi", "vf"), net, None, "default", sb3_activation=nn.Tanh
+        ... )
+        >>> specs["pi"], specs["vf"]
+        (NetSpec(net='star', act='tanh', norm=None), NetSpec(net='simba', act='relu', norm=None))
     """
     if norm not in (None, "none", *NORMS):
         raise ValueError(
-            f"{owner}: unknown norm {norm!r}, choose one of {', '.join(NORMS)}, 'none' or None"
+            f"{policy}: unknown norm {norm!r}, choose one of {', '.join(NORMS)}, 'none' or None"
         )
     if not isinstance(net, (str, Mapping)):
-        raise TypeError(f"{owner}: net must be a name or one per side, got {net!r}")
+        raise TypeError(f"{policy}: net must be a name or one per side, got {net!r}")
     if not isinstance(net, str):
         unknown = sorted(set(net) - set(sides))
         if unknown:
             raise ValueError(
-                f"{owner} has the sides {', '.join(sides)}; net={dict(net)} names {unknown[0]!r}"
+                f"{policy} has the sides {', '.join(sides)}; net={dict(net)} names {unknown[0]!r}"
             )
     specs = {}
     for side in sides:
         name = net if isinstance(net, str) else net.get(side, "star")
         choices = [*NETS, PRODUCT] if side == "qf" else [*NETS]
         if name == PRODUCT and isinstance(net, str) and "qf" in sides:
-            # of the two sides only the critic sees actions; the actor is then a star
+            # only the critic takes actions; the actor beside it is a star
             name = PRODUCT if side == "qf" else "star"
         elif name not in choices:
             raise ValueError(
-                f"{owner}: unknown net {name!r} for {side!r}, choose one of {', '.join(choices)}"
+                f"{policy}: unknown net {name!r} for {side!r}, choose one of {', '.join(choices)}"
             )
-        own = act if given else DEFAULTS.get(name, act)
-        specs[side] = NetSpec(name, activation(own), norm)
+        act = activation_fn
+        if act == DEFAULT:
+            act = DEFAULT_ACTS.get(name, sb3_activation)
+        specs[side] = NetSpec(name, parse_activation(act), norm)
     return specs
 
 
 def default_widths(net: str, base: Sequence[int]) -> list[int]:
-    """A `net_arch` whose trunk has about the parameters of a linear one of the widths `base`.
+    """Return widths at which a net has about the parameters of an MLP of `base`.
 
-    A star layer has two branches (`width / sqrt 2`); one residual block holds eight (SimBa) or
-    six (star) times its width squared. Widths come in fours: others cost a CPU up to a tenth more.
+    A star layer has two branches, so its width is that of the MLP over the square root of two. One
+    residual block holds eight (SimBa) or six (star) times the square of its width. Widths are
+    multiples of four: others cost a CPU up to a tenth more.
 
     Example:
         >>> default_widths("star", [64, 64]), default_widths("simba", [256, 256])
@@ -141,28 +161,36 @@ def default_widths(net: str, base: Sequence[int]) -> list[int]:
         return []
     if net in RESIDUAL:
         products = sum(map(mul, base, base[1:])) or base[0] ** 2
-        return [_in_fours(math.sqrt(products / (8 if net == "simba" else 6)))]
+        return [_multiple_of_four(math.sqrt(products / (8 if net == "simba" else 6)))]
     if net in ("star", PRODUCT):
-        return [_in_fours(width / math.sqrt(2)) for width in base]
+        return [_multiple_of_four(width / math.sqrt(2)) for width in base]
     return list(base)
 
 
-def _in_fours(width: float) -> int:
+def _multiple_of_four(width: float) -> int:
     return max(4, 4 * round(width / 4))
 
 
-def uniform(owner: str, width: int | None, depth: int | None, given: Any) -> list[int] | None:
-    """`[width] * depth`, or `None` where neither is given.
+def uniform_widths(
+    policy: str, width: int | None, depth: int | None, net_arch: Any
+) -> list[int] | None:
+    """Return `[width] * depth`, or `None` if neither was passed.
 
     Raises:
-        ValueError: only one of the two is given, or a `net_arch` beside them.
+        TypeError: `width` or `depth` is no integer.
+        ValueError: only one of the two, one below 1, or `net_arch` as well.
+
+    Example:
+        >>> uniform_widths("StarPPOPolicy", 32, 2, None)
+        [32, 32]
     """
     if width is None and depth is None:
         return None
-    if given is not None:
+    if net_arch is not None:
         raise ValueError(
-            f"{owner}: width={width}, depth={depth} and net_arch={given} say the same twice"
+            f"{policy}: width={width}, depth={depth} and net_arch={net_arch} say the same twice; "
+            "pass width and depth, or net_arch"
         )
     if width is None or depth is None:
-        raise ValueError(f"{owner}: width={width} and depth={depth} must be given together")
-    return [positive_int(owner, "width", width)] * positive_int(owner, "depth", depth)
+        raise ValueError(f"{policy}: width={width} and depth={depth} must be given together")
+    return [positive_int(policy, "width", width)] * positive_int(policy, "depth", depth)

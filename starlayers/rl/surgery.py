@@ -1,4 +1,4 @@
-"""Star gates in agents of stable-baselines3 that are trained already, and the way back."""
+"""Star gates in trained agents of stable-baselines3."""
 
 import warnings
 from functools import cache
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from starlayers.modules import positive_int
 from starlayers.rl.critics import ProductTerm
-from starlayers.surgery.find import Patterns, find_mlps
+from starlayers.surgery.find import Finding, Patterns, find_mlps
 from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import install_plain, installed, settle_fast_paths
 from starlayers.surgery.projection import StarProjection, parse_gate
@@ -25,7 +25,7 @@ __all__ = ["Starified", "revert", "starified", "starify"]
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
-#: name of the parameter group that holds what surgery has added
+#: name of the parameter group of the optimizers that holds the added parameters
 GROUP = "star_gates"
 
 
@@ -37,7 +37,7 @@ def starify(
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> Algorithm:
-    """Turn the MLPs of an agent into star MLPs, in place, without changing what it computes.
+    """Turn the MLPs of an agent into star MLPs in place, with unchanged outputs.
 
     Each `act(inp(x))` of the policy becomes `act(inp(x)) * (1 + gate(x))` with a zero gate, in
     online and target networks alike: actions, values and log-probabilities stay the same to the
@@ -49,11 +49,12 @@ def starify(
         gate: "full", "low_rank=r" or "scale", as in `starlayers.starify`.
         product: width of a `ProductTerm` for each critic of states and actions (SAC, TD3, DDPG,
             TQC, CrossQ); 0 for none.
-        include, exclude: names, or patterns as in `fnmatch`, of MLPs below the policy or of
-            modules above them. Target networks follow their online networks.
+        include: names, or patterns as in `fnmatch`, of MLPs below the policy or of modules that
+            contain them; `None` for all. Target networks follow their online networks.
+        exclude: names or patterns of those to leave out.
 
     Returns:
-        `model` itself. What is a star already stays as it is, gates and product terms too.
+        `model` itself. MLPs that are stars already stay as they are, and so do product terms.
 
     Raises:
         TypeError: `model` is no algorithm, or an argument has the wrong type.
@@ -78,24 +79,20 @@ def starify(
             f"starify: product={product} needs critics of states and actions, as SAC, TD3, DDPG, "
             f"TQC and CrossQ have; the {type(policy).__name__} of {type(model).__name__} has none"
         )
-    targets = {name for name, _, _ in _pairs(policy)}
-    found = find_mlps(policy, include=include, exclude=exclude)
-    found = [f for f in found if f.path.split(".")[0] not in targets]
-    plain = [f for f in found if f.reason is None and f.site.form == "plain"]
+    plain, reasons = _plain_mlps(policy, include, exclude)
     if not (plain or product or _layers(policy)):
-        reasons = dict.fromkeys(f"{f.path}: {f.reason}" for f in found[:3] if f.reason)
         raise ValueError(
             f"starify found no plain MLP in this {type(policy).__name__}: "
             + ("; ".join(reasons) or "no activation is directly between two of its linear layers")
             + ("; product=64 gives its critics a product term" if _critics(policy) else "")
         )
-    before = set(_layers(policy))
-    for f in plain:
-        install_plain(policy.get_submodule(f.owner), f.site, gate)
-    for _, online, target in _pairs(policy):
-        _mirror(online, target)
+    existing = set(_layers(policy))
+    for mlp in plain:
+        install_plain(policy.get_submodule(mlp.owner), mlp.site, gate)
+    for _, online, target in _target_pairs(policy):
+        _copy_gates(online, target)
     _add_products(policy, product)
-    _settle(policy, before)
+    _update_targets_and_optimizers(policy, existing)
     if not isinstance(policy, Starified):
         policy.__class__ = starified(type(policy))
         vars(policy)["made_with"] = model.policy_kwargs
@@ -109,23 +106,24 @@ def starify(
 
 
 def revert(model: Algorithm) -> Algorithm:
-    """Take out of an agent and its optimizers what `starify` put into them, in place.
+    """Remove from an agent and its optimizers, in place, what `starify` added.
 
-    The policy's own parameters and their moments stay as they are by now. Where a gate or a
-    product term has moved away from zero, a warning says so, because what it learned is lost.
+    The policy's own parameters and their moments stay as they are now. Where a gate or a product
+    term is no longer zero, a warning says so, because what it learned is lost.
 
     Returns:
         `model` itself.
 
     Raises:
         TypeError: `model` is no algorithm.
-        ValueError: there is nothing to take out.
+        ValueError: the agent is not starified.
 
     Example:
         >>> from stable_baselines3 import PPO
         >>> model = PPO("MlpPolicy", "CartPole-v1", device="cpu")
-        >>> type(revert(starify(model)).policy).__name__
-        'ActorCriticPolicy'
+        >>> before = list(model.policy.state_dict())
+        >>> list(revert(starify(model)).policy.state_dict()) == before
+        True
     """
     policy = _policy_of(model, "revert")
     if not isinstance(policy, Starified):
@@ -135,19 +133,19 @@ def revert(model: Algorithm) -> Algorithm:
         )
     if any(True for _ in installed(policy)):
         revert_module(policy)
-    size = 0.0
+    largest = 0.0
     for critic in _critics(policy):
         for i, q in enumerate(critic.q_networks):
             if isinstance(q, ProductTerm):
-                size = max(size, q.head.weight.detach().abs().max().item())
-                _replace(critic, i, q.q)
-    if size > 0:
+                largest = max(largest, q.head.weight.detach().abs().max().item())
+                _replace_network(critic, i, q.q)
+    if largest > 0:
         warnings.warn(
             f"revert: the product terms of the critics were not zero and are lost; largest weight "
-            f"{size:.3g}",
+            f"{largest:.3g}",
             stacklevel=2,
         )
-    _settle(policy, set())
+    _update_targets_and_optimizers(policy, set())
     policy.__class__ = type(policy).__bases__[1]
     del policy.made_with
     model.policy_class = type(policy)
@@ -157,13 +155,13 @@ def revert(model: Algorithm) -> Algorithm:
 
 
 class Starified(BasePolicy):
-    """What a policy class gains by `starify`: it is built with the record of what was done to it.
+    """Policy that rebuilds its gates and product terms when it is constructed.
 
-    Use `starified(base)` for the class over a policy class, or `type(model.policy)`.
+    Base of the classes that `starified(base)` makes; `type(model.policy)` is one after `starify`.
 
     Args:
-        surgery: what `starify` keeps in `model.policy_kwargs`.
-        args, kwargs: those of the policy class below.
+        args, kwargs: those of the policy class `base`.
+        surgery: the entry "surgery" of `model.policy_kwargs`, which `starify` writes.
     """
 
     def __init__(self, *args: Any, surgery: dict[str, Any], **kwargs: Any) -> None:
@@ -171,7 +169,7 @@ class Starified(BasePolicy):
         _add_products(self, surgery["product"])
         if surgery["gates"]:
             apply_record(self, surgery["gates"])
-        _settle(self, set())
+        _update_targets_and_optimizers(self, set())
         self.made_with = {**kwargs, "surgery": surgery}
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -180,7 +178,7 @@ class Starified(BasePolicy):
         return {**made_with, **super()._get_constructor_parameters()}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # pickle finds no class that was made at run time, but it finds what it was made from
+        # the class is made at run time, so that pickle cannot import it: refer to its base
         return _blank, (type(self).__bases__[1],), vars(self)
 
 
@@ -189,23 +187,31 @@ StarLayer = StarProjection | ProductTerm
 
 @cache
 def starified(base: type[BasePolicy]) -> type[Starified]:
-    """The class of the policies of class `base` once they are starified.
+    """Return the class that policies of class `base` have after `starify`.
 
     Needed to load what `policy.save` wrote: `starified(MlpPolicy).load(path)`.
 
     Example:
-        >>> from stable_baselines3.sac.policies import SACPolicy
-        >>> starified(SACPolicy).__name__, issubclass(starified(SACPolicy), SACPolicy)
-        ('StarifiedSACPolicy', True)
+        >>> import tempfile
+        >>> from stable_baselines3 import SAC
+        >>> from stable_baselines3.sac import MlpPolicy
+        >>> model = starify(SAC("MlpPolicy", "Pendulum-v1", device="cpu"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.policy.save(f"{folder}/policy.pth")
+        ...     policy = starified(MlpPolicy).load(f"{folder}/policy.pth", device="cpu")
+        >>> list(policy.state_dict()) == list(model.policy.state_dict())
+        True
     """
     return type(f"Starified{base.__name__}", (Starified, base), {"__module__": __name__})
 
 
 def _blank(base: type[BasePolicy]) -> Starified:
+    """Make a starified policy without its state; pickled policies refer to this name."""
     return starified(base).__new__(starified(base))
 
 
 def _policy_of(model: BaseAlgorithm, verb: str) -> BasePolicy:
+    """Return the policy of a model, or raise an error that names the function `verb`."""
     if not isinstance(model, BaseAlgorithm):
         raise TypeError(
             f"starlayers.rl.{verb} expects an algorithm of stable-baselines3, got "
@@ -221,8 +227,23 @@ def _policy_of(model: BaseAlgorithm, verb: str) -> BasePolicy:
     return policy
 
 
-def _pairs(policy: BasePolicy) -> list[tuple[str, nn.Module, nn.Module]]:
-    """Every target network of a policy: its name, the online network, itself."""
+def _plain_mlps(
+    policy: BasePolicy, include: Patterns, exclude: Patterns
+) -> tuple[list[Finding], list[str]]:
+    """Return the MLPs outside of targets to gate, and reasons why others are not."""
+    targets = {name for name, _, _ in _target_pairs(policy)}
+    mlps = [
+        mlp
+        for mlp in find_mlps(policy, include=include, exclude=exclude)
+        if mlp.path.split(".")[0] not in targets
+    ]
+    plain = [mlp for mlp in mlps if mlp.reason is None and mlp.site.form == "plain"]
+    reasons = dict.fromkeys(f"{mlp.path}: {mlp.reason}" for mlp in mlps[:3] if mlp.reason)
+    return plain, list(reasons)
+
+
+def _target_pairs(policy: BasePolicy) -> list[tuple[str, nn.Module, nn.Module]]:
+    """Return name, online network and target network of every target."""
     children = dict(policy.named_children())
     return [
         (name, children[name.removesuffix("_target")], target)
@@ -232,62 +253,65 @@ def _pairs(policy: BasePolicy) -> list[tuple[str, nn.Module, nn.Module]]:
 
 
 def _critics(policy: BasePolicy) -> list[Any]:
-    """The critics, and their targets, that take states and actions."""
+    """Return the critics of states and actions, targets among them."""
     return [child for child in policy.children() if getattr(child, "q_networks", None)]
 
 
 def _layers(module: nn.Module) -> list[StarLayer]:
+    """Return the layers that surgery added below a module."""
     return [m for m in module.modules() if isinstance(m, (StarProjection, ProductTerm))]
 
 
 def _parameters(layer: StarLayer) -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters of a layer that were there before, and those that surgery added."""
+    """Return the parameters a layer had before surgery, and the added ones."""
     if isinstance(layer, StarProjection):
         return list(layer.inp.parameters()), list(layer.gate.parameters())
-    new = [layer.state, layer.action, layer.head]
-    return list(layer.q.parameters()), [p for m in new for p in m.parameters()]
+    added = [layer.state, layer.action, layer.head]
+    return list(layer.q.parameters()), [p for m in added for p in m.parameters()]
 
 
 def _add_products(policy: BasePolicy, width: int) -> None:
+    """Put a `ProductTerm` around every critic network without one; 0 for none."""
     for critic in _critics(policy) if width else ():
         states = critic.features_extractor.features_dim
         actions, outputs = get_action_dim(critic.action_space), getattr(critic, "n_quantiles", 1)
         for i, q in enumerate(critic.q_networks):
             if not isinstance(q, ProductTerm):
-                _replace(critic, i, ProductTerm(q, states, actions, outputs, width))
+                _replace_network(critic, i, ProductTerm(q, states, actions, outputs, width))
 
 
-def _replace(critic: Any, i: int, network: nn.Module) -> None:
-    """Put a network in the place of a critic's i-th, in its list and among its children."""
+def _replace_network(critic: Any, i: int, network: nn.Module) -> None:
+    """Replace the i-th network of a critic, in its list and among its children."""
     (name,) = (name for name, m in critic.named_children() if m is critic.q_networks[i])
     setattr(critic, name, network)
     critic.q_networks[i] = network
 
 
-def _mirror(online: nn.Module, target: nn.Module) -> None:
-    """Give a target network the gates that its online network has and it has not."""
-    there = {name_of(path, star) for path, _, star in installed(target)}
+def _copy_gates(online: nn.Module, target: nn.Module) -> None:
+    """Install in a target network the gates that only its online network has."""
+    present = {name_of(path, star) for path, _, star in installed(target)}
     record = record_of(online)
-    wanted = [
+    missing = [
         entry
         for entry in record.get("layers", ())
-        if join(entry["owner"], entry["site"]["inp"]) not in there
+        if join(entry["owner"], entry["site"]["inp"]) not in present
     ]
-    if wanted:
-        apply_record(target, {**record, "layers": wanted})
+    if missing:
+        apply_record(target, {**record, "layers": missing})
 
 
-def _settle(policy: BasePolicy, before: set[StarLayer]) -> None:
-    """Make targets and optimizers agree with the star layers there are.
+def _update_targets_and_optimizers(policy: BasePolicy, existing: set[StarLayer]) -> None:
+    """Make targets and optimizers agree with the star layers of a policy.
 
-    New layers of targets get the parameters of their online networks; every optimizer gets the
-    added parameters of the layers whose own parameters it has, as its last group.
+    Layers of targets that are not in `existing` get the added parameters of their online networks.
+    Every optimizer gets, as its last group, the added parameters of the layers whose own parameters
+    it holds.
     """
     settle_fast_paths(policy)
-    for _, online, target in _pairs(policy):
-        for mine, theirs in zip(_layers(online), _layers(target), strict=True):
-            if theirs not in before:
-                for p, q in zip(_parameters(mine)[1], _parameters(theirs)[1], strict=True):
+    for _, online, target in _target_pairs(policy):
+        for source, copied in zip(_layers(online), _layers(target), strict=True):
+            if copied not in existing:
+                for p, q in zip(_parameters(source)[1], _parameters(copied)[1], strict=True):
                     q.data.copy_(p.data)
     for module in policy.modules():
         optimizer = vars(module).get("optimizer")
@@ -296,21 +320,22 @@ def _settle(policy: BasePolicy, before: set[StarLayer]) -> None:
 
 
 def _regroup(optimizer: Optimizer, layers: list[StarLayer]) -> None:
+    """Renew an optimizer's group of added parameters; drop unused states."""
     groups = [group for group in optimizer.param_groups if group.get("name") != GROUP]
-    owned = {id(p) for group in groups for p in group["params"]}
+    held = {id(p) for group in groups for p in group["params"]}
     split = [_parameters(layer) for layer in layers]
-    added = [p for old, new in split if any(id(p) in owned for p in old) for p in new]
-    # one group in the order of the layers, as a rebuilt policy has it, whatever came first
+    added = [p for own, new in split if any(id(p) in held for p in own) for p in new]
+    # one group in the order of the layers, as a policy has it that is built from its record
     optimizer.param_groups[:] = groups
     if added:
         optimizer.add_param_group({**groups[0], "params": added, "name": GROUP})
-    kept = owned | {id(p) for p in added}
+    kept = held | {id(p) for p in added}
     for p in [p for p in optimizer.state if id(p) not in kept]:
         del optimizer.state[p]
 
 
 def _refresh_vector(model: Any) -> None:
-    """ARS keeps all parameters of its policy in one vector as well."""
+    """Renew the vector in which ARS keeps all parameters of its policy."""
     if hasattr(model, "n_params"):
         model.weights = parameters_to_vector(model.policy.parameters()).detach()
         model.n_params = len(model.weights)

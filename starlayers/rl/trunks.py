@@ -1,4 +1,4 @@
-"""Trunks of policies and critics: star layers, and the nets people compare them with."""
+"""Trunks of policies and critics: star layers and the nets they compete with."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,12 +17,13 @@ __all__ = [
     "NETS",
     "NORMS",
     "Trunk",
-    "activation_row",
+    "activation_name",
     "build_trunk",
 ]
 
+#: makes a norm over so many channels
 Norm = Callable[[int], nn.Module]
-#: a row of `ACTIVATIONS`, or a class as SB3 takes it
+#: name of an activation in `ACTIVATIONS`, or a module class as SB3 takes it
 Activation = str | type[nn.Module]
 
 #: name of a norm -> its layer for so many channels
@@ -30,11 +31,11 @@ NORMS: dict[str, Norm] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 class KeepsInit(nn.Module):
-    """A module that knows its own start values, also under the orthogonal initialisation of SB3.
+    """Module whose own initialisation survives SB3's `ortho_init`.
 
     PPO, A2C and their kin re-initialise every `nn.Linear` below a policy (`ortho_init=True`, the
-    default) through `Module.apply`. What the layers mean is then lost: a residual branch that
-    began at zero is none any more. Here `reset_star(gain)` has the last word.
+    default) through `Module.apply`. A residual branch that began at zero is then no longer zero.
+    Here `reset_star(gain)` runs after that and initialises the star layers again.
 
     Example:
         >>> from functools import partial
@@ -51,21 +52,26 @@ class KeepsInit(nn.Module):
         return self
 
     def reset_star(self, gain: float) -> None:
-        """Give each branch of a star its own orthogonal start, and blocks what they begin with."""
+        """Initialise star branches one by one, and residual blocks as when built."""
         for module in self.modules():
             if isinstance(module, PackedStar | StarStack):
                 module.reset_branches(gain)
             if isinstance(module, StarBlock):
                 nn.init.orthogonal_(module.mlp.f2.weight, GATE_GAIN)
-                end_in_zero(module)
+                zero_output(module)
             if isinstance(module, SimBaBlock):
                 module.reset_parameters()
 
 
 class Trunk(nn.Sequential, KeepsInit):
-    """Layers from `in_features` to `out_features` channels, one per entry of SB3's `net_arch`.
+    """Layers in sequence, one per entry of SB3's `net_arch`.
 
     Shapes: (batch, in_features) -> (batch, out_features).
+
+    Args:
+        layers: the modules, in order.
+        in_features: channels of the input.
+        out_features: channels of the output.
 
     Example:
         >>> trunk = build_trunk("star", 4, [32, 16])
@@ -79,11 +85,11 @@ class Trunk(nn.Sequential, KeepsInit):
 
 
 class Dense(nn.Sequential):
-    """A linear layer of a D2RL trunk: the trunk's input joins the input of all but the first."""
+    """Linear layer of a `D2RLTrunk` with its norms and activation."""
 
 
 class D2RLTrunk(Trunk):
-    """The trunk of D2RL: every layer after the first sees the trunk's input again.
+    """Trunk of D2RL: every layer after the first takes the trunk's input as well.
 
     Shapes: (batch, in_features) -> (batch, out_features).
     Source: Sinha et al., "D2RL: Deep Dense Architectures in Reinforcement Learning", 2020,
@@ -102,16 +108,22 @@ class D2RLTrunk(Trunk):
 
 
 class SimBaBlock(nn.Module):
-    """The residual block of SimBa: `x + W2 relu(W1 norm(x))`, four times as wide inside.
+    """Residual block of SimBa: `x + W2 relu(W1 norm(x))`, four times as wide inside.
 
     Shapes: (batch, dim) -> (batch, dim).
     Source: Lee et al., "SimBa: Simplicity Bias for Scaling Up Parameters in Deep Reinforcement
     Learning", ICLR 2025, arXiv 2410.09754. Its running norm of observations is left to
     `VecNormalize`.
 
+    Args:
+        dim: channels of input and output.
+        act: name in `ACTIVATIONS`, or a module class.
+        norm: makes the norm, from its channels.
+
     Example:
-        >>> SimBaBlock(8, "relu", nn.LayerNorm)(torch.randn(2, 8)).shape
-        torch.Size([2, 8])
+        >>> block = SimBaBlock(8, "relu", nn.LayerNorm)
+        >>> block(torch.randn(2, 8)).shape, block.inp.out_features
+        (torch.Size([2, 8]), 32)
     """
 
     def __init__(self, dim: int, act: Activation, norm: Norm) -> None:
@@ -122,7 +134,7 @@ class SimBaBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start as published: He's normal weights, no bias."""
+        """Initialise as published: He's normal weights, zero biases."""
         for layer in (self.inp, self.out):
             nn.init.kaiming_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -132,7 +144,10 @@ class SimBaBlock(nn.Module):
 
 
 class ActivationLayer(nn.Module):
-    """A row of `ACTIVATIONS` as a module.
+    """Activation of `ACTIVATIONS` as a module.
+
+    Args:
+        act: its name.
 
     Example:
         >>> ActivationLayer("relu6")(torch.tensor([7.0]))
@@ -150,8 +165,8 @@ class ActivationLayer(nn.Module):
         return repr(self.act)
 
 
-def end_in_zero(block: StarBlock) -> None:
-    """Make a residual star block the identity, as deep residual nets start best."""
+def zero_output(block: StarBlock) -> None:
+    """Zero the last layer of a residual star block, which makes it the identity."""
     nn.init.zeros_(block.mlp.g.weight)
     nn.init.zeros_(block.mlp.g.bias)
 
@@ -160,11 +175,11 @@ Layers = Iterator[nn.Module]
 
 
 def _star(
-    dim: int, widths: Sequence[int], act: Any, norm: Norm | None, before: Norm | None
+    dim: int, widths: Sequence[int], act: Any, norm: Norm | None, norm_before: Norm | None
 ) -> Layers:
     for width in widths:
-        if before:
-            yield before(dim)
+        if norm_before:
+            yield norm_before(dim)
         yield PackedStar(dim, width, act=act)
         if norm:
             yield norm(width)
@@ -172,11 +187,11 @@ def _star(
 
 
 def _mlp(
-    dim: int, widths: Sequence[int], act: Any, norm: Norm | None, before: Norm | None
+    dim: int, widths: Sequence[int], act: Any, norm: Norm | None, norm_before: Norm | None
 ) -> Layers:
     for width in widths:
-        if before:
-            yield before(dim)
+        if norm_before:
+            yield norm_before(dim)
         yield nn.Linear(dim, width)
         if norm:
             yield norm(width)
@@ -185,12 +200,12 @@ def _mlp(
 
 
 def _d2rl(
-    dim: int, widths: Sequence[int], act: Any, norm: Norm | None, before: Norm | None
+    dim: int, widths: Sequence[int], act: Any, norm: Norm | None, norm_before: Norm | None
 ) -> Layers:
-    seen = dim
+    inputs = dim
     for width in widths:
-        yield Dense(*_mlp(seen, [width], act, norm, before))
-        seen = width + dim
+        yield Dense(*_mlp(inputs, [width], act, norm, norm_before))
+        inputs = width + dim
 
 
 def _residual(
@@ -198,19 +213,19 @@ def _residual(
     widths: Sequence[int],
     act: Any,
     norm: Norm | None,
-    before: Norm | None,
+    norm_before: Norm | None,
     *,
     star: bool,
 ) -> Layers:
-    """An embedding, a block per entry, and a norm; the layout of SimBa."""
+    """Make the layout of SimBa: a linear embedding, a block per entry, and a norm."""
     width, norm = widths[0], norm or nn.LayerNorm
-    if before:
-        yield before(dim)
+    if norm_before:
+        yield norm_before(dim)
     yield nn.Linear(dim, width)
     for _ in widths:
         if star:
             block = StarBlock(width, expansion=2, act=act, offset=1.0, pre=norm(width))
-            end_in_zero(block)
+            zero_output(block)
             yield block
         else:
             yield SimBaBlock(width, act, norm)
@@ -235,65 +250,72 @@ def build_trunk(
     *,
     act: Activation = "relu",
     norm: str | None = None,
-    before: Norm | None = None,
+    norm_before: Norm | None = None,
 ) -> Trunk:
-    """A trunk of the named net, with one layer or residual block per entry of `net_arch`.
+    """Build a trunk with one layer or residual block per entry of `net_arch`.
 
     Args:
-        net: a row of `NETS`.
+        net: a name in `NETS`.
         in_features: channels of the input.
         net_arch: widths; empty for the identity. Residual nets need equal ones.
-        act: a row of `ACTIVATIONS`; for nets without stars any class, as SB3 takes it.
-        norm: a row of `NORMS`: behind the product of a star, before the activation of a linear
-            layer, before a residual block (which always has one); "none" or `None` for none.
-        before: makes one more norm in front of each layer, from its channels.
+        act: a name in `ACTIVATIONS`; nets without stars also take any module class, as SB3 does.
+        norm: a name in `NORMS`. It goes behind the product of a star, before the activation of a
+            linear layer, and before a residual block (which always has one, "layer" by default);
+            "none" or `None` for none.
+        norm_before: makes one more norm in front of each layer, from its channels.
 
     Raises:
         ValueError: an unknown net or norm, a width below 1, unequal widths of a residual net.
         TypeError: a width that is no integer.
 
     Example:
-        >>> build_trunk("simba", 4, [32, 32])(torch.randn(8, 4)).shape
-        torch.Size([8, 32])
+        >>> build_trunk("star", 4, [32], act="tanh")
+        Trunk(
+          (0): PackedStar(
+            4, 32, act='tanh'
+            (proj): Linear(in_features=4, out_features=64, bias=True)
+          )
+        )
     """
     if net not in NETS:
         raise ValueError(f"unknown net {net!r}, choose one of {', '.join(NETS)}")
     norm = None if norm == "none" else norm
-    act = activation_row(act) if "star" in net else activation(act)
+    act = activation_name(act) if "star" in net else parse_activation(act)
     if norm is not None and norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}, choose one of {', '.join(NORMS)} or None")
     widths = [positive_int(net, f"net_arch[{i}]", width) for i, width in enumerate(net_arch)]
     if net in RESIDUAL and len(set(widths)) > 1:
-        raise ValueError(f"net={net!r} adds its blocks up: net_arch={widths} needs equal widths")
+        raise ValueError(f"net={net!r} has residual blocks: net_arch={widths} needs equal widths")
     layers: list[nn.Module] = []
     if widths:
-        layers = list(NETS[net](in_features, widths, act, norm and NORMS[norm], before))
-    kind = D2RLTrunk if net == "d2rl" else Trunk
-    return kind(layers, in_features, widths[-1] if widths else in_features)
+        layers = list(NETS[net](in_features, widths, act, norm and NORMS[norm], norm_before))
+    trunk_class = D2RLTrunk if net == "d2rl" else Trunk
+    return trunk_class(layers, in_features, widths[-1] if widths else in_features)
 
 
-def activation(given: str | type[nn.Module] | None) -> Activation:
-    """The name of a row of `ACTIVATIONS`, or the class, that a user gave.
+def parse_activation(activation_fn: str | type[nn.Module] | None) -> Activation:
+    """Return the name in `ACTIVATIONS`, or the module class, that a user passed.
 
     Raises:
-        TypeError, ValueError: neither a class nor the name of a row.
+        TypeError: neither a string, a module class, nor `None`.
+        ValueError: an unknown name.
 
     Example:
-        >>> activation("swiglu"), activation(None), activation(nn.ELU).__name__
-        ('silu', 'identity', 'ELU')
+        >>> parse_activation("swiglu"), parse_activation(None), parse_activation(nn.ELU)
+        ('silu', 'identity', <class 'torch.nn.modules.activation.ELU'>)
     """
-    if given is None or isinstance(given, str):
-        return get_activation(given).name
-    if not (isinstance(given, type) and issubclass(given, nn.Module)):
+    if activation_fn is None or isinstance(activation_fn, str):
+        return get_activation(activation_fn).name
+    if not (isinstance(activation_fn, type) and issubclass(activation_fn, nn.Module)):
         raise TypeError(
             "activation_fn must be a name from ACTIVATIONS or a class such as nn.Tanh, "
-            f"got {given!r}"
+            f"got {activation_fn!r}"
         )
-    return given
+    return activation_fn
 
 
 def activation_module(act: Activation) -> nn.Module:
-    """A module of what `activation` returns.
+    """Make a module of an activation's name or class.
 
     Example:
         >>> activation_module(nn.ELU), activation_module("relu6")
@@ -302,22 +324,34 @@ def activation_module(act: Activation) -> nn.Module:
     return act() if isinstance(act, type) else ActivationLayer(act)
 
 
-def activation_row(given: str | type[nn.Module] | None) -> str:
-    """The row of `ACTIVATIONS` that a name, or an activation class as SB3 takes it, stands for.
-
-    Raises:
-        ValueError: no row computes what the class does, or no row has the name.
-        TypeError: neither a name nor a module class.
+def activation_factory(act: Activation) -> Callable[[], nn.Module]:
+    """Return a function without arguments that makes the activation, as SB3 calls it.
 
     Example:
-        >>> activation_row(nn.Tanh), activation_row("gelu"), activation_row(None)
+        >>> activation_factory("relu6")(), activation_factory(nn.ELU)()
+        (ActivationLayer('relu6'), ELU(alpha=1.0))
+    """
+    return act if isinstance(act, type) else partial(activation_module, act)
+
+
+def activation_name(activation_fn: str | type[nn.Module] | None) -> str:
+    """Return the name in `ACTIVATIONS` of an activation passed by name or by class.
+
+    Raises:
+        TypeError: neither a name nor a module class.
+        ValueError: an unknown name, or a class whose function is not in `ACTIVATIONS`.
+
+    Example:
+        >>> activation_name(nn.Tanh), activation_name("gelu"), activation_name(None)
         ('tanh', 'gelu', 'identity')
     """
-    found = activation(given)
-    row = found if isinstance(found, str) else recognise(found())
-    if row is None:
+    act = parse_activation(activation_fn)
+    if isinstance(act, str):
+        return act
+    name = recognise(act())
+    if name is None:
         raise ValueError(
-            f"activation_fn={given.__name__}: a star layer needs a row of ACTIVATIONS, and no row "  # type: ignore[union-attr]
-            "computes that; register_activation adds one, to be given by its name"
+            f"activation_fn={act.__name__}: a star layer needs an activation of ACTIVATIONS, and "
+            "none computes that; add it with register_activation and pass its name"
         )
-    return row
+    return name

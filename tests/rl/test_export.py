@@ -289,11 +289,11 @@ def test_a_mismatch_raises_and_leaves_no_file(tmp_path, policy, action):
 def test_equal_scores_are_no_mismatch():
     scores = np.array([[1.0, 1.0 + 1e-7, 0.0], [2.0, 0.0, 0.0]], dtype=np.float32)
     want, got = np.array([0, 0]), np.array([1, 0])
-    assert parity._gap(want, got, scores, 0.0, [3]) < 1e-6
-    assert parity._gap(want, np.array([2, 0]), scores, 0.0, [3]) == 0.5
-    assert parity._gap(want, got.astype(np.int32), scores, 0.0, [3]) == np.inf
+    assert parity._difference(want, got, scores, 0.0, [3]) < 1e-6
+    assert parity._difference(want, np.array([2, 0]), scores, 0.0, [3]) == 0.5
+    assert parity._difference(want, got.astype(np.int32), scores, 0.0, [3]) == np.inf
     values = np.float32([[0.5], [4.0]])
-    assert parity._gap(values, values + 4e-5, values, 0.0, []) == pytest.approx(1e-5, rel=0.01)
+    assert parity._difference(values, values + 4e-5, values, 0.0, []) == pytest.approx(1e-5, rel=0.01)
 
 
 def test_what_cannot_be_exported_says_why(tmp_path):

@@ -22,7 +22,7 @@ def test_images_from_atari_to_small_grids(shape, maps):
     net = StarCnnExtractor(image(*shape), 32)
     assert net.features_dim == 32
     x = torch.rand(2, *shape)
-    assert net._maps(x).shape == (2, maps, maps, 64)
+    assert net.feature_maps(x).shape == (2, maps, maps, 64)
     assert net(x).shape == (2, 32)
     assert net(x[:0]).shape == (0, 32)
 
@@ -113,7 +113,7 @@ def test_wrong_spaces_are_named():
         StarCnnExtractor(spaces.Box(0, 1, (64, 64, 3)))
     with pytest.raises(ValueError, match="StarCombinedExtractor expects a Dict space, got Box"):
         StarCombinedExtractor(spaces.Box(-1, 1, (3,)))
-    with pytest.raises(ValueError, match=r"dims=\(8,\) and depths=\(1, 2\) differ in length"):
+    with pytest.raises(ValueError, match=r"dims=\(8,\) and depths=\(1, 2\) need one entry for each stage"):
         StarCnnExtractor(image(1, 20, 20), dims=(8,), depths=(1, 2))
     with pytest.raises(ValueError, match="StarExtractor: depth must be at least 1, got 0"):
         StarExtractor(spaces.Box(-1, 1, (3,)), depth=0)

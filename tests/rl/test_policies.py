@@ -294,7 +294,7 @@ def test_a_users_dictionary_is_not_written_to():
         ("PPO", {"net": "simba", "net_arch": [8, 4]}, r"net_arch=\[8, 4\] needs equal widths"),
         ("SAC", {"net": {"qf": "product"}, "net_arch": []}, "needs a layer for its product"),
         ("PPO", {"activation_fn": "swishy"}, "unknown activation 'swishy'"),
-        ("PPO", {"activation_fn": nn.ELU}, "activation_fn=ELU: a star layer needs a row of ACTIV"),
+        ("PPO", {"activation_fn": nn.ELU}, "activation_fn=ELU: a star layer needs an activation of ACTIV"),
         ("CrossQ", {"net": "simba"}, "net='simba' brings norms beside CrossQ's own"),
         ("CrossQ", {"net": {"qf": "product"}}, "net='product' brings norms"),
     ],

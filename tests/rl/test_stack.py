@@ -15,7 +15,7 @@ from starlayers.rl.stack import GATE_GAIN, PackedStar, StarStack
 def reference(stack, k):
     """Net k of a stack as plain star ops."""
     ops = []
-    for weight, bias in stack.rows():
+    for weight, bias in stack.layers():
         (w1, w2), (b1, b2) = weight[k].chunk(2, -1), bias[k, 0].chunk(2)
         op = StarOp(w1.shape[0], w1.shape[1], act=stack.act, offset=1.0).to(w1.dtype)
         for branch, w, b in ((op.f1, w1, b1), (op.f2, w2, b2)):
@@ -88,7 +88,7 @@ def test_each_branch_is_orthogonal_by_itself(make):
         branches = [layer.proj.weight.detach().chunk(2)]
         assert layer.proj.bias.abs().max() == 0
     else:
-        ((weight, bias),) = layer.rows()
+        ((weight, bias),) = layer.layers()
         branches = [[b.t() for b in net.chunk(2, -1)] for net in weight.detach()]
         assert bias.abs().max() == 0
         assert not torch.equal(branches[0][0], branches[1][0])

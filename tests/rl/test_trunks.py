@@ -12,7 +12,7 @@ from starlayers import StarBlock
 from starlayers.coefficients import spectrum
 from starlayers.rl import StarExtractor
 from starlayers.rl.stack import GATE_GAIN, PackedStar, StarStack
-from starlayers.rl.trunks import NETS, SimBaBlock, activation_row, build_trunk
+from starlayers.rl.trunks import NETS, SimBaBlock, activation_name, build_trunk
 
 ORTHO = partial(BasePolicy.init_weights, gain=2**0.5)
 
@@ -70,7 +70,7 @@ def test_the_start_of_a_residual_star_survives_ppo(ortho):
 
 def test_the_stacked_trunks_of_ppo_begin_as_stars():
     policy = PPO("StarMlpPolicy", "CartPole-v1", device="cpu").policy
-    for weight, bias in policy.mlp_extractor.stack.rows():
+    for weight, bias in policy.mlp_extractor.stack.layers():
         assert bias.abs().max() == 0
         for net in weight.detach():
             for branch, gain in zip(net.chunk(2, -1), (2**0.5, GATE_GAIN)):
@@ -116,11 +116,11 @@ def test_a_users_own_initialisation_is_left_alone():
     assert trunk[1].mlp.g.weight.eq(1).all()
 
 
-def test_activation_rows():
+def test_activation_names():
     rows = {nn.Tanh: "tanh", nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu", nn.ReLU6: "relu6"}
     for kind, row in rows.items():
-        assert activation_row(kind) == row
-    assert activation_row("swiglu") == "silu"
+        assert activation_name(kind) == row
+    assert activation_name("swiglu") == "silu"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_activation_rows():
     [
         (("kan", 4, [8]), "unknown net 'kan', choose one of star, star_residual, mlp"),
         (("star", 4, [0]), r"star: net_arch\[0\] must be at least 1, got 0"),
-        (("simba", 4, [8, 4]), r"net='simba' adds its blocks up: net_arch=\[8, 4\]"),
+        (("simba", 4, [8, 4]), r"net='simba' has residual blocks: net_arch=\[8, 4\]"),
     ],
 )
 def test_bad_trunks_are_named(arguments, words):
