@@ -27,8 +27,8 @@ from starlayers.surgery import report
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
-def padded(tokenizer: Any, rows: list[tuple[str, int]], longest: int) -> Batch:
-    texts, labels = zip(*rows, strict=True)
+def tokenize(tokenizer: Any, examples: list[tuple[str, int]], longest: int) -> Batch:
+    texts, labels = zip(*examples, strict=True)
     fields = tokenizer(
         list(texts), truncation=True, max_length=longest, padding=True, return_tensors="pt"
     )
@@ -54,7 +54,7 @@ def fine_tune(model: nn.Module, batches: list[Batch], name: str, lr: float, gate
 
 
 @torch.inference_mode()
-def answers(model: nn.Module, batches: list[Batch]) -> list[int]:
+def predict(model: nn.Module, batches: list[Batch]) -> list[int]:
     model.eval()
     return [i for fields, _ in batches for i in model(**fields).logits.argmax(-1).tolist()]
 
@@ -71,55 +71,63 @@ def main(
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Fine-tune a pretrained encoder as it is and starified, on the same batches."""
-    logging.set_verbosity_error()  # of the new head's weights, which are none of the checkpoint's
+    logging.set_verbosity_error()  # the new head has no weights in the checkpoint: no warning
     logging.disable_progress_bar()
     texts = load_sentiment(**{"path" if Path(data).exists() else "name": data})
-    found = pretrained_minilm(model)
-    tokenizer = AutoTokenizer.from_pretrained(found.folder)
+    encoder = pretrained_minilm(model)
+    tokenizer = AutoTokenizer.from_pretrained(encoder.folder)
     classes = texts.splits["train"].features["label"].num_classes
-    print(f"weights: {found.source}; data: {texts.source}; seed {seed}")
+    print(f"weights: {encoder.source}; data: {texts.source}; seed {seed}")
 
-    def fresh() -> nn.Module:
+    def fresh_model() -> nn.Module:
         set_seed(seed)
-        return AutoModelForSequenceClassification.from_pretrained(found.folder, num_labels=classes)
+        return AutoModelForSequenceClassification.from_pretrained(
+            encoder.folder, num_labels=classes
+        )
 
-    rows = {s: list(zip(r["text"][:], r["label"][:], strict=True)) for s, r in texts.splits.items()}
-    drawn = random.Random(seed).choices(rows["train"], k=steps * batch_size)
-    rows["train"] = drawn
-    # texts of a length together, so that little is padding; the order of a test matters to nobody
-    rows["test"].sort(key=lambda row: len(row[0]))
+    examples = {
+        split: list(zip(data["text"][:], data["label"][:], strict=True))
+        for split, data in texts.splits.items()
+    }
+    sample = random.Random(seed).choices(examples["train"], k=steps * batch_size)
+    examples["train"] = sample
+    # texts of similar length in a batch: less padding
+    examples["test"].sort(key=lambda example: len(example[0]))
     train, test = (
         [
-            padded(tokenizer, rows[split][i : i + batch_size], longest)
-            for i in range(0, len(rows[split]), batch_size)
+            tokenize(tokenizer, examples[split][i : i + batch_size], longest)
+            for i in range(0, len(examples[split]), batch_size)
         ]
         for split in ("train", "test")
     )
-    truth = [label for _, label in rows["test"]]
+    labels = [label for _, label in examples["test"]]
 
-    plain = fresh().eval()
+    plain = fresh_model().eval()
     with torch.inference_mode():
         before = plain(**test[0][0]).logits
         for gate in gates.split():
-            star = starify(fresh(), gate=gate).eval()
+            star = starify(fresh_model(), gate=gate).eval()
             print(f"\n{report(star)}")
-            apart = float((star(**test[0][0]).logits - before).abs().max())
-            print(f"before training, starified with gate={gate!r} is apart from plain by {apart}")
+            difference = float((star(**test[0][0]).logits - before).abs().max())
+            print(
+                f"before training, starified with gate={gate!r} is apart from plain by {difference}"
+            )
     print()
 
     figures: dict[str, dict[str, float]] = {}
-    floor = DummyClassifier().fit(drawn, [label for _, label in drawn]).predict(truth)
-    said: dict[str, Any] = {"majority class": floor}
+    majority = DummyClassifier().fit(sample, [label for _, label in sample]).predict(labels)
+    predictions: dict[str, Any] = {"majority class": majority}
     sizes = {"majority class": 0}
     for name in ("plain", *gates.split()):
-        network = fresh() if name == "plain" else starify(fresh(), gate=name)
+        network = fresh_model() if name == "plain" else starify(fresh_model(), gate=name)
         sizes[name] = sum(p.numel() for p in network.parameters())
         set_seed(seed)
         fine_tune(network, train, name, lr, gate_lr)
-        said[name] = answers(network, test)
+        predictions[name] = predict(network, test)
     print(f"\n{'test split':20}accuracy  macro F1  parameters")
-    for name, answer in said.items():
-        accuracy, f1 = accuracy_score(truth, answer), f1_score(truth, answer, average="macro")
+    for name, predicted in predictions.items():
+        accuracy = accuracy_score(labels, predicted)
+        f1 = f1_score(labels, predicted, average="macro")
         figures[name] = {"accuracy": accuracy, "f1": f1, "parameters": sizes[name]}
         print(f"{name:20}{accuracy:8.2%}  {f1:8.2%}  {sizes[name]:10,}")
     return figures
