@@ -1,0 +1,1 @@
+"""Studies of star layers: what was measured, and the pages that report it."""

@@ -1,40 +1,38 @@
-"""What the coefficients of star layers are: `python -m benchmarks.coefficients COMMAND [--smoke]`.
+"""Coefficients of star layers: `python -m benchmarks.coefficients COMMAND [--smoke] [--page]`.
 
-Four studies, one JSON per run, which go on where they were stopped; `--processes 0` only tabulates.
-`--smoke` is a form of each that takes seconds and shows that it works, not a result.
+Every run of a study is a line of its record file, and a stopped study goes on where it was.
+`--smoke` takes seconds and shows that a study works, not a result.
 """
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks import (
-    coefficients_cost,
-    coefficients_dimension,
-    coefficients_eigen,
-    coefficients_penalties,
-    coefficients_search,
-)
-from benchmarks.common import RESULTS
+from benchmarks.coefficients import cost as cost_study
+from benchmarks.coefficients import dimension as dimension_study
+from benchmarks.coefficients import eigen as eigen_study
+from benchmarks.coefficients import pages, search_runs
+from benchmarks.coefficients import penalties as penalties_study
+from benchmarks.harness.records import RESULTS
+from benchmarks.harness.study import Out, Processes, Smoke, WritePage, chosen_names
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
-Processes = Annotated[int, typer.Option(help="runs at a time, one thread each")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="seconds instead of minutes")]
-Out = Annotated[Path, typer.Option(help="folder for results")]
-
-
-def folder(out: Path, smoke: bool) -> Path:
-    return out / ("coefficients-smoke" if smoke else "coefficients")
+searches = typer.Typer(help="Search for coefficients, and tune trained nets.")
+app.add_typer(searches, name="searches")
+Tune = Annotated[bool, typer.Option("--tune", help="try the strengths of the penalties instead")]
 
 
 @app.command()
 def dimension(
-    seeds: int = 5, processes: Processes = 2, smoke: Smoke = False, out: Out = RESULTS
+    seeds: int = 5,
+    processes: Processes = 2,
+    smoke: Smoke = False,
+    page: WritePage = False,
+    out: Out = RESULTS,
 ) -> None:
-    """1: the rank of what star layers compute, against the count of monomials."""
-    seeds = 1 if smoke else seeds
-    coefficients_dimension.run(folder(out, smoke), seeds=seeds, processes=processes, smoke=smoke)
+    """Measure the rank of the outputs of star layers against the number of monomials."""
+    jobs = dimension_study.jobs(1 if smoke else seeds, smoke)
+    pages.DIMENSION.run(jobs, processes=processes, page=page, smoke=smoke, out=out)
 
 
 @app.command()
@@ -42,31 +40,59 @@ def penalties(
     tasks: Annotated[str, typer.Option(help="names, spaces between [all]")] = "",
     seeds: int = 5,
     processes: Processes = 2,
-    tuning: Annotated[bool, typer.Option("--tune", help="strengths instead")] = False,
+    tuning: Tune = False,
     smoke: Smoke = False,
+    page: WritePage = False,
     out: Out = RESULTS,
 ) -> None:
-    """2: penalties, and coefficients that are learned."""
-    known = list(coefficients_penalties.TASKS)
-    names = tasks.split() or known
-    if unknown := [name for name in names if name not in known]:
-        raise typer.BadParameter(f"unknown tasks {unknown}, choose from {', '.join(known)}")
-    where = folder(out, smoke)
+    """Compare penalties, and coefficients that are learned."""
+    names = chosen_names(tasks, list(penalties_study.TASKS), "tasks")
+    study, jobs = pages.PENALTIES, penalties_study.jobs(1 if smoke else seeds, names, smoke)
     if tuning:
-        coefficients_penalties.tune(where, tasks=names, processes=processes, smoke=smoke)
-        return
-    seeds = 1 if smoke else seeds
-    coefficients_penalties.run(where, seeds=seeds, tasks=names, processes=processes, smoke=smoke)
-
-
-app.add_typer(coefficients_search.app, name="searches", help="3: search and tune.")
-app.command("eigen", help="4: eigenfeatures of classifiers.")(coefficients_eigen.main)
+        study, jobs = pages.PENALTIES_TUNING, penalties_study.tuning_jobs(names, smoke)
+    study.run(jobs, processes=processes, page=page, smoke=smoke, out=out)
 
 
 @app.command()
-def cost(smoke: Smoke = False, out: Out = RESULTS) -> None:
-    """What the penalty adds to a training step of StarNet-S4."""
-    coefficients_cost.run(smoke, out)
+def eigen(
+    arms: Annotated[str, typer.Option(help="names, commas between [all]")] = "",
+    seeds: int = 5,
+    processes: Processes = 2,
+    tuning: Tune = False,
+    smoke: Smoke = False,
+    page: WritePage = False,
+    out: Out = RESULTS,
+) -> None:
+    """Keep the largest eigenvectors of every arm's classes, and compare what is left."""
+    names = chosen_names(arms + "," * bool(arms), list(eigen_study.ARMS), "arms")
+    study, jobs = pages.EIGEN, eigen_study.jobs(1 if smoke else seeds, names, smoke)
+    if tuning:
+        study, jobs = pages.EIGEN_TUNING, eigen_study.tuning_jobs(smoke)
+    study.run(jobs, processes=processes, page=page, smoke=smoke, out=out)
+
+
+@app.command()
+def cost(smoke: Smoke = False, page: WritePage = False, out: Out = RESULTS) -> None:
+    """Measure what the penalty adds to a training step of StarNet-S4."""
+    pages.COST.measure(cost_study.job(smoke), page=page, smoke=smoke, out=out)
+
+
+@searches.command()
+def search(
+    processes: Processes = 2, smoke: Smoke = False, page: WritePage = False, out: Out = RESULTS
+) -> None:
+    """Search by every method at equal trials, beside the defaults."""
+    jobs = search_runs.search_jobs(smoke)
+    pages.SEARCH.run(jobs, processes=processes, page=page, smoke=smoke, out=out)
+
+
+@searches.command()
+def tune(
+    processes: Processes = 2, smoke: Smoke = False, page: WritePage = False, out: Out = RESULTS
+) -> None:
+    """Tune trained nets on a validation split, and measure what of the gain holds on test."""
+    jobs = search_runs.tune_jobs(smoke)
+    pages.TUNE.run(jobs, processes=processes, page=page, smoke=smoke, out=out)
 
 
 if __name__ == "__main__":

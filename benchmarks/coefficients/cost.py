@@ -1,7 +1,6 @@
-"""What a penalty on the coefficients costs a training step of StarNet-S4 on a CPU: time, memory."""
+"""Time and memory that a penalty on the coefficients adds to a training step of StarNet-S4."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common import RESULTS, environment, interleave, markdown_table, write_json
-from benchmarks.rl_speed import cpu_clock
+from benchmarks.harness.report import markdown_table
+from benchmarks.harness.runner import Job
+from benchmarks.harness.timing import cpu_clock, interleave
 from starlayers import StarOp
 from starlayers.coefficients import CoefficientPenalty, quadratic_form
 from starlayers.vision import starnet_s4
@@ -25,8 +25,8 @@ ARMS: dict[str, dict[str, Any]] = {
 STRENGTH = 1e-4
 
 
-class Made(TorchDispatchMode):
-    """Notes the largest tensor that anything makes."""
+class LargestTensor(TorchDispatchMode):
+    """Mode that records the size of the largest tensor that an operation makes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,28 +41,28 @@ class Made(TorchDispatchMode):
 
 
 def memory(penalty: CoefficientPenalty) -> dict[str, int]:
-    """Bytes kept for the backward, each storage once, and the largest tensor of both passes."""
+    """Return the bytes kept for the backward, and those of the largest tensor of both passes."""
     kept: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    with Made() as made, saved_tensors_hooks(keep, lambda t: t):
+    with LargestTensor() as tensors, saved_tensors_hooks(keep, lambda t: t):
         penalty().backward()
-    return {"kept": sum(kept.values()), "largest": made.largest}
+    return {"kept": sum(kept.values()), "largest": tensors.largest}
 
 
 def check() -> None:
-    """No time of a penalty that is not what the matrices say."""
+    """Raise where a penalty differs from that of the matrices: no time of a wrong result."""
     op = StarOp(12, 6, act=None, dtype=torch.float64)
     q = quadratic_form(op)
     for p, expected in ((2, q.square().sum()), (1, q.abs().sum())):
-        found = CoefficientPenalty(op, p, normalise=False)()
-        torch.testing.assert_close(found, expected)
+        penalty = CoefficientPenalty(op, p, normalise=False)()
+        torch.testing.assert_close(penalty, expected)
         parameters = list(op.parameters())
         for a, b in zip(
-            torch.autograd.grad(found, parameters),
+            torch.autograd.grad(penalty, parameters),
             torch.autograd.grad(expected, parameters, retain_graph=True),
         ):
             torch.testing.assert_close(a, b)
@@ -71,7 +71,7 @@ def check() -> None:
 def steps(
     model: nn.Module, penalties: dict[str, CoefficientPenalty], batch: int, size: int
 ) -> dict[str, Callable[[], object]]:
-    """A training step without and with each of the penalties."""
+    """Return training steps without and with each of the penalties."""
     x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(1000, (batch,))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
@@ -88,21 +88,30 @@ def steps(
     return {name: (lambda p=penalty: step(p)) for name, penalty in named.items()}
 
 
-def run(smoke: bool, out: Path = RESULTS) -> None:
+def job(smoke: bool = False) -> Job:
+    """Make the job: penalties and sizes that are timed."""
+    sizes = {"batch": 2, "image": 64, "repeats": 2}
+    if not smoke:
+        sizes = {"batch": 32, "image": 224, "repeats": 21}
+    model = {"model": "starnet_s4", "penalties": ARMS, "strength": STRENGTH, "clock": "CPU"}
+    return {"arm": None, "seed": None, **model, **sizes}
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Time training steps without and with each penalty in turn, and each penalty alone."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     check()
     model = starnet_s4().train()
     penalties = {name: CoefficientPenalty(model, **options) for name, options in ARMS.items()}
-    batch, size = (2, 64) if smoke else (32, 224)
-    runs = steps(model, penalties, batch, size)
-    repeats = 2 if smoke else 21
+    runs = steps(model, penalties, job["batch"], job["image"])
+    repeats = job["repeats"]
     whole = interleave(runs, baselines=[BASELINE], repeats=repeats, clock=cpu_clock)
     # a step is some hundred times as long as its penalty: by itself that is measured more finely
     alone = interleave(
         {name: (lambda p=penalty: p().backward()) for name, penalty in penalties.items()},
         baselines=[next(iter(penalties))],
-        repeats=2 if smoke else 21,
+        repeats=repeats,
         clock=cpu_clock,
     )
     for name, penalty in penalties.items():
@@ -111,22 +120,11 @@ def run(smoke: bool, out: Path = RESULTS) -> None:
             "penalty_share": alone[name]["median_ms"] / whole[BASELINE]["median_ms"],
             **memory(penalty),
         }
-    parameters = sum(p.nbytes for p in model.parameters())
-    result = {
-        "model": "starnet_s4",
-        "batch": batch,
-        "image": size,
-        "parameter_bytes": parameters,
-        "rows": whole,
-        "clock": "CPU",
-        "environment": environment(),
-    }
-    print(table(result))
-    name = "coefficients-cost-smoke.json" if smoke else "coefficients-cost.json"
-    write_json(out / name, result)
+    return {"parameter_bytes": sum(p.nbytes for p in model.parameters()), "rows": whole}
 
 
 def table(result: dict[str, Any]) -> str:
+    """Return times and memory of the penalties."""
     header = [
         "penalty",
         "step, s of CPU",

@@ -1,4 +1,4 @@
-"""Study 1: the rank of what star layers compute, against the count of monomials."""
+"""Rank of the outputs of star layers against the number of monomials."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common import markdown_table, run_study, write_json
+from benchmarks.harness.report import markdown_table
+from benchmarks.harness.runner import Job, Records
 from starlayers import StarOp
 from starlayers.coefficients import empirical_rank, implicit_dimension
 
@@ -15,86 +16,108 @@ ONE = range(2, 25)
 #: the matrix of two layers has C(d + 4, 4) columns: 3060 at 14 inputs, and 20475 at 24
 TWO = range(2, 15)
 SMOKE = range(2, 5)
-#: outputs beyond the count, so that a larger rank would show
+#: outputs in multiples of the expected rank, so that a larger rank would show
 MORE = 1.1
+#: layers -> name in the names of runs
+KINDS = {"star": "star", "star, two layers": "star-two-layers", "sum": "sum"}
 
 
-def jobs(seeds: int, smoke: bool) -> dict[str, dict[str, Any]]:
-    """Every d and seed: one layer, two layers, and the sum of two branches."""
-    sizes = {"star": SMOKE if smoke else ONE, "star, two layers": SMOKE if smoke else TWO}
-    sizes["sum"] = sizes["star"]
+def jobs(seeds: int = 5, smoke: bool = False) -> dict[str, Job]:
+    """Make a job for every d and seed: one layer, two layers, and the sum of two branches."""
+    sizes = {"star": ONE, "star, two layers": TWO, "sum": ONE}
     return {
-        f"{kind.replace(', ', '-').replace(' ', '-')}-{d}-seed{seed}": {
-            "kind": kind, "d": d, "seed": seed,
+        f"{KINDS[kind]}-{d}-seed{seed}": {
+            "arm": kind,
+            "seed": seed,
+            "d": d,
+            "outputs": outputs(kind, d),
+            "act": None,
         }
         for seed in range(seeds)
-        for kind, range_ in sizes.items()
-        for d in range_
-    }  # fmt: skip
+        for kind, inputs in sizes.items()
+        for d in (SMOKE if smoke else inputs)
+    }
 
 
 def count(kind: str, d: int) -> int:
-    """What the rank should be."""
+    """Return the number of monomials, the expected rank."""
     if kind == "sum":
         return d + 1
     return int(implicit_dimension(d, 2 if kind == "star, two layers" else 1))
 
 
+def outputs(kind: str, d: int) -> int:
+    """Return a number of outputs above the expected rank."""
+    return int(MORE * count(kind, d)) + 1
+
+
 def network(kind: str, d: int) -> nn.Module:
-    """Activation-free stars (or a sum) with more outputs than dimensions."""
-    outputs = int(MORE * count(kind, d)) + 1
+    """Make activation-free stars (or a sum) with more outputs than dimensions."""
     if kind == "star, two layers":
         # the first layer spans all quadratics, so that the second can make every quartic
-        hidden = int(MORE * count("star", d)) + 1
-        return nn.Sequential(StarOp(d, hidden, act=None), StarOp(hidden, outputs, act=None))
-    return StarOp(d, outputs, act=None, combine="sum" if kind == "sum" else "mul")
+        hidden = outputs("star", d)
+        return nn.Sequential(
+            StarOp(d, hidden, act=None), StarOp(hidden, outputs(kind, d), act=None)
+        )
+    return StarOp(d, outputs(kind, d), act=None, combine="sum" if kind == "sum" else "mul")
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any]:
+def measure(job: Job) -> dict[str, Any]:
+    """Measure the rank of the job's network."""
     torch.manual_seed(job["seed"])
     began = time.perf_counter()
-    found = empirical_rank(network(job["kind"], job["d"]), seed=job["seed"])
+    rank = empirical_rank(network(job["arm"], job["d"]), seed=job["seed"])
     return {
-        "rank": found,
-        "count": count(job["kind"], job["d"]),
+        "rank": rank,
+        "count": count(job["arm"], job["d"]),
         "seconds": time.perf_counter() - began,
     }
 
 
-def summarise(records: dict[str, dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Of each kind and d: the ranks found, the count, and the paper's approximation."""
-    rows: dict[str, dict[int, dict[str, Any]]] = {}
+def summarise(records: Records) -> dict[str, dict[int, dict[str, Any]]]:
+    """Return for each kind and d the measured ranks, their count, and the paper's formula."""
+    summary: dict[str, dict[int, dict[str, Any]]] = {}
     for record in records.values():
-        kind, d = record["job"]["kind"], record["job"]["d"]
-        row = rows.setdefault(kind, {}).setdefault(d, {"ranks": [], "count": record["count"]})
-        row["ranks"].append(record["rank"])
+        assert record.definition is not None
+        assert record.arm is not None
+        kind, d, metrics = record.arm, record.definition["d"], record.metrics
+        row = summary.setdefault(kind, {}).setdefault(d, {"ranks": [], "count": metrics["count"]})
+        row["ranks"].append(metrics["rank"])
         if kind != "sum":
             layers = 2 if kind == "star, two layers" else 1
             row["paper"] = implicit_dimension(d, layers, exact=False)
-    return rows
+    return summary
 
 
-def table(rows: dict[str, dict[int, dict[str, Any]]]) -> str:
+def wrong(records: Records) -> list[str]:
+    """Return the names of the runs whose rank is not the number of monomials."""
+    return [n for n, r in records.items() if r.metrics["rank"] != r.metrics["count"]]
+
+
+def tables(records: Records) -> str:
+    """Return ranks by layers and d, and the number of ranks that differ from the count."""
     lines = []
-    for kind, by_d in rows.items():
+    for kind, by_d in summarise(records).items():
         for d, row in sorted(by_d.items()):
             ranks = sorted(set(row["ranks"]))
             paper = f"{row['paper']:.0f}" if "paper" in row else ""
             lines.append([kind, str(d), ", ".join(map(str, ranks)), str(row["count"]), paper])
-    return markdown_table(["layers", "d", "rank found", "monomials", "paper's formula"], lines)
+    table = markdown_table(["layers", "d", "rank", "monomials", "paper's formula"], lines)
+    differ = wrong(records)
+    return f"{table}\n{len(records)} ranks, {len(differ)} differ from the count {' '.join(differ)}"
 
 
-def plot(rows: dict[str, dict[int, dict[str, Any]]], file: Path) -> None:
-    """Ranks as points on the lines of the counts."""
+def plot(records: Records, file: Path) -> None:
+    """Draw ranks as points on the lines of the counts."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
-    for i, (kind, by_d) in enumerate(rows.items()):
+    for i, (kind, by_d) in enumerate(summarise(records).items()):
         d = sorted(by_d)
         ax.plot(d, [by_d[n]["count"] for n in d], color=f"C{i}", lw=1, label=f"{kind}: monomials")
-        found = [(n, rank) for n in d for rank in by_d[n]["ranks"]]
-        ax.plot(*zip(*found), "o", color=f"C{i}", ms=4, label=f"{kind}: rank")
+        points = [(n, rank) for n in d for rank in by_d[n]["ranks"]]
+        ax.plot(*zip(*points), "o", color=f"C{i}", ms=4, label=f"{kind}: rank")
         if "paper" in by_d[d[0]]:
             ax.plot(d, [by_d[n]["paper"] for n in d], ":", color=f"C{i}", lw=1)
     ax.set(xlabel="inputs d", ylabel="dimensions", yscale="log")
@@ -102,20 +125,3 @@ def plot(rows: dict[str, dict[int, dict[str, Any]]], file: Path) -> None:
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7)
     figure.savefig(file, dpi=120)
-
-
-def run(folder: Path, *, seeds: int, processes: int, smoke: bool) -> None:
-    """Measure what is missing, and write table and figure beside the runs."""
-    records = run_study(folder / "dimension", jobs(seeds, smoke), measure, processes=processes)
-    rows = summarise(records)
-    text = table(rows)
-    print(text)
-    report = folder / "dimension"
-    wrong = [name for name, r in records.items() if r["rank"] != r["count"]]
-    print(f"{len(records)} ranks, {len(wrong)} differ from the count", *wrong)
-    environment = next(iter(records.values()))["environment"]
-    write_json(
-        report.with_suffix(".json"), {"rows": rows, "wrong": wrong} | {"environment": environment}
-    )
-    report.with_suffix(".md").write_text(text)
-    plot(rows, report.with_suffix(".png"))

@@ -1,29 +1,26 @@
-"""Eigenfeatures of star classifiers: `python -m benchmarks.coefficients_eigen [--smoke]`.
+"""Eigenfeatures of star classifiers: truncation, smoothness, and pictures.
 
 Stars without activation learn Fashion-MNIST, plainly or with noise on the pixels, weight decay or
-a penalty on their coefficients. Measured is what is left when only the largest eigenvectors of
-each class are kept, beside the largest products of two branches as they were learned, and how
-clean the eigenvectors are as pictures.
-
-The study keeps one JSON per run and goes on where it was stopped; `--processes 0` only tabulates.
-`--smoke` takes seconds and shows that it works, not a result.
+a penalty on their coefficients. Measured is the accuracy that is left when only the largest
+eigenvectors of each class are kept, beside the largest products of two branches as they were
+learned, and how smooth the eigenvectors are as pictures.
 """
 
 import time
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-import typer
 from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 
-from benchmarks.coefficients_train import fit
-from benchmarks.common import RESULTS, markdown_table, mean_interval, run_study, write_json
-from benchmarks.comparison import measured, shown
-from benchmarks.data import benchmark_images
+from benchmarks.coefficients.train import fit
+from benchmarks.harness.comparison import cells, mean_interval, with_half
+from benchmarks.harness.images import benchmark_images
+from benchmarks.harness.report import markdown_table
+from benchmarks.harness.runner import Job, Records
 from starlayers import StarMLP
 from starlayers.coefficients import (
     CoefficientPenalty,
@@ -36,7 +33,7 @@ KEPT = [1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100]
 RECIPE: dict[str, Any] = {"hidden": 256, "epochs": 15, "batch": 256, "lr": 2e-3}
 SMOKE = {"hidden": 16, "epochs": 2}
 SMOKE_SIZES = {"train": 1024, "test": 200}
-#: what differs from plain AdamW without decay; penalties are (strength, options)
+#: differences to plain AdamW without decay; penalties are (strength, options)
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "noise": {"noise": 0.4},
@@ -52,11 +49,9 @@ TUNING_SEED, TUNING_SIZES = 100, {"train": 50_000, "set_aside": 10_000}
 #: classes lose at most this much accuracy
 LOSS = 0.01
 
-Records = dict[str, dict[str, Any]]
 
-
-def jobs(seeds: int, arms: list[str], smoke: bool) -> Records:
-    """All runs by name, seeds outermost: a study stopped early has whole seeds."""
+def jobs(seeds: int = 5, arms: list[str] | None = None, smoke: bool = False) -> dict[str, Job]:
+    """Make all jobs by name, seeds outermost: a study stopped early has whole seeds."""
     return {
         f"{arm.replace(' ', '_')}-seed{seed}": {
             "arm": arm,
@@ -65,14 +60,15 @@ def jobs(seeds: int, arms: list[str], smoke: bool) -> Records:
             "recipe": RECIPE | SMOKE if smoke else RECIPE,
             "sizes": SMOKE_SIZES if smoke else {},
             "kept": KEPT[:4] if smoke else KEPT,
+            "loss": LOSS,
         }
         for seed in range(seeds)
-        for arm in arms
+        for arm in arms or ARMS
     }
 
 
-def tuning_jobs(smoke: bool) -> Records:
-    """Every penalty at every strength."""
+def tuning_jobs(smoke: bool = False) -> dict[str, Job]:
+    """Make a job for every penalty at every strength."""
     runs = {}
     for arm, settings in ARMS.items():
         for strength in STRENGTHS if "penalty" in settings else []:
@@ -87,7 +83,7 @@ def tuning_jobs(smoke: bool) -> Records:
 
 @cache
 def data(**sizes: int) -> tuple[Tensor, ...]:
-    """Train pixels in 0..1, flat, and labels; the same of test, or of what is set aside for it."""
+    """Load flat pixels in 0..1 and labels of the training and the test or set-aside images."""
     images = benchmark_images()
     (x, labels), (x_test, labels_test) = (
         (part.tensors[0].flatten(1).float() / 255, part.tensors[1])
@@ -99,7 +95,8 @@ def data(**sizes: int) -> tuple[Tensor, ...]:
     return x[:train], labels[:train], x_test[:test], labels_test[:test]
 
 
-def trained(job: dict[str, Any], x: Tensor, labels: Tensor) -> StarMLP:
+def trained(job: Job, x: Tensor, labels: Tensor) -> StarMLP:
+    """Train the job's classifier."""
     recipe, settings = job["recipe"], job["settings"]
     torch.manual_seed(job["seed"])
     model = StarMLP(x.shape[1], recipe["hidden"], out_features=10, act=None)
@@ -114,12 +111,13 @@ def trained(job: dict[str, Any], x: Tensor, labels: Tensor) -> StarMLP:
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
+    """Return the share of right answers."""
     return float((model(x).argmax(1) == labels).double().mean())
 
 
 @torch.inference_mode()
 def products_kept(model: StarMLP, x: Tensor, labels: Tensor, kept: list[int]) -> list[float]:
-    """Accuracy when each class keeps the products that count most: `|g_ok| |Q_k|`, as learned.
+    """Return the accuracy when each class keeps the products with the largest `|g_ok| |Q_k|`.
 
     `|Q_k|` is the Frobenius norm of `(w1 w2' + w2 w1') / 2`. A product is two vectors, so that
     `n` of them are to be compared with `2 n` eigenvectors.
@@ -130,21 +128,21 @@ def products_kept(model: StarMLP, x: Tensor, labels: Tensor, kept: list[int]) ->
     norm = (squares / 2).sqrt()
     order = (model.g.weight.double().abs() * norm).argsort(1, descending=True)
     products = model.f1(x) * model.f2(x)
-    found = []
+    accuracies = []
     for n in kept:
         mask = torch.zeros_like(model.g.weight).scatter_(1, order[:, :n], 1.0)
         logits = F.linear(products, model.g.weight * mask, model.g.bias)
-        found.append(float((logits.argmax(1) == labels).double().mean()))
-    return found
+        accuracies.append(float((logits.argmax(1) == labels).double().mean()))
+    return accuracies
 
 
 def effective_rank(values: Tensor) -> float:
-    """How many eigenvalues there would be if all were of one size: `(sum |l|)^2 / sum l^2`."""
+    """Return the number of eigenvalues if all were of one size: `(sum |l|)^2 / sum l^2`."""
     return float(values.abs().sum() ** 2 / (values**2).sum())
 
 
 def roughness(features: Eigenfeatures, n: int = 5, side: int = 28) -> float:
-    """Mean squared difference of neighbouring pixels over twice the mean square, of `n` vectors.
+    """Return the mean squared step between neighbours over twice the mean square, of `n` vectors.
 
     About 1 for white noise, near 0 for a smooth picture.
     """
@@ -153,8 +151,8 @@ def roughness(features: Eigenfeatures, n: int = 5, side: int = 28) -> float:
     return float(((steps[0] + steps[1]) / 4 / pictures.square().flatten(1).mean(1)).mean())
 
 
-def train_one(job: dict[str, Any]) -> dict[str, Any]:
-    """Train the job's arm from its seed and take it apart."""
+def train_one(job: Job) -> dict[str, Any]:
+    """Train the job's arm from its seed, and measure its eigenfeatures."""
     x, labels, x_test, labels_test = data(**job["sizes"])
     began = time.perf_counter()
     model = trained(job, x, labels)
@@ -164,25 +162,25 @@ def train_one(job: dict[str, Any]) -> dict[str, Any]:
     curve = truncation_curve(features, x_test, labels_test, k=[*kept, len(features[0].values)])
     shares = [f.explained(x_test) for f in features]
     n = len(features)
-    found = {
+    metrics = {
         "test_accuracy": accuracy(model, x_test, labels_test),
         "train_accuracy": accuracy(model, x, labels),
         "curve": {"k": list(curve.k), "accuracy": list(curve.accuracy)}
         | {"agreement": list(curve.agreement), "explained": list(curve.explained)},
         "products": products_kept(model, x_test, labels_test, kept),
-        "enough": curve.smallest(LOSS),
+        "enough": curve.smallest(job["loss"]),
         "effective_rank": sum(effective_rank(f.values) for f in features) / n,
         "roughness": sum(map(roughness, features)) / n,
         "largest_share": sum(float(s.max()) for s in shares) / n,
         "seconds": seconds,
     }
     if job["seed"] == 0:
-        found["pictures"] = [_picture(f) for f in features]
-    return found
+        metrics["pictures"] = [_picture(f) for f in features]
+    return metrics
 
 
 def _picture(features: Eigenfeatures) -> list[int]:
-    """The largest positive eigenvector in hundredths of its largest weight."""
+    """Return the largest positive eigenvector in hundredths of its largest weight."""
     first = int((features.values > 0).nonzero()[0])
     vector = features.images[first]
     return [round(v) for v in (100 * vector / vector.abs().max()).tolist()]
@@ -199,57 +197,68 @@ MEASURES = {
 
 
 def summarise(records: Records) -> dict[str, dict[str, Any]]:
-    """Of each arm: means with 95 % intervals of every measure, and the curves."""
-    rows = {}
+    """Return for each arm the intervals of all measures, and the curves."""
+    summary = {}
     for arm in ARMS:
-        runs = [r for r in records.values() if r["job"]["arm"] == arm]
+        runs = [r.metrics for r in records.values() if r.arm == arm]
         if not runs:
             continue
         curves: dict[str, Any] = {"k": runs[0]["curve"]["k"]}
-        for what in ("accuracy", "agreement", "explained"):
-            curves[what] = [mean_interval(v) for v in zip(*(r["curve"][what] for r in runs))]
+        for measure in ("accuracy", "agreement", "explained"):
+            curves[measure] = [mean_interval(v) for v in zip(*(r["curve"][measure] for r in runs))]
         curves["products"] = [mean_interval(v) for v in zip(*(r["products"] for r in runs))]
-        rows[arm] = {
+        summary[arm] = {
             "seeds": len(runs),
             **{m: mean_interval(float(r[m]) for r in runs) for m in MEASURES},
             "curves": curves,
         }
-    return rows
+    return summary
 
 
-def tables(rows: dict[str, dict[str, Any]]) -> str:
-    """Measures by arm; accuracy by eigenvectors, and by products, kept."""
-    by_arm = [[arm, *measured(row, MEASURES)] for arm, row in rows.items()]
-    text = markdown_table(["arm", *(name for name, _, _ in MEASURES.values())], by_arm)
-    kept = next(iter(rows.values()))["curves"]["k"][:-1]
-    for what, title in (("accuracy", "eigenvectors kept"), ("products", "products kept")):
-        lines = [
-            [arm, *(shown((100 * m, 100 * h), 1) for m, h in row["curves"][what][: len(kept)])]
-            for arm, row in rows.items()
+def measures_table(summary: dict[str, dict[str, Any]]) -> str:
+    """Return the measures of each arm."""
+    lines = [[arm, *cells(row, MEASURES)] for arm, row in summary.items()]
+    return markdown_table(["arm", *(name for name, _, _ in MEASURES.values())], lines)
+
+
+def curve_table(summary: dict[str, dict[str, Any]], measure: str, title: str) -> str:
+    """Return the accuracy by the number of eigenvectors or products kept."""
+    kept = next(iter(summary.values()))["curves"]["k"][:-1]
+    lines = [
+        [arm, *(with_half((100 * m, 100 * h), 1) for m, h in row["curves"][measure][: len(kept)])]
+        for arm, row in summary.items()
+    ]
+    return markdown_table([title, *map(str, kept)], lines)
+
+
+def tables(records: Records) -> str:
+    """Return the measures by arm; accuracy by eigenvectors, and by products, kept."""
+    summary = summarise(records)
+    return "\n".join(
+        [
+            measures_table(summary),
+            curve_table(summary, "accuracy", "eigenvectors kept"),
+            curve_table(summary, "products", "products kept"),
         ]
-        text += "\n" + markdown_table([title, *map(str, kept)], lines)
-    return text
+    )
 
 
-def tune(runs: Records, folder: Path, processes: int) -> None:
-    """Run and tabulate what the strengths of the penalties were chosen by."""
-    records = run_study(folder, runs, train_one, processes=processes)
+def tuning_table(records: Records) -> str:
+    """Return the measures of every strength that was tried."""
     lines = []
-    for record in records.values():
-        measures = [f"{s * record[m]:.{d}f}" for m, (_, s, d) in MEASURES.items()]
-        lines.append(
-            [record["job"]["arm"], str(record["job"]["settings"]["penalty"][0]), *measures]
-        )
+    for r in records.values():
+        assert r.definition is not None
+        measures = [f"{s * r.metrics[m]:.{d}f}" for m, (_, s, d) in MEASURES.items()]
+        lines.append([r.arm or "", str(r.definition["settings"]["penalty"][0]), *measures])
     names = [name.replace("test", "validation") for name, _, _ in MEASURES.values()]
-    text = markdown_table(["arm", "strength", *names], lines)
-    print(text)
-    folder.with_suffix(".md").write_text(text)
+    return markdown_table(["arm", "strength", *names], lines)
 
 
-def plot_curves(rows: dict[str, dict[str, Any]], file: Path) -> None:
-    """Accuracy and variance explained against the vectors kept, with 95 % intervals as bands."""
+def plot_curves(records: Records, file: Path) -> None:
+    """Draw accuracy and explained variance against the vectors kept, with 95 % bands."""
     from matplotlib.figure import Figure
 
+    summary = summarise(records)
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     panels = {
         "accuracy": ("accuracy, eigenvectors kept", 1),
@@ -257,9 +266,9 @@ def plot_curves(rows: dict[str, dict[str, Any]], file: Path) -> None:
         "explained": ("variance of logits explained, eigenvectors", 1),
     }
     axes = figure.subplots(1, len(panels))
-    for ax, (what, (title, vectors)) in zip(axes, panels.items()):
-        for i, (arm, row) in enumerate(rows.items()):
-            points = row["curves"][what]
+    for ax, (measure, (title, vectors)) in zip(axes, panels.items()):
+        for i, (arm, row) in enumerate(summary.items()):
+            points = row["curves"][measure]
             k = [vectors * n for n in row["curves"]["k"][: len(points)]]
             mean = [m for m, _ in points]
             ax.plot(k, mean, "o-", ms=2.5, lw=1.2, color=f"C{i}", label=arm)
@@ -276,14 +285,16 @@ def plot_curves(rows: dict[str, dict[str, Any]], file: Path) -> None:
 
 
 def plot_pictures(records: Records, file: Path) -> None:
-    """The largest positive eigenvector of every class, a row for each arm."""
+    """Draw the largest positive eigenvector of every class, a line for each arm."""
     from matplotlib.figure import Figure
 
-    rows = {r["job"]["arm"]: r["pictures"] for r in records.values() if "pictures" in r}
-    columns = len(next(iter(rows.values())))
-    figure = Figure(figsize=(1.1 * columns + 1, 1.15 * len(rows) + 0.2), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (arm, pictures) in zip(axes, rows.items()):
+    by_arm = {
+        r.arm or "": r.metrics["pictures"] for r in records.values() if "pictures" in r.metrics
+    }
+    columns = len(next(iter(by_arm.values())))
+    figure = Figure(figsize=(1.1 * columns + 1, 1.15 * len(by_arm) + 0.2), layout="constrained")
+    axes = figure.subplots(len(by_arm), columns, squeeze=False)
+    for line, (arm, pictures) in zip(axes, by_arm.items()):
         for ax, numbers in zip(line, pictures):
             picture = torch.tensor(numbers).reshape(28, 28)
             most = float(picture.abs().float().quantile(0.995))
@@ -293,40 +304,3 @@ def plot_pictures(records: Records, file: Path) -> None:
     for ax, name in zip(axes[0], FashionMNIST.classes):
         ax.set_title(name, fontsize=8)
     figure.savefig(file, dpi=120)
-
-
-def run(runs: Records, folder: Path, report: Path, processes: int) -> None:
-    """Run what is missing, and write table, figures and summary beside each other."""
-    records = run_study(folder, runs, train_one, processes=processes)
-    rows = summarise(records)
-    text = tables(rows)
-    print(text)
-    first = next(iter(records.values()))
-    summary = {"arms": rows, "recipe": first["job"]["recipe"], "settings": ARMS}
-    write_json(report.with_suffix(".json"), summary | {"environment": first["environment"]})
-    report.with_suffix(".md").write_text(text)
-    plot_curves(rows, report.with_suffix(".png"))
-    plot_pictures(records, report.with_name(f"{report.name}-pictures.png"))
-
-
-def main(
-    arms: Annotated[str, typer.Option(help="names, commas between [all]")] = "",
-    seeds: int = 5,
-    processes: Annotated[int, typer.Option(help="runs at a time, one thread each")] = 2,
-    tuning: Annotated[bool, typer.Option("--tune", help="strengths of penalties instead")] = False,
-    smoke: Annotated[bool, typer.Option("--smoke", help="seconds instead of minutes")] = False,
-    out: Annotated[Path, typer.Option(help="folder for results")] = RESULTS,
-) -> None:
-    """Train every arm, keep its largest eigenvectors, and compare what is left."""
-    names = [name.strip() for name in arms.split(",")] if arms else list(ARMS)
-    if unknown := [name for name in names if name not in ARMS]:
-        raise typer.BadParameter(f"unknown arms {unknown}, choose from {', '.join(ARMS)}")
-    folder = out / ("coefficients-smoke" if smoke else "coefficients")
-    if tuning:
-        tune(tuning_jobs(smoke), folder / "eigen-tuning", processes)
-        return
-    run(jobs(1 if smoke else seeds, names, smoke), folder / "eigen", folder / "eigen", processes)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,4 +1,4 @@
-"""Study 2: penalties on coefficients, and coefficients that are learned, on images and on text."""
+"""Penalties on coefficients, and coefficients that are learned, on images and on text."""
 
 import time
 from functools import cache
@@ -9,13 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.coefficients_train import fit
-from benchmarks.common import markdown_table, mean_interval, run_study, write_json
-from benchmarks.comparison import measured, plot_differences, shown, verdict
+from benchmarks.coefficients.train import fit
+from benchmarks.harness.comparison import (
+    Difference,
+    cells,
+    difference,
+    mean_interval,
+    plot_differences,
+    with_half,
+)
+from benchmarks.harness.report import markdown_table
+from benchmarks.harness.runner import Job, Records
 from starlayers import StarMLP
 from starlayers.coefficients import CoefficientPenalty, quadratic_form, spectrum
-
-Records = dict[str, dict[str, Any]]
 
 TASKS: dict[str, dict[str, Any]] = {
     "fashion": {"hidden": 64, "epochs": 8, "batch": 256, "lr": 2e-3},
@@ -34,7 +40,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "rank 2": {"model": {"rank": 2}},
 }
 STRENGTHS = (1e-2, 1e-1, 1.0, 10.0)
-#: found by `--tune`
+#: chosen by `--tune`
 CHOSEN: dict[str, dict[str, float]] = {
     "fashion": {"L2": 0.01, "L1": 0.01, "balance": 0.01, "weight decay": 0.01},
     "reviews": {"L2": 10.0, "L1": 10.0, "balance": 10.0, "weight decay": 10.0},
@@ -42,44 +48,50 @@ CHOSEN: dict[str, dict[str, float]] = {
 TUNING_SEED = 100
 KEPT = (0.5, 0.1, 0.02, 0.005)
 TERMS = 1000
-#: standard deviation of what is added to pixels; share of a text's terms that are left out
+#: standard deviation of the noise on pixels; share of a text's terms that are left out
 NOISE = {"fashion": 0.3, "reviews": 0.3}
 PRUNED_ON = 2000
 
 
-def jobs(seeds: int, tasks: list[str], smoke: bool) -> Records:
-    """All runs by name, seeds outermost: a study stopped early has whole seeds."""
+def jobs(seeds: int = 5, tasks: list[str] | None = None, smoke: bool = False) -> dict[str, Job]:
+    """Make all jobs by name, seeds outermost: a study stopped early has whole seeds."""
     return {
         f"{task}-{arm.replace(' ', '_')}-seed{seed}": _job(
             task, arm, seed, CHOSEN[task].get(arm, 0.0), smoke
         )
         for seed in range(seeds)
-        for task in tasks
+        for task in tasks or TASKS
         for arm in ARMS
     }
 
 
-def tuning_jobs(tasks: list[str], smoke: bool) -> Records:
-    """Every strength of everything that has one, on data set aside."""
+def tuning_jobs(tasks: list[str] | None = None, smoke: bool = False) -> dict[str, Job]:
+    """Make a job for every strength of every arm that has one, on data set aside."""
     return {
         f"{task}-{arm.replace(' ', '_')}-{strength}": _job(task, arm, TUNING_SEED, strength, smoke)
-        for task in tasks
+        for task in tasks or TASKS
         for arm in CHOSEN[task]
         for strength in STRENGTHS
     }
 
 
-def _job(task: str, arm: str, seed: int, strength: float, smoke: bool) -> dict[str, Any]:
+def _job(task: str, arm: str, seed: int, strength: float, smoke: bool) -> Job:
     recipe = TASKS[task] | (SMOKE if smoke else {})
     return {
-        "task": task, "arm": arm, "settings": ARMS[arm], "strength": strength, "seed": seed,
-        "recipe": recipe, "small": smoke,
-    }  # fmt: skip
+        "arm": arm,
+        "seed": seed,
+        "task": task,
+        "settings": ARMS[arm],
+        "strength": strength,
+        "recipe": recipe,
+        "data": {"set_aside": seed == TUNING_SEED, "terms": TERMS, "small": smoke},
+        "measured": {"disturbed": NOISE[task], "kept": list(KEPT), "pruned_on": PRUNED_ON},
+    }
 
 
 @cache
 def data(task: str, aside: bool, small: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training inputs and classes, and those to judge by: the test set, or a part set aside."""
+    """Load training inputs and classes, and those to judge by: test set or a part set aside."""
     x, y, x_test, y_test = _images() if task == "fashion" else _reviews()
     if aside:
         n = len(x) // 6
@@ -90,7 +102,7 @@ def data(task: str, aside: bool, small: bool) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def _images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from benchmarks.data import benchmark_images
+    from benchmarks.harness.images import benchmark_images
 
     images = benchmark_images()
     parts = [cast(Any, part).tensors for part in (images.train, images.test)]
@@ -99,7 +111,7 @@ def _images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _reviews() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sentences of film reviews as weights of their most frequent terms (tf-idf)."""
+    """Load sentences of film reviews as weights of their most frequent terms (tf-idf)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     from starlayers.datasets.text import load_sentiment
@@ -114,8 +126,8 @@ def _reviews() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, y, x_test, y_test
 
 
-def model(job: dict[str, Any], features: int, classes: int) -> StarMLP:
-    """A star MLP without activation, as wide as makes it no larger than that of "fixed"."""
+def model(job: Job, features: int, classes: int) -> StarMLP:
+    """Make a star MLP without activation, no larger than that of "fixed"."""
     options, hidden = dict(job["settings"].get("model", {})), job["recipe"]["hidden"]
 
     def made(hidden: int, **options: Any) -> StarMLP:
@@ -132,9 +144,10 @@ def _parameters(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def train_one(job: dict[str, Any]) -> dict[str, Any]:
-    """Train the job's arm and measure what its coefficients are good for."""
-    x, y, x_test, y_test = data(job["task"], job["seed"] == TUNING_SEED, job["small"])
+def train_one(job: Job) -> dict[str, Any]:
+    """Train the job's arm, and measure its accuracy, whole, disturbed and pruned."""
+    where = job["data"]
+    x, y, x_test, y_test = data(job["task"], where["set_aside"], where["small"])
     recipe, settings, strength = job["recipe"], job["settings"], job["strength"]
     net = model(job, x.shape[1], int(y.max()) + 1)
     penalty = CoefficientPenalty(net, **settings["penalty"]) if "penalty" in settings else None
@@ -142,14 +155,14 @@ def train_one(job: dict[str, Any]) -> dict[str, Any]:
     decay = strength if "decay" in settings else 0.0
     fit(net, x, y, recipe, penalty=penalty, strength=strength, weight_decay=decay)
     seconds = time.perf_counter() - began
-    found = _quality(net, job["task"], x_test, y_test) | {"seconds": seconds}
-    found["parameters"] = _parameters(net)
-    found |= {"train_accuracy": _accuracy(net, x[:10_000], y[:10_000])}
+    metrics = _quality(net, job["task"], x_test, y_test) | {"seconds": seconds}
+    metrics["parameters"] = _parameters(net)
+    metrics |= {"train_accuracy": _accuracy(net, x[:10_000], y[:10_000])}
     if settings.get("model", {}).get("coefficients") != "dynamic":
         summary = spectrum(net)[""].summary()
-        found |= {name: summary[name] for name in ("participation", "sparsity", "entropy")}
-        found["pruned"] = _pruned(net, x_test[:PRUNED_ON], y_test[:PRUNED_ON])
-    return found
+        metrics |= {name: summary[name] for name in ("participation", "sparsity", "entropy")}
+        metrics["pruned"] = _pruned(net, x_test[:PRUNED_ON], y_test[:PRUNED_ON])
+    return metrics
 
 
 @torch.no_grad()
@@ -180,18 +193,18 @@ def _quality(net: nn.Module, task: str, x: Tensor, y: Tensor) -> dict[str, float
 
 @torch.no_grad()
 def _pruned(net: StarMLP, x: Tensor, y: Tensor) -> list[float]:
-    """Accuracy when each class keeps the largest share of the coefficients of its polynomial."""
+    """Return the accuracies when each class keeps the largest coefficients of its polynomial."""
     forms = quadratic_form(net)
     inputs = torch.cat([x, x.new_ones(len(x), 1)], 1)
-    found = []
+    accuracies = []
     for share in KEPT:
         logits = []
         for q in forms:
             count = max(1, round(share * q.numel()))
             least = q.abs().flatten().kthvalue(q.numel() - count + 1).values
             logits.append(((inputs @ q.where(q.abs() >= least, 0)) * inputs).sum(1))
-        found.append(float((torch.stack(logits, 1).argmax(1) == y).double().mean()))
-    return found
+        accuracies.append(float((torch.stack(logits, 1).argmax(1) == y).double().mean()))
+    return accuracies
 
 
 MEASURES: dict[str, tuple[str, float, int]] = {
@@ -205,83 +218,94 @@ MEASURES: dict[str, tuple[str, float, int]] = {
 }
 
 
-def summarise(records: Records) -> dict[str, dict[str, dict[str, Any]]]:
-    """task -> arm -> intervals of every measure, and of the difference to "fixed" by seed."""
-    rows: dict[str, dict[str, dict[str, Any]]] = {}
+Summary = dict[str, dict[str, dict[str, Any]]]
+
+
+def summarise(records: Records) -> Summary:
+    """Return task -> arm -> intervals of all measures, and differences to "fixed" by seed."""
+    summary: Summary = {}
     for task in TASKS:
-        runs = {
-            arm: {r["job"]["seed"]: r for r in records.values()
-                  if (r["job"]["task"], r["job"]["arm"]) == (task, arm)}
-            for arm in ARMS
-        }  # fmt: skip
-        for arm, by_seed in runs.items():
-            if not by_seed:
+        for arm in ARMS:
+            runs = _by_seed(records, task, arm)
+            if not runs:
                 continue
-            row: dict[str, Any] = {"seeds": len(by_seed)}
+            row: dict[str, Any] = {"seeds": len(runs)}
             for name in (*MEASURES, "seconds", "parameters"):
-                values = [r[name] for r in by_seed.values() if r.get(name) is not None]
+                values = [m[name] for m in runs.values() if m.get(name) is not None]
                 if values:
                     row[name] = mean_interval(values)
-            if all("pruned" in r for r in by_seed.values()):
+            if all("pruned" in m for m in runs.values()):
                 row["pruned"] = [
-                    mean_interval(v) for v in zip(*(r["pruned"] for r in by_seed.values()))
+                    mean_interval(v) for v in zip(*(m["pruned"] for m in runs.values()))
                 ]
             if arm != "fixed":
-                both = by_seed.keys() & runs["fixed"].keys()
-                apart = {
-                    name: mean_interval(by_seed[s][name] - runs["fixed"][s][name] for s in both)
-                    for name in ("accuracy", "log_loss", "disturbed")
+                fixed = _by_seed(records, task, "fixed")
+                row["differences"] = {
+                    name: difference(
+                        {seed: m[name] for seed, m in runs.items()},
+                        {seed: m[name] for seed, m in fixed.items()},
+                        scale=scale,
+                    )
+                    for name, scale in (("accuracy", 100), ("log_loss", 1), ("disturbed", 100))
                 }
-                row["better by"] = tuple(100 * v for v in apart["accuracy"])
-                row["differences"] = apart
-            rows.setdefault(task, {})[arm] = row
-    return rows
+            summary.setdefault(task, {})[arm] = row
+    return summary
 
 
-def tables(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
-    text = ""
-    for task, arms in rows.items():
-        header = ["arm", *(name for name, _, _ in MEASURES.values())]
-        header += [f"{100 * share:g} % kept" for share in KEPT] + ["accuracy against fixed"]
-        lines = []
-        for arm, row in arms.items():
-            cells = measured(row, MEASURES)
-            pruned = row.get("pruned", [None] * len(KEPT))
-            cells += ["" if p is None else shown((100 * p[0], 100 * p[1]), 1) for p in pruned]
-            against = shown(row["better by"], 2, "+") if "better by" in row else ""
-            lines.append([arm, *cells, f"{against} {verdict(row)}".strip()])
-        text += f"{task}\n\n{markdown_table(header, lines)}\n"
-    return text
-
-
-def run(folder: Path, *, seeds: int, tasks: list[str], processes: int, smoke: bool) -> None:
-    """Run what is missing, and write table, figure and summary beside the runs."""
-    report = folder / "penalties"
-    records = run_study(report, jobs(seeds, tasks, smoke), train_one, processes=processes)
-    rows = summarise(records)
-    text = tables(rows)
-    print(text)
-    environment = next(iter(records.values()))["environment"]
-    settings = {"arms": ARMS, "strengths": CHOSEN, "kept": KEPT}
-    write_json(report.with_suffix(".json"), {"rows": rows, **settings, "environment": environment})
-    report.with_suffix(".md").write_text(text)
-    panels = {
-        f"{task}: accuracy against fixed, points": {a: r for a, r in arms.items() if a != "fixed"}
-        for task, arms in rows.items()
-    }
-    if min(row["seeds"] for arms in rows.values() for row in arms.values()) > 1:
-        plot_differences(panels, report.with_suffix(".png"))
-
-
-def tune(folder: Path, *, tasks: list[str], processes: int, smoke: bool) -> None:
-    """Run and tabulate what the strengths were chosen by."""
-    runs = tuning_jobs(tasks, smoke)
-    records = run_study(folder / "penalties-tuning", runs, train_one, processes=processes)
-    lines = [
-        [r["job"]["task"], r["job"]["arm"], f"{r['job']['strength']:g}", f"{r['log_loss']:.4f}",
-         f"{100 * r['accuracy']:.2f}"]
+def _by_seed(records: Records, task: str, arm: str) -> dict[int, dict[str, Any]]:
+    return {
+        r.seed: r.metrics
         for r in records.values()
-    ]  # fmt: skip
-    text = markdown_table(["task", "arm", "strength", "log loss", "accuracy, %"], lines)
-    print(text)
-    (folder / "penalties-tuning.md").write_text(text)
+        if r.seed is not None and r.arm == arm and (r.definition or {}).get("task") == task
+    }
+
+
+def against_fixed(summary: Summary, measure: str = "accuracy") -> dict[tuple[str, str], Difference]:
+    """Return the differences to "fixed" by task and arm."""
+    return {
+        (task, arm): row["differences"][measure]
+        for task, arms in summary.items()
+        for arm, row in arms.items()
+        if row.get("differences", {}).get(measure) is not None
+    }
+
+
+def table(arms: dict[str, dict[str, Any]], task: str) -> str:
+    """Return the measures of a task's arms, with 95 % intervals."""
+    header = ["arm", *(name for name, _, _ in MEASURES.values())]
+    header += [f"{100 * share:g} % kept" for share in KEPT] + ["accuracy against fixed"]
+    compared = against_fixed({task: arms})
+    lines = []
+    for arm, row in arms.items():
+        line = cells(row, MEASURES)
+        pruned = row.get("pruned", [None] * len(KEPT))
+        line += ["" if p is None else with_half((100 * p[0], 100 * p[1]), 1) for p in pruned]
+        d = compared.get((task, arm))
+        lines.append([arm, *line, f"{d.text(2)} {d.verdict}" if d else "the baseline"])
+    return markdown_table(header, lines)
+
+
+def tables(records: Records) -> str:
+    """Return a table for each task."""
+    return "\n".join(f"{task}\n\n{table(arms, task)}" for task, arms in summarise(records).items())
+
+
+def tuning_table(records: Records) -> str:
+    """Return what each strength reaches on the data set aside."""
+    lines = []
+    for r in records.values():
+        assert r.definition is not None
+        assert r.arm is not None
+        strength = f"{r.definition['strength']:g}"
+        numbers = [f"{r.metrics['log_loss']:.4f}", f"{100 * r.metrics['accuracy']:.2f}"]
+        lines.append([r.definition["task"], r.arm, strength, *numbers])
+    return markdown_table(["task", "arm", "strength", "log loss", "accuracy, %"], lines)
+
+
+def plot(records: Records, file: Path) -> None:
+    """Draw the differences to "fixed", a panel a task."""
+    panels: dict[str, dict[str, Difference]] = {}
+    for (task, arm), d in against_fixed(summarise(records)).items():
+        panels.setdefault(f"{task}: accuracy against fixed, points", {})[arm] = d
+    if panels:
+        plot_differences(panels, file)

@@ -1,4 +1,4 @@
-"""The runs of the coefficient search: data, nets, one search, one tuning."""
+"""Runs of the studies of searching: data, nets, one search, one tuning."""
 
 import copy
 import time
@@ -10,19 +10,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness.images import benchmark_images
+from benchmarks.harness.runner import Job
 from starlayers import StarBlock
+from starlayers.coefficients import (
+    CoefficientPenalty,
+    apply_initialisation,
+    coefficient_space,
+    tune_coefficients,
+)
+from starlayers.coefficients import search as search_values
 from starlayers.coefficients.scaling import star_layers
-from starlayers.coefficients.penalty import CoefficientPenalty
-from starlayers.coefficients.search import search as search_values
-from starlayers.coefficients.space import apply_initialisation, coefficient_space
-from starlayers.coefficients.tune import tune_coefficients
 
 SEEDS = 5
 METHODS = ("tpe", "gp", "cma", "random")
-#: numbers only: CMA-ES knows no choices, and all methods are to have the same space
+#: numbers only: CMA-ES takes no categories, and all methods get the same space
 SEARCHED: tuple[str, ...] = ("l1", "l2", "balance", "gain1", "gain2", "offset", "rank")
 SEARCHED += ("layer_scale_0", "layer_scale_1")
-#: arm -> what it has without a search; more products per channel are more parameters
+#: arm -> values without a search; more products per channel are more parameters
 DEFAULTS: dict[str, dict[str, Any]] = {"defaults": {"rank": 1}, "defaults, rank 4": {"rank": 4}}
 RECIPE = {
     "trials": 30,
@@ -50,6 +54,7 @@ Split = tuple[Tensor, Tensor]
 
 @cache
 def images() -> dict[str, Split]:
+    """Load standardised pixels and labels of Fashion-MNIST."""
     data = benchmark_images()
     return {
         name: (
@@ -61,7 +66,7 @@ def images() -> dict[str, Split]:
 
 
 def splits(recipe: dict[str, Any], seed: int) -> dict[str, Split]:
-    """Training and validation images that the seed draws, and all test images."""
+    """Draw training and validation images by the seed; return them and all test images."""
     pixels, labels = images()["train"]
     n, m = recipe["train"], recipe["validation"]
     drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[: n + m]
@@ -70,6 +75,7 @@ def splits(recipe: dict[str, Any], seed: int) -> dict[str, Split]:
 
 
 def build(values: dict[str, Any], seed: int) -> nn.Module:
+    """Make a net with two star layers, initialised by the values."""
     torch.manual_seed(seed)
     blocks = [
         StarBlock(32, expansion=2, pre=nn.LayerNorm(32), rank=values["rank"]) for _ in range(2)
@@ -79,10 +85,10 @@ def build(values: dict[str, Any], seed: int) -> nn.Module:
 
 
 def fit(values: dict[str, Any], recipe: dict[str, Any], data: Split, seed: int) -> nn.Module:
-    """A net of these values, trained; the same for the same arguments."""
+    """Train a net of these values; the same for the same arguments."""
     net = build(values, seed)
-    made = {"l1": {"p": 1}, "l2": {"p": 2}, "balance": {"p": None, "balance": 1.0}}
-    penalties = {k: CoefficientPenalty(net, **v) for k, v in made.items() if k in values}
+    options = {"l1": {"p": 1}, "l2": {"p": 2}, "balance": {"p": None, "balance": 1.0}}
+    penalties = {k: CoefficientPenalty(net, **v) for k, v in options.items() if k in values}
     optimizer = torch.optim.Adam(net.parameters(), recipe["lr"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe["steps"])
     generator = torch.Generator().manual_seed(seed)
@@ -102,7 +108,7 @@ def fit(values: dict[str, Any], recipe: dict[str, Any], data: Split, seed: int) 
 
 @torch.inference_mode()
 def accuracy(net: nn.Module, data: Split) -> float:
-    """In per cent."""
+    """Return the accuracy in percent."""
     pixels, labels = data
     return 100 * float((net(pixels).argmax(1) == labels).double().mean())
 
@@ -110,8 +116,8 @@ def accuracy(net: nn.Module, data: Split) -> float:
 # Searching ----------------------------------------------------------------------------------------
 
 
-def search_one(job: dict[str, Any]) -> dict[str, Any]:
-    """Search with the job's method, and say what its best values are worth on the test images."""
+def search_one(job: Job) -> dict[str, Any]:
+    """Search with the job's method, and measure its best values on the test images."""
     recipe, seed = job["recipe"], job["seed"]
     data = splits(recipe, seed)
 
@@ -121,61 +127,71 @@ def search_one(job: dict[str, Any]) -> dict[str, Any]:
         return accuracy(net, data["validation"])
 
     began = time.process_time()
-    if job["method"] in DEFAULTS:
-        values = DEFAULTS[job["method"]]
+    if job["arm"] in DEFAULTS:
+        values = DEFAULTS[job["arm"]]
         net = fit(values, recipe, data["train"], seed)
         validation, test = (accuracy(net, data[split]) for split in ("validation", "test"))
-        found: dict[str, Any] = {"best": values, "failed": 0, "curve": [validation]}
+        metrics: dict[str, Any] = {"best": values, "failed": 0, "curve": [validation]}
     else:
         space = {name: coefficient_space(2)[name] for name in SEARCHED}
         result = search_values(
             objective,
             space,
-            method=job["method"],
+            method=job["arm"],
             trials=recipe["trials"],
             seed=seed,
             progress=False,
         )
         validation, test = result.value, result.study.best_trial.user_attrs["test"]
-        found = {
+        metrics = {
             "best": result.best,
             "failed": len(result.failed),
             "curve": result.best_so_far,
             "trials": [[t.value, t.user_attrs.get("test")] for t in result.trials],
         }
     return {
-        **found,
+        **metrics,
         "validation": validation,
         "test": test,
         "seconds": time.process_time() - began,
     }
 
 
-def search_jobs(smoke: bool) -> dict[str, dict[str, Any]]:
-    """All runs by name, seeds outermost: a study stopped early has whole seeds."""
+def search_jobs(smoke: bool = False) -> dict[str, Job]:
+    """Make all jobs by name, seeds outermost: a study stopped early has whole seeds."""
     recipe = RECIPE | (SMOKE if smoke else {})
+    ranges = searched_ranges()
     return {
         f"{method.replace(', ', '-').replace(' ', '')}-seed{seed}": {
-            "method": method,
+            "arm": method,
             "seed": seed,
             "recipe": recipe,
+            **({"values": DEFAULTS[method]} if method in DEFAULTS else {"space": ranges}),
         }
         for seed in range(2 if smoke else SEEDS)
         for method in (*DEFAULTS, *METHODS)
     }
 
 
+def searched_ranges() -> dict[str, list[Any]]:
+    """Return for each value that is searched for: least, most, and if its scale is logarithmic."""
+    space = {name: coefficient_space(2)[name] for name in SEARCHED}
+    return {name: [d.low, d.high, d.log] for name, d in space.items()}
+
+
 # Tuning -------------------------------------------------------------------------------------------
 
 
 def by_gradients(net: nn.Module, data: Split, groups: int, recipe: dict[str, Any]) -> None:
-    """The factors that `tune_coefficients` has, by Adam on the log loss, written into the net."""
+    """Learn the factors of `tune_coefficients` by Adam on the log loss, and write them."""
     products = star_layers("gradients", net)
-    rows = {name: p.groups(groups) for name, p in products.items()}
-    logs = {name: torch.zeros(len(r), requires_grad=True) for name, r in rows.items()}
+    groups_of = {name: p.groups(groups) for name, p in products.items()}
+    logs = {name: torch.zeros(len(g), requires_grad=True) for name, g in groups_of.items()}
     which = {
-        name: torch.cat([torch.full((len(g),), i) for i, g in enumerate(r)])[torch.cat(r).argsort()]
-        for name, r in rows.items()
+        name: torch.cat([torch.full((len(g),), i) for i, g in enumerate(parts)])[
+            torch.cat(parts).argsort()
+        ]
+        for name, parts in groups_of.items()
     }
     limit = torch.tensor(recipe["width"]).log()
     weights = dict(net.named_parameters())
@@ -196,7 +212,7 @@ def by_gradients(net: nn.Module, data: Split, groups: int, recipe: dict[str, Any
         p.write(logs[name].detach().exp()[which[name]])
 
 
-def tune_one(job: dict[str, Any]) -> dict[str, Any]:
+def tune_one(job: Job) -> dict[str, Any]:
     """Train a net, tune it as the job says, and measure it before and after."""
     recipe, tuning, seed = job["recipe"], job["tuning"], job["seed"]
     data = splits(recipe, seed)
@@ -226,7 +242,8 @@ def tune_one(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tune_jobs(smoke: bool) -> dict[str, dict[str, Any]]:
+def tune_jobs(smoke: bool = False) -> dict[str, Job]:
+    """Make all jobs by name, seeds outermost."""
     recipe = {k: v for k, v in (RECIPE | (SMOKE if smoke else {})).items() if k != "trials"}
     tuning = TUNING | ({"trials": 4, "steps": 3} if smoke else {})
     return {

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import kernels_floor as floors
-from benchmarks.gpu_kernels import BASES, BATCH, least_work, stage_label, stages
-from benchmarks.gpu_lab import Comparison, Lab, Trial, trial
+from benchmarks.gpu.kernels import BASES, BATCH, least_work, stage_label, stages
+from benchmarks.gpu.lab import Comparison, Lab, Trial, trial
+from benchmarks.kernels import floor as floors
 from starlayers.kernels import dwconv as depthwise
 
 CONVOLUTIONS = ("forward", "dx", "dw", "dx and dw")

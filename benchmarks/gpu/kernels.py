@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import kernels_floor as floors
-from benchmarks.gpu_lab import Comparison, Lab, Subject, Trial, compare, trial
+from benchmarks.gpu.lab import Comparison, Lab, Subject, Trial, compare, trial
+from benchmarks.kernels import floor as floors
 from starlayers.functional import star_mlp_reference, star_reference
 from starlayers.kernels.star import star
 from starlayers.kernels.star_mlp import star_mlp

@@ -10,7 +10,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from benchmarks.common import interleave
+from benchmarks.harness.timing import interleave
 
 GRAPH = ", CUDA graph"
 #: whose errors are reported, not judged

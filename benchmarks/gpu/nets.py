@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu_kernels import AUTOTUNED, BASES, BATCH, MODE, stage_label, stages
-from benchmarks.gpu_lab import GRAPH, Comparison, Lab, Subject, Trial, compare, reason, trial
+from benchmarks.gpu.kernels import AUTOTUNED, BASES, BATCH, MODE, stage_label, stages
+from benchmarks.gpu.lab import GRAPH, Comparison, Lab, Subject, Trial, compare, reason, trial
 from starlayers import StarBlock, StarMLP, use_backend, vision
 from starlayers.vision import StarBlock2d, to_timm_state_dict
 

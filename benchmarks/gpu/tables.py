@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, markdown_table
-from benchmarks.gpu_kernels import k1_label, stage_label, wide_label
-from benchmarks.gpu_lab import GRAPH, Comparison
-from benchmarks.gpu_nets import OURS_COMPILED, TIMM, starnet_label
+from benchmarks.gpu.kernels import k1_label, stage_label, wide_label
+from benchmarks.gpu.lab import GRAPH, Comparison
+from benchmarks.gpu.nets import OURS_COMPILED, TIMM, starnet_label
+from benchmarks.harness.records import RESULTS
+from benchmarks.harness.report import markdown_table
 
-PAGE = Path(__file__).parents[1] / "docs/kernels-measured.md"
+PAGE = Path(__file__).parents[2] / "docs/kernels-measured.md"
 UNKNOWN = "not measured"
 COMPILED = ("torch.compile",)
 CUDNN = ("cuDNN NCHW", "cuDNN channels_last")

@@ -8,9 +8,9 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu_depthwise import images
-from benchmarks.gpu_kernels import BASES, BATCH, mlp_inputs, stage_label, stages
-from benchmarks.gpu_lab import Comparison, Lab, Subject, Trial, compare, trial
+from benchmarks.gpu.depthwise import images
+from benchmarks.gpu.kernels import BASES, BATCH, mlp_inputs, stage_label, stages
+from benchmarks.gpu.lab import Comparison, Lab, Subject, Trial, compare, trial
 from starlayers.functional import star_mlp_reference
 from starlayers.kernels import dwconv as depthwise
 from starlayers.kernels import star_mlp_launch

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu_lab import Comparison, Lab
+from benchmarks.gpu.lab import Comparison, Lab
 from starlayers import use_backend
 from starlayers.vision import StarNet
 

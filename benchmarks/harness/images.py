@@ -1,4 +1,4 @@
-"""Data for the vision benchmarks: the real thing, or a fixed part of it for smoke runs."""
+"""Fashion-MNIST for the studies, whole or a fixed part of it."""
 
 from dataclasses import replace
 from typing import Any, cast
@@ -9,7 +9,7 @@ from starlayers.datasets.images import ImageData, load_images
 
 
 def benchmark_images(*, train: int | None = None, test: int | None = None) -> ImageData:
-    """Fashion-MNIST, whole or its first `train` and `test` images; never a stand-in for it.
+    """Load Fashion-MNIST, whole or its first `train` and `test` images; never a stand-in for it.
 
     Raises:
         FileNotFoundError: Fashion-MNIST is not in reach (the digits would be another benchmark).

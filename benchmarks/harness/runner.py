@@ -1,142 +1,72 @@
-"""What every benchmark shares: environment, interleaved timing, intervals, resumable runs."""
+"""Runs of a study: what is missing is run, what is there is reused."""
 
-import json
 import os
-import platform
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.harness.environment import conditions
+from benchmarks.harness.records import RESULTS, Record, append, file_of, load, plain
+
+Job = dict[str, Any]
+Records = dict[str, Record]
 
 
-def environment() -> dict[str, Any]:
-    """Hardware, versions, date and command: the conditions every figure is reported with."""
-    versions = {}
-    names = ("torch", "torchvision", "triton", "timm", "transformers", "peft", "optuna", "cmaes")
-    names += ("starlayers",)
-    for package in names:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    # results are committed: where a folder lies on this machine is nobody's business
-    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv]
-    return {
-        "date": date.today().isoformat(),
-        "command": " ".join([Path(arguments[0]).stem, *arguments[1:]]),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": device,
-        "python": platform.python_version(),
-        **versions,
-    }
+def definition(job: Job) -> dict[str, Any]:
+    """Return what decides a job's result beside its seed, as plain data."""
+    kept: dict[str, Any] = plain({k: v for k, v in job.items() if k not in ("arm", "seed")})
+    return kept
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def current(study: str, jobs: dict[str, Job], folder: Path = RESULTS) -> Records:
+    """Return the records of those jobs whose definition is the job's; of several, the last.
 
-
-def host_clock(run: Callable[[], object]) -> float:
-    """Seconds that `run()` takes on this machine's own clock."""
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
-def interleave(
-    variants: dict[str, Callable[[], object]],
-    *,
-    baselines: list[str],
-    repeats: int,
-    warmup: int = 1,
-    clock: Callable[[Callable[[], object]], float] = host_clock,
-) -> dict[str, dict[str, float]]:
-    """Time the variants in turn, A B C A B C ..., and report medians and paired ratios.
-
-    Machines drift, so absolute times are noise: the ratio of a variant is the median over rounds
-    of its ratio within the round to the baseline with the lowest median. `clock(run)` runs a
-    variant once and returns the seconds it took.
+    Records of another definition stay in the file and are not returned.
     """
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(warmup + repeats):
-        for name, run in variants.items():
-            times[name].append(clock(run))
-    kept = {name: t[warmup:] for name, t in times.items()}
-    baseline = min(baselines, key=lambda name: statistics.median(kept[name]))
-    return {
-        name: {
-            "median_ms": 1e3 * statistics.median(t),
-            "min_ms": 1e3 * min(t),
-            "max_ms": 1e3 * max(t),
-            "ratio": statistics.median(a / b for a, b in zip(t, kept[baseline], strict=True)),
-        }
-        for name, t in kept.items()
+    wanted = {name: (definition(job), job["seed"]) for name, job in jobs.items()}
+    found = {
+        r.run: r
+        for r in load(study, folder)
+        if r.run in wanted and (r.definition, r.seed) == wanted[r.run]
     }
+    return {name: found[name] for name in jobs if name in found}
 
 
-def mean_interval(values: Iterable[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Mean and half width of its Student-t confidence interval (infinite for a single value)."""
-    from scipy import stats  # a development package, which not every benchmark needs
-
-    data = list(values)
-    mean = statistics.fmean(data)
-    if len(data) < 2:
-        return mean, float("inf")
-    t = float(stats.t.ppf(0.5 + confidence / 2, len(data) - 1))
-    return mean, t * statistics.stdev(data) / len(data) ** 0.5
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write beside the file, then rename, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    # JSON has no NaN or infinity: an interval nobody knows becomes null
-    strict = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    partial.write_text(json.dumps(strict, indent=1) + "\n")
-    partial.rename(path)
+def of_arms(study: str, arms: list[str], folder: Path = RESULTS) -> Records:
+    """Return the records of arms that can no longer be run: history."""
+    return {r.run: r for r in load(study, folder) if r.arm in arms}
 
 
 def run_study(
-    folder: Path,
-    jobs: dict[str, dict[str, Any]],
-    work: Callable[[dict[str, Any]], dict[str, Any]],
+    study: str,
+    jobs: dict[str, Job],
+    work: Callable[[Job], dict[str, Any]],
     *,
     processes: int,
-) -> dict[str, dict[str, Any]]:
-    """Run `work(job)` for every job that has no JSON in `folder` yet; return all results by name.
+    folder: Path = RESULTS,
+) -> Records:
+    """Run `work(job)` for every job without a current record, and return all current records.
 
-    Each result is stored with its job, one file a run, so a stopped study goes on where it was;
-    a file made for another job of that name is an error, not a result. With `processes=0` nothing
-    is run and the results there are come back; it is an error if there are none.
+    A job is a dictionary with "arm", "seed" and whatever else decides its result; `work` returns
+    the metrics. Each record is appended when its run ends, so that a stopped study goes on where
+    it was. A job whose definition has changed since its record is run again.
+
+    With `processes=0` nothing is run.
+
+    Raises:
+        FileNotFoundError: `processes=0`, and no job has a record.
     """
     from tqdm import tqdm
 
-    done: dict[str, dict[str, Any]] = {}
-    for name, job in jobs.items():
-        file = folder / f"{name}.json"
-        if file.is_file():
-            record = json.loads(file.read_text())
-            if record["job"] != job:
-                raise ValueError(f"{file} is of another job ({record['job']}, now {job}): move it")
-            done[name] = record
+    done = current(study, jobs, folder)
     todo = {name: job for name, job in jobs.items() if name not in done}
     if not processes and not done:
-        raise FileNotFoundError(f"no runs in {folder} yet: give --processes, the runs at a time")
+        file = file_of(study, folder)
+        raise FileNotFoundError(f"no runs in {file} yet: give --processes, the runs at a time")
     if not todo or not processes:
         return done
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread)
@@ -149,20 +79,44 @@ def run_study(
             if error := future.exception():  # the other runs are still worth keeping
                 failed = failed or error
                 continue
-            done[name] = {"job": jobs[name], **future.result(), "environment": environment()}
-            write_json(folder / f"{name}.json", done[name])
+            record = make_record(study, name, jobs[name], future.result(), threads=1)
+            append(record, folder)
+            done[name] = record
     if failed:
         raise failed
-    return done
+    return {name: done[name] for name in jobs}
+
+
+def make_record(
+    study: str, run: str, job: Job, metrics: dict[str, Any], *, threads: int | None = None
+) -> Record:
+    """Return the record of a run that just ended."""
+    return Record(
+        study,
+        run,
+        job["arm"],
+        job["seed"],
+        definition(job),
+        plain(metrics),
+        **conditions(threads=threads),
+    )
+
+
+def measure_once(
+    study: str,
+    job: Job,
+    metrics: dict[str, Any],
+    *,
+    run: str | None = None,
+    folder: Path = RESULTS,
+) -> Record:
+    """Append the record of a measurement that is one run: variants timed in turn."""
+    record = make_record(study, run or study, job, metrics)
+    append(record, folder)
+    return record
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
     # the workers take turns on the cores; a gentle priority keeps the machine usable
     os.nice(5)
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A GitHub table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

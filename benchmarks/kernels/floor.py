@@ -7,7 +7,7 @@ multiply-add counts as two operations in `flops` and as one in `fmas`.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.common import markdown_table
+from benchmarks.harness.report import markdown_table
 from starlayers.kernels.tiles import MLP_BACKWARD, split_columns
 from starlayers.vision.models import STARNETS
 

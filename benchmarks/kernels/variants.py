@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from benchmarks.aot import TARGETS
+from benchmarks.kernels.aot import TARGETS
 from starlayers.kernels import dwconv, star, star_linear
 from starlayers.kernels import statistics as kernel_statistics
 from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, Tile, split_columns

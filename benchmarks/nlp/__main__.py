@@ -1,33 +1,34 @@
-"""Language benchmarks: `python -m benchmarks.nlp quality | speed [--smoke]`.
+"""Language benchmarks: `python -m benchmarks.nlp quality | speed [--smoke] [--page]`.
 
-The study keeps one JSON per run and goes on where it was stopped; `--smoke` is a form of each that
-takes seconds and shows that it works, not a result.
+Every run of a study is a line of its record file, and a stopped study goes on where it was.
+`--smoke` takes seconds and shows that a study works, not a result.
 """
-
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from benchmarks import nlp_quality, nlp_speed
-from benchmarks.common import RESULTS
+from benchmarks.harness.records import RESULTS
+from benchmarks.harness.study import Out, Processes, Smoke, WritePage
+from benchmarks.nlp import pages
+from benchmarks.nlp import quality as quality_study
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
-Processes = Annotated[int, typer.Option(help="runs at a time, one thread each; 0 only tabulates")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="seconds instead of an hour")]
-Out = Annotated[Path, typer.Option(help="folder for results")]
 
 
 @app.command()
-def quality(processes: Processes = 2, smoke: Smoke = False, out: Out = RESULTS) -> None:
-    """Star MLPs, gated attention and hybrids on sentiment, prose and translation."""
-    nlp_quality.run(processes, smoke, out)
+def quality(
+    processes: Processes = 2, smoke: Smoke = False, page: WritePage = False, out: Out = RESULTS
+) -> None:
+    """Compare star MLPs, gated attention and hybrids on sentiment, prose and translation."""
+    jobs = quality_study.jobs(smoke)
+    pages.QUALITY.run(jobs, processes=processes, page=page, smoke=smoke, out=out)
 
 
 @app.command()
-def speed(smoke: Smoke = False, out: Out = RESULTS) -> None:
-    """Tokens per second and memory of the same variants, interleaved."""
-    nlp_speed.run(smoke, out)
+def speed(smoke: Smoke = False, page: WritePage = False, out: Out = RESULTS) -> None:
+    """Measure tokens per second and memory of the same variants, in turn."""
+    from benchmarks.nlp import speed as speed_study
+
+    pages.SPEED.measure(speed_study.job(smoke), page=page, smoke=smoke, out=out)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,20 @@
-"""Tokens per second and memory of MLPs and mixers, interleaved in one run on the CPU."""
+"""Tokens per second and memory of MLPs and mixers, timed in turn on the CPU."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, environment, interleave, markdown_table, write_json
-from benchmarks.nlp_tasks import VARIANTS, build, parameters
+from benchmarks.harness.report import markdown_table
+from benchmarks.harness.runner import Job
+from benchmarks.harness.timing import interleave, kept_bytes
+from benchmarks.nlp.tasks import MODEL, VARIANTS, build, parameters
 
 BASELINES = ["plain gelu"]
-BATCH, LENGTH, PROMPT, NEW = 16, 128, 8, 32
-
-
-def kept_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
-    """Bytes that a forward keeps for its backward, each storage once, parameters left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run()
-    return sum(seen.values())
+PROMPT, NEW = 8, 32
 
 
 def cache_bytes(model: Any, tokens: torch.Tensor) -> int:
-    """Bytes of the cache of a generation after these tokens."""
+    """Return the bytes of the cache of a generation after these tokens."""
     with torch.no_grad():
         cache = model(tokens, use_cache=True).past_key_values
     total = 0
@@ -41,15 +25,23 @@ def cache_bytes(model: Any, tokens: torch.Tensor) -> int:
     return total
 
 
-def run(smoke: bool, out: Path = RESULTS) -> None:
+def job(smoke: bool = False) -> Job:
+    """Make the job: models and sizes that are timed."""
+    sizes = {"batch": 2, "length": 16, "repeats": 2}
+    if not smoke:
+        sizes = {"batch": 16, "length": 128, "repeats": 15}
+    models = {"task": "prose", "model": MODEL, "variants": VARIANTS}
+    return {"arm": None, "seed": None, **models, **sizes, "prompt": PROMPT, "new": NEW}
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Time training, forward and generation of all variants in turn, and measure memory."""
     from starlayers import use_backend
 
-    repeats = 2 if smoke else 15
-    length = 16 if smoke else LENGTH
-    tokens = torch.randint(4, 2000, (2 if smoke else BATCH, length))
-    prompt = tokens[:2, :PROMPT]
+    tokens = torch.randint(4, 2000, (job["batch"], job["length"]))
+    prompt = tokens[:2, : job["prompt"]]
     models: dict[str, Any] = {}
-    for name, options in VARIANTS.items():
+    for name, options in job["variants"].items():
         torch.manual_seed(0)
         models[name] = build("prose", options)
 
@@ -71,16 +63,21 @@ def run(smoke: bool, out: Path = RESULTS) -> None:
             model(tokens)
 
     def generate(model: Any) -> None:
-        model.eval().generate(prompt, min_new_tokens=NEW, max_new_tokens=NEW, do_sample=False)
+        new = job["new"]
+        model.eval().generate(prompt, min_new_tokens=new, max_new_tokens=new, do_sample=False)
 
-    work = {"train": train, "forward": forward, "generate": generate}
-    counts = {"train": tokens.numel(), "forward": tokens.numel(), "generate": prompt.shape[0] * NEW}
+    tasks = {"train": train, "forward": forward, "generate": generate}
+    counts = {
+        "train": tokens.numel(),
+        "forward": tokens.numel(),
+        "generate": len(prompt) * job["new"],
+    }
     rows: dict[str, dict[str, Any]] = {name: {} for name in models}
-    for what, call in work.items():
+    for task, call in tasks.items():
         variants = {name: (lambda m=m, call=call: call(m)) for name, m in models.items()}
-        times = interleave(variants, baselines=BASELINES, repeats=repeats)
+        times = interleave(variants, baselines=BASELINES, repeats=job["repeats"])
         for name, t in times.items():
-            rows[name][what] = {**t, "tokens_per_s": 1e3 * counts[what] / t["median_ms"]}
+            rows[name][task] = {**t, "tokens_per_s": 1e3 * counts[task] / t["median_ms"]}
     for name, model in models.items():
         model.train()
         rows[name]["kept_bytes"] = kept_bytes(model, lambda m=model: m(tokens, labels=tokens))
@@ -90,20 +87,18 @@ def run(smoke: bool, out: Path = RESULTS) -> None:
             )
         rows[name]["cache_bytes"] = cache_bytes(model.eval(), tokens[:1])
         rows[name]["parameters"] = parameters(model)
-    print(table(rows, length))
-    name = "nlp-speed-smoke.json" if smoke else "nlp-speed.json"
-    shape = {"batch": tokens.shape[0], "length": length, "prompt": PROMPT, "new": NEW}
-    write_json(out / name, {"rows": rows, **shape, "environment": environment()})
+    return rows
 
 
 def table(rows: dict[str, dict[str, Any]], length: int) -> str:
+    """Return speeds, ratios to the plain MLP and memory."""
     header = ["variant", "training", "forward", "generation", "kept for backward, MiB"]
     header.append(f"cache of {length} tokens, KiB")
     body = [
         [name]
         + [
-            f"{row[w]['tokens_per_s']:.0f} tok/s, time x {row[w]['ratio']:.2f}"
-            for w in ("train", "forward", "generate")
+            f"{row[task]['tokens_per_s']:.0f} tok/s, time x {row[task]['ratio']:.2f}"
+            for task in ("train", "forward", "generate")
         ]
         + [f"{row['kept_bytes'] / 2**20:.1f}", f"{row['cache_bytes'] / 2**10:.1f}"]
         for name, row in rows.items()

@@ -1,4 +1,4 @@
-"""The three tasks of the language study: what is trained, on what, and what is measured."""
+"""Three tasks of the language study: models, data, training and measures."""
 
 import math
 from collections.abc import Callable
@@ -8,23 +8,35 @@ from typing import Any
 import torch
 from torch import nn
 
-D, HEADS = 128, 4
+#: what all models have in common; the study states it, so that a library's default decides nothing
+MODEL: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 128**-0.5,
+    "pad_token_id": 0,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+}
+#: options of a star MLP, which a plain one does not have
+STAR = {"mlp_type": "star", "mlp_offset": 0.0}
 HYBRID = ["star_conv", "attention"]
-#: MLPs are compared under plain attention; mixers under the silu star MLP
+GATE = "sigmoid"
+#: MLPs are compared under plain attention, mixers under the silu star MLP
 MLPS: dict[str, dict[str, Any]] = {
     "plain gelu": {"mlp_type": "plain", "hidden_act": "gelu"},
-    "star relu6": {"hidden_act": "relu6"},
-    "star gelu": {"hidden_act": "gelu"},
-    "star silu": {"hidden_act": "silu"},
-    "star bilinear": {"hidden_act": None},
-    "star silu rank 2": {"hidden_act": "silu", "mlp_rank": 2},
+    "star relu6": {**STAR, "hidden_act": "relu6"},
+    "star gelu": {**STAR, "hidden_act": "gelu"},
+    "star silu": {**STAR, "hidden_act": "silu"},
+    "star bilinear": {**STAR, "hidden_act": None},
+    "star silu rank 2": {**STAR, "hidden_act": "silu", "mlp_rank": 2},
 }
 MIXERS: dict[str, dict[str, Any]] = {
-    "gate per head": {"attention_gate": "head"},
-    "gate per channel": {"attention_gate": "channel"},
-    "hybrid": {"layer_types": HYBRID},
+    "gate per head": {"attention_gate": "head", "attention_gate_act": GATE},
+    "gate per channel": {"attention_gate": "channel", "attention_gate_act": GATE},
+    "hybrid": {"layer_types": HYBRID, "conv_kernel_size": 3, "conv_act": None},
 }
-VARIANTS = MLPS | MIXERS
+VARIANTS = MLPS | {name: MLPS["star silu"] | mixer for name, mixer in MIXERS.items()}
 BASELINE = {**dict.fromkeys(MLPS, "plain gelu"), **dict.fromkeys(MIXERS, "star silu")}
 
 LAYERS = {"sentiment": 2, "prose": 4, "translation": 2}
@@ -43,9 +55,9 @@ METRICS: dict[str, dict[str, bool]] = {
 
 
 def build(task: str, options: dict[str, Any], dropout: float = 0.0) -> nn.Module:
-    """A model of the task's size whose MLP is made as wide as the plain one's parameters allow."""
-    wide = _matched_width(task, options)
-    return _model(task, {**options, "intermediate_size": wide}, dropout)
+    """Make a model of the task's size with as many parameters as the plain one has."""
+    width = _matched_width(task, options)
+    return _model(task, {**options, "intermediate_size": width}, dropout)
 
 
 def _model(task: str, options: dict[str, Any], dropout: float = 0.0) -> nn.Module:
@@ -55,19 +67,15 @@ def _model(task: str, options: dict[str, Any], dropout: float = 0.0) -> nn.Modul
     layers = LAYERS[task]
     settings: dict[str, Any] = {
         "vocab_size": VOCABULARY[task],
-        "hidden_size": D,
         "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "max_position_embeddings": 256,
-        "initializer_range": D**-0.5,
         "hidden_dropout": dropout,
-        "pad_token_id": 0,
+        **MODEL,
     }
     if "layer_types" in options:
-        kinds = [options["layer_types"][i % 2] for i in range(layers)]
-        options["layer_types"] = kinds
+        layer_types = [options["layer_types"][i % 2] for i in range(layers)]
+        options["layer_types"] = layer_types
         if task == "translation":
-            options["encoder_layer_types"] = kinds
+            options["encoder_layer_types"] = layer_types
     settings |= options
     if task == "sentiment":
         config = nlp.StarformerEncoderConfig(**settings, classifier_dropout=dropout)
@@ -78,6 +86,7 @@ def _model(task: str, options: dict[str, Any], dropout: float = 0.0) -> nn.Modul
 
 
 def parameters(model: nn.Module) -> int:
+    """Return the number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -86,14 +95,14 @@ def _matched_width(task: str, options: dict[str, Any]) -> int:
         with torch.device("meta"):
             return parameters(_model(task, {**options, "intermediate_size": width}))
 
-    wanted = size(MLPS["plain gelu"], 4 * D)
+    wanted = size(MLPS["plain gelu"], 4 * MODEL["hidden_size"])
     one, two = size(options, 1), size(options, 2)  # parameters are linear in the width
     return 1 + round((wanted - one) / (two - one))
 
 
 @cache
 def data(task: str, small: bool) -> dict[str, Any]:
-    """Tokenizer and tokenised splits of a task; a part of them where `small`."""
+    """Load tokenizer and tokenised splits of a task; a part of them where `small`."""
     from starlayers.datasets.text import load_prose, load_sentiment, load_translation
     from starlayers.datasets.tokens import byte_level_bpe, windows
 
@@ -127,12 +136,12 @@ def data(task: str, small: bool) -> dict[str, Any]:
 
 def _pairs(tokenizer: Any, pairs: list[dict[str, str]], longest: int) -> list[dict[str, Any]]:
     end = tokenizer.eos_token_id
-    rows = []
+    fitting = []
     for pair in pairs:
         source, target = tokenizer([pair["en"], pair["es"]]).input_ids
         if max(len(source), len(target)) < longest:
-            rows.append({"input_ids": [*source, end], "labels": [*target, end]})
-    return rows
+            fitting.append({"input_ids": [*source, end], "labels": [*target, end]})
+    return fitting
 
 
 def train_one(job: dict[str, Any]) -> dict[str, Any]:
@@ -193,29 +202,30 @@ def train_one(job: dict[str, Any]) -> dict[str, Any]:
 def _sentiment(model: Any, prepared: dict[str, Any]) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, f1_score
 
-    rows = prepared["test"]
-    found: list[int] = []
-    for start in range(0, len(rows), 64):
-        batch = [{"input_ids": r["input_ids"]} for r in rows[start : start + 64]]
+    texts = prepared["test"]
+    predictions: list[int] = []
+    for start in range(0, len(texts), 64):
+        batch = [{"input_ids": t["input_ids"]} for t in texts[start : start + 64]]
         padded = prepared["tokenizer"].pad(batch, return_tensors="pt")
-        found += model(**padded).logits.argmax(-1).tolist()
-    labels = [r["labels"] for r in rows]
+        predictions += model(**padded).logits.argmax(-1).tolist()
+    labels = [t["labels"] for t in texts]
     return {
-        "accuracy": 100 * accuracy_score(labels, found),
-        "f1": 100 * f1_score(labels, found, zero_division=0.0),
+        "accuracy": 100 * accuracy_score(labels, predictions),
+        "f1": 100 * f1_score(labels, predictions, zero_division=0.0),
     }
 
 
 @torch.no_grad()
 def _prose(model: Any, prepared: dict[str, Any]) -> dict[str, float]:
-    rows, tokenizer = torch.tensor(prepared["test"]["input_ids"][:]), prepared["tokenizer"]
+    windows, tokenizer = torch.tensor(prepared["test"]["input_ids"][:]), prepared["tokenizer"]
     bits = sum(
         model(batch, labels=batch).loss.item() * batch[:, 1:].numel() / math.log(2)
-        for batch in rows.split(16)
+        for batch in windows.split(16)
     )
     # `</s>` stands for the end of a text: a byte like any other
-    size = sum(len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in rows)
-    size += int((rows[:, 1:] == tokenizer.eos_token_id).sum())
+    texts = (tokenizer.decode(w[1:], skip_special_tokens=True) for w in windows)
+    size = sum(len(text.encode()) for text in texts)
+    size += int((windows[:, 1:] == tokenizer.eos_token_id).sum())
     return {"bits_per_byte": bits / size}
 
 
@@ -227,28 +237,28 @@ def _translation(model: Any, prepared: dict[str, Any]) -> dict[str, float]:
     tokenizer = prepared["tokenizer"]
     collate = DataCollatorForSeq2Seq(tokenizer, model)
     bits, size = 0.0, 0
-    said: list[str] = []
-    wanted: list[str] = []
+    translations: list[str] = []
+    references: list[str] = []
     for start in range(0, len(prepared["test"]), 64):
         batch = collate(prepared["test"][start : start + 64])
         kept = batch["labels"] != -100
         bits += model(**batch).loss.item() * int(kept.sum()) / math.log(2)
-        references = [
-            tokenizer.decode(row[keep], skip_special_tokens=True)
-            for row, keep in zip(batch["labels"], kept, strict=True)
+        wanted = [
+            tokenizer.decode(ids[keep], skip_special_tokens=True)
+            for ids, keep in zip(batch["labels"], kept, strict=True)
         ]
-        size += sum(len(r.encode()) + 1 for r in references)
-        wanted += references
+        size += sum(len(r.encode()) + 1 for r in wanted)
+        references += wanted
         tokens = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             max_new_tokens=48,
             do_sample=False,
         )
-        said += tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        translations += tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return {
-        "bleu": sacrebleu.corpus_bleu(said, [wanted]).score,
-        "chrf": sacrebleu.corpus_chrf(said, [wanted]).score,
+        "bleu": sacrebleu.corpus_bleu(translations, [references]).score,
+        "chrf": sacrebleu.corpus_chrf(translations, [references]).score,
         "bits_per_byte": bits / size,
     }
 

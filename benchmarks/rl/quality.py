@@ -1,17 +1,29 @@
 """Star policies and critics against MLPs and published nets, at matched parameters or time."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import interleave, markdown_table, mean_interval, run_study, write_json
-from benchmarks.comparison import shown
-from benchmarks.rl_scores import FEWEST, compare
-from benchmarks.rl_tasks import ARMS, TASKS, has, matched_widths, policy_kwargs
-from benchmarks.rl_train import build, train_one
+from benchmarks.harness.comparison import mean_interval, with_half
+from benchmarks.harness.records import RESULTS
+from benchmarks.harness.report import markdown_table
+from benchmarks.harness.runner import Job, Records, current, measure_once
+from benchmarks.harness.timing import interleave
+from benchmarks.rl.scores import compare
+from benchmarks.rl.tasks import (
+    ARMS,
+    DEFAULT_ACTS,
+    DEPTHS,
+    TASKS,
+    has,
+    matched_widths,
+    policy_kwargs,
+)
+from benchmarks.rl.train import MEASURED, build
 
+STUDY = "rl-quality"
+CALIBRATION = "rl-time-calibration"
 SMOKE: dict[str, dict[str, Any]] = {
     "PPO": {"n_steps": 16, "n_epochs": 1, "batch_size": 64},
     "SAC": {"learning_starts": 100},
@@ -23,10 +35,9 @@ SMOKE_STEPS = 320
 SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
 SLICE = 1024
 
-Records = dict[str, dict[str, Any]]
-
 
 def specification(task: str, smoke: bool) -> dict[str, Any]:
+    """Return a task's algorithm, environment and settings; few steps of them in a smoke run."""
     spec = TASKS[task]
     if not smoke:
         return spec
@@ -34,66 +45,100 @@ def specification(task: str, smoke: bool) -> dict[str, Any]:
 
 
 def jobs(
-    tasks: list[str], arms: list[str], seeds: int, match: str, smoke: bool, out: Path
-) -> dict[str, dict[str, Any]]:
-    """All runs by name, seeds outermost: a study stopped early has whole seeds."""
+    tasks: list[str] | None = None,
+    arms: list[str] | None = None,
+    seeds: int = 5,
+    match: str = "parameters",
+    smoke: bool = False,
+    out: Path = RESULTS,
+) -> dict[str, Job]:
+    """Make all jobs by name, seeds outermost: a study stopped early has whole seeds.
+
+    Without `tasks` and `arms`: all arms on the tasks of tier a.
+    """
+    tasks = tasks or [task for task, spec in TASKS.items() if spec["tier"] == "a"]
     return {
-        f"{task}-{arm}-seed{seed}": {
-            "task": task,
+        f"{task}-{arm}{'-time' if match == 'time' else ''}-seed{seed}": {
             "arm": arm,
             "seed": seed,
+            "task": task,
             "spec": specification(task, smoke),
+            **_net(arm),
+            "measured": MEASURED,
             "match": match,
             "scale": 1.0 if match == "parameters" else time_share(task, arm, smoke, out),
         }
         for seed in range(seeds)
         for task in tasks
-        for arm in arms
+        for arm in arms or ARMS
         if has(task, arm)
     }
 
 
-def time_share(task: str, arm: str, smoke: bool, out: Path) -> float:
-    """The share of the matched width whose training takes as long as the MLP's, kept on disk."""
-    file = out / ("rl-time-smoke" if smoke else "rl-time") / "calibration" / f"{task}-{arm}.json"
-    if not file.is_file():
-        spec = specification(task, smoke)
-        slice_ = spec.get("n_envs", 1) * spec["settings"].get("n_steps", 0) or SLICE
-        if smoke:
-            slice_ = SMOKE_STEPS // 2
-        widths = matched_widths(spec, arm)
-        mlp = dict.fromkeys(widths, spec["net_arch"][0])
-        kwargs = {"mlp": policy_kwargs(spec, "mlp", mlp)}
-        for share in SHARES[-1:] if smoke else SHARES:
-            narrow = {side: max(1, round(share * width)) for side, width in widths.items()}
-            kwargs[str(share)] = policy_kwargs(spec, arm, narrow)
-        runs = {}
-        for name, kw in kwargs.items():
-            # no random actions first: every slice has its updates
-            settings = {k: v for k, v in spec["settings"].items() if k != "learning_starts"}
-            model = build({**spec, "settings": settings}, kw, 0)
-            runs[name] = lambda m=model: m.learn(slice_, reset_num_timesteps=False)
-        times = interleave(runs, baselines=["mlp"], repeats=1 if smoke else 5)
-        ratios = {name: t["ratio"] for name, t in times.items() if name != "mlp"}
-        write_json(file, ratios)
-    ratios = json.loads(file.read_text())
+def _net(arm: str) -> dict[str, Any]:
+    """Return what an arm is: the nets of both sides, and the other options."""
+    actor, critic, options = ARMS[arm]
+    nets = {actor, critic}
+    return {
+        "nets": [actor, critic],
+        "options": options,
+        "depths": {net: DEPTHS[net] for net in nets if net in DEPTHS},
+        "default_acts": {net: DEFAULT_ACTS[net] for net in nets if net in DEFAULT_ACTS},
+    }
+
+
+def time_share(task: str, arm: str, smoke: bool, out: Path = RESULTS) -> float:
+    """Return the share of the matched width whose training takes as long as the MLP's.
+
+    It is measured once and recorded.
+    """
+    study = f"{CALIBRATION}-smoke" if smoke else CALIBRATION
+    job = {"arm": arm, "seed": None, "task": task, "spec": specification(task, smoke), **_net(arm)}
+    run = f"{task}-{arm}"
+    if not (records := current(study, {run: job}, out)):
+        measure_once(study, job, {"ratios": _time_ratios(task, arm, smoke)}, run=run, folder=out)
+        records = current(study, {run: job}, out)
+    ratios = records[run].metrics["ratios"]
     return float(min(ratios, key=lambda share: abs(np.log(ratios[share]))))
 
 
-def values(records: Records, arm: str, what: str) -> dict[str, list[float]]:
-    """A value of an arm's runs by task."""
-    found: dict[str, list[float]] = {}
+def _time_ratios(task: str, arm: str, smoke: bool) -> dict[str, float]:
+    """Train each share of the width in turn with the MLP, and return the ratios of their times."""
+    spec = specification(task, smoke)
+    steps = spec.get("n_envs", 1) * spec["settings"].get("n_steps", 0) or SLICE
+    if smoke:
+        steps = SMOKE_STEPS // 2
+    widths = matched_widths(spec, arm)
+    mlp = dict.fromkeys(widths, spec["net_arch"][0])
+    kwargs = {"mlp": policy_kwargs(spec, "mlp", mlp)}
+    for share in SHARES[-1:] if smoke else SHARES:
+        narrow = {side: max(1, round(share * width)) for side, width in widths.items()}
+        kwargs[str(share)] = policy_kwargs(spec, arm, narrow)
+    runs = {}
+    # no random actions first: every slice has its updates
+    settings = {k: v for k, v in spec["settings"].items() if k != "learning_starts"}
+    for name, kw in kwargs.items():
+        model = build({**spec, "settings": settings}, kw, 0)
+        runs[name] = lambda m=model: m.learn(steps, reset_num_timesteps=False)
+    times = interleave(runs, baselines=["mlp"], repeats=1 if smoke else 5)
+    return {name: t["ratio"] for name, t in times.items() if name != "mlp"}
+
+
+def values(records: Records, arm: str, metric: str) -> dict[str, list[Any]]:
+    """Return a metric of an arm's runs by task."""
+    by_task: dict[str, list[Any]] = {}
     for record in records.values():
-        if record["job"]["arm"] == arm:
-            found.setdefault(record["job"]["task"], []).append(record[what])
-    return found
+        if record.arm == arm:
+            assert record.definition is not None
+            by_task.setdefault(record.definition["task"], []).append(record.metrics[metric])
+    return by_task
 
 
 def summarise(records: Records) -> dict[str, dict[str, Any]]:
-    """Of each arm: its final returns and sizes by task, and its standing over all of its tasks."""
-    rows = {}
+    """Return for each arm its returns and sizes by task, and its scores over all of its tasks."""
+    summary = {}
     speed = {t: np.mean(v) for t, v in values(records, "mlp", "steps_per_cpu_second").items()}
-    baseline = {what: values(records, "mlp", what) for what in ("score", "auc")}
+    baseline = {metric: values(records, "mlp", metric) for metric in ("score", "auc")}
     for arm in ARMS:
         returns = values(records, arm, "final")
         if not returns or not returns.keys() <= speed.keys():
@@ -101,131 +146,59 @@ def summarise(records: Records) -> dict[str, dict[str, Any]]:
         speeds = values(records, arm, "steps_per_cpu_second")
         ratios = {task: float(np.mean(speeds[task]) / speed[task]) for task in speeds}
         sizes = values(records, arm, "parameters")
-        rows[arm] = {
-            "returns": {task: mean_interval(found) for task, found in returns.items()},
-            "seeds": {task: len(found) for task, found in returns.items()},
-            "parameters": {task: sum(found[0].values()) for task, found in sizes.items()},
+        summary[arm] = {
+            "returns": {task: mean_interval(runs) for task, runs in returns.items()},
+            "seeds": {task: len(runs) for task, runs in returns.items()},
+            "parameters": {task: sum(runs[0].values()) for task, runs in sizes.items()},
             "speed": ratios,
             "speed over tasks": float(np.exp(np.mean(np.log(list(ratios.values()))))),
-            **{what: compare(values(records, arm, what), baseline[what]) for what in baseline},
+            **{
+                metric: compare(values(records, arm, metric), baseline[metric])
+                for metric in baseline
+            },
         }
-    return rows
+    return summary
 
 
 def interval(numbers: list[float], sign: str = "") -> str:
+    """Return a value and its interval as text."""
     value, low, high = numbers
     if np.isnan(low):
         return f"{value:{sign}.2f}"
     return f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
 
-def tables(rows: dict[str, dict[str, Any]]) -> str:
-    """Final returns by task, and the standing over tasks, as Markdown with 95 % intervals."""
-    tasks = [task for task in TASKS if any(task in row["returns"] for row in rows.values())]
-    by_task = [
-        [arm, *(shown(row["returns"][t], 1) if t in row["returns"] else "-" for t in tasks)]
-        for arm, row in rows.items()
+def returns_table(summary: dict[str, dict[str, Any]]) -> str:
+    """Return final returns by task, with 95 % intervals."""
+    tasks = [task for task in TASKS if any(task in row["returns"] for row in summary.values())]
+    lines = [
+        [arm, *(with_half(row["returns"][t], 1) if t in row["returns"] else "-" for t in tasks)]
+        for arm, row in summary.items()
     ]
-    most = max(len(row["returns"]) for row in rows.values())
-    over = []
-    for arm, row in rows.items():
-        name = arm if len(row["returns"]) == most else f"{arm} ({len(row['returns'])} tasks)"
+    return markdown_table(["arm", *tasks], lines)
+
+
+def scores_table(summary: dict[str, dict[str, Any]]) -> str:
+    """Return scores over tasks and their distances to the MLP's, with 95 % intervals."""
+    most = max(len(row["returns"]) for row in summary.values())
+    lines = []
+    for arm, row in summary.items():
+        number = len(row["returns"])
+        name = arm if number == most else f"{arm} ({number} task{'s' * (number > 1)})"
         cells = [interval(row["score"]["iqm"])]
-        for what in ("score", "auc"):
-            cells.append("-" if arm == "mlp" else interval(row[what]["over mlp"], "+"))
-        for what in ("score", "auc"):
-            cells.append("-" if arm == "mlp" else interval(row[what]["P(improvement)"]))
-        over.append([name, *cells, f"{row['speed over tasks']:.2f}"])
-    header = ["arm", "IQM of final score", "final, over mlp", "area under curve, over mlp"]
-    header += ["P(final better)", "P(area better)", "steps per CPU-second, x mlp"]
-    return f"{markdown_table(['arm', *tasks], by_task)}\n{markdown_table(header, over)}"
+        if arm == "mlp":
+            cells += ["-"] * 5
+        else:
+            cells += [interval(row["score"][m], "+") for m in ("over mlp", "mean over mlp")]
+            cells.append(interval(row["auc"]["over mlp"], "+"))
+            cells += [interval(row[what]["P(improvement)"]) for what in ("score", "auc")]
+        lines.append([name, *cells, f"{row['speed over tasks']:.2f}"])
+    header = ["arm", "IQM of final score", "final, IQM over mlp", "final, mean over mlp"]
+    header += ["area under curve, IQM over mlp", "P(final better)", "P(area better)"]
+    return markdown_table([*header, "steps per CPU-second, x mlp"], lines)
 
 
-def plot_curves(records: Records, file: Path) -> None:
-    """A panel a task: mean returns over the budget, with 95 % intervals as bands."""
-    from matplotlib.figure import Figure
-
-    tasks = [t for t in TASKS if any(r["job"]["task"] == t for r in records.values())]
-    columns = min(3, len(tasks))
-    lines = -(-len(tasks) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.2 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for ax in axes[len(tasks) :]:
-        ax.axis("off")
-    for ax, task in zip(axes, tasks):
-        for i, arm in enumerate(ARMS):
-            curves = values(records, arm, "curve").get(task, [])
-            if not curves:
-                continue
-            points = [mean_interval(p) for p in zip(*(c["returns"] for c in curves))]
-            mean, half = np.array(points).T
-            steps = np.mean([c["timesteps"] for c in curves], 0) / 1000
-            style = "-" if i < 10 else "--"  # there are ten colours
-            ax.plot(steps, mean, style, color=f"C{i % 10}", label=arm, lw=1.2)
-            if len(curves) >= FEWEST:
-                ax.fill_between(
-                    steps, mean - half, mean + half, color=f"C{i % 10}", alpha=0.08, lw=0
-                )
-        # the bands of few runs are wide: the axis is that of their means
-        ends = [end for line in ax.lines for end in (min(line.get_ydata()), max(line.get_ydata()))]
-        margin = 0.05 * (max(ends) - min(ends)) or 1
-        ax.set_ylim(min(ends) - margin, max(ends) + margin)
-        ax.set_title(task, fontsize=10)
-        ax.set_xlabel("thousand steps", fontsize=8)
-        ax.grid(alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
-    for ax in axes[1 : len(tasks)]:
-        for handle, label in zip(*ax.get_legend_handles_labels()):
-            if label not in labels:
-                handles, labels = [*handles, handle], [*labels, label]
-    spare = axes[len(tasks)] if len(tasks) < len(axes) else figure
-    place = "center" if spare is not figure else "outside right center"
-    spare.legend(handles, labels, loc=place, fontsize=8)
-    figure.savefig(file, dpi=120)
-
-
-def plot_intervals(rows: dict[str, dict[str, Any]], file: Path) -> None:
-    """What each arm gains over the MLP, on the tasks that it has."""
-    from matplotlib.figure import Figure
-
-    panels = {
-        "final score, IQM over mlp's": ("score", "over mlp", 0.0),
-        "area under curve, IQM over mlp's": ("auc", "over mlp", 0.0),
-        "P(final score above mlp's)": ("score", "P(improvement)", 0.5),
-    }
-    arms = [arm for arm in rows if arm != "mlp"][::-1]
-    figure = Figure(figsize=(10, 1.2 + 0.3 * len(arms)), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True)
-    for ax, (title, (what, measure, even)) in zip(axes, panels.items()):
-        for y, arm in enumerate(arms):
-            value, low, high = rows[arm][what][measure]
-            colour = "C2" if low > even else "C3" if high < even else "C7"
-            ax.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", color=colour)
-        ax.axvline(even, color="k", lw=0.8)
-        ax.set_title(title, fontsize=9)
-        ax.grid(axis="x", alpha=0.3)
-    names = [f"{arm} ({len(rows[arm]['returns'])} tasks)" for arm in arms]
-    axes[0].set_yticks(range(len(arms)), names, fontsize=8)
-    figure.savefig(file, dpi=120)
-
-
-def run(jobs_: dict[str, dict[str, Any]], folder: Path, report: Path, processes: int) -> None:
-    """Run what is missing, and write table, figures and summary beside each other."""
-    records = run_study(folder, jobs_, train_one, processes=processes)
-    rows = summarise(records)
-    text = tables(rows)
-    print(text)
-    first = next(iter(records.values()))
-    write_json(
-        report.with_suffix(".json"),
-        {
-            "arms": rows,
-            "tasks": {r["job"]["task"]: r["job"]["spec"] for r in records.values()},
-            "match": first["job"]["match"],
-            "versions": first["versions"],
-            "environment": first["environment"],
-        },
-    )
-    report.with_suffix(".md").write_text(text)
-    plot_curves(records, report.with_name(f"{report.name}-curves.png"))
-    plot_intervals(rows, report.with_suffix(".png"))
+def tables(records: Records) -> str:
+    """Return both tables."""
+    summary = summarise(records)
+    return f"{returns_table(summary)}\n{scores_table(summary)}"

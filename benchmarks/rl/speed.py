@@ -1,42 +1,33 @@
-"""What star policies cost beside SB3's own, at matched parameters: calls, training, updates."""
+"""Speed of star policies beside SB3's own at matched parameters: calls, training, updates."""
 
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, environment, interleave, markdown_table, write_json
-from benchmarks.rl_tasks import TASKS, counts, matched_widths, policy_kwargs
-from benchmarks.rl_train import build
+from benchmarks.harness.report import markdown_table
+from benchmarks.harness.runner import Job
+from benchmarks.harness.timing import cpu_clock, interleave
+from benchmarks.rl.tasks import TASKS, counts, matched_widths, policy_kwargs
+from benchmarks.rl.train import build
 
 BASELINE = "SB3's MlpPolicy"
 #: steps between two updates of PPO on CartPole are 256: slices are whole rollouts
 SLICE = 8 * 256
 
 
-def cpu_clock(run: Callable[[], object]) -> float:
-    """Seconds of CPU: on a shared machine those of the wall are other people's too."""
-    began = time.process_time()
-    run()
-    return time.process_time() - began
-
-
 def models(spec: dict[str, Any], arms: list[str]) -> dict[str, tuple[Any, int]]:
-    """SB3's own policy and the arms, each with its parameters."""
+    """Make SB3's own policy and the arms, each with its number of parameters."""
     wide = {arm: policy_kwargs(spec, arm, matched_widths(spec, arm)) for arm in ("mlp", *arms)}
     stock = {"net_arch": wide["mlp"]["net_arch"]}
-    found = {
-        BASELINE: (build(spec, stock, 0, "MlpPolicy"), sum(counts(spec, wide["mlp"]).values()))
-    }
+    made = {BASELINE: (build(spec, stock, 0, "MlpPolicy"), sum(counts(spec, wide["mlp"]).values()))}
     for arm in arms:
-        found[arm] = build(spec, wide[arm], 0), sum(counts(spec, wide[arm]).values())
-    return found
+        made[arm] = build(spec, wide[arm], 0), sum(counts(spec, wide[arm]).values())
+    return made
 
 
 def calls(policy: Any, generator: torch.Generator) -> dict[str, Callable[[], object]]:
-    """What a rollout and an update ask of an actor-critic policy."""
+    """Return the calls that a rollout and an update make of an actor-critic policy."""
     one, eight, batch = (torch.randn(n, 4, generator=generator) for n in (1, 8, 64))
     actions = torch.randint(2, (64,), generator=generator)
     state = one[0].numpy()
@@ -46,19 +37,21 @@ def calls(policy: Any, generator: torch.Generator) -> dict[str, Callable[[], obj
         (values.mean() + log_prob.mean() + entropy.mean()).backward()
         policy.optimizer.zero_grad()
 
-    def quietly(call: Callable[..., object], *inputs: Any) -> Callable[[], object]:
+    def without_gradient(call: Callable[..., object], *inputs: Any) -> Callable[[], object]:
         return torch.no_grad()(lambda: call(*inputs))
 
     return {
-        "forward, batch 1": quietly(policy, one),
-        "forward, batch 8": quietly(policy, eight),
-        "predict_values, batch 8": quietly(policy.predict_values, eight),
+        "forward, batch 1": without_gradient(policy, one),
+        "forward, batch 8": without_gradient(policy, eight),
+        "predict_values, batch 8": without_gradient(policy.predict_values, eight),
         "evaluate_actions and backward, batch 64": update,
         "predict, one NumPy state": lambda: policy.predict(state),
     }
 
 
 def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
+    """Return a function that makes the call several times."""
+
     def run() -> None:
         for _ in range(times):
             call()
@@ -67,7 +60,7 @@ def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
 
 
 def check(policy: Any) -> None:
-    """No time of a policy whose fast path computes something else than its parts."""
+    """Raise where the policy's fast path computes something else than its parts."""
     states = torch.randn(16, 4)
     with torch.no_grad():
         _, values, _ = policy(states)
@@ -78,67 +71,84 @@ def check(policy: Any) -> None:
 
 
 def ppo(smoke: bool) -> dict[str, dict[str, Any]]:
-    """PPO on CartPole: single calls, and training in turns."""
+    """Time single calls and training of PPO on CartPole."""
     spec = TASKS["ppo-cartpole"]
-    found = models(spec, ["mlp", "star"])
-    for model, _ in found.values():
+    policies = models(spec, ["mlp", "star"])
+    for model, _ in policies.values():
         check(model.policy)
-    asked = {n: calls(m.policy, torch.Generator().manual_seed(0)) for n, (m, _) in found.items()}
+    by_policy = {
+        name: calls(model.policy, torch.Generator().manual_seed(0))
+        for name, (model, _) in policies.items()
+    }
     rows: dict[str, dict[str, Any]] = {}
     repeats, many = (2, 3) if smoke else (41, 100)
-    for what in asked[BASELINE]:
-        runs = {name: repeated(each[what], many) for name, each in asked.items()}
-        rows[what] = interleave(runs, baselines=[BASELINE], repeats=repeats, clock=cpu_clock)
-        for times in rows[what].values():
+    for call in by_policy[BASELINE]:
+        runs = {name: repeated(each[call], many) for name, each in by_policy.items()}
+        rows[call] = interleave(runs, baselines=[BASELINE], repeats=repeats, clock=cpu_clock)
+        for each in rows[call].values():
             for kind in ("median_ms", "min_ms", "max_ms"):
-                times[kind] /= many
+                each[kind] /= many
     steps = 256 if smoke else SLICE
     runs = {
         name: (lambda m=model: m.learn(steps, reset_num_timesteps=False))
-        for name, (model, _) in found.items()
+        for name, (model, _) in policies.items()
     }
-    what = f"PPO on CartPole-v1, {steps} steps of training"
-    rows[what] = interleave(runs, baselines=[BASELINE], repeats=2 if smoke else 21, clock=cpu_clock)
-    return {what: annotated(times, found) for what, times in rows.items()}
+    training = f"PPO on CartPole-v1, {steps} steps of training"
+    times = interleave(runs, baselines=[BASELINE], repeats=2 if smoke else 21, clock=cpu_clock)
+    rows[training] = times
+    return {name: with_sizes(times, policies) for name, times in rows.items()}
 
 
 def sac(width: int, smoke: bool) -> dict[str, dict[str, Any]]:
-    """Updates of SAC on batches of 256."""
+    """Time updates of SAC on batches of 256."""
     spec = {**TASKS["sac-hopper"], "net_arch": [width, width], "settings": {"learning_starts": 600}}
-    found = models(spec, ["mlp", "star", "star_critic", "product"])
-    for model, _ in found.values():
+    policies = models(spec, ["mlp", "star", "star_critic", "product"])
+    for model, _ in policies.values():
         model.learn(500)  # random actions, and no update yet
     updates = 1 if smoke else 10
     runs = {
         name: (lambda m=model: m.train(gradient_steps=updates, batch_size=256))
-        for name, (model, _) in found.items()
+        for name, (model, _) in policies.items()
     }
     times = interleave(runs, baselines=[BASELINE], repeats=1 if smoke else 21, clock=cpu_clock)
     for each in times.values():
         for kind in ("median_ms", "min_ms", "max_ms"):
             each[kind] /= updates
-    return {f"update of SAC on Hopper-v5, [{width}, {width}]": annotated(times, found)}
+    return {f"update of SAC on Hopper-v5, [{width}, {width}]": with_sizes(times, policies)}
 
 
-def annotated(times: dict[str, Any], found: dict[str, tuple[Any, int]]) -> dict[str, Any]:
-    return {name: {**t, "parameters": found[name][1]} for name, t in times.items()}
+def with_sizes(times: dict[str, Any], policies: dict[str, tuple[Any, int]]) -> dict[str, Any]:
+    """Add the number of parameters to the times of each policy."""
+    return {name: {**t, "parameters": policies[name][1]} for name, t in times.items()}
 
 
-def run(smoke: bool, out: Path = RESULTS) -> None:
+def job(smoke: bool = False) -> Job:
+    """Make the job: policies, calls and widths that are timed."""
+    return {
+        "arm": None,
+        "seed": None,
+        "clock": "CPU",
+        "tasks": ["ppo-cartpole", "sac-hopper"],
+        "sac_widths": [64, 256],
+        "smoke": smoke,
+    }
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Time calls and training of PPO, and updates of SAC at each width, on one thread."""
     torch.set_num_threads(1)
-    rows = ppo(smoke)
-    for width in (64, 256):
-        rows |= sac(width, smoke)
-    print(table(rows))
-    name = "rl-speed-smoke.json" if smoke else "rl-speed.json"
-    write_json(out / name, {"rows": rows, "clock": "CPU", "environment": environment()})
+    rows = ppo(job["smoke"])
+    for width in job["sac_widths"]:
+        rows |= sac(width, job["smoke"])
+    return rows
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    header = ["what", "policy", "parameters", "CPU, ms", f"time, x {BASELINE}", "speed, x"]
+    """Return times and ratios to SB3's policy."""
+    header = ["call", "policy", "parameters", "CPU, ms", f"time, x {BASELINE}", "speed, x"]
     body = []
-    for what, row in rows.items():
+    for call, row in rows.items():
         for name, t in row.items():
             ratios = [f"{t['ratio']:.2f}", f"{1 / t['ratio']:.2f}"]
-            body.append([what, name, f"{t['parameters']:,}", f"{t['median_ms']:.3f}", *ratios])
+            body.append([call, name, f"{t['parameters']:,}", f"{t['median_ms']:.3f}", *ratios])
     return markdown_table(header, body)

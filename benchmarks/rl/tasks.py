@@ -115,12 +115,14 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "product": ("mlp", "product", {}),
     "product_raw": ("mlp", "product", {"norm": "none"}),
 }
+#: activations of nets whose arm names none: the policies' defaults
+DEFAULT_ACTS = {"star": "tanh", "simba": "relu", "mlp": "SB3's default", "d2rl": "SB3's default"}
 #: layers or blocks of the nets that are not as deep as the task's `net_arch`: as published
 DEPTHS = {"d2rl": 4, "simba": 1}
 #: arms of tasks whose mlp has relu
 ACTIVATIONS = ("mlp_tanh", "star_relu")
 TIER_B = ("mlp", "simba", "star", "product")
-#: sides of a policy, and what the names of their parameters begin with
+#: sides of a policy -> prefixes of the names of their parameters
 SIDES: dict[str, dict[str, tuple[str, ...]]] = {
     "PPO": {
         # equal stars of both sides are one stack, half of it each
@@ -134,7 +136,7 @@ SIDES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def has(task: str, arm: str) -> bool:
-    """Whether a task has the arm: DQN has one net, and V(s) has no action to multiply with."""
+    """Return True if a task has the arm: DQN has one net, and V(s) has no action to multiply."""
     pi, vf, _ = ARMS[arm]
     algo, tier = TASKS[task]["algo"], TASKS[task]["tier"]
     if tier == "b":
@@ -145,7 +147,7 @@ def has(task: str, arm: str) -> bool:
 
 
 def policy_kwargs(spec: dict[str, Any], arm: str, widths: dict[str, int]) -> dict[str, Any]:
-    """What builds the arm with a width for each side."""
+    """Return the `policy_kwargs` that build the arm with a width for each side."""
     *nets, others = ARMS[arm]
     sides = dict(zip(widths, nets))
     arch = {s: [widths[s]] * DEPTHS.get(net, len(spec["net_arch"])) for s, net in sides.items()}
@@ -155,36 +157,37 @@ def policy_kwargs(spec: dict[str, Any], arm: str, widths: dict[str, int]) -> dic
 
 
 def counts(spec: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, int]:
-    """Trainable parameters of each side's online networks."""
+    """Count the trainable parameters of each side's online networks."""
     policy_class = algorithm(spec).policy_aliases["StarMlpPolicy"]
     policy = policy_class(*spaces(spec["env"]), lambda _: 1e-3, **kwargs)
     sides = SIDES[spec["algo"]]
-    found = dict.fromkeys(sides, 0)
+    numbers = dict.fromkeys(sides, 0)
     for name, parameter in policy.named_parameters():
-        owners = [side for side, prefixes in sides.items() if name.startswith(prefixes)]
-        if not owners and "target" not in name:  # widths would be matched to a part of a net
+        on = [side for side, prefixes in sides.items() if name.startswith(prefixes)]
+        if not on and "target" not in name:  # widths would be matched to a part of a net
             raise ValueError(f"{name} of {policy_class.__name__} is on no side of {sides}")
-        for side in owners:
-            found[side] += parameter.numel() // len(owners)
-    return found
+        for side in on:
+            numbers[side] += parameter.numel() // len(on)
+    return numbers
 
 
 def matched_widths(spec: dict[str, Any], arm: str) -> dict[str, int]:
-    """The width of each side whose parameters come closest to the MLP's."""
+    """Return the width of each side whose parameters come closest to the MLP's."""
     base = dict.fromkeys(SIDES[spec["algo"]], spec["net_arch"][0])
     want = counts(spec, policy_kwargs(spec, "mlp", base))
-    found = {}
+    matched = {}
     for side in base:
 
         def size(width: int, side: str = side) -> int:
             return counts(spec, policy_kwargs(spec, arm, {**base, side: width}))[side]
 
         above = 1 + bisect_left(range(1, 4 * base[side]), want[side], key=size)
-        found[side] = min((above, max(1, above - 1)), key=lambda w: abs(size(w) - want[side]))
-    return found
+        matched[side] = min((above, max(1, above - 1)), key=lambda w: abs(size(w) - want[side]))
+    return matched
 
 
 def algorithm(spec: dict[str, Any]) -> Any:
+    """Return the class of the task's algorithm."""
     import stable_baselines3
 
     import starlayers.rl  # noqa: F401  registers the policies
@@ -194,7 +197,8 @@ def algorithm(spec: dict[str, Any]) -> Any:
 
 @cache
 def spaces(env: str) -> tuple[Any, Any]:
+    """Return the spaces of observations and of actions."""
     import gymnasium
 
-    with gymnasium.make(env) as made:
-        return made.observation_space, made.action_space
+    with gymnasium.make(env) as instance:
+        return instance.observation_space, instance.action_space

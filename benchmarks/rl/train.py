@@ -1,21 +1,27 @@
-"""One training run of the reinforcement-learning study, and what is measured of it."""
+"""One training run of the reinforcement-learning study, and its measures."""
 
 import time
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.rl_tasks import algorithm, counts, matched_widths, policy_kwargs, spaces
+from benchmarks.rl.tasks import algorithm, counts, matched_widths, policy_kwargs, spaces
 
 EVALUATIONS, EVALUATED, FINAL = 20, 5, 20
 #: apart enough that the environments of two seeds, and those evaluated on, share no seed
 SEED_STEP, CURVE_SEED, FINAL_SEED = 1000, 1_000_000, 2_000_000
-VERSIONS = ("stable-baselines3", "gymnasium", "mujoco", "numpy")
+#: what a run is measured by, part of its definition
+MEASURED = {
+    "evaluations": EVALUATIONS,
+    "episodes": EVALUATED,
+    "final_episodes": FINAL,
+    "seeds": [SEED_STEP, CURVE_SEED, FINAL_SEED],
+}
 
 
 def environments(spec: dict[str, Any], n_envs: int, seed: int, *, training: bool) -> Any:
+    """Make the task's environments, normalised where the task says so."""
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
@@ -29,13 +35,13 @@ def environments(spec: dict[str, Any], n_envs: int, seed: int, *, training: bool
 def build(
     spec: dict[str, Any], kwargs: dict[str, Any], seed: int, policy: str = "StarMlpPolicy"
 ) -> Any:
-    """The task's algorithm with the policy that `kwargs` describe."""
+    """Make the task's algorithm with the policy that `kwargs` describe."""
     from stable_baselines3.common.noise import NormalActionNoise
     from stable_baselines3.common.utils import LinearSchedule
 
     settings = dict(spec["settings"])
     for name, value in settings.items():
-        if isinstance(value, str):  # the zoo's way to say: from there linearly to 0
+        if isinstance(value, str):  # the zoo's notation: linearly from there to 0
             settings[name] = LinearSchedule(float(value.removeprefix("lin_")), 0.0, 1.0)
     if "noise" in spec:
         n = spaces(spec["env"])[1].shape
@@ -46,7 +52,7 @@ def build(
 
 @torch.no_grad()
 def initial_scale(model: Any) -> dict[str, float]:
-    """Standard deviation over random states of what each side says before training."""
+    """Return the standard deviation of each side's outputs over random states before training."""
     draw = torch.Generator().manual_seed(0)  # of its own: training is as it would be without
     states = torch.randn(256, *model.observation_space.shape, generator=draw)
     policy = model.policy
@@ -64,7 +70,7 @@ def initial_scale(model: Any) -> dict[str, float]:
 
 
 def evaluation(model: Any, spec: dict[str, Any], episodes: int, seed: int) -> list[float]:
-    """Returns of the deterministic policy, from start states that are the seed's."""
+    """Return the returns of the deterministic policy from the start states of the seed."""
     from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.vec_env import sync_envs_normalization
 
@@ -77,7 +83,7 @@ def evaluation(model: Any, spec: dict[str, Any], episodes: int, seed: int) -> li
 
 
 def learning_curve(model: Any, spec: dict[str, Any]) -> tuple[dict[str, list[float]], float]:
-    """Train on the whole budget; the curve of evaluations, and the CPU seconds without them."""
+    """Train on the whole budget; return the evaluations, and the CPU seconds without them."""
     from stable_baselines3.common.callbacks import BaseCallback
 
     class Curve(BaseCallback):
@@ -102,8 +108,8 @@ def learning_curve(model: Any, spec: dict[str, Any]) -> tuple[dict[str, list[flo
         def evaluate(self) -> None:
             began = time.process_time()
             self.timesteps.append(self.num_timesteps)
-            found = evaluation(self.model, spec, EVALUATED, CURVE_SEED)
-            self.returns.append(float(np.mean(found)))
+            returns = evaluation(self.model, spec, EVALUATED, CURVE_SEED)
+            self.returns.append(float(np.mean(returns)))
             self.spent += time.process_time() - began
 
     curve = Curve()
@@ -114,7 +120,7 @@ def learning_curve(model: Any, spec: dict[str, Any]) -> tuple[dict[str, list[flo
 
 
 def normalised(spec: dict[str, Any], returns: Any) -> Any:
-    """Returns on a scale where a random policy has 0 and the zoo's agent 1."""
+    """Scale returns so that a random policy has 0 and the zoo's agent 1."""
     return (np.asarray(returns) - spec["random"]) / (spec["anchor"] - spec["random"])
 
 
@@ -143,5 +149,4 @@ def train_one(job: dict[str, Any]) -> dict[str, Any]:
         "steps": steps,
         "steps_per_cpu_second": steps / cpu,
         "seconds": time.perf_counter() - began,
-        "versions": {name: version(name) for name in VERSIONS},
     }

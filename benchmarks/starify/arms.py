@@ -1,4 +1,4 @@
-"""The arms of the starify study: what is put into the encoder, and how many parameters it is.
+"""Arms of the starify study: the encoders, and how many parameters each adds.
 
 With d = 384 channels and 4 d hidden ones, six layers:
 
@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from starlayers import param_groups, starify
-from starlayers.surgery import Anneal
 
 CLASSES = 2
 #: all parameters are trained
@@ -27,12 +26,9 @@ FULL: dict[str, dict[str, Any]] = {
     "star scale": {"gate": "scale"},
     "widened": {"widened": True},
 }
-#: all parameters are trained, and the end is without activations, a product of linear maps
-BARE: dict[str, dict[str, Any]] = {
-    "annealed": {"gate": "full", "anneal": 0.6},
-    "refitted": {"gate": "full", "refit": [0.2, 0.4, 0.6, 0.8, 1.0]},
-}
-#: only what is new and the head are trained
+#: arms of earlier records, which ended without activations and can no longer be run
+PAST = ("annealed", "refitted")
+#: only the new parameters and the head are trained
 FROZEN: dict[str, dict[str, Any]] = {
     "full gate alone": {"gate": "full"},
     "low-rank gate alone": {"gate": "low_rank=16"},
@@ -41,13 +37,13 @@ FROZEN: dict[str, dict[str, Any]] = {
     "IA3": {"adapter": "ia3"},
     "head alone": {},
 }
-ARMS = FULL | FROZEN | BARE
+ARMS = FULL | FROZEN
 #: where LoRA may be, and the rank that has the parameters of the low-rank gate
 LORA = {"attention": (["query", "value"], 21), "mlp": (["intermediate.dense"], 17)}
 
 
 class Classifier(nn.Module):
-    """A linear head on the mean of a text's last states, which the encoder was trained to use."""
+    """Linear head on the mean of a text's last states, which the encoder was trained to use."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -61,12 +57,12 @@ class Classifier(nn.Module):
 
 
 class WiderIn(nn.Module):
-    """A linear layer with more outputs; what is new has, as a gate, parameters of its own."""
+    """Linear layer with more outputs; the new ones have parameters of their own, as a gate has."""
 
     def __init__(self, old: nn.Linear, more: int) -> None:
         super().__init__()
         self.old, self.new = old, nn.Linear(old.in_features, more)
-        # new units are to be as alive as the trained ones
+        # the new units start at the scale of the trained ones
         nn.init.normal_(self.new.weight, std=float(old.weight.detach().std()))
         nn.init.zeros_(self.new.bias)
 
@@ -75,7 +71,7 @@ class WiderIn(nn.Module):
 
 
 class WiderOut(nn.Module):
-    """A linear layer with more inputs, which count for nothing at first."""
+    """Linear layer with more inputs, whose weights are zero at first."""
 
     def __init__(self, old: nn.Linear, more: int) -> None:
         super().__init__()
@@ -88,7 +84,7 @@ class WiderOut(nn.Module):
 
 
 def widen(body: nn.Module) -> None:
-    """Half as many hidden units again in every MLP: the parameters of a full gate."""
+    """Add half as many hidden units to every MLP: the parameters of a full gate."""
     for layer in body.encoder.layer:
         more = layer.intermediate.dense.out_features // 2
         layer.intermediate.dense = WiderIn(layer.intermediate.dense, more)
@@ -96,7 +92,7 @@ def widen(body: nn.Module) -> None:
 
 
 def adapt(body: nn.Module, adapter: str, place: str = "") -> None:
-    """LoRA at a `place` of the table, or IA3 where its authors put it, through PEFT."""
+    """Add LoRA at a `place` of the table, or IA3 where its authors put it, through PEFT."""
     from peft import IA3Config, LoraConfig, inject_adapter_in_model
 
     if adapter == "lora":
@@ -110,7 +106,7 @@ def adapt(body: nn.Module, adapter: str, place: str = "") -> None:
 
 
 def build(arm: str, body: nn.Module, settings: dict[str, Any]) -> Classifier:
-    """The classifier of an arm; the head is drawn first, so one seed has one head in all arms."""
+    """Make the classifier of an arm; the head is drawn first: one seed has one head in all arms."""
     kind = ARMS[arm]
     model = Classifier(body)
     body.requires_grad_(arm not in FROZEN)
@@ -123,22 +119,8 @@ def build(arm: str, body: nn.Module, settings: dict[str, Any]) -> Classifier:
     return model
 
 
-def without_activations(
-    arm: str, model: Classifier, inputs: list[dict[str, torch.Tensor]], steps: int
-) -> Anneal | None:
-    """What takes the activations out of an arm: at once here, or at every step of training."""
-    kind = ARMS[arm]
-    if stages := kind.get("refit"):
-        anneal = Anneal(model)
-        for t in stages:
-            anneal.refit(inputs, t)
-    if share := kind.get("anneal"):
-        return Anneal(model, steps=max(1, round(share * steps)))
-    return None
-
-
 def optimizer(model: Classifier, settings: dict[str, Any], weight_decay: float) -> Any:
-    """AdamW; what is new beside trained weights has `times` their learning rate."""
+    """Make AdamW; new parameters beside trained ones have `times` their learning rate."""
     lr = settings["lr"]
     new_lr = lr * settings.get("times", 1)
     groups = param_groups(model, lr=lr, weight_decay=weight_decay, gate_lr=new_lr)
@@ -152,6 +134,7 @@ def optimizer(model: Classifier, settings: dict[str, Any], weight_decay: float) 
 
 
 def sizes(model: nn.Module) -> dict[str, int]:
+    """Count all parameters and those that are trained."""
     parameters = list(model.parameters())
     return {
         "parameters": sum(p.numel() for p in parameters),

@@ -1,34 +1,36 @@
-"""Do gates help a pretrained encoder? `python -m benchmarks.starify quality | tune | speed`.
+"""Zero gates in a pretrained encoder: full fine-tuning, and gates alone beside LoRA and IA3.
 
 MiniLM (6 layers) is fine-tuned on sentences of film reviews: as it is, starified, or widened to as
 many parameters; and with a frozen body, where gates stand against LoRA and IA3. All arms of a
 seed see the same batches and begin with the same head. `tune` chose each arm's learning rate, and
 how many times as large that of its new weights is, by accuracy on the validation split after 60
 steps, with a seed that the study does not have: GRIDS is what was tried, PICKED what won.
-
-The runs are one JSON each, and a stopped study goes on where it was; `--smoke` takes seconds and
-shows that it works, not a result.
 """
 
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from benchmarks.harness.comparison import (
+    Difference,
+    difference,
+    mean_interval,
+    plot_differences,
+    with_half,
+)
+from benchmarks.harness.report import markdown_table
+from benchmarks.harness.runner import Job, Records
+from benchmarks.starify.arms import ARMS, FROZEN, LORA
+from benchmarks.starify.train import RECIPE
 
-from benchmarks import starify_speed
-from benchmarks.common import RESULTS, markdown_table, mean_interval, run_study, write_json
-from benchmarks.comparison import plot_differences, probability_of_improvement, shown, verdict
-from benchmarks.starify_arms import ARMS, BARE, FROZEN, FULL, LORA
-from benchmarks.starify_train import RECIPE, train_one
-
-SEEDS, BARE_SEEDS = 5, 3
+SEEDS = 5
 TUNING_SEED = 100
 TUNING_STEPS = 60
 SMOKE = {"steps": 2, "batch": 8}
 
 
 def grid(**choices: list[Any]) -> list[dict[str, Any]]:
+    """Return all combinations of the choices."""
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
 
 
@@ -49,9 +51,6 @@ PICKED: dict[str, dict[str, Any]] = {
     "star low rank": {"lr": 2e-4, "times": 1},
     "star scale": {"lr": 2e-4, "times": 1},
     "widened": {"lr": 1e-4, "times": 1},
-    # not tuned: as the full gate that they have
-    "annealed": {"lr": 2e-4, "times": 1},
-    "refitted": {"lr": 2e-4, "times": 1},
     "full gate alone": {"lr": 1e-3},
     "low-rank gate alone": {"lr": 1e-2},
     "LoRA": {"lr": 3e-3, "place": "mlp"},
@@ -59,15 +58,13 @@ PICKED: dict[str, dict[str, Any]] = {
     "IA3": {"lr": 3e-2},
     "head alone": {"lr": 3e-2},
 }
-#: an arm, and what it is measured against
+#: an arm, and the arm that it is compared with
 COMPARED = [
     ("star full", "plain"),
     ("star low rank", "plain"),
     ("star scale", "plain"),
     ("widened", "plain"),
     ("star full", "widened"),
-    ("annealed", "star full"),
-    ("refitted", "star full"),
     ("low-rank gate alone", "LoRA"),
     ("scale gate alone", "IA3"),
     ("full gate alone", "plain"),
@@ -76,178 +73,149 @@ COMPARED = [
 #: metric -> digits, and whether more is better; the first decides
 METRICS = {"accuracy": (2, 1), "log_loss": (4, -1)}
 
-Records = dict[str, dict[str, Any]]
-app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
-Processes = Annotated[int, typer.Option(help="runs at a time, one thread each; 0 only tabulates")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="seconds instead of an hour")]
-Out = Annotated[Path, typer.Option(help="folder for results")]
+Comparisons = dict[tuple[str, str, str], Difference]
 
 
-def jobs(smoke: bool) -> dict[str, dict[str, Any]]:
-    """All runs by name, seeds outermost: a study stopped early has whole seeds."""
-    common = {
-        "recipe": RECIPE | (SMOKE if smoke else {}),
-        "splits": ["validation", "test"],
-        "small": smoke,
-    }
+def jobs(smoke: bool = False) -> dict[str, Job]:
+    """Make all jobs by name, seeds outermost: a study stopped early has whole seeds."""
+    recipe = RECIPE | (SMOKE if smoke else {})
     return {
-        f"{arm.replace(' ', '-')}-seed{seed}": {
-            "arm": arm,
-            "seed": seed,
-            "settings": PICKED[arm],
-            **common,
-        }
-        for arms, seeds in ((FULL | FROZEN, SEEDS), (BARE, BARE_SEEDS))
-        for seed in range(2 if smoke else seeds)
-        for arm in arms
+        f"{arm.replace(' ', '-')}-seed{seed}": _job(
+            arm, seed, PICKED[arm], recipe, ["validation", "test"], smoke
+        )
+        for seed in range(2 if smoke else SEEDS)
+        for arm in ARMS
     }
 
 
-def tuning_jobs(smoke: bool) -> dict[str, dict[str, Any]]:
+def tuning_jobs(smoke: bool = False) -> dict[str, Job]:
+    """Make a job for each setting of each arm's grid."""
     recipe = RECIPE | (SMOKE if smoke else {"steps": TUNING_STEPS})
-    common = {"seed": TUNING_SEED, "recipe": recipe, "splits": ["validation"], "small": smoke}
     return {
-        "-".join([arm.replace(" ", "-"), *(f"{k}{v}" for k, v in settings.items())]): {
-            "arm": arm,
-            "settings": settings,
-            **common,
-        }
+        "-".join([arm.replace(" ", "-"), *(f"{k}{v}" for k, v in settings.items())]): _job(
+            arm, TUNING_SEED, settings, recipe, ["validation"], smoke
+        )
         for arm, choices in GRIDS.items()
         for settings in choices
     }
 
 
+def _job(
+    arm: str,
+    seed: int,
+    settings: dict[str, Any],
+    recipe: dict[str, Any],
+    splits: list[str],
+    smoke: bool,
+) -> Job:
+    trained = "the new parameters and the head" if arm in FROZEN else "all parameters"
+    kind = {**ARMS[arm], "trained": trained}
+    if "place" in settings:
+        kind["lora"] = LORA[settings["place"]]
+    return {
+        "arm": arm,
+        "seed": seed,
+        "kind": kind,
+        "settings": settings,
+        "recipe": recipe,
+        "splits": splits,
+        "small": smoke,
+    }
+
+
 def values(records: Records, arm: str, split: str, metric: str) -> dict[int, float]:
-    """A metric's value by seed."""
-    matching = [r for r in records.values() if r["job"]["arm"] == arm]
-    return {r["job"]["seed"]: r[split][metric] for r in matching}
+    """Return a metric's value by seed."""
+    return {
+        r.seed: r.metrics[split][metric]
+        for r in records.values()
+        if r.arm == arm and r.seed is not None
+    }
 
 
-def summarise(records: Records) -> list[dict[str, Any]]:
-    """A row for each arm: sizes, speed, and means with intervals."""
-    rows = []
-    for arm in ARMS:
-        found = [r for r in records.values() if r["job"]["arm"] == arm]
-        if found:
+def summarise(records: Records, arms: tuple[str, ...] = tuple(ARMS)) -> list[dict[str, Any]]:
+    """Return for each arm its sizes and speed, and means with intervals."""
+    summary = []
+    for arm in arms:
+        runs = [r.metrics for r in records.values() if r.arm == arm]
+        if runs:
             measured = {
                 f"{split} {metric}": mean_interval(values(records, arm, split, metric).values())
                 for split in ("validation", "test")
                 for metric in METRICS
             }
-            seconds = mean_interval(r["seconds_per_step"] for r in found)
-            same = {name: found[0][name] for name in ("trainable", "parameters")}
-            rows.append(
-                {"arm": arm, "seeds": len(found), **same, **measured, "seconds_per_step": seconds}
-            )
-    return rows
+            seconds = mean_interval(run["seconds_per_step"] for run in runs)
+            sizes = {name: runs[0][name] for name in ("trainable", "parameters")}
+            line = {"arm": arm, "seeds": len(runs), **sizes, **measured}
+            summary.append({**line, "seconds_per_step": seconds})
+    return summary
 
 
-def compare(records: Records) -> list[dict[str, Any]]:
-    """Differences on the test split, paired by seed; better is positive."""
-    rows = []
+def compare(records: Records) -> Comparisons:
+    """Return the differences on the test split, paired by seed; better is positive."""
+    differences: Comparisons = {}
     for arm, against in COMPARED:
         for metric, (_, sign) in METRICS.items():
-            both = [values(records, name, "test", metric) for name in (arm, against)]
-            shared = sorted(both[0].keys() & both[1].keys())
-            if shared:
-                ours, theirs = ([sign * found[seed] for seed in shared] for found in both)
-                rows.append(
-                    {
-                        "arm": arm,
-                        "against": against,
-                        "metric": metric,
-                        "better by": mean_interval(a - b for a, b in zip(ours, theirs)),
-                        "P(improvement)": probability_of_improvement(ours, theirs),
-                    }
-                )
-    return rows
+            ours, theirs = (values(records, name, "test", metric) for name in (arm, against))
+            if (d := difference(ours, theirs, sign=sign)) is not None:
+                differences[arm, against, metric] = d
+    return differences
 
 
-def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str:
-    """Arms, and differences between them, as Markdown with 95 % intervals."""
+def arms_table(summary: list[dict[str, Any]]) -> str:
+    """Return sizes and measures of the arms, with 95 % intervals."""
     columns = [f"{s} {m}" for s, m in product(("validation", "test"), METRICS)]
     digits = {name: METRICS[name.split()[1]][0] for name in columns}
-    arms = markdown_table(
-        ["arm", "trained", "parameters", *columns, "s/step"],
-        [
-            [row["arm"], f"{row['trainable']:,}", f"{row['parameters']:,}"]
-            + [shown(row[name], digits[name]) for name in columns]
-            + [f"{row['seconds_per_step'][0]:.3f}"]
-            for row in rows
-        ],
-    )
-    compared = markdown_table(
-        ["arm", "against", "metric", "better by", "P(improvement)", ""],
-        [
-            [
-                *(row[name] for name in ("arm", "against", "metric")),
-                shown(row["better by"], METRICS[row["metric"]][0], "+"),
-                f"{row['P(improvement)']:.2f}",
-                verdict(row),
-            ]
-            for row in differences
-        ],
-    )
-    return f"{arms}\n{compared}"
+    lines = [
+        [row["arm"], str(row["seeds"]), f"{row['trainable']:,}", f"{row['parameters']:,}"]
+        + [with_half(row[name], digits[name]) for name in columns]
+        + [f"{row['seconds_per_step'][0]:.3f}"]
+        for row in summary
+    ]
+    return markdown_table(["arm", "seeds", "trained", "parameters", *columns, "s/step"], lines)
 
 
-def plot(differences: list[dict[str, Any]], file: Path) -> None:
-    panels: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in differences:
-        # theirs are fifty times the others', and stay in the table
-        if row["arm"] in BARE:
-            continue
-        title = f"test {row['metric'].replace('_', ' ')}, better by"
-        panels.setdefault(title, {})[f"{row['arm']}\nagainst {row['against']}"] = row
-    plot_differences(panels, file, shared_names=True)
+def differences_table(differences: Comparisons) -> str:
+    """Return the differences between arms, with 95 % intervals."""
+    lines = [
+        [arm, against, metric, d.text(METRICS[metric][0]), f"{d.improvement:.2f}", d.verdict]
+        for (arm, against, metric), d in differences.items()
+    ]
+    header = ["arm", "against", "metric", "better by", "P(improvement)", ""]
+    return markdown_table(header, lines)
 
 
-@app.command()
-def quality(processes: Processes = 2, smoke: Smoke = False, out: Out = RESULTS) -> None:
-    """Fine-tune every arm with the learning rates that `tune` chose, and compare them."""
-    folder = out / ("starify-smoke" if smoke else "starify")
-    records = run_study(folder, jobs(smoke), train_one, processes=processes)
-    rows, differences = summarise(records), compare(records)
-    print(tables(rows, differences))
-    first = next(iter(records.values()))
-    content = {
-        "arms": rows,
-        "differences": differences,
-        "recipe": first["job"]["recipe"],
-        "picked": PICKED,
-        "grids": GRIDS,
-        "sources": first["sources"],
-        "environment": first["environment"],
-    }
-    write_json(folder.with_suffix(".json"), content)
-    plot(differences, folder.with_suffix(".png"))
+def tables(records: Records) -> str:
+    """Return the table of the arms and that of their differences."""
+    return f"{arms_table(summarise(records))}\n{differences_table(compare(records))}"
 
 
-@app.command()
-def tune(processes: Processes = 2, smoke: Smoke = False, out: Out = RESULTS) -> None:
-    """Try every arm's grid, and print what is best on the validation split."""
-    folder = out / ("starify-tuning-smoke" if smoke else "starify-tuning")
-    records = run_study(folder, tuning_jobs(smoke), train_one, processes=processes)
-    tried: dict[str, list[dict[str, Any]]] = {}
-    for record in records.values():
-        job = record["job"]
-        tried.setdefault(job["arm"], []).append({**job["settings"], **record["validation"]})
-    body = []
-    for arm, found in tried.items():
+def tuning_table(records: Records) -> str:
+    """Return what was tried for each arm, the best setting first."""
+    lines = []
+    for arm in GRIDS:
+        runs = [r for r in records.values() if r.arm == arm]
         # equal accuracies are told apart by log loss
-        ordered = sorted(found, key=lambda row: (-row["accuracy"], row["log_loss"]))
-        for row in ordered:
-            setting = ", ".join(f"{k} {v}" for k, v in row.items() if k not in METRICS)
-            body.append([arm, setting, f"{row['accuracy']:.2f}", f"{row['log_loss']:.4f}"])
-    print(markdown_table(["arm", "settings", *METRICS], body))
-    write_json(folder.with_suffix(".json"), tried)
+        order = [
+            (-r.metrics["validation"]["accuracy"], r.metrics["validation"]["log_loss"])
+            for r in runs
+        ]
+        for _, run in sorted(zip(order, runs, strict=True), key=lambda pair: pair[0]):
+            assert run.definition is not None
+            setting = ", ".join(
+                f"{k} {v:g}" if k != "place" else f"{k} {v}"
+                for k, v in run.definition["settings"].items()
+            )
+            validation = run.metrics["validation"]
+            lines.append(
+                [arm, setting, f"{validation['accuracy']:.2f}", f"{validation['log_loss']:.4f}"]
+            )
+    return markdown_table(["arm", "settings", *METRICS], lines)
 
 
-@app.command()
-def speed(smoke: Smoke = False, out: Out = RESULTS) -> None:
-    """What gates cost and what fusing saves, in time and in memory kept for the backward."""
-    starify_speed.run(smoke, out)
-
-
-if __name__ == "__main__":
-    app()
+def plot(differences: Comparisons, file: Path) -> None:
+    """Draw the differences, a panel a metric."""
+    panels: dict[str, dict[str, Difference]] = {}
+    for (arm, against, metric), d in differences.items():
+        title = f"test {metric.replace('_', ' ')}, better by"
+        panels.setdefault(title, {})[f"{arm}\nagainst {against}"] = d
+    plot_differences(panels, file, shared_names=True)

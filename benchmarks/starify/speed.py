@@ -1,21 +1,21 @@
-"""What gates cost and what fusing saves: transformers' own models, interleaved in one run."""
+"""Cost of gates and gain of fusing on transformers' own models, timed in turn."""
 
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.common import RESULTS, environment, interleave, markdown_table, write_json
-from benchmarks.nlp_speed import kept_bytes
+from benchmarks.harness.report import markdown_table
+from benchmarks.harness.runner import Job
+from benchmarks.harness.timing import interleave, kept_bytes
 
 BASELINE = "as it is"
 
 
 def encoder(smoke: bool) -> tuple[nn.Module, torch.Tensor]:
-    """The shape of MiniLM: 6 layers of 384 channels."""
+    """Make a BERT of the shape of MiniLM, and its input: 6 layers of 384 channels."""
     from transformers import BertConfig, BertModel
 
     width = 48 if smoke else 384
@@ -30,7 +30,7 @@ def encoder(smoke: bool) -> tuple[nn.Module, torch.Tensor]:
 
 
 def decoder(smoke: bool) -> tuple[nn.Module, torch.Tensor]:
-    """A small Llama on long texts."""
+    """Make a small Llama, and long texts."""
     from transformers import LlamaConfig, LlamaModel
 
     width = 48 if smoke else 512
@@ -46,6 +46,7 @@ def decoder(smoke: bool) -> tuple[nn.Module, torch.Tensor]:
 
 
 def variants(family: str) -> dict[str, Callable[[nn.Module], Any]]:
+    """Return the variants of a family: functions that convert a model."""
     from starlayers import starify
 
     if family == "encoder":
@@ -66,6 +67,7 @@ def variants(family: str) -> dict[str, Callable[[nn.Module], Any]]:
 
 
 def measure(family: str, smoke: bool) -> dict[str, dict[str, Any]]:
+    """Time all variants of a family in turn, and measure the memory that each keeps."""
     torch.manual_seed(0)
     model, tokens = {"encoder": encoder, "decoder": decoder}[family](smoke)
     models = {name: make(deepcopy(model)) for name, make in variants(family).items()}
@@ -85,31 +87,36 @@ def measure(family: str, smoke: bool) -> dict[str, dict[str, Any]]:
             m(tokens)
 
     rows: dict[str, dict[str, Any]] = {name: {} for name in models}
-    for what, call in {"forward": forward, "train": train}.items():
+    for task, call in {"forward": forward, "train": train}.items():
         runs = {name: (lambda m=m, call=call: call(m)) for name, m in models.items()}
         times = interleave(runs, baselines=[BASELINE], repeats=2 if smoke else 11)
         for name, t in times.items():
-            rows[name][what] = t
+            rows[name][task] = t
     for name, m in models.items():
         rows[name]["parameters"] = sum(p.numel() for p in m.parameters())
-        if name != "torch.compile":  # which keeps what it likes, inside of one op
+        if name != "torch.compile":  # its saved tensors are hidden inside of one op
             rows[name]["kept_bytes"] = kept_bytes(m.train(), lambda m=m: m(tokens))
     return rows
 
 
-def run(smoke: bool, out: Path = RESULTS) -> None:
-    results = {family: measure(family, smoke) for family in ("encoder", "decoder")}
-    for family, rows in results.items():
-        print(f"{family}\n{table(rows)}")
-    name = "starify-speed-smoke.json" if smoke else "starify-speed.json"
-    write_json(out / name, {"rows": results, "environment": environment()})
+def job(smoke: bool = False) -> Job:
+    """Make the job: models and variants that are timed."""
+    families = {"encoder": "BERT of MiniLM's shape", "decoder": "Llama of width 512, 4 layers"}
+    names = {family: list(variants(family)) for family in families}
+    return {"arm": None, "seed": None, "families": families, "variants": names, "smoke": smoke}
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Measure both families."""
+    return {family: measure(family, job["smoke"]) for family in job["families"]}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Return ratios to the model as it is, memory and parameters."""
     header = ["variant", "forward, time x", "training step, time x", "kept for backward, MiB"]
     body = []
     for name, row in rows.items():
         kept = f"{row['kept_bytes'] / 2**20:.1f}" if "kept_bytes" in row else "-"
-        ratios = [f"{row[what]['ratio']:.2f}" for what in ("forward", "train")]
+        ratios = [f"{row[task]['ratio']:.2f}" for task in ("forward", "train")]
         body.append([name, *ratios, kept, f"{row['parameters']:,}"])
     return markdown_table([*header, "parameters"], body)

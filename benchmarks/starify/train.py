@@ -1,4 +1,4 @@
-"""One run of the starify study: the data, the steps, the figures."""
+"""One run of the starify study: data, steps, measures."""
 
 import random
 import time
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.starify_arms import FROZEN, build, optimizer, sizes, without_activations
+from benchmarks.starify.arms import FROZEN, build, optimizer, sizes
 
 RECIPE: dict[str, Any] = {
     "steps": 160,
@@ -19,24 +19,23 @@ RECIPE: dict[str, Any] = {
     "warmup": 0.06,
     "clip": 1.0,
 }
-#: batches that are divided off together, by length, so that little is padding
+#: batches that are sorted by length together, so that little is padding
 BUCKET = 16
-REFIT_BATCHES = 32
-Rows = list[tuple[list[int], int]]
+Texts = list[tuple[list[int], int]]
 
 
 @cache
 def data(small: bool, longest: int) -> dict[str, Any]:
-    """Tokenizer, where the encoder is, and the splits as ids and labels."""
+    """Load tokenizer, the folder of the encoder, and the splits as ids and labels."""
     from transformers import AutoTokenizer
 
     from starlayers.datasets.pretrained import pretrained_minilm
     from starlayers.datasets.text import load_sentiment
     from starlayers.datasets.tokens import byte_level_bpe
 
-    found = load_sentiment()
+    sentiment = load_sentiment()
     splits = {
-        name: rows.select(range(64)) if small else rows for name, rows in found.splits.items()
+        name: rows.select(range(64)) if small else rows for name, rows in sentiment.splits.items()
     }
     if small:
         pretrained = None
@@ -44,19 +43,20 @@ def data(small: bool, longest: int) -> dict[str, Any]:
     else:
         pretrained = pretrained_minilm()
         tokenizer = AutoTokenizer.from_pretrained(pretrained.folder)
-    parts: dict[str, Rows] = {}
+    parts: dict[str, Texts] = {}
     for name, rows in splits.items():
         ids = tokenizer(rows["text"][:], truncation=True, max_length=longest).input_ids
         parts[name] = list(zip(ids, rows["label"][:], strict=True))
     return {
         "tokenizer": tokenizer,
         "folder": pretrained and pretrained.folder,
-        "sources": [found.source, pretrained.source if pretrained else "a tiny random encoder"],
+        "sources": [sentiment.source, pretrained.source if pretrained else "a tiny random encoder"],
         **parts,
     }
 
 
 def encoder(folder: Any) -> nn.Module:
+    """Load MiniLM from its folder, or make a tiny encoder with random weights."""
     from transformers import BertConfig, BertModel
 
     if folder is not None:
@@ -71,35 +71,36 @@ def encoder(folder: Any) -> nn.Module:
     return BertModel(tiny, add_pooling_layer=False)
 
 
-def batches(rows: Rows, steps: int, size: int, seed: int) -> list[Rows]:
-    """Batches of one length or nearly so, in the order and of the rows that the seed draws."""
+def batches(texts: Texts, steps: int, size: int, seed: int) -> list[Texts]:
+    """Draw batches of texts of nearly one length, by the seed."""
     draw = random.Random(seed)
-    drawn = draw.sample(rows, steps * size)
-    found = []
+    drawn = draw.sample(texts, steps * size)
+    made = []
     for start in range(0, len(drawn), BUCKET * size):
-        bucket = sorted(drawn[start : start + BUCKET * size], key=lambda row: len(row[0]))
-        found += [bucket[i : i + size] for i in range(0, len(bucket), size)]
-    draw.shuffle(found)
-    return found
+        bucket = sorted(drawn[start : start + BUCKET * size], key=lambda text: len(text[0]))
+        made += [bucket[i : i + size] for i in range(0, len(bucket), size)]
+    draw.shuffle(made)
+    return made
 
 
-def padded(tokenizer: Any, rows: Rows) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    fields = tokenizer.pad({"input_ids": [ids for ids, _ in rows]}, return_tensors="pt")
+def padded(tokenizer: Any, texts: Texts) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return padded inputs, and the labels."""
+    fields = tokenizer.pad({"input_ids": [ids for ids, _ in texts]}, return_tensors="pt")
     inputs = {name: fields[name] for name in ("input_ids", "attention_mask")}
-    return inputs, torch.tensor([label for _, label in rows])
+    return inputs, torch.tensor([label for _, label in texts])
 
 
 @torch.inference_mode()
-def figures(model: nn.Module, tokenizer: Any, rows: Rows) -> dict[str, float]:
-    """Accuracy in per cent, and log loss."""
+def measure(model: nn.Module, tokenizer: Any, texts: Texts) -> dict[str, float]:
+    """Return accuracy in percent, and log loss."""
     right, loss = 0, 0.0
-    rows = sorted(rows, key=lambda row: len(row[0]))
-    for start in range(0, len(rows), 64):
-        inputs, labels = padded(tokenizer, rows[start : start + 64])
+    texts = sorted(texts, key=lambda text: len(text[0]))
+    for start in range(0, len(texts), 64):
+        inputs, labels = padded(tokenizer, texts[start : start + 64])
         logits = model(**inputs)
         right += int((logits.argmax(-1) == labels).sum())
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    return {"accuracy": 100 * right / len(rows), "log_loss": loss / len(rows)}
+    return {"accuracy": 100 * right / len(texts), "log_loss": loss / len(texts)}
 
 
 def train_one(job: dict[str, Any]) -> dict[str, Any]:
@@ -122,24 +123,20 @@ def train_one(job: dict[str, Any]) -> dict[str, Any]:
         optimiser, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup))
     )
     drawn = batches(prepared["train"], steps, recipe["batch"], job["seed"])
-    first = [padded(tokenizer, rows)[0] for rows in drawn[:REFIT_BATCHES]]
-    anneal = without_activations(job["arm"], model, first, steps)
     losses = []
     began = time.perf_counter()
-    for rows in drawn:
-        inputs, labels = padded(tokenizer, rows)
+    for batch in drawn:
+        inputs, labels = padded(tokenizer, batch)
         loss = F.cross_entropy(model(**inputs), labels)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe["clip"])
         optimiser.step()
         optimiser.zero_grad()
         schedule.step()
-        if anneal is not None:
-            anneal.step()
         losses.append(loss.item())
     seconds = time.perf_counter() - began
     model.eval()
-    measured = {split: figures(model, tokenizer, prepared[split]) for split in job["splits"]}
+    measured = {split: measure(model, tokenizer, prepared[split]) for split in job["splits"]}
     last = losses[-max(1, steps // 5) :]
     return {
         **measured,

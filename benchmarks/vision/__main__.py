@@ -1,44 +1,58 @@
-"""Vision benchmarks: `python -m benchmarks.vision demonet | peers | speed [--smoke]`.
+"""Vision benchmarks: `python -m benchmarks.vision demonet | peers | speed [--smoke] [--page]`.
 
-Studies keep one JSON per run and go on where they were stopped; `--smoke` is a form of each that
-takes seconds and shows that it works, not a result.
+Every run of a study is a line of its record file, and a stopped study goes on where it was.
+`--smoke` takes seconds and shows that a study works, not a result.
 """
-
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from benchmarks import vision_demonet, vision_peers, vision_speed
-from benchmarks.common import RESULTS
+from benchmarks.harness.records import RESULTS
+from benchmarks.harness.runner import current
+from benchmarks.harness.study import Out, Processes, Smoke, WritePage
+from benchmarks.vision import demonet as demonet_study
+from benchmarks.vision import pages
+from benchmarks.vision import peers as peers_study
+from benchmarks.vision import speed as speed_study
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
-Seeds = Annotated[int, typer.Option(help="runs of each configuration")]
-Processes = Annotated[int, typer.Option(help="runs at a time, one thread each; 0 only tabulates")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="seconds instead of an hour")]
-Out = Annotated[Path, typer.Option(help="folder for results")]
 
 
 @app.command()
 def demonet(
-    seeds: Seeds = 3, processes: Processes = 2, smoke: Smoke = False, out: Out = RESULTS
+    seeds: int = 3,
+    processes: Processes = 2,
+    smoke: Smoke = False,
+    page: WritePage = False,
+    out: Out = RESULTS,
 ) -> None:
-    """Star against sum in DemoNets, with and without activation."""
-    vision_demonet.run(1 if smoke else seeds, processes, smoke, out)
+    """Compare star and sum in DemoNets, with and without activation."""
+    jobs = demonet_study.jobs(1 if smoke else seeds, smoke)
+    pages.DEMONET.run(jobs, processes=processes, page=page, smoke=smoke, out=out)
 
 
 @app.command()
 def peers(
-    seeds: Seeds = 3, processes: Processes = 2, smoke: Smoke = False, out: Out = RESULTS
+    seeds: int = 3,
+    processes: Processes = 2,
+    smoke: Smoke = False,
+    page: WritePage = False,
+    out: Out = RESULTS,
 ) -> None:
-    """StarNets against MobileNetV3, LCNet, EfficientNet-lite and ShuffleNet, one recipe."""
-    vision_peers.run(1 if smoke else seeds, processes, smoke, out)
+    """Compare StarNets with MobileNetV3, LCNet, EfficientNet-lite and ShuffleNet, one recipe."""
+    jobs = peers_study.jobs(1 if smoke else seeds, smoke)
+    pages.PEERS.run(jobs, processes=processes, page=page, smoke=smoke, out=out)
+    if processes and not page:
+        name = f"{pages.PEERS.name}-smoke" if smoke else pages.PEERS.name
+        models = list(peers_study.summarise(current(name, jobs, out)))
+        pages.PEERS_COST.measure(peers_study.cost_job(models, smoke), smoke=smoke, out=out)
 
 
 @app.command()
-def speed(model: str = "starnet_s4", smoke: Smoke = False, out: Out = RESULTS) -> None:
-    """Our StarNet against timm's: forward and training step on the CPU."""
-    vision_speed.run(model, smoke, out)
+def speed(
+    model: str = "starnet_s4", smoke: Smoke = False, page: WritePage = False, out: Out = RESULTS
+) -> None:
+    """Compare our StarNet with timm's: forward and training step on the CPU."""
+    pages.SPEED.measure(speed_study.job(model, smoke), page=page, smoke=smoke, out=out)
 
 
 if __name__ == "__main__":

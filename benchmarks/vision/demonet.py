@@ -1,19 +1,27 @@
-"""The paper's study at small scale: star against sum, with and without activation."""
+"""Star against sum in DemoNets, with and without activation: the paper's study at small scale."""
 
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, markdown_table, mean_interval, run_study, write_json
-from benchmarks.data import benchmark_images
+from benchmarks.harness.comparison import Difference, difference, mean_interval, with_half
+from benchmarks.harness.report import markdown_table
+from benchmarks.harness.runner import Job, Records
+from benchmarks.vision.training import recipe, train_on_images
 
 CENTRE = {"width": 32, "depth": 4}
 WIDTHS, DEPTHS = (16, 32, 64), (2, 4, 8)
 SHAPES = [{**CENTRE, "width": w} for w in WIDTHS] + [
     {**CENTRE, "depth": d} for d in DEPTHS if d != CENTRE["depth"]
 ]
-VARIANTS = [
-    {"combine": combine, "act": act} for combine in ("mul", "sum") for act in ("gelu", None)
-]
+ARMS: dict[str, dict[str, Any]] = {
+    "star gelu": {"combine": "mul", "act": "gelu"},
+    "star no act": {"combine": "mul", "act": None},
+    "sum gelu": {"combine": "sum", "act": "gelu"},
+    "sum no act": {"combine": "sum", "act": None},
+}
+#: softmax regression on the pixels, above which every network should be
+LINEAR = "linear"
+MODEL = {"patch_size": 4, "layer_scale": 1e-6, "drop_path_rate": 0.0}
 RECIPE = {
     "epochs": 2,
     "batch_size": 128,
@@ -22,18 +30,34 @@ RECIPE = {
     "label_smoothing": 0.0,
     "flip": 0.0,
 }
-# Differences the paper reports at ImageNet scale, width 192 depth 12, in points of accuracy.
+#: differences -> the two arms; positive where the first is ahead
+DIFFERENCES = {
+    "star - sum, gelu": ("star gelu", "sum gelu"),
+    "star - sum, no act": ("star no act", "sum no act"),
+    "star loses without act": ("star gelu", "star no act"),
+    "sum loses without act": ("sum gelu", "sum no act"),
+}
+MORE = "sum loses more than star by"
+#: claims of the paper -> the difference that has to be positive
+CLAIMS = {
+    "star beats sum with GELU": "star - sum, gelu",
+    "star beats sum without activation": "star - sum, no act",
+    "removing the activation costs sum more than star": MORE,
+}
+#: differences that the paper reports on ImageNet, width 192 depth 12, in points of accuracy
 PAPER = {"star - sum": 5.5, "sum loses without activation": 33.8, "star loses": 1.2}
 
 
-def train_one(job: dict[str, Any]) -> dict[str, Any]:
+def train_one(job: Job) -> dict[str, Any]:
+    """Train the job's network from its seed."""
     import torch
 
     from starlayers.vision import DemoNet
-    from starlayers.vision.training import TrainConfig, train
 
-    data = benchmark_images(train=job["train"], test=job["test"])
     torch.manual_seed(job["seed"])
+    if job["arm"] == LINEAR:
+        linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28 * 28, 10))
+        return train_on_images(linear, job)
     model = DemoNet(
         job["depth"],
         job["width"],
@@ -41,101 +65,107 @@ def train_one(job: dict[str, Any]) -> dict[str, Any]:
         act=job["act"],
         num_classes=10,
         in_chans=1,
-        patch_size=4,
+        **job["model"],
     )
-    config = TrainConfig(**job["recipe"], seed=job["seed"])
-    result = train(model, data, config, progress=False)
-    return {
-        "test_accuracy": result.test_accuracy,
-        "history": result.history,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    return train_on_images(model, job)
 
 
-def jobs(seeds: int, smoke: bool) -> dict[str, dict[str, Any]]:
+def jobs(seeds: int = 3, smoke: bool = False) -> dict[str, Job]:
+    """Make a job for every shape, arm and seed, and for the linear classifier."""
     shapes = SHAPES[:1] if smoke else SHAPES
-    recipe = {**RECIPE, "epochs": 1, "batch_size": 64} if smoke else RECIPE
     size = {"train": 512, "test": 256} if smoke else {"train": None, "test": None}
-    found = {}
+    common = {"data": "fashion-mnist", "recipe": recipe(smoke, **RECIPE), **size}
+    made = {}
     # seeds outermost: a study stopped early has whole seeds, not whole shapes
     for seed in range(seeds):
         for shape in shapes:
-            for variant in VARIANTS:
+            for arm, variant in ARMS.items():
                 name = "w{width}-d{depth}-{combine}-{act}-seed{seed}".format(
                     **shape, **variant, seed=seed
                 )
-                found[name] = {**shape, **variant, "seed": seed, "recipe": recipe, **size}
+                job = {"arm": arm, "seed": seed, **shape, **variant, "model": MODEL}
+                made[name] = {**job, **common}
+        made[f"{LINEAR}-seed{seed}"] = {"arm": LINEAR, "seed": seed, **common}
+    return made
+
+
+def accuracies(records: Records, shape: dict[str, int], arm: str) -> dict[int, float]:
+    """Return the accuracy in percent by seed."""
+    return {
+        r.seed: 100 * r.metrics["test_accuracy"]
+        for r in sorted(records.values(), key=lambda r: r.seed or 0)
+        if r.seed is not None and r.arm == arm and shape.items() <= (r.definition or {}).items()
+    }
+
+
+def summarise(records: Records) -> list[dict[str, Any]]:
+    """Return for each shape the interval of each arm, and of the differences paired by seed."""
+    summary = []
+    for shape in SHAPES:
+        by_arm = {arm: accuracies(records, shape, arm) for arm in ARMS}
+        if not by_arm["star gelu"]:
+            continue
+        line: dict[str, Any] = {**shape, "seeds": len(by_arm["star gelu"])}
+        line["arms"] = {arm: mean_interval(values.values()) for arm, values in by_arm.items()}
+        line["differences"] = {
+            name: difference(by_arm[a], by_arm[b]) for name, (a, b) in DIFFERENCES.items()
+        }
+        losses = [
+            {seed: by_arm[f"{kind} gelu"][seed] - value for seed, value in without.items()}
+            for kind in ("sum", "star")
+            for without in [by_arm[f"{kind} no act"]]
+        ]
+        line["differences"][MORE] = difference(*losses)
+        summary.append(line)
+    return summary
+
+
+def tables(records: Records) -> str:
+    """Return accuracies and differences as Markdown, and the verdicts."""
+    summary = summarise(records)
+    lines = [f"{claim}: {text}" for claim, text in verdicts(summary)]
+    return "\n".join([accuracy_table(summary), difference_table(summary), *lines])
+
+
+def accuracy_table(summary: list[dict[str, Any]]) -> str:
+    """Return accuracies by shape and arm."""
+    lines = [
+        [str(row["width"]), str(row["depth"]), *(with_half(row["arms"][arm], 2) for arm in ARMS)]
+        for row in summary
+    ]
+    return markdown_table(["width", "depth", *ARMS], lines)
+
+
+def difference_table(summary: list[dict[str, Any]]) -> str:
+    """Return differences by shape; a star marks an interval without 0."""
+
+    def cell(d: Difference) -> str:
+        mark = "" if d.verdict == "not decided" else " *"
+        return with_half((d.mean, d.half), 2) + mark
+
+    names = [*DIFFERENCES, MORE]
+    lines = [
+        [str(row["width"]), str(row["depth"]), *(cell(row["differences"][name]) for name in names)]
+        for row in summary
+    ]
+    return markdown_table(["width", "depth", *names], lines)
+
+
+def verdicts(summary: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return for each claim and shape whether the interval supports the claim."""
+    words = {"better": "yes", "worse": "NO, the opposite"}
+    found = []
+    for claim, name in CLAIMS.items():
+        for row in summary:
+            d: Difference = row["differences"][name]
+            verdict = words.get(d.verdict, "not decided (the interval holds 0)")
+            where = f"{claim}, width {row['width']} depth {row['depth']}"
+            found.append((where, f"{verdict}, {d.text(2)} points"))
     return found
 
 
-def accuracies(
-    records: dict[str, dict[str, Any]], shape: dict[str, int], variant: dict[str, Any]
-) -> list[float]:
-    """Accuracy in percent of each seed, in order of seeds."""
-    wanted = {**shape, **variant}
-    matching = [r for r in records.values() if wanted.items() <= r["job"].items()]
-    return [100 * r["test_accuracy"] for r in sorted(matching, key=lambda r: r["job"]["seed"])]
-
-
-def summarise(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per shape: mean and interval of each variant, and of the differences paired by seed."""
-    rows = []
-    present = [s for s in SHAPES if accuracies(records, s, VARIANTS[0])]
-    for shape in present:
-        star, star_free, plain, plain_free = (accuracies(records, shape, v) for v in VARIANTS)
-        differences = {
-            "star - sum, gelu": (star, plain),
-            "star - sum, no act": (star_free, plain_free),
-            "star loses without act": (star, star_free),
-            "sum loses without act": (plain, plain_free),
-        }
-        row: dict[str, Any] = {**shape, "seeds": len(star)}
-        names = ("star gelu", "star no act", "sum gelu", "sum no act")
-        for name, values in zip(names, (star, star_free, plain, plain_free), strict=True):
-            row[name] = mean_interval(values)
-        for name, (a, b) in differences.items():
-            row[name] = mean_interval(x - y for x, y in zip(a, b, strict=True))
-        more = [(p - q) - (s - t) for p, q, s, t in zip(plain, plain_free, star, star_free)]
-        row["sum loses more than star by"] = mean_interval(more)
-        rows.append(row)
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    columns = [key for key in rows[0] if key not in ("width", "depth", "seeds")]
-    body = [
-        [str(row["width"]), str(row["depth"])]
-        + ["{:.2f} ± {:.2f}".format(*row[column]) for column in columns]
-        for row in rows
-    ]
-    return markdown_table(["width", "depth", *columns], body)
-
-
-def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """For each claim of the paper, where the interval supports it, and where it does not."""
-    claims = {
-        "star beats sum with GELU": "star - sum, gelu",
-        "star beats sum without activation": "star - sum, no act",
-        "removing the activation costs sum more than star": "sum loses more than star by",
-    }
-    lines = []
-    for claim, column in claims.items():
-        for row in rows:
-            mean, half = row[column]
-            if mean - half > 0:
-                verdict = "yes"
-            elif mean + half < 0:
-                verdict = "NO, the opposite"
-            else:
-                verdict = "not decided (the interval holds 0)"
-            lines.append(
-                f"{claim}, width {row['width']} depth {row['depth']}: {verdict}, "
-                f"{mean:+.2f} ± {half:.2f} points"
-            )
-    return lines
-
-
-def plot(rows: list[dict[str, Any]], file: Path) -> None:
+def plot(summary: list[dict[str, Any]], file: Path) -> None:
+    """Draw accuracy against width and against depth."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -148,12 +178,12 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     fixed = {"width": "depth", "depth": "width"}
     for axes, sweep in zip(figure.subplots(1, 2, sharey=True), fixed, strict=True):
         other = fixed[sweep]
-        line = sorted((r for r in rows if r[other] == CENTRE[other]), key=lambda r: r[sweep])
+        line = sorted((r for r in summary if r[other] == CENTRE[other]), key=lambda r: r[sweep])
         for name, (colour, style) in looks.items():
             axes.errorbar(
                 [r[sweep] for r in line],
-                [r[name][0] for r in line],
-                yerr=[r[name][1] for r in line],
+                [r["arms"][name][0] for r in line],
+                yerr=[r["arms"][name][1] for r in line],
                 color=colour,
                 linestyle=style,
                 marker="o",
@@ -168,14 +198,3 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     figure.axes[0].set_ylabel("Fashion-MNIST test accuracy, %")
     figure.axes[0].legend()
     figure.savefig(file, dpi=120)
-
-
-def run(seeds: int, processes: int, smoke: bool, out: Path = RESULTS) -> None:
-    folder = out / ("demonet-smoke" if smoke else "demonet")
-    records = run_study(folder, jobs(seeds, smoke), train_one, processes=processes)
-    rows = summarise(records)
-    print(table(rows), *verdicts(rows), sep="\n")
-    summary = {"rows": rows, "verdicts": verdicts(rows), "paper": PAPER}
-    environment = next(iter(records.values()))["environment"]
-    write_json(folder.with_suffix(".json"), {**summary, "environment": environment})
-    plot(rows, folder.with_suffix(".png"))

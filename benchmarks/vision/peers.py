@@ -1,25 +1,13 @@
-"""StarNets against peers of similar size, trained with one recipe on Fashion-MNIST."""
+"""StarNets against networks of similar size, trained with one recipe on Fashion-MNIST."""
 
-from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-import torchvision
 from torch import nn
 
-from benchmarks.common import (
-    RESULTS,
-    environment,
-    interleave,
-    markdown_table,
-    mean_interval,
-    run_study,
-    write_json,
-)
-from benchmarks.data import benchmark_images
-from starlayers import vision
-from starlayers.vision.cost import multiply_adds
+from benchmarks.harness.comparison import mean_interval, with_half
+from benchmarks.harness.report import markdown_table
+from benchmarks.harness.runner import Job, Records
+from benchmarks.vision.training import recipe, train_on_images
 
 MODELS = [
     "starnet_s050",
@@ -42,11 +30,16 @@ RECIPE = {
 
 
 def build(name: str) -> nn.Module:
-    """The network for 28x28 grey images: as published, but the first strided layer keeps stride 1.
+    """Make the network for 28x28 grey images: as published, but its first stride is 1.
 
     That is the least change that leaves every network more than one pixel at its end, and it is
     the same for all of them.
     """
+    import timm
+    import torchvision
+
+    from starlayers import vision
+
     if name.startswith("starnet"):
         model: nn.Module = getattr(vision, name)(num_classes=10, in_chans=1, stem_stride=1)
         return model
@@ -62,40 +55,50 @@ def build(name: str) -> nn.Module:
     return model
 
 
-def train_one(job: dict[str, Any]) -> dict[str, Any]:
-    from starlayers.vision.training import TrainConfig, train
+def train_one(job: Job) -> dict[str, Any]:
+    """Train the job's network from its seed."""
+    import torch
 
-    data = benchmark_images(train=job["train"], test=job["test"])
     torch.manual_seed(job["seed"])
-    model = build(job["model"])
-    result = train(model, data, TrainConfig(**job["recipe"], seed=job["seed"]), progress=False)
-    return {"test_accuracy": result.test_accuracy, "history": result.history}
+    return train_on_images(build(job["arm"]), job)
 
 
-def jobs(seeds: int, smoke: bool) -> dict[str, dict[str, Any]]:
-    recipe = {**RECIPE, "epochs": 1, "batch_size": 64} if smoke else RECIPE
+def jobs(seeds: int = 3, smoke: bool = False) -> dict[str, Job]:
+    """Make a job for every network and seed."""
     size = {"train": 256, "test": 256} if smoke else {"train": None, "test": None}
+    common = {"data": "fashion-mnist", "recipe": recipe(smoke, **RECIPE), **size}
     models = (MODELS[0], MODELS[3]) if smoke else MODELS
     return {
         f"{model.replace(' ', '-')}-seed{seed}": {
-            "model": model,
+            "arm": model,
             "seed": seed,
-            "recipe": recipe,
-            **size,
+            "first_stride": 1,
+            **common,
         }
         for seed in range(seeds)
         for model in models
     }
 
 
-def costs(names: list[str], smoke: bool) -> dict[str, dict[str, float]]:
-    """Parameters, multiply-adds and latency for one image and for 32, interleaved."""
-    models = {name: build(name).eval() for name in names}
-    found: dict[str, dict[str, float]] = {name: {} for name in names}
+def cost_job(names: list[str], smoke: bool) -> Job:
+    """Make the job that measures what the networks cost."""
+    repeats = 3 if smoke else 50
+    return {"arm": None, "seed": None, "models": names, "batches": [1, 32], "repeats": repeats}
+
+
+def cost(job: Job) -> dict[str, Any]:
+    """Count parameters and multiply-adds, and time one image and a batch, networks in turn."""
+    import torch
+
+    from benchmarks.harness.timing import interleave
+    from starlayers.vision.cost import multiply_adds
+
+    models = {name: build(name).eval() for name in job["models"]}
+    costs: dict[str, dict[str, float]] = {name: {} for name in models}
     for name, model in models.items():
-        found[name]["parameters"] = sum(p.numel() for p in model.parameters())
-        found[name]["multiply_adds"] = multiply_adds(model, (1, 28, 28))
-    for batch in (1, 32):
+        costs[name]["parameters"] = sum(p.numel() for p in model.parameters())
+        costs[name]["multiply_adds"] = multiply_adds(model, (1, 28, 28))
+    for batch in job["batches"]:
         x = torch.randn(batch, 1, 28, 28).contiguous(memory_format=torch.channels_last)
 
         def forward(model: nn.Module, x: torch.Tensor = x) -> torch.Tensor:
@@ -103,49 +106,43 @@ def costs(names: list[str], smoke: bool) -> dict[str, dict[str, float]]:
                 return model(x)  # type: ignore[no-any-return]
 
         runs = {name: lambda m=m: forward(m) for name, m in models.items()}
-        repeats = 3 if smoke else 50
-        timings = interleave(runs, baselines=[names[0]], repeats=repeats, warmup=3)
-        for name in names:
-            found[name][f"ms_batch_{batch}"] = timings[name]["median_ms"]
-    return found
+        first = job["models"][0]
+        times = interleave(runs, baselines=[first], repeats=job["repeats"], warmup=3)
+        for name in models:
+            costs[name][f"ms_batch_{batch}"] = times[name]["median_ms"]
+    return costs
 
 
-def run(seeds: int, processes: int, smoke: bool, out: Path = RESULTS) -> None:
-    folder = out / ("peers-smoke" if smoke else "peers")
-    todo = jobs(seeds, smoke)
-    records = run_study(folder, todo, train_one, processes=processes)
-    names = list(dict.fromkeys(record["job"]["model"] for record in records.values()))
-    cost = costs(names, smoke)
-    rows = []
-    for name in names:
-        values = [100 * r["test_accuracy"] for r in records.values() if r["job"]["model"] == name]
-        rows.append(
-            {"model": name, "seeds": len(values), "accuracy": mean_interval(values), **cost[name]}
-        )
-    print(table(rows))
-    write_json(folder.with_suffix(".json"), {"rows": rows, "environment": environment()})
+def summarise(records: Records) -> dict[str, tuple[int, tuple[float, float]]]:
+    """Return for each network the number of seeds and the interval of its accuracy."""
+    summary = {}
+    for model in MODELS:
+        values = [100 * r.metrics["test_accuracy"] for r in records.values() if r.arm == model]
+        if values:
+            summary[model] = (len(values), mean_interval(values))
+    return summary
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    header = [
-        "model",
-        "seeds",
-        "accuracy %",
-        "parameters M",
-        "MACs M",
-        "ms, batch 1",
-        "ms, batch 32",
+def accuracy_table(records: Records) -> str:
+    """Return accuracies with their intervals; the mean alone of a single seed."""
+    lines = [
+        [model, str(seeds), with_half(pair, 2) if seeds > 1 else f"{pair[0]:.2f}"]
+        for model, (seeds, pair) in summarise(records).items()
     ]
-    body = [
+    return markdown_table(["model", "seeds", "accuracy, %"], lines)
+
+
+def cost_table(costs: dict[str, dict[str, float]]) -> str:
+    """Return sizes and times of the networks."""
+    header = ["model", "parameters, M", "MACs, M", "ms, batch 1", "ms, batch 32"]
+    lines = [
         [
-            row["model"],
-            str(row["seeds"]),
-            "{:.2f} ± {:.2f}".format(*row["accuracy"]),
+            name,
             f"{row['parameters'] / 1e6:.2f}",
             f"{row['multiply_adds'] / 1e6:.1f}",
             f"{row['ms_batch_1']:.1f}",
             f"{row['ms_batch_32']:.1f}",
         ]
-        for row in rows
+        for name, row in costs.items()
     ]
-    return markdown_table(header, body)
+    return markdown_table(header, lines)

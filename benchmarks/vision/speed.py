@@ -1,17 +1,18 @@
-"""Our StarNet against timm's on the CPU: inference and training step, both layouts, interleaved."""
+"""Our StarNet against timm's on the CPU: inference and training, both layouts, in turn."""
 
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import nn
 
-from benchmarks.common import RESULTS, environment, interleave, markdown_table, write_json
+from benchmarks.harness.report import markdown_table
+from benchmarks.harness.runner import Job
+from benchmarks.harness.timing import interleave
 from starlayers import use_backend, vision
 from starlayers.vision import to_timm_state_dict
 
@@ -20,29 +21,39 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 TARGETS = {"forward": 0.85, "fused forward": 0.75, "training step": 1.0}
 
 
-def run(model: str, smoke: bool, out: Path = RESULTS) -> None:
-    """Each task in a process of its own: one that has trained before allocates memory faster."""
-    name = "starnet_s050" if smoke else model
+def job(model: str = "starnet_s4", smoke: bool = False) -> Job:
+    """Make the job: networks, batch sizes and images that are timed."""
+    common = {"arm": None, "seed": None, "smoke": smoke}
+    if smoke:
+        return {**common, "model": "starnet_s050", "batches": [1, 2], "image": 64}
+    return {**common, "model": model, "batches": [1, 32], "image": 224}
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Measure each task in a process of its own.
+
+    A process that has trained before allocates memory faster.
+    """
     rows: list[dict[str, Any]] = []
     for task in ("inference", "training"):
-        for batch in (1, 2) if smoke else (1, 32):
-            command = [sys.executable, "-m", "benchmarks.vision_speed", task, name, str(batch)]
-            command += ["smoke"] if smoke else []
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        for batch in job["batches"]:
+            command = [sys.executable, "-m", "benchmarks.vision.speed", json.dumps(job), task]
+            done = subprocess.run(
+                [*command, str(batch)], stdout=subprocess.PIPE, text=True, check=True
+            )
             rows += json.loads(done.stdout.splitlines()[-1])
-    print(table(rows))
-    content = {"model": name, "rows": rows, "targets": TARGETS, "environment": environment()}
-    write_json(out / ("speed-smoke.json" if smoke else f"speed-{name}.json"), content)
+    return {"rows": rows, "targets": TARGETS}
 
 
-def measure(task: str, name: str, batch: int, smoke: bool) -> list[dict[str, Any]]:
-    size = 64 if smoke else 224
+def measure(job: Job, task: str, batch: int) -> list[dict[str, Any]]:
+    """Time all variants of a task in turn."""
+    size, smoke = job["image"], job["smoke"]
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-    variants, baselines = _variants(task, name, x, compiled=not smoke)
+    variants, baselines = _variants(task, job["model"], x, compiled=not smoke)
     repeats = 2 if smoke else 15 if batch > 1 else 40
     warmup = 1 if smoke else 3
-    timings = interleave(variants, baselines=baselines, repeats=repeats, warmup=warmup)
-    return [{"task": task, "batch": batch, "variant": k, **v} for k, v in timings.items()]
+    times = interleave(variants, baselines=baselines, repeats=repeats, warmup=warmup)
+    return [{"task": task, "batch": batch, "variant": k, **v} for k, v in times.items()]
 
 
 def _variants(
@@ -76,7 +87,7 @@ def _variants(
 
 
 def _check(models: dict[str, tuple[nn.Module, str]], images: dict[str, torch.Tensor]) -> None:
-    """No timing of a wrong result."""
+    """Raise where a variant computes something else than timm: no timing of a wrong result."""
     with torch.inference_mode():
         outputs = {k: m.eval()(images[layout]) for k, (m, layout) in models.items()}
     reference = outputs["timm NCHW"]
@@ -116,7 +127,8 @@ def _eager(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    body = [
+    """Return medians, and ratios to timm's faster layout."""
+    lines = [
         [
             row["task"],
             str(row["batch"]),
@@ -126,8 +138,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return markdown_table(["task", "batch", "variant", "median ms", "ratio to best timm"], body)
+    return markdown_table(["task", "batch", "variant", "median ms", "ratio to best timm"], lines)
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), len(sys.argv) > 4)))
+    print(json.dumps(measure(json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))

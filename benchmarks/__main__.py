@@ -1,0 +1,5 @@
+"""Write all pages of evidence from the records: `python -m benchmarks`."""
+
+from benchmarks.evidence import write
+
+write()

@@ -1,0 +1,43 @@
+"""Pages of what the examples reached: records transcribed from earlier pages."""
+
+from benchmarks.harness.records import Record
+from benchmarks.harness.report import conditions, listed, markdown_table, template
+from benchmarks.harness.runner import Job, Records
+from benchmarks.harness.study import Study
+
+STUDY = "examples"
+#: runs by name; a record has the numbers that the example printed
+RUNS = ("nlp_sentiment", "nlp_generate", "nlp_translate", "rl_cartpole")
+RUNS += ("star_eigenfeatures", "star_boundary")
+
+
+def jobs() -> dict[str, Job]:
+    """Make a job for each example, with its default settings."""
+    return {
+        name: {"arm": name, "seed": None, "script": f"examples/{name}.py", "settings": "defaults"}
+        for name in RUNS
+    }
+
+
+def table(record: Record) -> str:
+    """Return the numbers of an example: a line for each thing that it measures."""
+    lines = [[name, str(value)] for name, value in record.metrics.items()]
+    return markdown_table(["measure", "value"], lines)
+
+
+def tables(records: Records) -> str:
+    """Return a table for each example."""
+    return "\n".join(f"### `examples/{n}.py`\n\n{table(r)}" for n, r in records.items())
+
+
+def text(records: Records) -> str:
+    """Make the page of the examples."""
+    return template(__file__, "examples").format(
+        names=listed(f"`{name}.py`" for name in records),
+        tables=tables(records),
+        conditions=conditions(records.values()),
+    )
+
+
+EXAMPLES = Study(STUDY, "python -m benchmarks", jobs, None, tables, text)
+STUDIES = (EXAMPLES,)

@@ -1,0 +1,1 @@
+"""Kernels and networks measured on a GPU."""

@@ -1,0 +1,1 @@
+"""Shared parts of the studies: records, runner, timing, comparisons, figures and pages."""

@@ -1,0 +1,1 @@
+"""Kernels compiled ahead of time, and the least time that each can take."""
