@@ -1,4 +1,6 @@
-"""Coefficients of the implicit space of star layers: measure, penalise, learn, search.
+"""Coefficients of star layers: measure, penalise, learn, search.
+
+A star layer computes polynomials of its inputs; these are the coefficients of their monomials.
 
 Importing this needs PyTorch alone. Searches need `pip install 'starlayers[coefficients]'`, figures
 `pip install 'starlayers[plots]'`.

@@ -1,4 +1,7 @@
-"""A model whose only nonlinearity is one activation-free star, as products and their mixture."""
+"""Composition of affine layers and one activation-free star into products.
+
+The products of the star become functions of the model's input, and its outputs their mixtures.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -14,14 +17,14 @@ from starlayers.modules import StarMLP, StarOp
 
 Layers = list[tuple[str, nn.Module]]
 
-#: sizes of the inputs on which layers are tried, so that a clamp has room to show
+#: sizes of the inputs on which layers are tested, so that clamps at small and large values show
 SCALES = (1e-3, 1.0, 1e3, 1e6)
 CHUNK_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
 class Outline:
-    """Affine layers, a star, affine layers; and the shape of one input."""
+    """Affine layers, a star, affine layers, and the shape of one input."""
 
     before: Layers
     star: StarOp
@@ -30,25 +33,27 @@ class Outline:
 
     @property
     def features(self) -> int:
-        """Numbers in an input."""
+        """Number of elements of an input."""
         return torch.Size(self.shape).numel()
 
     @property
     def is_star_op(self) -> bool:
-        """Whether outputs are the star's own channels, unmixed."""
+        """True if the outputs are the channels of the star."""
         return not self.after and not isinstance(self.star, StarMLP)
 
     @property
     def products(self) -> int:
+        """Number of products of the star."""
         return int(self.star.f1.out_features)
 
 
 @dataclass(frozen=True)
 class Products:
-    """Output `o` is `sum_k mix[o, k] (first[k] . x~) (second[k] . x~) + constant[o]`.
+    """Products of a model and the affine layers `tail` that mix them.
 
-    `first` and `second` (products, d + 1) are float64 on the CPU; `tail` are the layers that `mix`
-    and `constant` stand for, which are only computed for what is asked.
+    Output `o` is `sum_k mix[o, k] (first[k] . x~) (second[k] . x~) + constant[o]`. `first` and
+    `second` (products, d + 1) are float64 on the CPU. `mix` and `constant` are those of `tail`, and
+    are computed only for single directions.
     """
 
     first: Tensor
@@ -58,18 +63,18 @@ class Products:
     outputs: int
 
     def weights(self, direction: Tensor) -> tuple[Tensor, float]:
-        """What each product counts in `direction . outputs`, and the constant of that."""
+        """Return the weights of the products in `direction . outputs`, and its constant."""
         channels = (len(self.first) // self.rank,)
-        mixed, constant = _pulled(self.tail, direction[None], channels)
+        mixed, constant = _pull_back(self.tail, direction[None], channels)
         return mixed[0].repeat_interleave(self.rank), float(constant)
 
 
 def outline(owner: str, model: nn.Module, shape: tuple[int, ...] | None) -> Outline:
-    """Find the star of `model`, and what is before and after it, without copying anything.
+    """Find the star of `model` and the layers before and after it; copy nothing.
 
     Raises:
-        ValueError: there is not exactly one star, it is no quadratic form, a layer is in training
-            mode, or the shape of an input cannot be told.
+        ValueError: there is not exactly one star, it is not a quadratic form, a layer is in
+            training mode, or the shape of an input is unknown.
     """
     layers = list(_layers(model))
     stars = [i for i, (_, layer) in enumerate(layers) if isinstance(layer, StarOp)]
@@ -92,29 +97,29 @@ def outline(owner: str, model: nn.Module, shape: tuple[int, ...] | None) -> Outl
     return Outline(layers[: stars[0]], star, layers[stars[0] + 1 :], size)
 
 
-def compose(owner: str, found: Outline) -> Products:
-    """The products of a model as functions of its own input.
+def compose(owner: str, model: Outline) -> Products:
+    """Return the products of a model as functions of the model's input.
 
     Raises:
         ValueError: a layer is not affine, or inputs of that shape do not fit.
     """
-    before, star, after = copy.deepcopy((found.before, found.star, found.after))
+    before, star, after = copy.deepcopy((model.before, model.star, model.after))
     star.cpu().double()
     for _, layer in before + after:
         layer.cpu().double().requires_grad_(False)
-    reached = _affine_on(owner, before, found.shape)
+    reached = _affine_output_shape(owner, before, model.shape)
     if reached != (star.in_features,):
         raise ValueError(
-            f"{owner}: an input of shape {found.shape} reaches the star as {reached}, where one "
-            f"vector of {star.in_features} features is needed; give shape=, that of one input"
+            f"{owner}: an input of shape {model.shape} reaches the star as {reached}, where one "
+            f"vector of {star.in_features} features is needed; pass shape=, that of one input"
         )
     tail = [("g", star.g.requires_grad_(False)), *after] if isinstance(star, StarMLP) else after
-    channels = found.products // star.rank
-    outputs = _affine_on(owner, tail, (channels,))
+    channels = model.products // star.rank
+    outputs = _affine_output_shape(owner, tail, (channels,))
     branches: list[Tensor] = []
     for vectors in branch_vectors(star):
         rows = vectors.detach().flatten(0, 1)
-        pulled, constant = _pulled(before, rows[:, :-1], found.shape)
+        pulled, constant = _pull_back(before, rows[:, :-1], model.shape)
         branches.append(torch.cat([pulled, (constant + rows[:, -1])[:, None]], 1))
     first, second = branches
     return Products(first, second, tail, star.rank, torch.Size(outputs).numel())
@@ -122,7 +127,7 @@ def compose(owner: str, found: Outline) -> Products:
 
 def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     if type(model) is nn.Sequential:
-        for name, child in model._modules.items():  # named_children leaves repeated ones out
+        for name, child in model._modules.items():  # named_children omits repeated modules
             assert child is not None
             yield from _layers(child, f"{prefix}.{name}" if prefix else name)
     else:
@@ -137,15 +142,15 @@ def _input_shape(owner: str, layers: Layers) -> tuple[int, ...]:
             return (layer.num_features,)
         if not isinstance(layer, nn.Flatten | nn.Identity | _DropoutNd):
             raise ValueError(
-                f"{owner}: {type(layer).__name__} ({name}) takes inputs of a shape that only you "
-                "know; give shape=, that of one input, such as (1, 28, 28)"
+                f"{owner}: {type(layer).__name__} ({name}) takes inputs of unknown shape; "
+                "pass shape=, that of one input, such as (1, 28, 28)"
             )
     raise AssertionError("a star has in_features")
 
 
 @torch.no_grad()
-def _affine_on(owner: str, layers: Layers, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of what `layers` make of an input of `shape`, all of them seen to be affine."""
+def _affine_output_shape(owner: str, layers: Layers, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Test that layers are affine; return the shape of their output for one input."""
     draw = torch.Generator().manual_seed(0)
     for name, layer in layers:
         a, b = torch.randn(
@@ -158,7 +163,7 @@ def _affine_on(owner: str, layers: Layers, shape: tuple[int, ...]) -> tuple[int,
         except RuntimeError as error:
             raise ValueError(
                 f"{owner}: {type(layer).__name__} ({name}) fails on inputs of shape {shape}: "
-                f"{error}; give shape=, that of one input of the model"
+                f"{error}; pass shape=, that of one input of the model"
             ) from error
         # affine: f(a + b) - f(0) = (f(a) - f(0)) + (f(b) - f(0))
         size = torch.stack([f0, fa, fb, fab]).abs().flatten(2).amax((0, 2))
@@ -172,10 +177,10 @@ def _affine_on(owner: str, layers: Layers, shape: tuple[int, ...]) -> tuple[int,
     return shape
 
 
-def _pulled(layers: Layers, rows: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """`rows` (n, c) times the affine function `layers` of x: what x (n, d) and one (n,) count.
+def _pull_back(layers: Layers, rows: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Multiply `rows` (n, c) by an affine function: weights (n, d), constants (n,).
 
-    By vector-Jacobian products: these cost `n` passes whatever the size of an input.
+    This takes vector-Jacobian products: `n` passes for inputs of any size.
     """
     if not layers:
         return rows, rows.new_zeros(len(rows))

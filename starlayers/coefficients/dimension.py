@@ -1,4 +1,4 @@
-"""How many dimensions a star layer works in: counted, and measured as a rank."""
+"""Implicit dimension of star layers: counted, and measured as a rank."""
 
 import copy
 import math
@@ -15,20 +15,20 @@ MAX_BYTES = 2**30
 
 
 def implicit_dimension(d: int, layers: int = 1, *, exact: bool = True) -> int | float:
-    """The number of dimensions that activation-free star layers on `d` inputs work in.
+    """Return the number of monomials that activation-free star layers span.
 
     Each layer doubles the degree, so that `layers` of them compute polynomials of degree
-    `n = 2^layers`; these have `C(d + n, n)` monomials, the constant among them.
+    `n = 2^layers` of `d` inputs; these have `C(d + n, n)` monomials, the constant among them.
 
     Args:
-        d: inputs of the first layer.
-        layers: star layers one after another.
-        exact: whether to count; otherwise the paper's approximation `(d / sqrt 2)^n`, which for one
-            layer is the largest term of the count. For more layers it takes the products of
-            products for different, and is too large by up to `n! / 2^(n / 2)`.
+        d: number of inputs of the first layer.
+        layers: number of consecutive star layers.
+        exact: count the monomials; otherwise return the paper's approximation `(d / sqrt 2)^n`,
+            which for one layer is the largest term of the count. For more layers it counts equal
+            monomials several times, and is too large by up to `n! / 2^(n / 2)`.
 
     Raises:
-        TypeError, ValueError: a number is no integer of at least 1.
+        TypeError, ValueError: `d` or `layers` is not an integer of at least 1.
 
     Source: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967, section 3.
 
@@ -57,24 +57,25 @@ def empirical_rank(
     seed: int = 0,
     tol: float | None = None,
 ) -> int:
-    """The dimension of the space of functions that a model's outputs span, measured.
+    """Measure the dimension of the space of functions that a model's outputs span.
 
-    The rank of the matrix of outputs on random inputs, in float64. For one star layer it is
+    This is the rank of the matrix of outputs on random inputs, in float64. For one star layer it is
     `implicit_dimension(d)`, for two `implicit_dimension(d, 2)`, for a sum of branches d + 1,
     provided that there are at least as many outputs: a rank cannot exceed their number.
 
     Args:
-        model: a module, of which a float64 copy on the CPU in eval mode is asked, or a function
-            of inputs (samples, d) in float64. What it returns is flattened to (samples, outputs).
-        d: numbers in an input; by default those of a model that starts with a star layer.
-        samples: inputs drawn; by default twice the number of outputs.
-        seed: of the inputs.
-        tol: smallest singular value that counts, as a share of the largest, columns being scaled
-            to one length; by default the rounding error of a matrix of that size.
+        model: a module, called as a float64 copy on the CPU in eval mode, or a function of inputs
+            (samples, d) in float64. Its result is flattened to (samples, outputs).
+        d: size of an input; by default that of a model which starts with a star layer.
+        samples: number of random inputs; by default twice the number of outputs.
+        seed: seed of the inputs.
+        tol: smallest singular value that counts, relative to the largest, of the matrix with
+            columns of equal length; by default the rounding error of a matrix of that size.
 
     Raises:
-        ValueError: `d` cannot be told, there are fewer samples than outputs, an output is not
-            finite, or the matrix would take more than 1 GiB.
+        TypeError: `d` or `samples` is not an integer.
+        ValueError: `d` is missing, there are fewer samples than outputs, an output is not finite,
+            or the matrix would take more than 1 GiB.
 
     Example:
         >>> empirical_rank(StarOp(3, 20, act=None)), implicit_dimension(3)
@@ -97,7 +98,9 @@ def empirical_rank(
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         outputs = call(torch.zeros(1, d, dtype=torch.float64)).numel()
-        rows = 2 * outputs if samples is None else positive_int("", "samples", samples)
+        rows = (
+            2 * outputs if samples is None else positive_int("empirical_rank", "samples", samples)
+        )
         if rows < outputs:
             raise ValueError(f"empirical_rank: {rows} samples are too few for {outputs} outputs")
         if (size := 8 * rows * outputs) > MAX_BYTES:
@@ -110,7 +113,7 @@ def empirical_rank(
         y = call(x).reshape(rows, -1)
         if not y.isfinite().all():
             raise ValueError("empirical_rank: an output is infinite or not a number")
-        # neither changes the rank, and the singular values lie closer together
+        # scaling rows and columns keeps the rank and brings the singular values closer together
         y = y / y.norm(dim=1, keepdim=True).clamp(min=torch.finfo(y.dtype).tiny)
         y = y / y.norm(dim=0).clamp(min=torch.finfo(y.dtype).tiny)
         return int(torch.linalg.matrix_rank(y, rtol=tol))

@@ -1,4 +1,4 @@
-"""What an activation-free star looks for: eigenvectors of its outputs, and logits term by term."""
+"""Eigenvectors of the outputs of activation-free stars, and logits term by term."""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -25,13 +25,14 @@ MAX_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Eigenfeatures:
-    """The eigenvectors of one output's quadratic form: `sum_i values[i] (vectors[i] . x~)^2`.
+    """Eigenvectors of the quadratic form of one output.
 
-    `values` (k,) are in order of falling size `|value|`, `vectors` (k, d + 1) of length one with
-    the weight of the constant coordinate last, all float64 on the CPU. A vector and its negative
-    are the same feature; they are turned so that their weights of the input sum to at least 0.
-    `output` is the number of the output, `None` for a direction; `shape` that of one input;
-    `complete` says whether all eigenvectors are there, as the formula asks.
+    With `x~ = (x, 1)` the output is `sum_i values[i] (vectors[i] . x~)^2`. `values` (k,) are the
+    eigenvalues, the largest `|value|` first; `vectors` (k, d + 1) have length one, the constant
+    coordinate last. Both are float64 on the CPU. A vector and its negative are the same feature;
+    the sign is such that the weights of the input sum to at least 0. `output` is the number of the
+    output, `None` for a direction; `shape` is that of one input; `complete` is True if all
+    eigenvectors are kept, which the formula needs.
 
     Example:
         >>> from starlayers import StarOp
@@ -48,12 +49,12 @@ class Eigenfeatures:
 
     @property
     def images(self) -> Tensor:
-        """The vectors without their constant coordinate, (k, *shape)."""
+        """Vectors without their constant coordinate, (k, *shape)."""
         return self.vectors[:, :-1].reshape(-1, *self.shape)
 
     @property
     def constants(self) -> Tensor:
-        """The constant coordinate of each vector, (k,)."""
+        """Constant coordinates of the vectors, (k,)."""
         return self.vectors[:, -1]
 
     def terms(self, x: Tensor) -> Tensor:
@@ -62,10 +63,10 @@ class Eigenfeatures:
         return self.values * (rows @ self.vectors[:, :-1].T + self.constants) ** 2
 
     def explained(self, x: Tensor) -> Tensor:
-        """Return each term's share of the logit's variance over the inputs `x`: (k,), sums to 1.
+        """Return the share of each term in the variance of the logit over inputs, (k,).
 
-        The share is `Cov(term, logit) / Var(logit)`. It is negative where a term works against
-        the others, and single shares may exceed 1 then.
+        The share is `Cov(term, logit) / Var(logit)`; shares sum to 1. It is negative for a term
+        that counteracts the others, and then another may exceed 1.
 
         Raises:
             ValueError: eigenvectors were left out, or the logit is the same for all inputs.
@@ -105,25 +106,25 @@ def eigenfeatures(
     k: int | None = None,
     shape: Sequence[int] | None = None,
 ) -> Eigenfeatures | list[Eigenfeatures]:
-    """The eigenvectors of the quadratic forms behind an activation-free star's outputs.
+    """Compute the eigenvectors of the outputs of an activation-free star.
 
     With `x~ = (x, 1)`, output `o` is `x~' Q x~`, `Q = sum_k g_ok (w1_k w2_k' + w2_k w1_k') / 2`,
     and with the eigenvectors `v_i` of `Q` it is `sum_i lambda_i (v_i . x~)^2`: patterns that
-    speak for the output (`lambda > 0`) or against it. Where the products are few, `Q` is never
-    formed: the eigenvectors are found in the span of the `w`.
+    increase the output (`lambda > 0`) or decrease it. If there are few products, `Q` is not formed,
+    and the eigenvectors are computed in the span of the `w`.
 
     Args:
         model: a `StarOp` or `StarMLP` with `act=None`, or an `nn.Sequential` of one of them and
-            layers that are affine as they stand (`Flatten`, `Linear`, batch norm in eval mode, a
-            fixed normalisation, ...), which are folded in exactly.
+            affine layers (`Flatten`, `Linear`, batch norm in eval mode, a fixed normalisation,
+            ...), which are folded in exactly.
         output: one output, or a direction (out,) such as the difference of two; `None` for a
             list of all outputs.
-        k: how many eigenvectors to keep, the largest `|lambda|` first; `None` for all.
-        shape: of one input, where the first layer does not tell; by default (in_features,).
+        k: number of eigenvectors to keep, those of the largest `|lambda|`; `None` for all.
+        shape: shape of one input; by default that of the first layer, (in_features,).
 
     Raises:
-        ValueError: the model is no quadratic form, there is no such output, or the matrices are
-            larger than `MAX_ORDER` rows or the result than `MAX_BYTES`.
+        ValueError: the model is not a quadratic form, there is no such output, the matrices have
+            more than `MAX_ORDER` (4,097) rows, or the result takes more than `MAX_BYTES` (1 GiB).
 
     Source: Pearce et al., "Bilinear MLPs enable weight-based mechanistic interpretability", ICLR
         2025, arXiv 2410.08417.
@@ -136,10 +137,11 @@ def eigenfeatures(
         >>> terms.shape, torch.allclose(terms.sum(1), model(x)[:, 2])
         (torch.Size([5, 5]), True)
     """
-    found = outline("eigenfeatures", model, None if shape is None else tuple(shape))
-    features = found.features + 1
-    alone = found.is_star_op and not isinstance(output, Tensor)
-    used = found.star.rank if alone else found.products
+    parts = outline("eigenfeatures", model, None if shape is None else tuple(shape))
+    features = parts.features + 1
+    # an output of a StarOp has products of its own
+    separate = parts.is_star_op and not isinstance(output, Tensor)
+    used = parts.star.rank if separate else parts.products
     order = min(features, 2 * used + 1)
     if order > MAX_ORDER:
         raise ValueError(
@@ -147,7 +149,7 @@ def eigenfeatures(
             f"most is {MAX_ORDER:,}: {features - 1:,} input features and {used:,} "
             "products; fewer of either make them smaller"
         )
-    products = compose("eigenfeatures", found)
+    products = compose("eigenfeatures", parts)
     outputs = products.outputs if output is None else 1
     kept = order if k is None else min(order, positive_int("eigenfeatures", "k", k))
     size = 8 * outputs * kept * features
@@ -157,21 +159,21 @@ def eigenfeatures(
             f"{features:,} coordinates each would take {size / 2**30:.1f} GiB; ask for single "
             "outputs (output=) or for fewer eigenvectors (k=)"
         )
-    shared = None if alone or order == features else _basis(products.first, products.second)
-    made = []
-    for name, direction in _directions("eigenfeatures", products.outputs, output):
-        values, vectors = _eigen(products, direction, alone, shared)
+    shared = None if separate or order == features else _basis(products.first, products.second)
+    results = []
+    for number, direction in _directions("eigenfeatures", products.outputs, output):
+        values, vectors = _eigen(products, direction, separate, shared)
         largest = values.abs().argsort(descending=True, stable=True)[:kept]
         rows = vectors.T[largest]
         rows = torch.where(rows[:, :-1].sum(1, keepdim=True) < 0, -rows, rows)
-        made.append(Eigenfeatures(name, values[largest], rows, found.shape, kept == order))
-    return made if output is None else made[0]
+        results.append(Eigenfeatures(number, values[largest], rows, parts.shape, kept == order))
+    return results if output is None else results[0]
 
 
 def _directions(
     owner: str, outputs: int, output: int | Tensor | None
 ) -> Iterator[tuple[int | None, Tensor]]:
-    """Number and direction of each output asked for."""
+    """Yield number and direction of the chosen outputs."""
     if isinstance(output, Tensor) and output.ndim == 1:
         if len(output) != outputs:
             raise ValueError(
@@ -197,23 +199,26 @@ Basis = tuple[Tensor, Tensor]
 
 
 def _basis(first: Tensor, second: Tensor) -> Basis:
-    """An orthonormal basis (d + 1, n) of the span of all `w` and the constant, and these in it."""
+    """Return an orthonormal basis of all `w` and the constant, and these in it.
+
+    The basis is (d + 1, n), the vectors in it (2 products + 1, n).
+    """
     d = first.shape[1]
     basis, inside = torch.linalg.qr(torch.cat([first, second, _unit(d - 1, d)[None]]).T)
     return basis, inside.T
 
 
 def _eigen(
-    products: Products, direction: Tensor, alone: bool, shared: Basis | None
+    products: Products, direction: Tensor, separate: bool, shared: Basis | None
 ) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (n,) and eigenvectors (d + 1, n) of one direction's quadratic form."""
+    """Return eigenvalues (n,) and eigenvectors (d + 1, n) of one direction."""
     weights, constant = products.weights(direction)
     first, second = products.first, products.second
-    if alone:  # an output of a StarOp has products of its own
+    if separate:
         own = weights.nonzero()[:, 0]
         weights, first, second = weights[own], first[own], second[own]
     d = first.shape[1]
-    basis = _basis(first, second) if alone and 2 * len(first) + 1 < d else shared
+    basis = _basis(first, second) if separate and 2 * len(first) + 1 < d else shared
     one = _unit(d - 1, d)[None]
     if basis is not None:
         first, second, one = basis[1].split([len(weights), len(weights), 1])
@@ -224,15 +229,15 @@ def _eigen(
 
 @dataclass(frozen=True)
 class Attribution:
-    """A logit as sums: over eigenfeatures (`terms`) and over coordinates of the input (`inputs`).
+    """Logit as a sum over eigenfeatures, and as a sum over coordinates of the input.
 
     `terms` (..., k) are `lambda_i (v_i . x~)^2`, `inputs` (..., *shape) with `constant` (...) are
     `x~_j (Q x~)_j`; both sum to `logit` (...). `features` are the eigenfeatures of the terms.
 
     Example:
         >>> from starlayers import StarOp
-        >>> found = attribute(StarOp(3, 2, act=None), torch.ones(3), 1)
-        >>> torch.allclose(found.terms.sum(), found.inputs.sum() + found.constant)
+        >>> parts = attribute(StarOp(3, 2, act=None), torch.ones(3), 1)
+        >>> torch.allclose(parts.terms.sum(), parts.inputs.sum() + parts.constant)
         True
     """
 
@@ -243,10 +248,11 @@ class Attribution:
 
     @property
     def logit(self) -> Tensor:
+        """Logits of the inputs, (...)."""
         return self.terms.sum(-1)
 
     def top(self, n: int = 5) -> list[tuple[int, float]]:
-        """Return the `n` largest terms of a single input: (number of the eigenfeature, term)."""
+        """Return the `n` largest terms of one input: (number of the eigenfeature, term)."""
         if self.terms.ndim != 1:
             raise ValueError(
                 f"Attribution.top is of one input, these are {tuple(self.terms.shape[:-1])}"
@@ -262,25 +268,25 @@ def attribute(
     *,
     shape: Sequence[int] | None = None,
 ) -> Attribution:
-    """Take a logit apart: terms that sum to it exactly, over eigenfeatures and over inputs.
+    """Decompose a logit into terms of eigenfeatures and of inputs that sum to it.
 
     `logit = sum_i lambda_i (v_i . x~)^2 = sum_j x~_j (Q x~)_j`, computed in float64.
 
     Args:
         model: as for `eigenfeatures`, or the eigenfeatures themselves, which saves computing them.
         x: (..., *shape) inputs.
-        output: one output, or a direction (out,): `[1, -1, 0]` asks why the first and not the
-            second. For eigenfeatures it is theirs.
+        output: one output, or a direction (out,), such as `[1, -1, 0]` for the difference of the
+            first and the second logit. Ignored for eigenfeatures, which have an output.
         shape: as for `eigenfeatures`.
 
     Raises:
-        ValueError: as `eigenfeatures`, eigenvectors were left out, or no output was named.
+        ValueError: as `eigenfeatures`; eigenvectors were left out, or `output` is missing.
 
     Example:
         >>> from starlayers import StarMLP
         >>> model, x = StarMLP(4, 8, out_features=3, act=None).double(), torch.randn(4).double()
-        >>> found = attribute(model, x, 2)
-        >>> torch.allclose(found.terms.sum(), model(x)[2])
+        >>> parts = attribute(model, x, 2)
+        >>> torch.allclose(parts.terms.sum(), model(x)[2])
         True
     """
     if isinstance(model, Eigenfeatures):
@@ -302,7 +308,7 @@ def attribute(
 
 
 def flat(owner: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`x` (..., *shape) as float64 (..., d) on the CPU."""
+    """Flatten `x` (..., *shape) to float64 (..., d) on the CPU."""
     if tuple(x.shape[x.ndim - len(shape) :]) != shape or x.ndim < len(shape):
         raise ValueError(
             f"{owner}: the eigenfeatures are of inputs of shape {shape}, got {tuple(x.shape)}; "
@@ -312,6 +318,7 @@ def flat(owner: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def need_all(owner: str, features: Sequence[Eigenfeatures]) -> None:
+    """Raise an error if eigenvectors were left out."""
     for f in features:
         if not f.complete:
             raise ValueError(

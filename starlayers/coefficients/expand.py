@@ -1,4 +1,4 @@
-"""The polynomials that small star layers compute, written out."""
+"""Polynomials of small star layers with named monomials."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Polynomial", "expand"]
 
-#: as many can still be read, printed and kept in a dictionary
+#: largest number of monomials by default: as many can still be printed and read
 MAX_TERMS = 100_000
 
 
 @dataclass(frozen=True)
 class Polynomial:
-    """A polynomial of degree two: the coefficient of every monomial by the names in it.
+    """Polynomial of degree two, with the coefficient of every monomial.
 
-    `terms` is in order of degree, squares and products first; the constant has the key `()`.
-    Calling it evaluates it: inputs (..., d) -> (...).
+    A monomial is a tuple of names. `terms` is in order of degree, squares and products first; the
+    constant has the key `()`. Calling the polynomial evaluates it: inputs (..., d) -> (...).
 
     Args:
-        names: of the d inputs.
+        names: names of the d inputs.
         terms: coefficients, as `{("x0", "x0"): 2.0, ("x0", "x1"): -1.0, ("x1",): 3.0, (): 1.0}`.
 
     Example:
@@ -58,15 +58,15 @@ class Polynomial:
         return total
 
     def __str__(self) -> str:
-        parts = [part for term in self.terms.items() for part in _printed(*term)]
+        parts = [part for term in self.terms.items() for part in _format(*term)]
         text = " ".join(parts) or "0"
         return text.removeprefix("+ ") if text.startswith("+ ") else text.replace("- ", "-", 1)
 
     def sympy(self) -> "sympy.Expr":
-        """The same as an expression of sympy, with a symbol for each name.
+        """Return the polynomial as an expression of sympy, with a symbol for each name.
 
         Raises:
-            ImportError: sympy is not there.
+            ImportError: sympy is not installed.
         """
         require("Polynomial.sympy", "sympy")
         import sympy
@@ -80,17 +80,17 @@ class Polynomial:
         )
 
 
-def _printed(monomial: tuple[str, ...], coefficient: float) -> Iterator[str]:
+def _format(monomial: tuple[str, ...], coefficient: float) -> Iterator[str]:
     if coefficient == 0.0:
         return
-    words = [*monomial]
-    if len(words) == 2 and words[0] == words[1]:
-        words = [f"{words[0]}**2"]
+    factors = [*monomial]
+    if len(factors) == 2 and factors[0] == factors[1]:
+        factors = [f"{factors[0]}**2"]
     size = f"{abs(coefficient):.6g}"
-    if size != "1" or not words:
-        words.insert(0, size)
+    if size != "1" or not factors:
+        factors.insert(0, size)
     yield "+" if coefficient > 0 else "-"
-    yield "*".join(words)
+    yield "*".join(factors)
 
 
 def expand(
@@ -100,20 +100,20 @@ def expand(
     outputs: int | Sequence[int] | None = None,
     max_terms: int = MAX_TERMS,
 ) -> list[Polynomial]:
-    """The polynomial that each output of a small star layer is, with named monomials.
+    """Expand each output of a small star layer to a polynomial with named monomials.
 
     Args:
         op: as for `quadratic_form`.
-        names: of the inputs; by default "x0", "x1", ...
-        outputs: those that are asked for, one number or several; `None` for all.
-        max_terms: monomials of all polynomials together beyond which it is refused.
+        names: names of the inputs; by default "x0", "x1", ...
+        outputs: number of an output, or several; `None` for all.
+        max_terms: largest number of monomials of all polynomials together.
 
     Returns:
         A `Polynomial` for each output, with `(d + 1)(d + 2) / 2` terms each.
 
     Raises:
-        TypeError, ValueError: as `quadratic_form`; there is not one name for each input, one name
-            comes twice, or there are too many terms.
+        TypeError, ValueError: as `quadratic_form`; the numbers of names and inputs differ, a name
+            is repeated, or there are too many terms.
 
     Example:
         >>> op = StarOp(2, 1, act=None)
@@ -125,18 +125,18 @@ def expand(
     """
     check_form("expand", op)
     d = op.in_features
-    own = tuple(f"x{i}" for i in range(d)) if names is None else tuple(names)
-    if len(own) != d or len(set(own)) != d:
-        raise ValueError(f"expand: {d} different names are needed for {d} inputs, got {own}")
-    asked = range(op.out_features) if outputs is None else outputs
-    count = 1 if isinstance(asked, int) else len(asked)
+    variables = tuple(f"x{i}" for i in range(d)) if names is None else tuple(names)
+    if len(variables) != d or len(set(variables)) != d:
+        raise ValueError(f"expand: {d} different names are needed for {d} inputs, got {variables}")
+    chosen = range(op.out_features) if outputs is None else outputs
+    count = 1 if isinstance(chosen, int) else len(chosen)
     if (terms := count * (d + 1) * (d + 2) // 2) > max_terms:
         raise ValueError(
             f"expand: {count} outputs on {d} inputs have {terms:,} terms, more than max_terms="
             f"{max_terms:,}; choose some by outputs=, or take the matrices of quadratic_form"
         )
     forms = quadratic_form(op, outputs).detach().tolist()
-    return [Polynomial(own, _terms(q, own)) for q in forms]
+    return [Polynomial(variables, _terms(q, variables)) for q in forms]
 
 
 def _terms(q: list[list[float]], names: tuple[str, ...]) -> dict[tuple[str, ...], float]:

@@ -1,4 +1,4 @@
-"""The quadratic forms that star layers compute: their factors, and the dense matrices."""
+"""Quadratic forms of star layers: their factors and their dense matrices."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,17 +10,17 @@ from starlayers.modules import StarMLP, StarOp, positive_int
 
 __all__ = ["branch_vectors", "iter_quadratic_forms", "quadratic_form"]
 
-#: forms that take more are refused: `outputs=` and `iter_quadratic_forms` are there for them
+#: larger results are refused: pass `outputs=` or use `iter_quadratic_forms` for these
 MAX_BYTES = 2**30
 CHUNK_BYTES = 2**26
 
 
 def branch_vectors(op: StarOp) -> tuple[Tensor, Tensor]:
-    """The two factors of every product of a star layer, as vectors over (x, 1).
+    """Return the two factors of every product of a star layer, as vectors over (x, 1).
 
     Channel k is `sum_r act(w1[k, r] . (x, 1)) (w2[k, r] . (x, 1))`: biases, the offset and a
-    learned scale are inside. The activation is not, so that for layers with one these are the
-    vectors of the bilinear part alone. The factor of `coefficients="dynamic"`, which depends on
+    learned scale are included. The activation is not: for layers with one these are the vectors of
+    the bilinear part alone. The factor of `coefficients="dynamic"`, which depends on
     the input, is left out.
 
     Args:
@@ -50,7 +50,7 @@ def branch_vectors(op: StarOp) -> tuple[Tensor, Tensor]:
 
 
 def check_products(owner: str, op: object) -> None:
-    """Raise where `op` is no star layer with products."""
+    """Raise an error if `op` is not a star layer with products."""
     if not isinstance(op, StarOp):
         raise TypeError(f"{owner} needs a StarOp or StarMLP, got a {type(op).__name__}")
     if op.combine != "mul":
@@ -58,46 +58,47 @@ def check_products(owner: str, op: object) -> None:
 
 
 def find_stars(owner: str, model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a model that have products by their names, "" for the model itself.
+    """Return the layers of a model that have products, by name.
 
-    They are `StarOp` and `StarMLP` with `combine="mul"`, and layers of other classes that have a
-    method `star_vectors()`, which returns a list of pairs as `branch_vectors` does.
+    These are `StarOp` and `StarMLP` with `combine="mul"`, and layers of other classes that have a
+    method `star_vectors()`, which returns a list of pairs as `branch_vectors` does. The name of the
+    model itself is "".
 
     Raises:
         ValueError: there is none.
 
     Example:
-        >>> list(find_stars("this", nn.Sequential(nn.Linear(4, 4), StarOp(4, 8))))
+        >>> list(find_stars("spectrum", nn.Sequential(nn.Linear(4, 4), StarOp(4, 8))))
         ['1']
     """
-    found = {
+    layers = {
         name: layer
         for name, layer in model.named_modules()
         if hasattr(layer, "star_vectors") or (isinstance(layer, StarOp) and layer.combine == "mul")
     }
-    if not found:
+    if not layers:
         raise ValueError(
             f"{owner}: {type(model).__name__} has no star layers (StarOp or StarMLP with "
             "combine='mul')"
         )
-    return found
+    return layers
 
 
 def named_vectors(layers: dict[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The branch vectors of what `find_stars` found; a layer that has several gets numbers."""
-    found = {}
+    """Return the branch vectors of layers by name; several of one layer are numbered."""
+    vectors = {}
     for name, layer in layers.items():
         if isinstance(layer, StarOp):
-            found[name] = branch_vectors(layer)
+            vectors[name] = branch_vectors(layer)
             continue
         pairs = layer.star_vectors()  # type: ignore[operator]
         for i, pair in enumerate(pairs):
-            found[name if len(pairs) == 1 else f"{name}.{i}".lstrip(".")] = pair
-    return found
+            vectors[name if len(pairs) == 1 else f"{name}.{i}".lstrip(".")] = pair
+    return vectors
 
 
 def _augmented(name: str, branch: nn.Module) -> Tensor:
-    # adapters such as LoRA's show the weight of their base layer, which is not what they compute
+    # adapters such as LoRA's have the weight of their base layer, not the one they apply
     if not isinstance(branch, nn.Linear) or not branch.weight.is_floating_point():
         raise ValueError(
             f"branch {name!r} is a {type(branch).__name__}, whose weights are not those of a "
@@ -112,7 +113,7 @@ def _augmented(name: str, branch: nn.Module) -> Tensor:
 def quadratic_form(
     op: StarOp, outputs: int | Sequence[int] | None = None, *, chunk: int | None = None
 ) -> Tensor:
-    """The symmetric matrices Q of a star layer: output k is `(x, 1)' Q[k] (x, 1)`.
+    """Return the symmetric matrices Q of a star layer: `y[k] = (x, 1)' Q[k] (x, 1)`.
 
     `Q[k] = sum_r (w1 w2' + w2 w1') / 2` over the vectors of `branch_vectors`; for a `StarMLP` the
     sum of these over hidden channels with the weights of `g`, whose bias is in the last corner.
@@ -122,8 +123,8 @@ def quadratic_form(
     Args:
         op: a `StarOp` or `StarMLP` with `act=None`, `combine="mul"` and coefficients that do not
             depend on the input.
-        outputs: the outputs whose forms are asked for, one number or several; `None` for all.
-        chunk: outputs computed at a time; by default as many as fit in 64 MiB.
+        outputs: number of an output, or several; `None` for all.
+        chunk: number of outputs computed at a time; by default as many as fit in 64 MiB.
 
     Returns:
         (outputs, in_features + 1, in_features + 1), the constant coordinate last, in float32 at
@@ -131,7 +132,7 @@ def quadratic_form(
 
     Raises:
         TypeError: `op` is not a star layer.
-        ValueError: `op` is no quadratic form, an output does not exist, or the result would take
+        ValueError: `op` is not a quadratic form, an output does not exist, or the result would take
             more than `MAX_BYTES` (1 GiB).
 
     Example:
@@ -151,7 +152,9 @@ def quadratic_form(
             f"{op.out_features} outputs by outputs=, go through them in chunks by "
             "iter_quadratic_forms, or work with the factors from branch_vectors"
         )
-    size = _chunk(op, CHUNK_BYTES) if chunk is None else positive_int("chunk", "chunk", chunk)
+    size = (
+        _chunk(op, CHUNK_BYTES) if chunk is None else positive_int("quadratic_form", "chunk", chunk)
+    )
     factors = _factors(op)
     parts = [_dense(factors, chosen[i : i + size]) for i in range(0, len(chosen), size)]
     if not parts:
@@ -162,22 +165,22 @@ def quadratic_form(
 def iter_quadratic_forms(
     op: StarOp, *, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The matrices of `quadratic_form`, a few outputs at a time.
+    """Iterate over the matrices of `quadratic_form`, a few outputs at a time.
 
     Args:
         op: as for `quadratic_form`.
-        chunk_bytes: size of the matrices made at a time; there is at least one of them.
+        chunk_bytes: size of the matrices made at a time, at least one of them.
 
     Returns:
-        Pairs: which outputs, and their matrices (n, in_features + 1, in_features + 1).
+        Pairs: a slice of the outputs, and their matrices (n, in_features + 1, in_features + 1).
 
     Raises:
-        TypeError, ValueError: as `quadratic_form`, where a single matrix is too large.
+        TypeError, ValueError: as `quadratic_form`, or a single matrix is too large.
 
     Example:
         >>> op = StarOp(63, 8, act=None)
-        >>> for where, q in iter_quadratic_forms(op, chunk_bytes=3 * 64 * 64 * 4):
-        ...     print(where, tuple(q.shape))
+        >>> for outputs, q in iter_quadratic_forms(op, chunk_bytes=3 * 64 * 64 * 4):
+        ...     print(outputs, tuple(q.shape))
         slice(0, 3, None) (3, 64, 64)
         slice(3, 6, None) (3, 64, 64)
         slice(6, 8, None) (2, 64, 64)
@@ -202,7 +205,7 @@ def _chunks(op: StarOp, size: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 def check_form(owner: str, op: object) -> None:
-    """Raise where `op` is no star layer, or one whose outputs are no quadratic forms."""
+    """Raise an error if `op` is not a star layer whose outputs are quadratic forms."""
     check_products(owner, op)
     assert isinstance(op, StarOp)
     if op.act != "identity":
@@ -230,10 +233,11 @@ def _itemsize(op: StarOp) -> int:
 
 
 def _chunk(op: StarOp, size: int) -> int:
-    """Outputs at a time: their matrices and, for a StarMLP, weighted factors fit in `size`."""
+    """Return the number of outputs whose matrices fit in `size` bytes."""
     side = op.in_features + 1
-    rows = op.f1.out_features if isinstance(op, StarMLP) else op.rank
-    return max(1, size // (_itemsize(op) * side * max(side, rows)))
+    # a StarMLP also needs the factors of all its products, weighted for each output
+    products = op.f1.out_features if isinstance(op, StarMLP) else op.rank
+    return max(1, size // (_itemsize(op) * side * max(side, products)))
 
 
 #: both vectors of each product, and for a StarMLP the weights and the bias of g
@@ -264,14 +268,14 @@ def _dense(factors: _Factors, outputs: list[int]) -> Tensor:
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Products of matrices in their own type, also within a training step under autocast."""
+    """Disable autocast for matrix products on the device of `x`."""
     if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
 def dense(w1: Tensor, w2: Tensor) -> Tensor:
-    """The matrices (n, D, D) of sums of products, from their vectors (n, products, D)."""
+    """Return the matrices (n, D, D) of products of vectors (n, products, D)."""
     with no_autocast(w1):
         half = w1.mT @ w2
     return (half + half.mT) / 2

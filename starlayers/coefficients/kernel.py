@@ -1,4 +1,4 @@
-"""Kernel of a star layer: Gram matrix of its channels, and its mean over random weights."""
+"""Kernel of a star layer: Gram matrix of its channels."""
 
 import copy
 from typing import Any
@@ -13,12 +13,13 @@ __all__ = ["star_kernel"]
 
 
 def star_kernel(op: StarOp, x: Any, y: Any = None, *, analytic: bool = False) -> Tensor:
-    """Return the Gram matrix of a star's channels, `K(x, y) = mean_k star_k(x) star_k(y)`.
+    """Return the Gram matrix of the channels of a star.
 
-    With `analytic=True` the result is its expectation over random weights instead of the op's own.
-    If the weights of branch `i` are independent with mean 0 and variance `v_i`, and its biases
-    (`offset` included) have mean square `c_i`, then `E[f_i(x) f_i(y)] = v_i x.y + c_i`. The
-    branches are independent of each other, and so are the `rank` products of a channel, so that
+    `K(x, y) = mean_k star_k(x) star_k(y)`. With `analytic=True` the result is its expectation over
+    random weights instead of the op's own. If the weights of branch `i` are independent with mean 0
+    and variance `v_i`, and its biases (`offset` included) have mean square `c_i`, then
+    `E[f_i(x) f_i(y)] = v_i x.y + c_i`. The branches are independent of each other, and so are the
+    `rank` products of a channel, so that
 
         E[K(x, y)] = rank (v_1 x.y + c_1) (v_2 x.y + c_2)
 

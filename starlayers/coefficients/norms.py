@@ -1,7 +1,7 @@
-"""Sums over the entries of quadratic forms, from their factors instead of their matrices.
+"""Norms of quadratic forms and other sums over their entries, from their factors.
 
-Everywhere `w1`, `w2` are (channels, rank, D), and channel k has the matrix
-`Q = sum_r (w1 w2' + w2 w1') / 2`, of which none is made where a sum does without.
+In all functions `w1`, `w2` are (channels, rank, D), and channel k has the matrix
+`Q = sum_r (w1 w2' + w2 w1') / 2`. It is made only for sums that need it.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,10 @@ from starlayers.coefficients.form import CHUNK_BYTES, MAX_BYTES, dense, no_autoc
 
 
 def squares(w1: Tensor, w2: Tensor) -> Tensor:
-    """`|Q|_F^2`, (channels,): for rank 1 `(|w1|^2 |w2|^2 + (w1 . w2)^2) / 2`."""
+    """Return `|Q|_F^2`, (channels,).
+
+    For rank 1 this is `(|w1|^2 |w2|^2 + (w1 . w2)^2) / 2`.
+    """
     if w1.shape[1] == 1:
         a, b = w1[:, 0], w2[:, 0]
         return ((a * a).sum(1) * (b * b).sum(1) + (a * b).sum(1).square()) / 2
@@ -24,7 +27,7 @@ def squares(w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def fourth_powers(w1: Tensor, w2: Tensor) -> Tensor:
-    """The sum of `Q_ij^4`, (channels,), in `D (2 rank)^4` operations."""
+    """Return the sum of `Q_ij^4`, (channels,), in `D (2 rank)^4` operations."""
     if w1.shape[1] == 1:
         a, b = w1[:, 0], w2[:, 0]
         aa, bb, ab = a * a, b * b, a * b
@@ -43,29 +46,32 @@ def fourth_powers(w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def absolutes(w1: Tensor, w2: Tensor) -> Tensor:
-    """The sum of `|Q_ij|`, (channels,): for rank 1 in `D log D` operations, otherwise `D^2`."""
+    """Return the sum of `|Q_ij|`, (channels,).
+
+    This takes `D log D` operations for rank 1, and `D^2` for others.
+    """
     if w1.shape[1] == 1:
         return in_chunks(_sorted_absolutes, w1, w2, 16 * w1.shape[2] * w1.element_size())
     return in_chunks(lambda *w: dense(*w).abs().sum((1, 2)), w1, w2, matrix_bytes(w1))
 
 
 def absolutes_bound(w1: Tensor, w2: Tensor) -> Tensor:
-    """`sum_r |w1|_1 |w2|_1` (channels,), which is never less than the sum of `|Q_ij|`."""
+    """Return `sum_r |w1|_1 |w2|_1`, (channels,), an upper bound of `absolutes`."""
     return (w1.abs().sum(2) * w2.abs().sum(2)).sum(1)
 
 
 def _sorted_absolutes(w1: Tensor, w2: Tensor) -> Tensor:
     a, b = w1[:, 0], w2[:, 0]
-    with torch.no_grad():  # (a_i, b_i) in the upper half plane; its sign does not matter
+    with torch.no_grad():  # turn (a_i, b_i) to the upper half plane; the sign does not matter
         sign = torch.where((a < 0) | ((a == 0) & (b < 0)), -1.0, 1.0).to(a)
         sign = sign.masked_fill((a == 0) & (b == 0), 0.0)
         # in the order of their angles t, by the cotangents: -infinity at 0, 0 at a right angle.
-        # Angles themselves would be rounded, and t_i = pi - t_j would not be seen as equal
-        place, order = (-b / a.abs() * sign).nan_to_num_(0.0, torch.inf, -torch.inf).sort(1)
+        # Rounded angles would not show that t_i = pi - t_j
+        cotangent, order = (-b / a.abs() * sign).nan_to_num_(0.0, torch.inf, -torch.inf).sort(1)
         # |a_i b_j + b_i a_j| = r_i r_j |sin(t_i + t_j)|, in which the sine is positive for all j
         # with t_j < pi - t_i; where it is zero the derivative is zero too, between both signs
-        below = torch.searchsorted(place, -place)
-        upto = torch.searchsorted(place, -place, right=True)
+        below = torch.searchsorted(cotangent, -cotangent)
+        upto = torch.searchsorted(cotangent, -cotangent, right=True)
     a, b = (sign * a).gather(1, order), (sign * b).gather(1, order)
     signed_a, signed_b = _signed(a, below, upto), _signed(b, below, upto)
     total = (a * signed_b + b * signed_a).sum(1)
@@ -75,14 +81,17 @@ def _sorted_absolutes(w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def _signed(v: Tensor, below: Tensor, upto: Tensor) -> Tensor:
-    """`sum_j s_ij v_j` with s = 1 before `below[i]`, 0 up to `upto[i]`, and -1 from there on."""
+    """Return `sum_j s_ij v_j`: s = 1 before `below[i]`, -1 from `upto[i]` on, else 0."""
     sums = torch.nn.functional.pad(v.cumsum(1), (1, 0))
     signed: Tensor = sums.gather(1, below) + sums.gather(1, upto) - sums[:, -1:]
     return signed
 
 
 def entropies(w1: Tensor, w2: Tensor) -> Tensor:
-    """`-sum p log p` of the shares `p = Q_ij^2 / |Q|_F^2`, (channels,), in `D^2` operations."""
+    """Return the entropy of the shares `Q_ij^2 / |Q|_F^2`, (channels,).
+
+    It is `-sum p log p`, and takes `D^2` operations.
+    """
 
     def entropy(w1: Tensor, w2: Tensor) -> Tensor:
         q = dense(w1, w2).square()
@@ -93,10 +102,11 @@ def entropies(w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def eigenvalues(w1: Tensor, w2: Tensor) -> Tensor:
-    """The eigenvalues of Q that are not always zero, ascending: (channels, 2 rank), D at most.
+    """Return the eigenvalues of Q that are not always zero, ascending.
 
-    For rank 1 they are `(w1 . w2 -+ |w1| |w2|) / 2`. Otherwise those of the small matrix
-    `R [[0, 1], [1, 0]] R' / 2`, where R is the triangle of a QR decomposition of all vectors.
+    These are (channels, min(2 rank, D)). For rank 1 they are `(w1 . w2 -+ |w1| |w2|) / 2`.
+    Otherwise they are those of the small matrix `R [[0, 1], [1, 0]] R' / 2`, where R is the
+    triangle of a QR decomposition of all vectors.
     """
     rank = w1.shape[1]
     if rank == 1:
@@ -108,17 +118,20 @@ def eigenvalues(w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def diagonals(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    """The diagonals of Q, (channels, D), and its last columns without the corner, (.., D - 1)."""
+    """Return the diagonal of Q and its last column without the corner.
+
+    These are (channels, D) and (channels, D - 1).
+    """
     last1, last2 = w1[:, :, -1:], w2[:, :, -1:]
     edge = (w1[:, :, :-1] * last2 + w2[:, :, :-1] * last1).sum(1) / 2
     return (w1 * w2).sum(1), edge
 
 
 def matrix_bytes(w: Tensor) -> int:
-    """Memory of what is made to sum over a channel's matrix.
+    """Return the bytes needed to sum over the matrix of a channel.
 
     Raises:
-        ValueError: it is more than `MAX_BYTES`.
+        ValueError: the matrix takes more than `MAX_BYTES`.
     """
     side = w.shape[2]
     if (needed := side * side * w.element_size()) > MAX_BYTES:
@@ -133,7 +146,7 @@ def matrix_bytes(w: Tensor) -> int:
 def in_chunks(
     call: Callable[[Tensor, Tensor], Tensor], w1: Tensor, w2: Tensor, channel_bytes: int
 ) -> Tensor:
-    """`call(w1, w2)` over a few channels at a time, recomputed in the backward."""
+    """Apply `call` to a few channels at a time, recomputed in the backward."""
     size = max(1, CHUNK_BYTES // channel_bytes)
     if len(w1) <= size:
         return call(w1, w2)
@@ -144,5 +157,5 @@ def in_chunks(
 
 
 def positive(x: Tensor) -> Tensor:
-    """`x`, fit to divide by and to take the logarithm of."""
+    """Clamp `x` to positive numbers, for divisions and logarithms."""
     return x.clamp(min=torch.finfo(x.dtype).tiny)

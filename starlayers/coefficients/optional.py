@@ -6,7 +6,7 @@ __all__ = ["require"]
 
 
 def require(caller: str, module: str, package: str = "", *, extra: str = "coefficients") -> None:
-    """Raise an `ImportError` that names the extra to install if `module` cannot be imported.
+    """Raise an `ImportError` that names the extra if `module` is not installed.
 
     Args:
         caller: public function that needs the module, for the message.

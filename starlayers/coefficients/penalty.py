@@ -13,17 +13,17 @@ __all__ = ["CoefficientPenalty"]
 
 
 class CoefficientPenalty:
-    """The size of a model's coefficients in the implicit space of its stars, to be made small.
+    """Penalty on the size of the coefficients of a model's star layers.
 
-    Over the matrices Q of a layer's channels (see `branch_vectors`), in time and memory of the
-    order of the parameters:
+    Call it in every step and add the result to the loss. Over the matrices Q of a layer's channels
+    (see `branch_vectors`), in time and memory of the order of the parameters, it is the sum of:
 
     - `p=2`: `sum |Q|_F^2`, for rank 1 `(|w1|^2 |w2|^2 + (w1 . w2)^2) / 2` a channel;
-    - `p=1`: `sum |Q_ij|`, which makes coefficients zero. Sorted by angle, the entries of a
-      rank-1 channel take `d log d` operations; of others the matrices are made, a few at a time.
+    - `p=1`: `sum |Q_ij|`, which makes coefficients zero. A rank-1 channel takes `d log d`
+      operations, by sorting its entries by angle; of others the matrices are made, a few at a time.
     - `balance` times `1 - log(P) / log(N)`, where `P = (sum Q_ij^2)^2 / sum Q_ij^4` is the
-      effective number of coefficients among all N of a layer: 0 where they are all of one size, 1
-      where a single one is left. `log P` is an entropy (Renyi's, of order 2).
+      effective number of coefficients among all N of a layer: 0 if all have one size, 1 if only
+      one is not zero. `log P` is an entropy (Renyi's, of order 2).
 
     Layers with an activation count by their weights alone, as the coefficients of the bilinear
     part. The weights are read at every call.
@@ -33,13 +33,13 @@ class CoefficientPenalty:
         p: 2, 1, or `None` for the balance alone.
         normalise: take the mean over a layer's channels and over layers, for `p=1` divided by
             d + 1, so that one strength suits models of all sizes; otherwise the plain sum.
-        balance: strength of the balance within the result, a mean over layers in any case.
-        bound: for `p=1`, `sum_r |w1|_1 |w2|_1` instead of `sum |Q_ij|`, which is never larger.
+        balance: weight of the balance in the result; it is a mean over layers in any case.
+        bound: for `p=1`, take the upper bound `sum_r |w1|_1 |w2|_1` instead of `sum |Q_ij|`.
 
     Raises:
-        ValueError: the model has no star layers, `p` is another number, `bound` is asked for
-            another `p`, `balance` is negative, or nothing is asked for; when called, for `p=1` and
-            `rank > 1`, that a single matrix takes more than 1 GiB.
+        ValueError: the model has no star layers, `p` is another number, `bound` is passed for
+            another `p`, `balance` is negative, or is 0 for `p=None`; when called, for `p=1` and
+            `rank > 1`, if a single matrix takes more than 1 GiB.
 
     Example:
         >>> from starlayers import StarOp
@@ -70,7 +70,7 @@ class CoefficientPenalty:
         self.p, self.normalise, self.balance, self.bound = p, normalise, float(balance), bound
 
     def __call__(self) -> Tensor:
-        """The penalty, a scalar with gradients to the branches' weights and biases."""
+        """Compute the penalty, a scalar with gradients to weights and biases."""
         pairs = named_vectors(self.layers).values()
         terms = [self._layer(*pair, 1 / len(pairs)) for pair in pairs]
         return torch.stack([t.to(terms[0]) for t in terms]).sum()
@@ -78,11 +78,11 @@ class CoefficientPenalty:
     def _layer(self, w1: Tensor, w2: Tensor, share: float) -> Tensor:
         term = w1.new_zeros(())
         if self.p == 2:
-            found = norms.squares(w1, w2)
-            term = found.mean() * share if self.normalise else found.sum()
+            sizes = norms.squares(w1, w2)
+            term = sizes.mean() * share if self.normalise else sizes.sum()
         elif self.p == 1:
-            found = (norms.absolutes_bound if self.bound else norms.absolutes)(w1, w2)
-            term = found.mean() * (share / w1.shape[2]) if self.normalise else found.sum()
+            sizes = (norms.absolutes_bound if self.bound else norms.absolutes)(w1, w2)
+            term = sizes.mean() * (share / w1.shape[2]) if self.normalise else sizes.sum()
         if self.balance:
             term = term + self.balance * share * imbalance(w1, w2)
         return term
@@ -90,13 +90,13 @@ class CoefficientPenalty:
     def __repr__(self) -> str:
         options: dict[str, Any] = {"normalise": True, "balance": 0.0, "bound": False}
         changed = {k: getattr(self, k) for k, v in options.items() if getattr(self, k) != v}
-        words = "".join(f", {k}={v}" for k, v in changed.items())
-        return f"CoefficientPenalty({len(self.layers)} layers, p={self.p}{words})"
+        suffix = "".join(f", {k}={v}" for k, v in changed.items())
+        return f"CoefficientPenalty({len(self.layers)} layers, p={self.p}{suffix})"
 
 
 def imbalance(w1: Tensor, w2: Tensor) -> Tensor:
-    """`1 - log(P) / log(N)` of a layer's N coefficients, P of which are effective; a scalar."""
-    # no change but to keep fourth powers of small weights from vanishing
+    """Return `1 - log(P) / log(N)` of N coefficients, P of them effective; a scalar."""
+    # scale the weights, which does not change P, so that fourth powers of small ones do not vanish
     w1, w2 = (w / norms.positive(w.detach().square().mean().sqrt()) for w in (w1, w2))
     rank, width = w1.shape[1:]
     channel_bytes = 3 * (2 * rank) ** 2 * width * w1.element_size()

@@ -157,11 +157,11 @@ def plot_eigenfeatures(
     x: Tensor | None = None,
     shape: Sequence[int] | None = None,
 ) -> "Figure":
-    """Draw the top positive and negative eigenvectors of each output, one output a row.
+    """Draw the top positive and negative eigenvectors of each output.
 
-    Every image has its own diverging colour scale, white at zero; the square and the number on its
-    right are the constant coordinate. On the left of a row are its eigenvalues, the 20 largest of
-    each sign.
+    Each output has a row, with its eigenvalues on the left, the 20 largest of each sign. Every
+    image has its own diverging colour scale, white at zero; the square and the number on its right
+    are the constant coordinate.
 
     Args:
         features: eigenfeatures of one output or several.
@@ -245,7 +245,7 @@ def _draw_signed_eigenvalues(ax: Any, features: Eigenfeatures, name: str) -> Non
 
 
 def _draw_vector(ax: Any, features: Eigenfeatures, i: int, size: tuple[int, ...]) -> None:
-    """Draw eigenvector `i` as an image or as bars, with its constant coordinate beside it."""
+    """Draw eigenvector `i` as an image or bars, its constant coordinate beside it."""
     vector, constant = features.vectors[i, :-1].reshape(size), features.constants[i]
     # not the maximum: a few large weights, often at the border, would make all others pale
     most = max(float(vector.abs().flatten().quantile(0.995)), 1e-12)

@@ -15,11 +15,11 @@ __all__ = ["ProductScaler", "star_layers"]
 def star_layers(
     owner: str, model: nn.Module, layers: str | Sequence[str] | None = None
 ) -> dict[str, "ProductScaler"]:
-    """Return a scaler for each star layer of a model, by name ("" for the model itself).
+    """Return a scaler for each star layer of a model, by the layer's name.
 
     Args:
         owner: function that is named in error messages.
-        model: a star layer or a model that has some.
+        model: a star layer, whose name is "", or a model that has some.
         layers: names, or patterns as in `fnmatch`, of layers or of modules above them; all by
             default.
 

@@ -1,4 +1,4 @@
-"""Search for strengths, initial distributions and shapes of coefficients, on Optuna."""
+"""Search for coefficients and other choices of star layers, on Optuna."""
 
 import logging
 import math
@@ -135,9 +135,11 @@ def search(
     as a `space` of Optuna distributions, and are then in `trial.params`; or it asks for them,
     `trial.suggest_float("l2", 1e-6, 1, log=True)`; or both.
 
-    With `storage`, a search that was stopped goes on when it is called again, and processes that
-    make the same call share its trials. A trial whose process ended is run again with its values,
-    once. A trial that raises or returns NaN is recorded as failed, and the search goes on.
+    With `storage`, a search that was stopped goes on when it is called again, until `trials` have
+    ended. Processes that make the same call share the trials; each finishes the trial it is in, so
+    that there may be one more for each further process. A trial whose process was killed runs again
+    with its values, once. A trial that raises or returns NaN is recorded as failed, and the search
+    goes on.
 
     Args:
         objective: `objective(trial) -> float`, or a tuple with a number for each direction. Seed
@@ -179,6 +181,8 @@ def search(
     directions = [directions] if isinstance(directions, str) else list(directions)
     settings = {"method": method, "seed": seed, "directions": directions}
     check_settings("search", settings, space, trials)
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"search: timeout must be above 0 seconds, got {timeout}")
     with quiet():
         study = open_study("search", settings, space, storage, name, first)
         run_trials(study, objective, space, trials, sampler, timeout, callbacks, progress)
@@ -186,7 +190,7 @@ def search(
 
 
 def check_settings(owner: str, settings: dict[str, Any], space: Any, trials: int) -> None:
-    """Raise an error that names a setting which no search can have, or a missing package."""
+    """Raise an error that names an invalid setting or a missing package."""
     method, seed, directions = (settings[key] for key in ("method", "seed", "directions"))
     if method not in METHODS:
         raise ValueError(f"{owner}: unknown method {method!r}, choose one of {', '.join(METHODS)}")
@@ -195,12 +199,14 @@ def check_settings(owner: str, settings: dict[str, Any], space: Any, trials: int
             raise ValueError(f"{owner}: unknown direction {d!r}, choose maximize or minimize")
     if not directions or (method == "cma" and len(directions) > 1):
         raise ValueError(
-            f"{owner}: method {method!r} needs at least one direction, 'cma' just one (use 'nsga2' "
+            f"{owner}: method {method!r} needs at least one direction, 'cma' only one (use 'nsga2' "
             f"for several), got {directions}"
         )
     positive_int(owner, "trials", trials)
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"{owner}: seed must be an integer of at least 0, got {seed!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{owner}: seed must be an integer, got {seed!r}")
+    if seed < 0:
+        raise ValueError(f"{owner}: seed must be at least 0, got {seed}")
     for package in ("optuna", METHODS[method][1]):
         require(owner, package)
     check_space(owner, method, space)
@@ -236,7 +242,7 @@ def open_study(
 
 
 def open_storage(owner: str, storage: Any) -> Any:
-    """Return a path or URL as an Optuna storage with heartbeats, and others as they are."""
+    """Open a path or URL with heartbeats; return a storage of Optuna unchanged."""
     from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 
     if storage is None or isinstance(storage, BaseStorage):
@@ -272,10 +278,11 @@ def run_trials(
     import optuna
 
     def run(trial: optuna.Trial) -> list[float]:
-        study.sampler = sampler or _make_sampler(study.user_attrs["settings"], trial)
+        if sampler is None:
+            study.sampler = _make_sampler(study.user_attrs["settings"], trial)
         try:
             for key, d in (space or {}).items():
-                trial._suggest(key, d)  # what `study.ask(space)` does, which has no heartbeat
+                trial._suggest(key, d)  # as `study.ask(space)` does, but with a heartbeat
             return _numbers(objective(trial), len(study.directions))
         except optuna.TrialPruned:
             raise
@@ -292,9 +299,11 @@ def run_trials(
         return trials - len(SearchResult(study).trials)
 
     def stop_if_enough(*_: Any) -> None:
-        if missing() <= 0:  # other processes have run the rest
+        if missing() <= 0:  # other processes ran some of them
             study.stop()
 
+    if sampler is not None:
+        study.sampler = sampler
     if missing() > 0:
         study.optimize(
             run,

@@ -63,7 +63,7 @@ def coefficient_space(layers: int = 0) -> "dict[str, BaseDistribution]":
 
 @torch.no_grad()
 def apply_initialisation(model: nn.Module, values: Mapping[str, Any]) -> nn.Module:
-    """Change the initial distribution of a new model's star layers, and return the model.
+    """Change the initial distribution of the star layers of a new model.
 
     The branches h1, h2 of layer i become `gain1 * h1` and `s_i * (offset + gain2 * h2)`, with
     `s_i = layer_scale_i`. The factors go into the weights and biases, or into `scale` and `shift`
@@ -73,6 +73,9 @@ def apply_initialisation(model: nn.Module, values: Mapping[str, Any]) -> nn.Modu
     Args:
         model: a model with star layers, changed in place.
         values: values of a trial, `trial.params`; other names are ignored.
+
+    Returns:
+        The model.
 
     Raises:
         ValueError: a scale for a layer that the model does not have, an offset for a layer without
@@ -113,7 +116,7 @@ def apply_initialisation(model: nn.Module, values: Mapping[str, Any]) -> nn.Modu
 
 
 def check_space(owner: str, method: str, space: Any) -> None:
-    """Raise an error if a search by `method` cannot draw from the space; `None` has no values."""
+    """Raise an error if a search by `method` cannot draw from the space."""
     from optuna.distributions import BaseDistribution, CategoricalDistribution
 
     if space is None:

@@ -1,4 +1,4 @@
-"""How the coefficients of star layers are distributed: numbers per channel, layer and model."""
+"""Distribution of the coefficients of star layers, by channel, layer and model."""
 
 import math
 from dataclasses import dataclass
@@ -14,29 +14,30 @@ __all__ = ["Spectrum", "spectrum"]
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The coefficients of one star layer: a number for each channel, about its matrix Q.
+    """Distribution of the coefficients of one star layer, for each channel.
 
-    Everything but `entropy` comes from the two vectors of a product, without the matrix. Entries
-    count as they are in the symmetric matrix, so `Q_ij` and `Q_ji` are two of the `N = (d + 1)^2`.
+    The coefficients are the entries of the channel's matrix Q. Everything but `entropy` comes from
+    the two vectors of a product, without the matrix. `Q_ij` and `Q_ji` are two of the
+    `N = (d + 1)^2` entries.
 
     Args:
-        features: inputs d of the layer.
-        eigenvalues: those not always zero, ascending (channels, 2 rank).
+        features: number of inputs d of the layer.
+        eigenvalues: eigenvalues that are not always zero, ascending (channels, 2 rank).
         norm: `|Q|_F`.
         absolute: `sum |Q_ij|`.
         participation: the effective number of entries, `(sum Q_ij^2)^2 / sum Q_ij^4`, as a share of
-            N: 1 where all have one size.
+            N: 1 if all have one size.
         square, cross, linear, constant: the shares of `|Q|_F^2` in the coefficients of squares
             x_i^2, of products x_i x_j, of x_i, and in the constant; together 1.
-        entropy: `-sum p log p` of the shares `p = Q_ij^2 / |Q|_F^2`, over `log N`: 1 where all have
-            one size; `None` where it was not asked for.
+        entropy: `-sum p log p` of the shares `p = Q_ij^2 / |Q|_F^2`, over `log N`: 1 if all have
+            one size; `None` if it was not computed.
 
     Example:
         >>> from starlayers import StarOp
-        >>> found = spectrum(StarOp(8, 32))[""]
-        >>> found.norm.shape, found.eigenvalues.shape
+        >>> layer = spectrum(StarOp(8, 32))[""]
+        >>> layer.norm.shape, layer.eigenvalues.shape
         (torch.Size([32]), torch.Size([32, 2]))
-        >>> torch.allclose(found.eigenvalues.norm(dim=1), found.norm)
+        >>> torch.allclose(layer.eigenvalues.norm(dim=1), layer.norm)
         True
     """
 
@@ -53,7 +54,9 @@ class Spectrum:
 
     @property
     def sparsity(self) -> Tensor:
-        """Hoyer's `(sqrt N - |Q|_1 / |Q|_F) / (sqrt N - 1)`: 0 for one size, 1 for a single entry.
+        """Hoyer's sparsity, (channels,): 0 for entries of one size, 1 for a single entry.
+
+        It is `(sqrt N - |Q|_1 / |Q|_F) / (sqrt N - 1)`.
 
         Source: Hoyer, "Non-negative matrix factorization with sparseness constraints", JMLR 2004.
         """
@@ -62,9 +65,10 @@ class Spectrum:
         return ((root - spread) / (root - 1)).clamp(0, 1)
 
     def summary(self) -> dict[str, float]:
-        """Means over the channels, and how much their norms differ (deviation over mean).
+        """Return means over the channels, and the variation of their norms.
 
-        `positive` and `negative` are the means of the largest and the least eigenvalue.
+        `positive` and `negative` are the means of the largest and the smallest eigenvalue,
+        `norm_variation` is the standard deviation of the norms over their mean.
         """
         means = {
             "norm": self.norm,
@@ -88,21 +92,24 @@ class Spectrum:
 
 @torch.no_grad()
 def spectrum(model: nn.Module, *, entropy: bool = True) -> dict[str, Spectrum]:
-    """The distribution of coefficients in every star layer of a model, by the layers' names.
+    """Measure the distribution of coefficients in every star layer of a model.
 
     For rank 1 the eigenvalues of a channel are `(w1 . w2 -+ |w1| |w2|) / 2` over its vectors (see
-    `branch_vectors`): whatever the weights, one is not negative and the other not positive. Layers
-    with an activation count by their weights alone.
+    `branch_vectors`): for all weights, one is at least 0 and the other at most 0. Layers with an
+    activation count by their weights alone.
 
     Args:
         model: a star layer, whose name is "", or a model that has some; those with `combine="sum"`
             are left out.
-        entropy: whether to compute the entropy, which takes `(d + 1)^2` operations a channel where
-            the other numbers of rank-1 layers take `d log d`.
+        entropy: compute the entropy too, which takes `(d + 1)^2` operations a channel; the other
+            numbers of rank-1 layers take `d log d`.
+
+    Returns:
+        A `Spectrum` for each layer, by the layer's name.
 
     Raises:
-        ValueError: the model has no star layers, or a single matrix takes more than 1 GiB where
-            the entropy or `rank > 1` needs it.
+        ValueError: the model has no star layers, or a single matrix, which the entropy and
+            `rank > 1` need, takes more than 1 GiB.
 
     Example:
         >>> from starlayers import StarBlock
@@ -119,7 +126,7 @@ def spectrum(model: nn.Module, *, entropy: bool = True) -> dict[str, Spectrum]:
 
 
 def _spectrum(w1: Tensor, w2: Tensor, entropy: bool) -> Spectrum:
-    # scaled to where squares and fourth powers of small weights do not vanish
+    # scale the weights so that squares and fourth powers of small ones do not vanish
     scales = [norms.positive(w.square().mean((1, 2)).sqrt()) for w in (w1, w2)]
     v1, v2 = (w / s[:, None, None] for w, s in zip((w1, w2), scales))
     scale = scales[0] * scales[1]

@@ -1,4 +1,4 @@
-"""The spectra of a model's star layers during training: TensorBoard, Trainer, stable-baselines3."""
+"""Logs of the spectra of star layers during training."""
 
 import os
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,28 +16,29 @@ __all__ = ["SpectrumLogger"]
 
 
 class Writer(Protocol):
-    """What is asked of a writer of scalars, such as TensorBoard's `SummaryWriter`."""
+    """Protocol of a writer of scalars, such as TensorBoard's `SummaryWriter`."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
-        """Store a number of a step."""
+        """Store the number of a step."""
 
 
 class SpectrumLogger:
-    """Logs the summary of every star layer's `Spectrum` while a model is trained.
+    """Logger of the summaries of every star layer's `Spectrum` during training.
 
-    Call `step(step)` in the loop, or take a callback. The scalars are named
+    Call `step(step)` in the training loop, or use a callback for transformers' `Trainer` or
+    stable-baselines3. The scalars are named
     "coefficients/<layer>/<number>", and "coefficients/mean/<number>" for the mean over layers; they
     are written to `writer` and kept in `history`, pairs of step and scalars.
 
     Args:
         model: a model with star layers.
-        writer: something with `add_scalar(tag, value, step)`, a folder for TensorBoard, or `None`.
-        every: steps between two measurements; the first call is measured.
-        entropy: whether to include the entropy, which costs `(d + 1)^2` operations a channel.
+        writer: an object with `add_scalar(tag, value, step)`, a folder for TensorBoard, or `None`.
+        every: number of steps between two measurements; the first call measures.
+        entropy: include the entropy, which takes `(d + 1)^2` operations a channel.
 
     Raises:
-        ImportError: a folder is given and tensorboard is not there.
-        TypeError, ValueError: `every` is no integer of at least 1, or there are no star layers.
+        ImportError: `writer` is a folder and tensorboard is not installed.
+        TypeError, ValueError: `every` is not an integer of at least 1, or there are no star layers.
 
     Example:
         >>> from starlayers import StarOp
@@ -69,10 +70,10 @@ class SpectrumLogger:
         self._next: int | None = None
 
     def step(self, step: int) -> dict[str, float] | None:
-        """Measure and log where `every` steps have passed; returns the scalars, or `None`."""
+        """Measure and log if `every` steps have passed; return the scalars, or `None`."""
         if self._next is not None and step < self._next:
             return None
-        # the next multiple, because steps may come in strides: environments, accumulation
+        # the next multiple: steps may increase by more than 1, with several environments say
         self._next = (step // self.every + 1) * self.every
         scalars = self.measure()
         self.history.append((step, scalars))
@@ -82,10 +83,10 @@ class SpectrumLogger:
         return scalars
 
     def measure(self) -> dict[str, float]:
-        """The scalars of the model as it is now."""
+        """Return the scalars of the model with its present weights."""
         summaries = {
-            name or type(self.model).__name__: found.summary()
-            for name, found in spectrum(self.model, entropy=self.entropy).items()
+            name or type(self.model).__name__: layer.summary()
+            for name, layer in spectrum(self.model, entropy=self.entropy).items()
         }
         numbers = next(iter(summaries.values()))
         if len(summaries) > 1:
@@ -97,14 +98,14 @@ class SpectrumLogger:
         }
 
     def as_trainer_callback(self, trainer: Any = None) -> Any:
-        """A callback for transformers' `Trainer`, by its global step.
+        """Return a callback for transformers' `Trainer` that logs by its global step.
 
         Args:
-            trainer: whose `log` gets the scalars as well, and with it the log history and whatever
-                it reports to: `trainer.add_callback(logger.as_trainer_callback(trainer))`.
+            trainer: trainer whose `log` also gets the scalars, and so its log history and the
+                services it reports to: `trainer.add_callback(logger.as_trainer_callback(trainer))`.
 
         Raises:
-            ImportError: transformers is not there.
+            ImportError: transformers is not installed.
         """
         require("as_trainer_callback", "transformers", extra="nlp")
         from transformers import TrainerCallback
@@ -112,7 +113,7 @@ class SpectrumLogger:
         logger = self
 
         class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
-            """Measures after a step of the optimizer, on the main process."""
+            """Callback that measures after a step of the optimizer, on the main process."""
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if not state.is_world_process_zero:
@@ -124,12 +125,12 @@ class SpectrumLogger:
         return SpectrumCallback()
 
     def as_sb3_callback(self) -> "BaseCallback":
-        """A callback for stable-baselines3's `learn`, by its number of environment steps.
+        """Return a callback for stable-baselines3 that logs by environment steps.
 
-        The scalars go to the model's own logger, and from there to its TensorBoard, at its dumps.
+        The model's own logger gets the scalars, and writes them when it dumps.
 
         Raises:
-            ImportError: stable-baselines3 is not there.
+            ImportError: stable-baselines3 is not installed.
         """
         require("as_sb3_callback", "stable_baselines3.common.callbacks", extra="rl")
         from stable_baselines3.common.callbacks import BaseCallback
@@ -137,7 +138,7 @@ class SpectrumLogger:
         logger = self
 
         class SpectrumCallback(BaseCallback):
-            """Measures after a step of the environments."""
+            """Callback that measures after a step of the environments."""
 
             def _on_step(self) -> bool:
                 for tag, value in (logger.step(self.num_timesteps) or {}).items():
@@ -148,7 +149,7 @@ class SpectrumLogger:
 
 
 def _summary_writer(folder: "str | os.PathLike[str]") -> Writer:
-    require("SpectrumLogger", "torch.utils.tensorboard", "tensorboard")
+    require("SpectrumLogger", "torch.utils.tensorboard", "tensorboard", extra="plots")
     from torch.utils.tensorboard import SummaryWriter
 
     writer: Writer = SummaryWriter(os.fspath(folder))

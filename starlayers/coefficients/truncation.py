@@ -1,4 +1,4 @@
-"""Stars cut down to their largest eigenvectors, and what that costs a classifier."""
+"""Stars truncated to their largest eigenvectors, and the loss of accuracy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +15,20 @@ CHUNK_BYTES = 1 << 26
 
 
 def truncate(features: Sequence[Eigenfeatures], k: int) -> nn.Sequential:
-    """A model that computes outputs from their `k` largest eigenvectors alone, a star itself.
+    """Return a star that computes outputs from their `k` largest eigenvectors alone.
 
     `y_o = sum_{i < k} lambda_oi (v_oi . x~)^2`, which is `StarOp(d, out, act=None, rank=k)` with
-    the eigenvectors as both branches. float64; `.float()` makes it an ordinary model.
+    the eigenvectors in both branches. Its parameters are float64; `.float()` converts them.
 
     Shapes: (..., *shape) -> (..., out).
 
+    Args:
+        features: eigenfeatures of the outputs.
+        k: number of eigenvectors of each output.
+
     Raises:
-        ValueError: `k` is below 1 or more than there are, or the features are of different inputs.
+        ValueError: `k` is below 1 or above the number of eigenvectors, or the features are of
+            different inputs.
 
     Example:
         >>> from starlayers import StarMLP
@@ -33,7 +38,7 @@ def truncate(features: Sequence[Eigenfeatures], k: int) -> nn.Sequential:
         >>> small[1].extra_repr(), small(torch.randn(5, 4).double()).shape
         ("4, 3, act='identity', rank=2", torch.Size([5, 3]))
     """
-    shape, kept = _alike("truncate", features)
+    shape, kept = _common("truncate", features)
     if positive_int("truncate", "k", k) > kept:
         raise ValueError(f"truncate: k={k} is more than the {kept} eigenvectors there are")
     star = StarOp(
@@ -56,11 +61,11 @@ def truncate(features: Sequence[Eigenfeatures], k: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class TruncationCurve:
-    """What is left of a classifier when `k` eigenvectors are kept per class, for several `k`.
+    """Accuracy of a classifier with `k` eigenvectors of each class, for several `k`.
 
-    `accuracy` against the labels, `agreement` with the whole model's answers, and `explained`, the
-    share `1 - Var(logit - kept) / Var(logit)` of the logits' variance, mean over classes: each a
-    number per entry of `k`, and below 0 for `explained` where a logit is worse than its mean.
+    For each entry of `k`: `accuracy` against the labels, `agreement` with the predictions of the
+    whole model, and `explained`, the share `1 - Var(logit - truncated) / Var(logit)` of the logits'
+    variance, mean over classes. `explained` is below 0 if truncated logits are worse than the mean.
 
     Example:
         >>> TruncationCurve((1, 2), (0.5, 0.75), (0.5, 1.0), (0.3, 1.0)).smallest(0.01)
@@ -73,13 +78,13 @@ class TruncationCurve:
     explained: tuple[float, ...]
 
     def smallest(self, loss: float) -> int:
-        """Return the `k` from which on accuracy is at most `loss` below that of the last `k`."""
-        found = self.k[-1]
+        """Return the `k` from which on the accuracy stays within `loss` of the last one."""
+        smallest = self.k[-1]
         for n, accuracy in zip(self.k[::-1], self.accuracy[::-1]):
             if accuracy < self.accuracy[-1] - loss:
                 break
-            found = n
-        return found
+            smallest = n
+        return smallest
 
 
 def truncation_curve(
@@ -89,16 +94,16 @@ def truncation_curve(
     *,
     k: Sequence[int] | None = None,
 ) -> TruncationCurve:
-    """Accuracy of the exact truncated classifiers, all `k` in one pass over the inputs.
+    """Measure truncated classifiers, for all `k` in one pass over the inputs.
 
     Args:
         features: all eigenfeatures of all classes, `eigenfeatures(model)`.
         x, labels: inputs (n, *shape) and their class numbers (n,).
-        k: numbers of eigenvectors to try; by default 1, 2, 3, 5, 7, 10, ... and all.
+        k: numbers of eigenvectors; by default 1, 2, 3, 5, 7, 10, ... and all.
 
     Raises:
-        ValueError: eigenvectors were left out, a `k` is not there, or there are no labels for
-            the inputs.
+        ValueError: eigenvectors were left out, a `k` is out of range, or the numbers of inputs and
+            labels differ.
 
     Example:
         >>> from starlayers import StarMLP
@@ -108,10 +113,10 @@ def truncation_curve(
         >>> curve.k, curve.accuracy[-1]
         ((1, 2, 3, 5), 1.0)
     """
-    shape, kept = _alike("truncation_curve", features)
+    shape, kept = _common("truncation_curve", features)
     need_all("truncation_curve", features)
     if k is None:
-        k = sorted({*(n for n in _ladder() if n < kept), kept})
+        k = sorted({*(n for n in _default_counts() if n < kept), kept})
     if not k or min(k) < 1 or max(k) > kept:
         raise ValueError(f"truncation_curve: k must be numbers from 1 to {kept}, got {list(k)}")
     inputs = flat("truncation_curve", x, shape)
@@ -122,36 +127,36 @@ def truncation_curve(
         )
     columns = torch.tensor([n - 1 for n in k], device="cpu")
     labels = labels.cpu()
-    right = torch.zeros(len(k), device="cpu")
+    correct = torch.zeros(len(k), device="cpu")
     agree = torch.zeros(len(k), device="cpu")
     logits, errors = [], []
     rows = max(1, CHUNK_BYTES // (8 * len(features) * kept))
-    for part, truth in zip(inputs.split(rows), labels.split(rows), strict=True):
+    for part, classes in zip(inputs.split(rows), labels.split(rows), strict=True):
         part = part.unflatten(1, shape)
-        # (rows, classes, k)
+        # (inputs, classes, k)
         sums = torch.stack([f.terms(part).cumsum(1)[:, columns] for f in features], 1)
         whole = torch.stack([f.terms(part).sum(1) for f in features], 1)
-        answers = sums.argmax(1)
-        right += (answers == truth[:, None]).sum(0)
-        agree += (answers == whole.argmax(1)[:, None]).sum(0)
+        predictions = sums.argmax(1)
+        correct += (predictions == classes[:, None]).sum(0)
+        agree += (predictions == whole.argmax(1)[:, None]).sum(0)
         logits.append(whole)
         errors.append(whole[..., None] - sums)
     variance = torch.cat(logits).var(0, correction=0)
     unexplained = torch.cat(errors).var(0, correction=0) / variance[:, None]
     return TruncationCurve(
         tuple(k),
-        tuple((right / len(inputs)).tolist()),
+        tuple((correct / len(inputs)).tolist()),
         tuple((agree / len(inputs)).tolist()),
         tuple((1 - unexplained.mean(0)).tolist()),
     )
 
 
-def _ladder() -> Sequence[int]:
+def _default_counts() -> Sequence[int]:
     return [m * 10**e for e in range(4) for m in (1, 2, 3, 5, 7)]
 
 
-def _alike(owner: str, features: Sequence[Eigenfeatures]) -> tuple[tuple[int, ...], int]:
-    """The shape of inputs and the number of eigenvectors that all have in common."""
+def _common(owner: str, features: Sequence[Eigenfeatures]) -> tuple[tuple[int, ...], int]:
+    """Return the shape of inputs and the number of eigenvectors of all features."""
     if isinstance(features, Eigenfeatures) or not features:
         raise ValueError(f"{owner} needs a list of Eigenfeatures, one for each output")
     kinds = {(f.shape, len(f.values)) for f in features}

@@ -29,10 +29,10 @@ __all__ = ["TuneResult", "tune_coefficients"]
 
 @dataclass(frozen=True)
 class TuneResult:
-    """Result of tuning: the metric at the `start`, its `value` now, and the factors in `scales`.
+    """Result of tuning: metrics before and after, and the factors of the products.
 
-    `scales` has a factor for every product of each tuned layer, (rank * channels,), in the order
-    of the outputs of `f2`; `search` has all trials.
+    The metric was `start` and is `value` now. `scales` has a factor for every product of each tuned
+    layer, (rank * channels,), in the order of the outputs of `f2`; `search` has all trials.
 
     Example:
         >>> from starlayers import StarOp
@@ -67,7 +67,7 @@ def tune_coefficients(
     seed: int = 0,
     progress: bool = True,
 ) -> TuneResult:
-    """Tune the scales of a trained model's star products on `metric(model)`, without gradients.
+    """Tune a trained model's star products on `metric(model)`, without gradients.
 
     Every product of a star layer gets a factor, `s_k act(h1_k) (offset + h2_k)`, between
     `1 / width` and `width`. The best factors are written into the second branch `f2` (into `scale`
@@ -176,7 +176,7 @@ def _checked(owner: str, value: float) -> float:
 
 
 def _digest(scalers: Mapping[str, ProductScaler]) -> str:
-    """Return a hash of the layers' weights: trials of another model do not count for this one."""
+    """Return a hash of the layers' weights, by which a study is of this model only."""
     digest = hashlib.sha256()
     for name, scaler in scalers.items():
         digest.update(name.encode())

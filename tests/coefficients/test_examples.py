@@ -1,14 +1,14 @@
-"""The examples of stars taken apart, in their short form."""
+"""Examples of decision boundaries and eigenfeatures, in their short form."""
 
 import re
 import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-STORIES = ("star_boundary", "star_eigenfeatures")
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +26,72 @@ def assert_drawn(folder, *names):
         assert high - low > 100
 
 
-def test_boundary(tmp_path, capsys):
-    accuracy = example("star_boundary")["main"](seeds=1, samples=100, out=tmp_path / "run")
+@pytest.fixture(scope="module")
+def boundary():
+    return example("star_boundary")
+
+
+@pytest.fixture(scope="module")
+def moons(boundary):
+    return boundary["decision_boundary"](
+        "moons", ("star", "sum", "poly"), steps=200, samples=100, grid=40
+    )
+
+
+def test_boundaries_of_stars_bend_and_those_of_sums_do_not(moons):
+    assert moons.accuracy["star"] > moons.accuracy["sum"] + 0.04
+    assert moons.accuracy["poly"] > moons.accuracy["sum"] + 0.04
+    # the score of a sum is affine: its second differences along the grid vanish
+    for axis in (0, 1):
+        bend = moons.scores["sum"].diff(2, dim=axis).abs().max()
+        assert bend < 1e-4 * moons.scores["sum"].abs().max()
+        bend = moons.scores["star"].diff(2, dim=axis).abs().max()
+        assert bend > 1e-3 * moons.scores["star"].abs().max()
+
+
+def test_degree_of_a_star_is_two_to_the_layers(boundary, moons):
+    """On a grid line a polynomial of degree 2 has no third differences."""
+    line = moons.scores["star"][20, ::8].double()  # wide steps against float32 noise
+    few = boundary["decision_boundary"]("moons", ["star"], layers=1, steps=20, grid=40)
+    short = few.scores["star"][20, ::8].double()
+    assert short.diff(3).abs().max() < 1e-4 * short.abs().max()
+    assert line.diff(3).abs().max() > 1e-2 * line.abs().max()
+
+
+@pytest.mark.parametrize("data", ["circles", "moons"])
+def test_scores_lie_where_the_points_are(boundary, data):
+    b = boundary["decision_boundary"](data, ["rbf"], grid=60)
+    assert b.scores["rbf"].shape == (60, 60)
+    left, right, bottom, top = b.extent
+    share = (b.points - torch.tensor([left, bottom])) / torch.tensor([right - left, top - bottom])
+    columns, rows = (share * 59).round().long().T
+    assert ((b.scores["rbf"][rows, columns] > 0) == b.labels).float().mean() > 0.9
+    if data == "moons":  # which are not symmetric
+        assert ((b.scores["rbf"][columns, rows] > 0) == b.labels).float().mean() < 0.9
+
+
+def test_boundaries_are_the_same_for_a_seed_and_leave_the_generator_alone(boundary, moons):
+    before = torch.get_rng_state()
+    options = {"samples": 100, "grid": 40}
+    again = boundary["decision_boundary"]("moons", ("star",), steps=200, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(again.scores["star"], moons.scores["star"])
+    other = boundary["decision_boundary"]("moons", ["rbf"], **options, seed=1)
+    assert not torch.equal(other.points, moons.points)
+
+
+def test_figure_of_boundaries(boundary, moons, tmp_path):
+    circles = boundary["decision_boundary"]("circles", list(moons.scores), steps=20, grid=30)
+    figure = boundary["plot_boundaries"]([moons, circles])
+    assert [ax.get_title() for ax in figure.axes[:3]] == ["star", "sum", "SVM, polynomial"]
+    assert [ax.get_ylabel() for ax in figure.axes[::3]] == ["moons", "circles"]
+    figure.savefig(tmp_path / "b.png")
+    assert (tmp_path / "b.png").stat().st_size > 20_000
+
+
+@pytest.mark.slow
+def test_boundary(boundary, tmp_path, capsys):
+    accuracy = boundary["main"](seeds=1, samples=100, out=tmp_path / "run")
     printed = capsys.readouterr().out
     models = ["star", "sum", "poly", "rbf", "star_kernel"]
     assert {data: list(rows) for data, rows in accuracy.items()} == dict.fromkeys(

@@ -1,6 +1,5 @@
-"""Stars as kernels: Gram matrices, their expectation, and what they separate."""
+"""Kernel of a star: Gram matrices, their expectation, and SVMs on them."""
 
-import sys
 from functools import partial
 
 import pytest
@@ -11,7 +10,7 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.svm import SVC
 
 from starlayers import StarMLP, StarOp
-from starlayers.coefficients import decision_boundary, plot_boundaries, star_kernel
+from starlayers.coefficients import star_kernel
 from tests.helpers import properties, randn, star_op_formula
 
 
@@ -69,8 +68,8 @@ def test_branches_alike_are_scikit_learns_polynomial_kernel():
     op = StarOp(4, 100_000, act=None, dtype=torch.float64)  # both uniform within 1 / sqrt(4)
     variance = 1 / (3 * 4)
     theirs = polynomial_kernel(x.numpy(), degree=2, gamma=variance, coef0=variance)
-    found = star_kernel(op, x, analytic=True)
-    assert torch.allclose(found, torch.from_numpy(theirs), rtol=0.01, atol=1e-3)
+    kernel = star_kernel(op, x, analytic=True)
+    assert torch.allclose(kernel, torch.from_numpy(theirs), rtol=0.01, atol=1e-3)
 
 
 @pytest.mark.parametrize("options", [{}, {"rank": 3, "offset": 1.0}], ids=str)
@@ -138,92 +137,15 @@ def test_expectations_that_are_not_known_are_refused(options, words):
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (3,), (2, 4, 3)])
-def test_inputs_of_another_size_are_named(shape):
-    with pytest.raises(ValueError, match=rf"y must be \(n, 3\).*got \({shape[0]}"):
-        star_kernel(StarOp(3, 2), randn(4, 3), randn(*shape))
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_inputs_of_another_size_are_named(shape, name):
+    inputs = {"x": randn(4, 3), "y": randn(5, 3), name: randn(*shape)}
+    with pytest.raises(ValueError, match=rf"{name} must be \(n, 3\).*got \({shape[0]}"):
+        star_kernel(StarOp(3, 2), inputs["x"], inputs["y"])
 
 
-@pytest.fixture(scope="module")
-def moons():
-    return decision_boundary("moons", models=("star", "sum", "poly"), steps=200, grid=40)
-
-
-class TestBoundary:
-    def test_stars_bend_and_sums_do_not(self, moons):
-        assert moons.accuracy["star"] > moons.accuracy["sum"] + 0.04
-        assert moons.accuracy["poly"] > moons.accuracy["sum"] + 0.04
-        # the score of a sum is affine: its second differences along the grid vanish
-        for axis in (0, 1):
-            bend = moons.scores["sum"].diff(2, dim=axis).abs().max()
-            assert bend < 1e-4 * moons.scores["sum"].abs().max()
-            bend = moons.scores["star"].diff(2, dim=axis).abs().max()
-            assert bend > 1e-3 * moons.scores["star"].abs().max()
-
-    def test_degree_is_two_to_the_layers(self, moons):
-        """On a grid line a polynomial of degree 4 has no fifth differences."""
-        line = moons.scores["star"][20, ::8].double()  # wide steps against float32 noise
-        few = decision_boundary("moons", models=["star"], layers=1, steps=20, grid=40)
-        short = few.scores["star"][20, ::8].double()
-        assert short.diff(3).abs().max() < 1e-4 * short.abs().max()
-        assert line.diff(3).abs().max() > 1e-2 * line.abs().max()
-
-    def test_scores_lie_where_the_points_are(self):
-        found = decision_boundary("circles", models=["rbf"], grid=60)
-        assert found.scores["rbf"].shape == (60, 60)
-        left, right, bottom, top = found.extent
-        share = (found.points - torch.tensor([left, bottom])) / torch.tensor(
-            [right - left, top - bottom]
-        )
-        columns, rows = (share * 59).round().long().T
-        says = found.scores["rbf"][rows, columns] > 0
-        assert (says == found.labels).float().mean() > 0.9
-        # not the same when transposed by mistake: moons are not symmetric
-        moons = decision_boundary("moons", models=["rbf"], grid=60)
-        left, right, bottom, top = moons.extent
-        share = (moons.points - torch.tensor([left, bottom])) / torch.tensor(
-            [right - left, top - bottom]
-        )
-        columns, rows = (share * 59).round().long().T
-        assert ((moons.scores["rbf"][rows, columns] > 0) == moons.labels).float().mean() > 0.9
-        assert ((moons.scores["rbf"][columns, rows] > 0) == moons.labels).float().mean() < 0.9
-
-    def test_a_seed_is_the_same_again_and_leaves_the_generator_alone(self, moons):
-        before = torch.get_rng_state()
-        again = decision_boundary("moons", models=("star", "sum"), steps=200, grid=40)
-        assert torch.equal(torch.get_rng_state(), before)
-        assert torch.equal(again.scores["star"], moons.scores["star"])
-        other = decision_boundary("moons", models=["sum"], steps=200, grid=40, seed=1)
-        assert not torch.equal(other.points, moons.points)
-
-    def test_figure(self, moons, tmp_path):
-        circles = decision_boundary("circles", models=moons.scores, steps=20, grid=30)
-        figure = plot_boundaries([moons, circles])
-        assert [ax.get_title() for ax in figure.axes[:3]] == ["star", "sum", "SVM, polynomial"]
-        figure.savefig(tmp_path / "b.png")
-        assert (tmp_path / "b.png").stat().st_size > 20_000
-        with pytest.raises(ValueError, match="of the same models"):
-            plot_boundaries([moons, decision_boundary("circles", models=["rbf"], grid=5)])
-
-    @pytest.mark.parametrize(
-        ("options", "words"),
-        [
-            ({"data": "spirals"}, "unknown data 'spirals', choose one of moons, circles"),
-            ({"models": ["star", "tree"]}, r"unknown models \['tree'\], choose from star"),
-            ({"layers": 0}, "layers must be at least 1, got 0"),
-        ],
-    )
-    def test_refused(self, options, words):
-        with pytest.raises(ValueError, match=words):
-            decision_boundary(**options)
-
-    @pytest.mark.parametrize(
-        ("missing", "call"),
-        [
-            ("sklearn", lambda found: decision_boundary("moons", models=["sum"])),
-            ("matplotlib.figure", lambda found: plot_boundaries([found])),
-        ],
-    )
-    def test_what_is_not_installed_is_named(self, moons, monkeypatch, missing, call):
-        monkeypatch.setitem(sys.modules, missing, None)
-        with pytest.raises(ImportError, match=r"pip install 'starlayers\[coefficients\]'"):
-            call(moons)
+def test_the_result_is_float64_without_gradients_and_leaves_the_op_alone():
+    op = StarOp(3, 2)
+    gram = star_kernel(op, randn(4, 3, grad=True).tolist())
+    assert (gram.dtype, gram.requires_grad) == (torch.float64, False)
+    assert op.f1.weight.dtype == torch.float32

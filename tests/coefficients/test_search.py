@@ -1,4 +1,4 @@
-"""Searching: every method, failures, kills, processes, words for what is wrong."""
+"""Searches: every method, failing trials, stopped and shared searches, wrong arguments."""
 
 import logging
 import math
@@ -17,8 +17,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from starlayers.coefficients._trials import METHODS
-from starlayers.coefficients.search import search
+from starlayers.coefficients.search import METHODS, open_storage, quiet, search
 from tests.coefficients import objectives
 from tests.coefficients.objectives import SPACE, hill
 
@@ -110,7 +109,7 @@ def test_minimum_and_several_directions():
                 b.values[0] < a.values[0] and b.values[1] < a.values[1] for b in result.trials
             )
     assert len(result.front) > 1
-    with pytest.raises(ValueError, match=r"2 directions has no single best trial.*\.front"):
+    with pytest.raises(ValueError, match=r"2 directions have no single best trial.*\.front"):
         _ = result.best
 
 
@@ -123,17 +122,12 @@ def test_a_first_guess_is_tried_first(tmp_path):
     assert sum(t.params == guess for t in result.trials) == 1
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("in_file", [False, True])
 @pytest.mark.parametrize("method", ["tpe", "cma"])
-def test_a_failing_trial_is_recorded_and_ends_nothing(jobs, method, tmp_path):
-    result = quick(
-        objectives.fails_at_times,
-        SPACE,
-        method=method,
-        trials=13,
-        jobs=jobs,
-        storage=tmp_path / "search.db",
-    )
+def test_a_failing_trial_is_recorded_and_ends_nothing(in_file, method, tmp_path):
+    storage = tmp_path / "search.db" if in_file else None
+    options = {"method": method, "trials": 13, "storage": storage}
+    result = quick(objectives.fails_at_times, SPACE, **options)
     assert len(result.trials) == 13
     assert [t.number for t in result.failed] == [2, 7, 12]
     for trial in result.failed:
@@ -141,6 +135,8 @@ def test_a_failing_trial_is_recorded_and_ends_nothing(jobs, method, tmp_path):
         assert "in fails_at_times" in trial.user_attrs["traceback"]
         assert set(trial.params) == set(SPACE)
     assert result.value == max(t.value for t in result.trials if t.state.name == "COMPLETE")
+    if in_file:  # failed trials count, also when the search goes on
+        assert len(quick(hill, SPACE, **options).study.trials) == 13
 
 
 @pytest.mark.parametrize("returned", [math.nan, None, "much", (1.0, 2.0), []])
@@ -168,23 +164,144 @@ def test_pruned_trials_count():
     assert Counter(t.state.name for t in result.trials) == {"COMPLETE": 4, "PRUNED": 1}
 
 
-# A process that is killed while it searches ------------------------------------------------------
+# Searches that are stopped, killed and shared ----------------------------------------------------
 
 
-def start(storage, objective, method, trials, jobs):
+class Killed(BaseException):
+    """Ends a trial as the end of its process does: Optuna does not see it."""
+
+
+def is_running(storage) -> int:
+    return execute(storage, "select count(*) from trials where state = 'RUNNING'").fetchone()[0]
+
+
+def execute(storage, statement):
+    with sqlite3.connect(storage, timeout=60) as db:
+        return db.execute(statement)
+
+
+def age_heartbeats(storage, seconds) -> None:
+    execute(
+        storage, f"update trial_heartbeats set heartbeat = datetime('now', '-{seconds} seconds')"
+    )
+
+
+def killed_at(numbers, objective=hill):
+    """An objective that loses its process in the first trial of each number."""
+    left = set(numbers)
+
+    def run(trial):
+        if trial.number in left:
+            left.remove(trial.number)
+            raise Killed
+        return objective(trial)
+
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stop", [Killed, KeyboardInterrupt])
+def test_stopped_and_resumed_is_as_if_never_stopped(stop, method, tmp_path):
+    """After Ctrl-C at once, and after a kill when its heartbeat is a minute old."""
+    storage, trials, at = tmp_path / "search.db", 13, 6
+    options = {"method": method, "storage": storage, "trials": trials}
+
+    def objective(trial):
+        if trial.number == at:
+            raise stop
+        return hill(trial)
+
+    with pytest.raises(stop):
+        quick(objective, SPACE, **options)
+    age_heartbeats(storage, 61)
+    result = quick(objective, SPACE, **options)
+    unstopped = params(quick(hill, SPACE, method=method, trials=trials))
+    # Optuna's CMA-ES draws by the number of the trial, and the repeated trial has one of its own
+    same = at + 1 if method == "cma" else trials
+    assert params(result)[:same] == unstopped[:same]
+    assert [t.number for t in result.trials] == [n for n in range(trials + 1) if n != at]
+    assert {t.state.name for t in result.trials} == {"COMPLETE"}
+    assert result.failed == []
+    assert [t.state.name for t in result.study.trials].count("FAIL") == 1  # the first attempt
+    # a search that is complete has nothing more to do
+    calls = []
+    assert len(quick(calls.append, SPACE, **options).trials) == trials
+    assert calls == []
+
+
+@pytest.mark.parametrize("age", [0, 40])
+def test_resumed_at_once_another_trial_takes_the_place_of_the_lost_one(age, tmp_path):
+    storage = tmp_path / "search.db"
+    options = {"method": "random", "storage": storage, "trials": 8}
+    with pytest.raises(Killed):
+        quick(killed_at({3}), SPACE, **options)
+    age_heartbeats(storage, age)
+    result = quick(hill, SPACE, **options)
+    assert [t.number for t in result.trials] == [0, 1, 2, 4, 5, 6, 7, 8]
+    assert is_running(storage) == 1
+    # it is run when there are more to run, and counts once
+    age_heartbeats(storage, 61)
+    more = quick(hill, SPACE, **options | {"trials": 10})
+    lost = more.study.trials[3]
+    assert [t.number for t in more.trials] == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
+    assert more.study.trials[9].params == lost.params
+    assert (lost.state.name, is_running(storage)) == ("FAIL", 0)
+
+
+def test_a_trial_that_lost_its_process_twice_is_given_up(tmp_path):
+    storage, seen = tmp_path / "search.db", []
+
+    def objective(trial):
+        seen.append(trial.params)
+        if len(seen) in (3, 4):
+            raise Killed
+        return hill(trial)
+
+    options = {"storage": storage, "trials": 5}
+    for _ in range(2):
+        with pytest.raises(Killed):
+            quick(objective, SPACE, **options)
+        age_heartbeats(storage, 61)
+    result = quick(objective, SPACE, **options)
+    assert len(result.trials) == 5
+    assert seen[2] == seen[3]
+    assert seen.count(seen[2]) == 2
+    assert seen[2] not in params(result)
+
+
+def test_a_process_that_is_killed(tmp_path):
+    check_killed("tpe", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gp", "cma", "nsga2", "random"])
+def test_a_process_that_is_killed_with_other_methods(method, tmp_path):
+    check_killed(method, tmp_path)
+
+
+def check_killed(method, folder):
+    storage, trials, at = folder / "search.db", 16, random.randrange(1, 10)
+    process = start(storage, "slow_hill", method, trials)
+    kill_at(process, storage, at)
+    assert at < begun(storage) < trials, at
+    result = objectives.run(storage, "slow_hill", method, trials)
+    assert len(result.trials) == trials, at
+    assert {t.state.name for t in result.trials} == {"COMPLETE"}, at
+    assert len({tuple(p.values()) for p in params(result)}) == trials, at
+    assert result.value == max(t.value for t in result.trials)
+
+
+def start(storage, objective, method, trials):
     command = [sys.executable, "-m", "tests.coefficients.objectives"]
-    arguments = [storage, objective, method, trials, jobs]
-    return subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE)
+    arguments = map(str, [storage, objective, method, trials])
+    return subprocess.Popen([*command, *arguments], cwd=ROOT, stderr=subprocess.PIPE)
 
 
 def begun(storage) -> int:
     """Trials in the file, read as any other program would."""
-    if not storage.exists():
-        return 0
     try:
-        with sqlite3.connect(f"file:{storage}?mode=ro", uri=True) as db:
-            return db.execute("select count(*) from trials").fetchone()[0]
-    except sqlite3.OperationalError:  # no tables yet, or just being written
+        return execute(storage, "select count(*) from trials").fetchone()[0]
+    except sqlite3.OperationalError:  # no tables yet
         return 0
 
 
@@ -193,129 +310,109 @@ def kill_at(process, storage, trial) -> None:
     while begun(storage) <= trial:
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < give_up
-        time.sleep(0.001)
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.stderr.close()
 
 
-@pytest.mark.parametrize("method", ["tpe", "gp", "cma", "nsga2", "random"])
-def test_killed_and_resumed_is_as_if_never_stopped(method, tmp_path):
-    trials = 20
-    at = random.randrange(1, trials - 6)
-    storage = tmp_path / "search.db"
-    kill_at(start(storage, "slow_hill", method, trials, 1), storage, at)
-    left = optuna.load_study(study_name="search", storage=f"sqlite:///{storage}").trials
-    assert at < len(left) < trials, at
-
-    result = objectives.run(storage, "slow_hill", method, trials, 1)
-    assert [t.number for t in result.trials] == list(range(trials)), at
-    assert {t.state.name for t in result.trials} == {"COMPLETE"}, at
-    assert params(result) == params(quick(hill, SPACE, method=method, trials=trials)), at
-    interrupted = [t.number for t in result.trials if "interrupted" in t.user_attrs]
-    assert interrupted in ([], [len(left) - 1]), at
-    # and once it is complete there is nothing more to do
-    objectives.run(storage, "slow_hill", method, trials, 1)
-    assert len(result.trials) == trials
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("at", [1, 2, 13, 38, 44])
-def test_cut_off_while_it_drew(method, at, tmp_path, monkeypatch):
-    options = {"method": method, "storage": tmp_path / "search.db", "trials": 16}
-    calls, store = [], optuna.storages._CachedStorage.set_trial_param
-
-    def stored(*args):
-        calls.append(args)
-        if len(calls) == at + 1:
-            raise KeyboardInterrupt
-        store(*args)
-
-    monkeypatch.setattr(optuna.storages._CachedStorage, "set_trial_param", stored)
-    with pytest.raises(KeyboardInterrupt):
-        quick(mixed, MIXED, **options)
-    result = quick(mixed, MIXED, **options)
-    assert result.trials[at // 3].user_attrs == {"interrupted": 1}
-    assert params(result) == params(quick(mixed, MIXED, method=method, trials=16))
+def test_processes_share_a_storage(tmp_path):
+    """The same call in another process: no draw comes twice, and the end is seen by both."""
+    storage, trials = tmp_path / "new" / "search.db", 24
+    other = start(storage, "process_id", "random", trials)
+    give_up = time.monotonic() + PATIENCE_S
+    while begun(storage) < 2:
+        assert other.poll() is None, other.stderr.read().decode()
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    result = objectives.run(storage, "process_id", "random", trials)
+    assert other.wait(PATIENCE_S) == 0, other.stderr.read().decode()
+    other.stderr.close()
+    assert trials <= len(result.trials) <= trials + 1  # both were in a trial at the end
+    assert {t.state.name for t in result.trials} == {"COMPLETE"}
+    assert len({tuple(p.values()) for p in params(result)}) == len(result.trials)
+    assert {t.user_attrs["pid"] for t in result.trials} == {os.getpid(), other.pid}
+    wanted = params(quick(hill, SPACE, method="random", trials=len(result.trials)))
+    assert params(result) == wanted  # a trial draws by its number, in whichever process
 
 
-def test_killed_and_resumed_with_processes(tmp_path):
-    trials = 30
-    at = random.randrange(2, trials - 10)
-    storage = tmp_path / "search.db"
-    kill_at(start(storage, "slow_hill", "tpe", trials, 2), storage, at)
-    time.sleep(1)
-    alone = begun(storage)
-    time.sleep(1)
-    assert begun(storage) == alone < trials, at  # its workers ended with it
-
-    result = objectives.run(storage, "slow_hill", "tpe", trials, 2)
-    assert [t.number for t in result.trials] == list(range(trials)), at
-    assert {t.state.name for t in result.trials} == {"COMPLETE"}, at
+def test_heartbeats_of_a_file():
+    with quiet():
+        storage = open_storage("search", "sqlite://")
+    assert (storage.heartbeat_interval, storage.grace_period) == (10, 60)
+    retry = storage.heartbeat_stale_trial_callback
+    assert type(retry) is optuna.storages.RetryHeartbeatStaleTrialCallback
+    assert retry._max_retry == 1
 
 
-def test_a_trial_that_kills_its_process_twice_has_failed(tmp_path):
-    storage = tmp_path / "search.db"
-    for attempt in range(2):
-        process = start(storage, "kills_its_process", "tpe", 6, 1)
-        assert process.wait(PATIENCE_S) == -signal.SIGKILL
-        process.stderr.close()
-        assert begun(storage) == 4, attempt
-    result = objectives.run(storage, "kills_its_process", "tpe", 6, 1)
-    states = [t.state.name for t in result.trials]
-    assert states == ["COMPLETE"] * 3 + ["FAIL"] + ["COMPLETE"] * 2
-    assert "the process ended during this trial, 2 times" in result.failed[0].user_attrs["error"]
+def test_storages(tmp_path):
+    """A path, Optuna's URL of it, and storages of Optuna's own."""
+    path = tmp_path / "a" / "search.db"
+    journal = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal.log"))
+    )
+    for same in ((path, str(path), f"sqlite:///{path}"), (journal, journal)):
+        for i, storage in enumerate(same, start=1):
+            result = quick(hill, SPACE, trials=2 * i, method="random", storage=storage)
+            assert len(result.trials) == 2 * i
+    assert open_storage("search", journal) is journal
+    assert open_storage("search", None) is None
+    assert not isinstance(quick(hill, SPACE, trials=1).study._storage, optuna.storages.RDBStorage)
 
 
-def test_a_worker_that_is_killed_takes_nobody_along(tmp_path):
-    result = objectives.run(tmp_path / "search.db", "kills_its_process", "random", 9, 2)
-    assert [t.number for t in result.trials] == list(range(9))
-    assert [t.number for t in result.failed] == [3]
-    assert result.failed[0].user_attrs["interrupted"] == 2
-    assert sum(t.state.name == "COMPLETE" for t in result.trials) == 8
+# Options of Optuna that are handed through -------------------------------------------------------
 
 
-def test_jobs_are_processes(tmp_path):
-    result = quick(objectives.process_id, SPACE, trials=12, jobs=2, storage=tmp_path / "a" / "s.db")
-    pids = {t.user_attrs["pid"] for t in result.trials}
-    assert len(pids) == 2
-    assert os.getpid() not in pids
-    assert len({tuple(p.values()) for p in params(result)}) == 12  # no two drew the same
+def test_a_timeout_ends_it_between_trials():
+    result = quick(lambda t: time.sleep(0.05) or hill(t), SPACE, trials=500, timeout=0.2)
+    assert 0 < len(result.trials) < 20
 
 
-def test_ctrl_c_is_no_failure(tmp_path):
-    stop = iter([True, True, True])
+def test_callbacks_see_every_trial_and_may_stop():
+    seen = []
 
-    def objective(trial):
-        if trial.number == 2 and next(stop, False):
-            raise KeyboardInterrupt
-        return hill(trial)
+    def callback(study, trial):
+        seen.append((type(study), trial.number, trial.state.name))
+        if trial.number == 3:
+            study.stop()
 
-    options = {"trials": 5, "method": "random", "storage": tmp_path / "search.db"}
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            quick(objective, SPACE, **options)
-    result = quick(objective, SPACE, **options)
-    assert [t.state.name for t in result.trials] == ["COMPLETE"] * 5
-    assert params(result) == params(quick(hill, SPACE, trials=5, method="random"))
+    result = quick(objectives.fails_at_times, SPACE, trials=9, callbacks=[callback])
+    states = ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
+    assert seen == [(optuna.Study, n, state) for n, state in enumerate(states)]
+    assert len(result.trials) == 4
+
+
+def test_a_sampler_of_optunas_own():
+    grid = optuna.samplers.GridSampler({"x": [1, 2, 3]}, seed=0)
+    result = quick(lambda t: t.suggest_float("x", 0, 5), trials=3, sampler=grid)
+    assert {t.params["x"] for t in result.trials} == {1, 2, 3}
+    assert result.value == 3
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+@pytest.mark.parametrize("progress", [False, True])
+def test_a_bar_on_terminals_only(progress, on_terminal, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal, raising=False)
+    shown, optimize = [], optuna.Study.optimize
+
+    def record(*args, show_progress_bar, **kwargs):
+        shown.append(show_progress_bar)
+        optimize(*args, **kwargs)
+
+    monkeypatch.setattr(optuna.Study, "optimize", record)
+    quick(hill, SPACE, trials=1, progress=progress)
+    assert shown == [progress and on_terminal]
+    search(hill, SPACE, trials=1)
+    assert shown[1] is on_terminal
+
+
+# Calls that go on --------------------------------------------------------------------------------
 
 
 def test_more_trials_may_be_asked_for_and_fewer_do_no_harm(tmp_path):
     options = {"method": "cma", "storage": tmp_path / "search.db"}
     for trials, there in ((5, 5), (12, 12), (3, 12)):
         assert len(quick(hill, SPACE, trials=trials, **options).trials) == there
-
-
-def test_one_search_at_a_time_on_a_file(tmp_path):
-    storage = tmp_path / "search.db"
-
-    def objective(trial):
-        with pytest.raises(RuntimeError, match=r"another search is running on .*search\.db"):
-            quick(hill, SPACE, storage=storage, name="other")
-        return hill(trial)
-
-    assert quick(objective, SPACE, trials=2, storage=storage).failed == []
-    assert len(quick(hill, SPACE, trials=2, storage=storage, name="other").trials) == 2
 
 
 @pytest.mark.parametrize(
@@ -347,27 +444,34 @@ def test_a_study_of_optunas_own_may_go_on(tmp_path):
         quick(hill, SPACE, storage=storage, name="down")
 
 
-# Words -------------------------------------------------------------------------------------------
+# Wrong arguments ----------------------------------------------------------------------------------
 
 WRONG = [
     ({"method": "bayes"}, ValueError, "unknown method 'bayes', choose one of tpe, gp, cma, nsga2"),
-    ({"directions": "up"}, ValueError, "unknown direction 'up', choose one of maximize, minimize"),
-    ({"directions": []}, ValueError, "directions is empty"),
+    ({"directions": "up"}, ValueError, "unknown direction 'up', choose maximize or minimize"),
+    ({"directions": ["maximize", 3]}, ValueError, "unknown direction 3"),
+    ({"directions": []}, ValueError, r"'tpe' needs at least one direction, .* got \[\]"),
     ({"trials": 0}, ValueError, "trials must be at least 1, got 0"),
     ({"trials": 2.5}, TypeError, "trials must be an integer, got 2.5"),
-    ({"jobs": 0}, ValueError, "jobs must be at least 1, got 0"),
-    ({"jobs": 2}, ValueError, r"jobs=2 needs storage="),
+    ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+    ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
+    ({"timeout": 0}, ValueError, "timeout must be above 0 seconds, got 0"),
+    ({"timeout": math.nan}, ValueError, "timeout must be above 0 seconds, got nan"),
+    ({"space": {3: FloatDistribution(0, 1)}}, TypeError, r"space\[3\] must be an Optuna .* got F"),
     ({"space": {}}, ValueError, "the space is empty"),
     ({"space": [1, 2]}, TypeError, r"space must be a dict .* got \[1, 2\]"),
     ({"space": {"l2": (0, 1)}}, TypeError, r"space\['l2'\] must be an Optuna .* got \(0, 1\)"),
-    ({"method": "cma", "directions": ["maximize"] * 2}, ValueError, "one direction, got 2"),
+    (
+        {"method": "cma", "directions": ["maximize"] * 2},
+        ValueError,
+        r"'cma' only one \(use 'nsga2' for several\), got \['maximize', 'maximize'\]",
+    ),
     (
         {"method": "cma", "space": {"a": FloatDistribution(0, 1), "b": FloatDistribution(1, 1)}},
         ValueError,
         r"at least two numbers that vary, and the space has 1 \(a\): use 'tpe' or 'gp'",
     ),
-    ({"storage": "postgresql://db/x"}, ValueError, "path of an SQLite file, got 'postgresql:"),
-    ({"storage": "/"}, ValueError, "'/' is a folder"),
+    ({"storage": "/"}, ValueError, "storage must be an SQLite file, '/' is a folder"),
 ]
 
 
@@ -377,18 +481,25 @@ def test_wrong_arguments_are_named(change, error, words):
         quick(hill, **{"space": SPACE, "trials": 2} | change)
 
 
-def test_an_objective_that_no_process_can_be_sent(tmp_path):
-    with pytest.raises(ValueError, match=r"jobs=2 .* processes, and .*<lambda> at .* cannot"):
-        quick(lambda t: 1.0, SPACE, trials=2, jobs=2, storage=tmp_path / "search.db")
+@pytest.mark.parametrize(
+    ("method", "package"),
+    [("tpe", "optuna"), ("gp", "scipy"), ("cma", "cmaes"), ("nsga2", "optuna")],
+)
+def test_a_package_that_is_not_installed_is_named(method, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    message = rf"search needs {package}: pip install 'starlayers\[coefficients\]'"
+    with pytest.raises(ImportError, match=message):
+        search(hill, SPACE, method=method, trials=1)
 
 
-def test_without_optuna_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ImportError, match=r"pip install 'starlayers\[coefficients\]'"):
-        search(hill, {"x": 1})
+def test_figures_need_matplotlib(monkeypatch, tmp_path):
+    result = quick(hill, SPACE, trials=1)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=r"SearchResult.plot needs matplotlib: .*\[plots\]'"):
+        result.plot(tmp_path)
 
 
-# What is seen ------------------------------------------------------------------------------------
+# Figures and logs ---------------------------------------------------------------------------------
 
 
 def test_figures(tmp_path):

@@ -10,7 +10,7 @@ from sacrebleu import corpus_bleu
 from torch import nn
 
 from starlayers import StarBlock, StarMLP, StarOp
-from starlayers.coefficients._trials import METHODS
+from starlayers.coefficients.search import METHODS
 from starlayers.coefficients.tune import tune_coefficients
 from starlayers.datasets.images import load_images
 from tests.helpers import randn, star_op_formula
@@ -276,9 +276,9 @@ def test_the_model_has_its_weights_back(error, call):
 
 
 def test_stopped_and_called_again_is_as_if_never_stopped(tmp_path):
-    options = {"trials": 25, "storage": tmp_path / "tune.db"}
+    options = {"trials": 25, "method": "tpe", "storage": tmp_path / "tune.db"}
     whole = net()
-    wanted = tune(whole, fit, trials=25)
+    wanted = tune(whole, fit, trials=25, method="tpe")
     model, calls = net(), []
 
     def stopped(m):
@@ -314,10 +314,11 @@ WRONG = [
     (net(), {"width": float("nan")}, "width must be above 1.* got nan"),
     (net(), {"groups": 0}, "groups must be at least 1, got 0"),
     (net(), {"trials": 0}, "trials must be at least 1, got 0"),
+    (net(), {"seed": -1}, "seed must be at least 0, got -1"),
     (StarOp(6, 4), {"groups": 1}, r"at least two numbers .* has 1 \(star:0\): use 'tpe'"),
     (nn.Linear(6, 4), {}, "Linear has no star layers"),
     (StarOp(6, 4, combine="sum"), {}, "StarOp has no star layers"),
-    (net(offset=1.0, bias=False), {}, r"layer '0' has offset=1.0 and no bias"),
+    (net(offset=1.0, bias=False), {}, r"layer '0' has offset=1.0 and no bias to hold a factor"),
 ]
 
 
@@ -338,7 +339,9 @@ def test_second_branches_that_cannot_be_scaled_are_named():
     nn.utils.parametrizations.weight_norm(parametrised[0].f2)
     with pytest.raises(ValueError, match="layer '0' has a second branch of type Parametrized"):
         tune(parametrised, fit)
-    with pytest.raises(ValueError, match="the metric of the model is nan"):
+    with pytest.raises(
+        ValueError, match="the metric of the model is nan, which cannot be compared"
+    ):
         tune(net(), lambda m: float("nan"))
 
 
