@@ -1,4 +1,4 @@
-"""Train a StarNet on real images, and watch it learn.
+"""Train a StarNet on real images.
 
 python examples/vision_starnet.py                          # Fashion-MNIST, a few minutes on a CPU
 python examples/vision_starnet.py --data folder --path my_images --size 64
@@ -20,8 +20,8 @@ from starlayers.vision.models import MODELS
 from starlayers.vision.training import TrainConfig, train
 from starlayers.vision.training.rundir import RunDir, process_state
 
-# The published strides leave a single pixel of a 28x28 image. These give maps of 14, 14, 7, 4 and
-# 4 pixels, on which a 7x7 kernel would mostly see padding, and 3x3 trains twice as fast on a CPU.
+# The published strides reduce a 28x28 image to one pixel. These give maps with sides of 14, 14, 7,
+# 4 and 4, on which a 7x7 kernel would mostly read padding, and 3x3 trains twice as fast on a CPU.
 SMALL_IMAGES = {"stage_strides": (1, 2, 2, 1), "kernel_size": 3}
 
 
@@ -39,8 +39,10 @@ def main(
     data: Annotated[
         str, typer.Option(help="fashion-mnist, digits, folder, or a torchvision name (CIFAR10)")
     ] = "fashion-mnist",
-    path: Annotated[Path | None, typer.Option(help="where the images are or go")] = None,
-    size: Annotated[int, typer.Option(help="side images of a folder are resized to")] = 64,
+    path: Annotated[
+        Path | None, typer.Option(help="folder of the images, or for downloads")
+    ] = None,
+    size: Annotated[int, typer.Option(help="side to which images of a folder are resized")] = 64,
     out: Annotated[Path | None, typer.Option(help="folder of the run [runs/TIME]")] = None,
     resume: Annotated[Path | None, typer.Option(help="folder of a run to go on with")] = None,
     drop_path: float = 0.0,
@@ -62,29 +64,31 @@ def main(
     save_every: Annotated[int, typer.Option(help="steps between saved states")] = 200,
     workers: Annotated[int, typer.Option(help="processes that load images")] = 0,
 ) -> None:
-    """Train a StarNet on real images, and watch it learn."""
-    a: dict[str, Any] = dict(locals())
+    """Train a StarNet on real images."""
+    options: dict[str, Any] = dict(locals())
     if resume:
-        a |= RunDir.read_config(resume)
+        options |= RunDir.read_config(resume)
     elif model not in MODELS:
         raise typer.BadParameter(f"unknown model {model!r}, choose one of {', '.join(MODELS)}")
-    what = ("model", "data", "path", "size", "drop_path")
-    config = TrainConfig(**{f.name: a[f.name] for f in fields(TrainConfig) if f.name in a})
-    images = load_images(a["data"], path=a["path"], size=a["size"])
+    names = [f.name for f in fields(TrainConfig) if f.name in options]
+    config = TrainConfig(**{name: options[name] for name in names})
+    images = load_images(options["data"], path=options["path"], size=options["size"])
     torch.manual_seed(config.seed)
-    net = build(a["model"], images, a["drop_path"])
-    recipe = {k: str(a[k]) if isinstance(a[k], Path) else a[k] for k in what}
+    net = build(options["model"], images, options["drop_path"])
+    setup = {name: options[name] for name in ("model", "data", "path", "size", "drop_path")}
+    setup["path"] = None if setup["path"] is None else str(setup["path"])
     folder = resume or out or RunDir.fresh_path("runs")
-    run_dir = RunDir(folder, {**recipe, **vars(config)}, resume=bool(resume))
+    run_dir = RunDir(folder, {**setup, **vars(config)}, resume=bool(resume))
 
     parameters = sum(p.numel() for p in net.parameters())
-    say = process_state().print  # once, however many processes there are
-    say(f"{a['model']}: {parameters:,} parameters; data: {images.source}")
+    print_once = process_state().print  # by one process, however many there are
+    print_once(f"{options['model']}: {parameters:,} parameters; data: {images.source}")
     result = train(net, images, config, run_dir)
     if not result.finished:
-        say(f"stopped; go on with: python examples/vision_starnet.py --resume {run_dir.path}")
+        command = f"python examples/vision_starnet.py --resume {run_dir.path}"
+        print_once(f"stopped; go on with: {command}")
         return
-    say(
+    print_once(
         f"test accuracy {result.test_accuracy:.2%} after {config.epochs} epochs, "
         f"{result.seconds:.0f} s of training; weights and plots in {run_dir.path}"
     )

@@ -158,6 +158,27 @@ def test_fuse_keeps_the_function_and_is_idempotent(act):
     assert_same_tensors(snapshot(block), fused)
 
 
+def test_fuse_folds_both_norms_or_none():
+    for name in ("pre", "post"):
+        block, x = randomise(StarBlock2d(4)).eval(), image(2, 4, 5, 5)
+        getattr(block, name).bn = nn.Identity()
+        want, before = block(x), snapshot(block)
+        block.fuse()
+        assert_same_tensors(snapshot(block), before)
+        torch.testing.assert_close(block(x), want, rtol=0, atol=0)
+
+
+def test_device_and_dtype_reach_every_parameter_and_buffer():
+    options = {"layer_scale": 0.5, "device": "meta", "dtype": torch.float64}
+    for layer in (
+        StarBlock2d(4, coefficients="dynamic", **options),
+        ConvNorm(3, 4, 3, device="meta", dtype=torch.float64),
+    ):
+        tensors = [*layer.parameters(), *layer.buffers()]
+        assert {t.device.type for t in tensors} == {"meta"}
+        assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float64}
+
+
 def test_it_is_the_shared_block_with_other_surroundings():
     block = randomise(StarBlock2d(4)).eval()
     plain = StarBlock(4, pre=block.pre, post=block.post).eval()

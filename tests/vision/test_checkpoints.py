@@ -1,4 +1,4 @@
-"""Weights in and out: whose names they have, what is adapted, and the hub."""
+"""Checkpoints of every source, the adapted parts of them, the export, and the hub."""
 
 from collections import OrderedDict
 
@@ -27,7 +27,7 @@ def renamed(state, prefix):
     return OrderedDict((prefix + k, v) for k, v in state.items())
 
 
-# how a file comes about, from (our state dict, timm's, a folder); then whose names it has
+# source -> (function of our state dict, timm's and a folder that makes the checkpoint; names in it)
 SOURCES = {
     "authors_pth_tar": (
         lambda ours, timms, d: saved({"epoch": 300, "state_dict": timms}, d / "s.pth.tar"),
@@ -75,7 +75,13 @@ def test_every_source_loads_bit_for_bit_and_in_place(make, names, tmp_path):
         assert p.requires_grad
 
 
-@pytest.mark.parametrize("name", vision.STARNETS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n == "starnet_s050" else pytest.param(n, marks=pytest.mark.slow)
+        for n in vision.STARNETS
+    ],
+)
 def test_timm_to_ours_to_timm_is_bit_identical(name):
     theirs = timm.create_model(name, num_classes=10)
     ours = getattr(vision, name)(num_classes=10)
@@ -124,6 +130,25 @@ def test_a_model_without_head_drops_the_checkpoints():
     x = image(2, 3, 16, 16)
     pooled = source.forward_head(source.forward_features(x), pre_logits=True)
     torch.testing.assert_close(target(x), pooled, rtol=0, atol=0)
+
+
+def test_a_model_without_head_takes_a_checkpoint_with_half_of_one():
+    source, target = tiny(1), tiny(2, num_classes=0)
+    state = source.state_dict()
+    del state["head.bias"]
+    assert load_checkpoint(target, state).loaded == len(target.state_dict())
+
+
+def test_a_wrapper_inside_the_file_is_preferred_in_order():
+    source, other, target = tiny(1), tiny(3), tiny(2)
+    load_checkpoint(target, {"model": other.state_dict(), "state_dict": source.state_dict()})
+    assert_same_tensors(snapshot(target), snapshot(source))
+
+
+def test_the_report_tells_what_was_adapted():
+    report = LoadReport("timm", 3, ("first", "second"))
+    assert str(report) == "loaded 3 tensors (timm names); first; second"
+    assert LoadReport("timm", 3).adapted == ()
 
 
 def test_a_checkpoint_without_head_keeps_the_models():
@@ -187,13 +212,13 @@ def test_pretrained_takes_timms_file_from_the_hub(monkeypatch, tmp_path):
     theirs = timm.create_model("starnet_s2", num_classes=10)
     path, asked = saved_safely(theirs.state_dict(), tmp_path / "model.safetensors"), []
 
-    def download(repo_id, filename, **_):
-        asked.append((repo_id, filename))
+    def download(repo_id, filename, *, etag_timeout):
+        asked.append((repo_id, filename, etag_timeout))
         return str(path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     ours = vision.starnet_s2(pretrained=True, num_classes=10)
-    assert asked == [("timm/starnet_s2.in1k", "model.safetensors")]
+    assert asked == [("timm/starnet_s2.in1k", "model.safetensors", 5)]
     assert_same_tensors(to_timm_state_dict(ours), theirs.state_dict())
     grey = vision.starnet_s2(pretrained=True, num_classes=3, in_chans=1)
     want = theirs.stem[0].conv.weight.detach().sum(1, keepdim=True)

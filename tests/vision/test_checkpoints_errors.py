@@ -1,4 +1,4 @@
-"""What `load_checkpoint` refuses, and that the model is then as before."""
+"""Errors of `load_checkpoint`, each of which leaves the model as it was."""
 
 import pytest
 import timm
@@ -24,7 +24,7 @@ def written(path, data):
 
 
 CONV = "stages.1.2.post.conv.weight"
-# what is refused, from (the state dict, a folder); with what, saying what
+# case -> (function of a state dict and a folder that makes the checkpoint; error; its message)
 REFUSED = {
     "missing": (lambda s, d: without(s, CONV), ValueError, f"missing {CONV}"),
     "missing_bias_of_head": (lambda s, d: without(s, "head.bias"), ValueError, "missing head.bias"),
@@ -64,13 +64,46 @@ REFUSED = {
         "(?s)another model.*missing stem.conv.weight",
     ),
     "empty": (lambda s, d: {}, ValueError, "missing stem.conv.weight"),
+    "stem_of_another_kind": (
+        lambda s, d: {**s, "stem.conv.weight": torch.ones(32, 27)},
+        ValueError,
+        r"stem.conv.weight is \(32, 27\), the model has \(32, 3, 3, 3\)",
+    ),
+    "pointwise_of_another_kind": (
+        lambda s, d: {**s, "stages.0.1.mlp.f1.weight": torch.ones(32, 8, 1)},
+        ValueError,
+        r"stages.0.1.mlp.f1.weight is \(32, 8, 1\), the model has \(32, 8\)",
+    ),
+    "pointwise_with_a_kernel": (
+        lambda s, d: {**s, "stages.0.1.mlp.f1.weight": torch.ones(32, 8, 3, 3)},
+        ValueError,
+        r"stages.0.1.mlp.f1.weight is \(32, 72\), the model has \(32, 8\)",
+    ),
+    "other_tensor_with_two_more_dimensions": (
+        lambda s, d: {**s, "norm.bias": torch.ones(16, 1, 1)},
+        ValueError,
+        r"norm.bias is \(16, 1, 1\), the model has \(16,\)",
+    ),
+    "state_dict_of_text": (
+        lambda s, d: {"state_dict": {"epoch": "three"}},
+        ValueError,
+        "not a state dict: 'epoch' holds a str",
+    ),
     "optimiser": (
         lambda s, d: torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]).state_dict(),
         ValueError,
         "not a state dict: 'state' holds a dict",
     ),
-    "integer_keys": (lambda s, d: {0: torch.ones(1)}, ValueError, "not a state dict"),
-    "list_in_file": (lambda s, d: saved([1], d / "m.pth"), ValueError, "holds a list, not a state"),
+    "integer_keys": (
+        lambda s, d: {0: torch.ones(1)},
+        ValueError,
+        "not a state dict: key 0 is a int",
+    ),
+    "list_in_file": (
+        lambda s, d: saved([1], d / "m.pth"),
+        ValueError,
+        r"m\.pth holds a list, not a state dict",
+    ),
     "truncated_pth_tar": (
         lambda s, d: truncated(saved({"state_dict": s}, d / "s.pth.tar"), 0.6),
         ValueError,
@@ -110,3 +143,17 @@ def test_what_is_refused_leaves_the_model_unchanged(make, error, message, tmp_pa
     with pytest.raises(error, match=message):
         load_checkpoint(model, checkpoint)
     assert_same_tensors(snapshot(model), before)
+
+
+@pytest.mark.parametrize(
+    ("unexpected", "last"), [(20, "unexpected key19"), (21, "and 1 more"), (23, "and 3 more")]
+)
+def test_at_most_20_differences_are_listed(unexpected, last):
+    extra = {f"key{i:02}": torch.ones(1) for i in range(unexpected)}
+    with pytest.raises(ValueError, match="of another model") as error:
+        load_checkpoint(tiny(2), {**tiny(1).state_dict(), **extra})
+    lines = str(error.value).splitlines()
+    assert lines[0] == "the checkpoint is of another model:"
+    assert lines[1:21] == [f"  unexpected key{i:02}" for i in range(20)]
+    assert lines[-1].strip() == last
+    assert len(lines) == 1 + min(unexpected, 21)

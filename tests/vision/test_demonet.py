@@ -21,7 +21,7 @@ def small(**kwargs):
 
 
 def reference(net, x, combine, act):
-    """`forward` by the paper's description, in NCHW with 1x1 convolutions."""
+    """Compute the paper's description in NCHW with 1x1 convolutions."""
 
     def pointwise(y, linear):
         return F.conv2d(y, linear.weight[..., None, None], linear.bias)
@@ -98,6 +98,13 @@ def test_drop_path_rises_linearly():
     torch.testing.assert_close(net.eval()(x), plain(x), rtol=0, atol=0)
     torch.manual_seed(0)
     assert relative_error(net.train()(x), plain(x)) > 0.01
+
+
+def test_a_network_is_made_under_a_default_device():
+    with torch.device("meta"):
+        net = DemoNet(**SMALL, drop_path_rate=0.2)
+    assert {p.device.type for p in net.parameters()} == {"meta"}
+    assert net.blocks[1].drop_path.p == pytest.approx(0.2)
 
 
 def test_initial_values():

@@ -1,4 +1,4 @@
-"""What vision refuses: each message carries the user's own numbers."""
+"""Errors of the networks and blocks: each message has the user's own numbers."""
 
 import pytest
 import torch
@@ -34,6 +34,17 @@ CASES = {
         lambda: net()(ONES(2, 3, 8, 8, dtype=BYTES)),
         TypeError,
         r"expects a floating tensor, got torch\.uint8",
+    ),
+    "net_bool": (
+        lambda: net()(ONES(2, 3, 8, 8, dtype=torch.bool)),
+        TypeError,
+        r"StarNet expects a floating tensor, got torch\.bool; use x\.float\(\) / 255",
+    ),
+    "net_three_dimensions": (lambda: net()(ONES(2, 3, 8)), ValueError, r"shape \(2, 3, 8\)"),
+    "net_five_dimensions": (
+        lambda: net()(ONES(1, 3, 8, 8, 1)),
+        ValueError,
+        r"StarNet expects \(N, 3, H, W\), got shape \(1, 3, 8, 8, 1\)",
     ),
     "net_int64": (lambda: net()(ONES(2, 3, 8, 8).long()), TypeError, r"got torch\.int64"),
     "features_channels": (

@@ -1,5 +1,10 @@
-"""The example as its users run it: killed, stopped with Ctrl-C, resumed, on two processes."""
+"""Example run as users run it: to the end, killed, stopped with Ctrl-C, resumed, on two processes.
 
+Starting Python and importing takes longer than training, so the quick tests run the example in this
+process, and the one that kills it in a fork of a process that has imported everything.
+"""
+
+import io
 import json
 import os
 import random
@@ -9,13 +14,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from starlayers.vision import STARNETS
+from starlayers.vision.training import RunDir
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "vision_starnet.py"
@@ -38,7 +46,7 @@ def command(*args: object) -> list[str]:
 
 
 def finished_numbers(folder: Path) -> tuple[list[dict[str, float]], bytes]:
-    """What must be the same in two runs."""
+    """Metrics and weights, which must be equal in two runs."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         del line["seconds"]
@@ -57,49 +65,79 @@ def wait_until(condition, alive) -> None:
         time.sleep(0.001)
 
 
+def run_here(*args: object) -> str:
+    """Run the example in this process, on one thread, and return its output."""
+    output, argv, threads = io.StringIO(), sys.argv, torch.get_num_threads()
+    sys.argv = [str(EXAMPLE), *map(str, args)]
+    torch.set_num_threads(1)  # the last bits of sums depend on it
+    try:
+        with redirect_stdout(output), redirect_stderr(output), pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(EXAMPLE), run_name="__main__")
+    finally:
+        sys.argv = argv
+        torch.set_num_threads(threads)
+    assert ended.value.code in (0, None), output.getvalue()
+    return output.getvalue()
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = subprocess.run(
-        command(*RECIPE, "--out", folder),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done
+    return folder, run_here(*RECIPE, "--out", folder)
 
 
-def test_an_undisturbed_run_says_what_it_did(undisturbed):
-    folder, done = undisturbed
+def test_an_undisturbed_run_prints_and_saves_its_results(undisturbed):
+    folder, output = undisturbed
     lines, _ = finished_numbers(folder)
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 22), (2, 44), (3, 66)]
     accuracy = lines[-1]["test_accuracy"]
     assert accuracy * 360 == pytest.approx(round(accuracy * 360), abs=1e-9)
     assert accuracy > 0.3
-    assert "starnet_s050: " in done.stdout
-    assert " parameters; data: scikit-learn digits\n" in done.stdout
-    assert f"test accuracy {accuracy:.2%} after 3 epochs, " in done.stdout
-    assert f"weights and plots in {folder}\n" in done.stdout
+    assert right_by_hand(folder) == round(accuracy * 360)
+    assert "starnet_s050: 385,002 parameters; data: scikit-learn digits\n" in output
+    assert f"test accuracy {accuracy:.2%} after 3 epochs, " in output
+    assert f"weights and plots in {folder}\n" in output
     for i, line in enumerate(lines, 1):
         shown = f"epoch {i}: train loss {line['train_loss']:.4f}, test accuracy "
-        assert shown + f"{line['test_accuracy']:.2%}" in done.stdout + done.stderr
+        assert shown + f"{line['test_accuracy']:.2%}" in output
     assert {p.name for p in folder.iterdir()} == {
         *("config.json", "metrics.jsonl", "model.safetensors", "state"),
         *("curves.png", "confusion.png"),
     }
     config = json.loads((folder / "config.json").read_text())
     assert (config["model"], config["data"], config["drop_path"]) == ("starnet_s050", "digits", 0.2)
+    assert (config["path"], config["size"]) == (None, 64)
     assert (config["mixup"], config["ema"], config["seed"]) == (0.2, 0.9, 4)
 
 
+def test_ctrl_c_finishes_the_step_and_tells_the_command_that_resumes(
+    tmp_path, undisturbed, monkeypatch
+):
+    folder, save = tmp_path / "run", RunDir.save
+
+    def save_and_interrupt(self, accelerator, step):
+        save(self, accelerator, step)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "save", save_and_interrupt)
+        output = run_here(*RECIPE, "--out", folder)
+    assert output.endswith(
+        f"stopped; go on with: python examples/vision_starnet.py --resume {folder}\n"
+    )
+    assert saved_step(folder) == 6
+    assert not (folder / "model.safetensors").exists()
+    run_here("--resume", folder)
+    assert finished_numbers(folder) == finished_numbers(undisturbed[0])
+
+
 def run_example(args: list[str], log: str) -> None:
-    """The example in this process, a fork of one that has imported torch already."""
+    """Run the example in this process, a fork of one that has imported torch already."""
     with open(log, "a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    torch.set_num_threads(1)  # as the undisturbed run, whatever the fork server began with
+    torch.set_num_threads(1)  # as the undisturbed run
     sys.argv = [str(EXAMPLE), *args]
     runpy.run_path(str(EXAMPLE), run_name="__main__")
 
@@ -129,7 +167,9 @@ def resume_to_the_end(folder: Path) -> None:
 
 
 # the seed draws the saved step after which the kill comes, and how long after it
-@pytest.mark.parametrize("seeds", [(0,), (1, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize(
+    "seeds", [(0,), pytest.param((1, 2, 3, 4), marks=pytest.mark.slow)], ids=["once", "four_times"]
+)
 def test_kill_9_and_resume_give_the_undisturbed_run(tmp_path, undisturbed, seeds):
     folder = tmp_path / "run"
     args: list[object] = [*RECIPE, "--out", folder]
@@ -154,6 +194,7 @@ def test_kill_9_and_resume_give_the_undisturbed_run(tmp_path, undisturbed, seeds
     assert {p.name for p in (folder / "state").iterdir()} == {f"step_{STEPS:08d}"}
 
 
+@pytest.mark.slow
 def test_kill_9_before_the_first_state(tmp_path, undisturbed):
     folder = tmp_path / "run"
     kill_at([*RECIPE, "--out", folder], folder, (folder / "config.json").exists)
@@ -162,6 +203,7 @@ def test_kill_9_before_the_first_state(tmp_path, undisturbed):
     assert finished_numbers(folder) == finished_numbers(undisturbed[0])
 
 
+@pytest.mark.slow
 def test_kill_9_while_a_state_is_written(tmp_path, undisturbed):
     folder = tmp_path / "run"
 
@@ -174,7 +216,8 @@ def test_kill_9_while_a_state_is_written(tmp_path, undisturbed):
     assert finished_numbers(folder) == finished_numbers(undisturbed[0])
 
 
-def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(tmp_path, undisturbed):
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_reaches_the_workers_too(tmp_path, undisturbed):
     folder = tmp_path / "run"
     process = subprocess.Popen(
         # a worker, because the interrupt reaches it too
@@ -191,29 +234,17 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(tmp_path, undisturbed):
     assert f"stopped; go on with: python examples/vision_starnet.py --resume {folder}\n" in out
     assert "test accuracy" not in out.splitlines()[-1]
     assert 10 <= saved_step(folder) < STEPS
-    resumed = subprocess.run(
-        command("--resume", folder), capture_output=True, text=True, timeout=PATIENCE_S
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    resume_to_the_end(folder)
     assert finished_numbers(folder) == finished_numbers(undisturbed[0])
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_run(tmp_path):
     folder = tmp_path / "runs"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     args = [
-        "--data",
-        "digits",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "32",
-        "--ema",
-        "0.9",
-        "--crop",
-        "1",
-        "--seed",
-        "1",
+        *("--data", "digits", "--epochs", "2", "--batch-size", "32"),
+        *("--ema", "0.9", "--crop", "1", "--seed", "1"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     tmp_path.joinpath("runs").mkdir()
@@ -235,15 +266,14 @@ def test_two_processes_share_one_run(tmp_path):
         assert right == pytest.approx(round(right), abs=1e-9)
     assert right_by_hand(run) == round(lines[-1]["test_accuracy"] * 360)
     assert (run / "confusion.png").is_file()
-    # train accuracy is that of both processes' images
+    # the training accuracy counts the images of both processes
     seen = lines[-1]["train_accuracy"] * 22 * 64
     assert seen == pytest.approx(round(seen), abs=1e-2)
-    assert len(re.findall(r"after 2 epochs", done.stdout)) == 1  # said once, not per process
+    assert len(re.findall(r"after 2 epochs", done.stdout)) == 1  # printed once, not per process
 
 
 def right_by_hand(run: Path) -> int:
-    """How many of the 360 test images the saved weights get right."""
-    import torch
+    """Count the test images (of 360) that the saved weights classify right."""
     from safetensors.torch import load_file
 
     from starlayers.datasets.images import load_images
@@ -258,27 +288,44 @@ def right_by_hand(run: Path) -> int:
     return int((logits.argmax(1) == labels).sum())
 
 
-def call(monkeypatch, *args: object) -> int | str | None:
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *map(str, args)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(EXAMPLE), run_name="__main__")
-    return ended.value.code
-
-
 def test_an_unknown_model_is_told_the_names(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "--model", "starnet_s9", "--data", "digits") not in (0, None)
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--model", "starnet_s9", "--data", "digits"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert ended.value.code not in (0, None)
     message = capsys.readouterr().err
     assert "unknown model 'starnet_s9'" in message
     assert all(name in message for name in STARNETS)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_with_a_run_is_named(monkeypatch, tmp_path, undisturbed):
-    folder, _ = undisturbed
-    before = finished_numbers(folder)
+def test_a_folder_with_a_run_is_refused_and_kept(tmp_path):
+    folder, empty = tmp_path / "run", tmp_path / "empty"
+    RunDir(folder, {"epochs": 3})
+    (folder / "model.safetensors").write_bytes(b"weights")
+    empty.mkdir()
+
+    def contents():
+        return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    before, main = contents(), runpy.run_path(str(EXAMPLE))["main"]
     with pytest.raises(FileExistsError, match=f"{folder} already has a run"):
-        call(monkeypatch, "--data", "digits", "--out", folder)
-    with pytest.raises(FileNotFoundError, match=f"no run to resume in {tmp_path}"):
-        call(monkeypatch, "--data", "digits", "--resume", tmp_path)
-    assert finished_numbers(folder) == before
+        main(data="digits", out=folder)
+    with pytest.raises(FileNotFoundError, match=f"no run to resume in {empty}"):
+        main(data="digits", resume=empty)
+    assert contents() == before
+    assert list(empty.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("side", "strides", "kernel_size"),
+    [(28, [1, 2, 2, 1], 3), (95, [1, 2, 2, 1], 3), (96, [2, 2, 2, 2], 7)],
+)
+def test_small_images_get_smaller_strides_and_kernels(side, strides, kernel_size):
+    data = SimpleNamespace(shape=(1, side, side), classes=("a", "b", "c"))
+    net = runpy.run_path(str(EXAMPLE))["build"]("starnet_s050", data, 0.1)
+    assert [stage[0].conv.stride[0] for stage in net.stages] == strides
+    assert net.stages[0][1].pre.conv.kernel_size == (kernel_size, kernel_size)
+    assert (net.in_chans, net.num_classes) == (1, 3)
+    assert net.stages[-1][-1].drop_path.p == pytest.approx(0.1)

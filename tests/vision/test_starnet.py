@@ -1,4 +1,4 @@
-"""StarNet's arguments and methods, against timm's network and one written out by hand."""
+"""Arguments and methods of StarNet, against timm's network and one written out by hand."""
 
 import copy
 
@@ -270,6 +270,13 @@ def test_seeds_reproduce():
         models.append(StarNet(**TINY, stage_strides=(2, 2)))
     assert_same_tensors(snapshot(models[0]), snapshot(models[1]))
     assert not torch.equal(models[0].head.weight, models[2].head.weight)
+
+
+def test_a_network_is_made_under_a_default_device():
+    with torch.device("meta"):
+        model = StarNet(**TINY, stage_strides=(2, 2), drop_path_rate=0.2)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert model.stages[1][2].drop_path.p == pytest.approx(0.2)
 
 
 def test_init_weights_after_to_empty():

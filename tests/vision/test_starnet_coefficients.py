@@ -1,4 +1,4 @@
-"""Learned and per-sample coefficients in the blocks of StarNet, and StarNet itself."""
+"""Learned and dynamic coefficients in the blocks of StarNet and in StarNet."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def stars(model):
 
 
 def learned(model):
-    """The model with all of its weights and coefficients away from their start."""
+    """Draw all weights and coefficients of the model away from their start values."""
     for star in stars(randomise(model)):
         nn.init.normal_(star.scale, 1, 0.3)
         nn.init.normal_(star.shift, 0, 0.3)
@@ -38,6 +38,12 @@ def test_a_block_passes_them_to_its_mlp(coefficients):
         factor = 1 + torch.tanh(block.mlp.gate(mean))
         want = factor[:, None, None] * block.mlp.scale * (block.mlp.shift + block.mlp.f2(pixels))
         torch.testing.assert_close(block.mlp._scaled(pixels, block.mlp.f2(pixels)), want)
+
+
+@pytest.mark.parametrize(("dim", "width"), [(6, 8), (128, 8), (144, 9), (320, 20)])
+def test_the_gate_of_dynamic_coefficients_is_a_sixteenth_as_wide_and_at_least_8(dim, width):
+    gate = StarBlock2d(dim, 3, expansion=1, coefficients="dynamic", device="meta").mlp.gate
+    assert [tuple(gate[i].weight.shape) for i in (0, 2)] == [(width, dim), (dim, width)]
 
 
 @pytest.mark.parametrize("coefficients", ["scale", "dynamic"])

@@ -1,4 +1,4 @@
-"""StarNet under the ways PyTorch users run, move, store and transform models."""
+"""StarNet copied, compiled, exported, transformed, and in other layouts and precisions."""
 
 import copy
 import io
@@ -118,7 +118,9 @@ def test_double_precision():
     assert relative_error(tiny().eval()(x.float()).double(), want) < 1e-5
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "train", [pytest.param(True, marks=pytest.mark.slow), False], ids=["train", "eval"]
+)
 def test_compiled_in_one_graph(train):
     torch._dynamo.reset()
     model, x = tiny(depths=(1, 1)).train(train), image(3, 3, 12, 12)
@@ -129,7 +131,9 @@ def test_compiled_in_one_graph(train):
         torch.testing.assert_close(other.state_dict()[key], value, msg=key)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["as_trained", "fused"])
+@pytest.mark.parametrize(
+    "fused", [False, pytest.param(True, marks=pytest.mark.export)], ids=["as_trained", "fused"]
+)
 @pytest.mark.usefixtures("fuse_everything")
 def test_exported_graph_is_plain_aten(fused):
     model, x = tiny(depths=(1, 1)).eval(), image(2, 3, 16, 16)

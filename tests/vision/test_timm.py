@@ -1,10 +1,11 @@
-"""Our StarNets through timm's own factory."""
+"""StarNets made by timm's own factory."""
 
 import pytest
 import timm
 import torch
 
 import starlayers.vision.timm  # noqa: F401  registers
+from starlayers import vision
 from starlayers.vision import STARNETS, StarNet
 
 
@@ -28,10 +29,37 @@ def test_timms_data_configuration_fits():
     config = timm.data.resolve_model_data_config(model)
     peer = timm.data.resolve_model_data_config(timm.create_model("starnet_s1"))
     assert config == peer
+    assert model.default_cfg is model.pretrained_cfg
+    assert (model.default_cfg["first_conv"], model.default_cfg["classifier"]) == (
+        "stem.conv",
+        "head",
+    )
+    assert model.default_cfg["num_classes"] == 1000
+    grey = timm.create_model("starlayers_starnet_s050", num_classes=7, in_chans=1).default_cfg
+    assert (grey["num_classes"], grey["input_size"]) == (7, (1, 224, 224))
+
+
+def test_arguments_for_timms_own_loading_are_accepted(tmp_path):
+    model = timm.create_model(
+        "starlayers_starnet_s050",
+        cache_dir=tmp_path,
+        pretrained_cfg_overlay={"crop_pct": 0.5},
+        features_only=False,
+    )
+    assert model.num_classes == 1000
+
+
+def test_entry_points_are_named_and_documented():
+    for name in STARNETS:
+        create = timm.models.model_entrypoint(f"starlayers_{name}")
+        assert create.__name__ == create.__qualname__ == f"starlayers_{name}"
+        assert create.__module__ == "starlayers.vision.timm"
+        assert create.__doc__ == getattr(vision, name).__doc__
 
 
 def test_features_only_points_to_forward_intermediates():
-    with pytest.raises(ValueError, match="forward_intermediates"):
+    message = "starlayers_starnet_s050 has no features_only; call model.forward_intermediates"
+    with pytest.raises(ValueError, match=message):
         timm.create_model("starlayers_starnet_s050", features_only=True)
 
 

@@ -1,4 +1,4 @@
-"""Models with telling weights, the peer to compare with, and the network written out by hand."""
+"""Randomised models, timm's model with the same weights, and the network written out by hand."""
 
 import copy
 from collections.abc import Callable
@@ -17,7 +17,7 @@ M = TypeVar("M", bound=nn.Module)
 
 TINY = {"base_dim": 8, "depths": (1, 2)}
 
-#: every row and alias of the activation table, written independently of it
+#: every name and alias in the activation table, written independently of it
 ACTS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
     "identity": lambda x: x,
@@ -41,7 +41,7 @@ ACTS: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 @torch.no_grad()
 def randomise(model: M, seed: int = 0) -> M:
-    """Give every layer outputs of order 1, and BatchNorms statistics other than 0 and 1."""
+    """Draw weights for outputs of order 1, and BatchNorm statistics other than 0 and 1."""
     g = torch.Generator().manual_seed(seed)
 
     def fill(t: Tensor, mean: float, spread: float) -> None:
@@ -65,13 +65,13 @@ def randomise(model: M, seed: int = 0) -> M:
 
 
 def tiny(seed: int = 0, **kwargs: object) -> StarNet:
-    """A StarNet of two stages with randomised weights and 10 classes."""
+    """Return a StarNet of two stages with randomised weights and 10 classes."""
     args = {**TINY, "stage_strides": (2, 2), "num_classes": 10, **kwargs}
     return randomise(StarNet(**args), seed)
 
 
 def tiny_timm(ours: StarNet, **kwargs: object) -> TimmStarNet:
-    """timm's network of the shape of `tiny` with the weights of `ours`, in the same mode."""
+    """Return timm's network of the shape of `tiny` with the weights and mode of `ours`."""
     args = {**TINY, "num_classes": ours.num_classes, "in_chans": ours.in_chans, **kwargs}
     theirs = TimmStarNet(**args)
     theirs.load_state_dict(to_timm_state_dict(ours))
@@ -84,13 +84,13 @@ def image(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value wanted."""
+    """Return the largest absolute difference over the largest absolute value wanted."""
     assert got.shape == want.shape
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
 def timm_named_grads(ours: StarNet) -> dict[str, Tensor]:
-    """Gradients of `ours` under the names and shapes of timm's parameters."""
+    """Return the gradients of `ours` under the names and shapes of timm's parameters."""
     carrier = copy.deepcopy(ours)
     for theirs, p in zip(carrier.parameters(), ours.parameters(), strict=True):
         assert p.grad is not None
@@ -118,7 +118,7 @@ def saved_safely(state: dict[str, Tensor], path: Path) -> Path:
 
 
 def assert_same_tensors(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    """Bit-identical, key by key."""
+    """Check that both have the same keys, and equal bits under each."""
     assert got.keys() == want.keys()
     for key, value in want.items():
         torch.testing.assert_close(got[key], value, rtol=0, atol=0, msg=key)
@@ -127,7 +127,7 @@ def assert_same_tensors(got: dict[str, Tensor], want: dict[str, Tensor]) -> None
 def reference_block(
     block: StarBlock2d, x: Tensor, act: Callable[[Tensor], Tensor], combine: str = "mul"
 ) -> Tensor:
-    """The residual branch of a block in NCHW, with 1x1 convolutions, from the block's own parts."""
+    """Compute the residual branch of a block in NCHW, with 1x1 convolutions, from its own parts."""
 
     def pointwise(y: Tensor, linear: nn.Linear) -> Tensor:
         return F.conv2d(y, linear.weight[..., None, None], linear.bias)
@@ -141,7 +141,7 @@ def reference_block(
 def reference_features(
     model: StarNet, x: Tensor, act: str | None = "relu6", combine: str = "mul"
 ) -> Tensor:
-    """`forward_features` in NCHW, written out."""
+    """Compute `forward_features` in NCHW, written out."""
     fn = ACTS[act]
     x = fn(model.stem.bn(model.stem.conv(x)))
     for down, *blocks in model.stages:

@@ -34,7 +34,9 @@ def plot_curves(history: list[dict[str, Any]], file: Path) -> None:
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part in ("train", "test"):
             axes.plot(epochs, [line[f"{part}_{metric}"] for line in history], "o-", label=part)
-        axes.set(xlabel="epoch", ylabel=metric, xticks=epochs if len(epochs) <= 20 else None)
+        axes.set(xlabel="epoch", ylabel=metric)
+        if len(epochs) <= 20:
+            axes.set_xticks(epochs)
         axes.legend()
     _save_figure(figure, file)
 

@@ -1,11 +1,17 @@
-"""Augmentation: a pure function of seed, epoch and image number, with the right pixels."""
+"""Shuffling and augmentation: functions of seed, epoch and index, with the right pixels."""
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
-from starlayers.vision.training.augment import Augmented, batch_transform, image_transform
+from starlayers.vision.training.augment import (
+    Augmented,
+    ShuffleSampler,
+    batch_transform,
+    image_transform,
+    mix_seeds,
+)
 
 N, SIDE = 24, 8
 
@@ -23,10 +29,49 @@ def augmented(seed: int = 5, **kwargs: object) -> Augmented:
 
 
 def in_order(data: Augmented, order: list[int] | None = None) -> torch.Tensor:
-    """All images, by number, loaded in `order`."""
-    found = {i: data[i] for i in (order or range(N))}
-    assert all(label == i for i, (_, label) in found.items())
-    return torch.stack([found[i][0] for i in range(N)])
+    """Return all images by index, loaded in `order`."""
+    items = {i: data[i] for i in (order or range(N))}
+    assert all(label == i for i, (_, label) in items.items())
+    return torch.stack([items[i][0] for i in range(N)])
+
+
+def test_seeds_are_mixed_as_python_hashes_a_tuple():
+    assert mix_seeds(3, 5) == hash((3, 5)) & (2**63 - 1)
+    seeds = {mix_seeds(*key) for key in [(0,), (1,), (0, 1), (1, 0), (0, 1, 0), (0, 1, 1)]}
+    assert len(seeds) == 6
+    assert all(0 <= mix_seeds(0, n) < 2**63 for n in range(50))
+    assert any(mix_seeds(0, n) >= 2**62 for n in range(50))
+
+
+def order_by_hand(length, seed, epoch):
+    generator = torch.Generator().manual_seed(hash((seed, epoch)) & (2**63 - 1))
+    return torch.randperm(length, generator=generator).tolist()
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
+    sampler = ShuffleSampler(50, seed=4)
+    assert len(sampler) == 50
+    assert list(sampler) == order_by_hand(50, 4, 0)
+    orders = []
+    for epoch in (0, 1, 2, 1):
+        sampler.set_epoch(epoch)
+        torch.manual_seed(epoch)
+        orders.append(list(sampler))
+        assert orders[-1] == order_by_hand(50, 4, epoch)
+        assert sorted(orders[-1]) == list(range(50))
+    assert orders[1] == orders[3]
+    assert orders[0] != orders[1] != orders[2]
+    assert list(ShuffleSampler(50, seed=5)) != orders[0]
+
+
+def test_the_change_of_an_image_is_drawn_from_seed_epoch_and_index():
+    data = augmented(seed=6)
+    data.set_epoch(3)
+    for index in (0, 7):
+        got, label = data[index]
+        torch.manual_seed(hash((6, 3, index)) & (2**63 - 1))
+        assert torch.equal(got, data.transform(images()[index]))
+        assert label == index
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
@@ -117,6 +162,38 @@ def test_randaugment_is_torchvisions_with_that_many_operations(operations):
         assert got.dtype == torch.uint8
         changed += not torch.equal(got, x)
     assert changed > 10
+
+
+def test_all_options_take_part_in_turn():
+    x = images(channels=3)[0]
+    ours = image_transform(SIDE, flip=0.3, crop=2, randaugment=2)
+    steps = [v2.RandomHorizontalFlip(0.3), v2.RandomCrop(SIDE, padding=2), v2.RandAugment(2)]
+    for seed in range(10):
+        torch.manual_seed(seed)
+        got = ours(x)
+        torch.manual_seed(seed)
+        assert torch.equal(got, v2.Compose(steps)(x))
+
+
+MIXERS = {
+    "mixup": ({"mixup": 0.3, "cutmix": 0.0}, [v2.MixUp(alpha=0.3, num_classes=5)]),
+    "cutmix": ({"mixup": 0.0, "cutmix": 0.4}, [v2.CutMix(alpha=0.4, num_classes=5)]),
+    "both": (
+        {"mixup": 0.2, "cutmix": 3.0},
+        [v2.MixUp(alpha=0.2, num_classes=5), v2.CutMix(alpha=3.0, num_classes=5)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "mixers"), MIXERS.values(), ids=MIXERS)
+def test_mixing_has_torchvisions_values_for_these_parameters(options, mixers):
+    x, labels = images().float(), torch.arange(N) % 5
+    ours, theirs = batch_transform(5, **options), v2.RandomChoice(mixers)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        got = ours(x, labels)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(got, theirs(x, labels), rtol=0, atol=0)
 
 
 def test_nothing_asked_for_is_no_transform():

@@ -1,17 +1,18 @@
-"""The training loop against training written out by hand."""
+"""Training loop against training written out by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import TensorDataset
 
-from starlayers.vision import StarNet
 from starlayers.vision.training import TrainConfig, TrainResult
-from starlayers.vision.training.recipe import param_groups
+from starlayers.vision.training.augment import Augmented, ShuffleSampler, image_transform
 
-from .util import CLASSES, RECIPE, ByHand, numbers, run, tiny_data, tiny_model, weights
+from .util import CLASSES, RECIPE, SIDE, ByHand, numbers, run, tiny_data, tiny_model, weights
 
 #: one batch with all images, nothing random
 PLAIN = {"batch_size": 80, "flip": 0.0, "crop": 0, "mixup": 0.0, "cutmix": 0.0, "ema": 0.0}
@@ -22,28 +23,12 @@ def still_model(seed=0, norm=True):
 
 
 def cosine(epochs, warmup):
-    """Learning rate of each step as a fraction of the peak, then after the last."""
+    """Return the rate of each step, and after the last one, as fractions of the peak."""
     w = max(1, round(warmup * epochs))
     rise = [(i + 1) / w for i in range(w)]
     return rise + [
         (1 + math.cos(math.pi * i / max(1, epochs - w))) / 2 for i in range(epochs - w + 1)
     ]
-
-
-def test_param_groups_decay_only_matrices_and_kernels():
-    model = StarNet(8, (1, 1), num_classes=3, in_chans=1, stage_strides=(2, 2))
-    model.head.bias.requires_grad_(False)
-    decay, rest = param_groups(model, 0.3)
-    assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
-    found = {id(p): "decay" for p in decay["params"]} | {id(p): "rest" for p in rest["params"]}
-    wanted = {}
-    for m in model.modules():
-        for name, p in m.named_parameters(recurse=False):
-            is_kernel = isinstance(m, nn.Linear | nn.Conv2d) and name == "weight"
-            wanted[id(p)] = "decay" if is_kernel else "rest"
-    del wanted[id(model.head.bias)]
-    assert found == wanted
-    assert len(decay["params"]) + len(rest["params"]) == len(wanted)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -164,6 +149,53 @@ def test_training_accuracy_counts_the_images_seen():
         right = line["train_accuracy"] * 64  # 4 batches of 16; 6 images are left out
         assert right == pytest.approx(round(right), abs=1e-4)
         assert line["step"] == 4 * line["epoch"]
+
+
+def test_each_step_sees_the_images_of_its_epoch_normalised():
+    data, seen = tiny_data(train=32), []
+    model = tiny_model()
+    model.register_forward_pre_hook(
+        lambda m, x: seen.append(x[0].detach().clone()) if m.training else None
+    )
+    options = {"flip": 0.5, "crop": 1, "randaugment": 0}
+    run(model=model, data=data, epochs=2, mixup=0.0, cutmix=0.0, **options)
+    images = Augmented(data.train, image_transform(SIDE, **options), RECIPE["seed"])
+    order = ShuffleSampler(32, RECIPE["seed"])
+    assert len(seen) == 4
+    for epoch in range(2):
+        images.set_epoch(epoch)
+        order.set_epoch(epoch)
+        want = torch.stack([images[i][0] for i in order]).float() / 255
+        want = (want - data.mean[0]) / data.std[0]
+        torch.testing.assert_close(torch.cat(seen[2 * epoch : 2 * epoch + 2]), want)
+
+
+def test_each_channel_is_normalised_by_its_own_mean_and_deviation():
+    pixels = torch.randint(0, 256, (16, 2, SIDE, SIDE), dtype=torch.uint8)
+    images = TensorDataset(pixels, torch.arange(16) % CLASSES)
+    data = SimpleNamespace(
+        train=images,
+        test=images,
+        classes=tuple("abcd"),
+        shape=(2, SIDE, SIDE),
+        mean=(0.2, 0.6),
+        std=(0.5, 2.0),
+    )
+    seen, model = [], nn.Sequential(nn.Flatten(), nn.Linear(2 * SIDE * SIDE, CLASSES))
+    model.register_forward_pre_hook(lambda m, x: None if m.training else seen.append(x[0]))
+    run(model=model, data=data, epochs=1, ema=0.0)
+    mean, std = torch.tensor([0.2, 0.6]), torch.tensor([0.5, 2.0])
+    want = (pixels / 255 - mean.view(2, 1, 1)) / std.view(2, 1, 1)
+    torch.testing.assert_close(torch.cat(seen), want)
+
+
+def test_the_randomness_of_a_step_is_drawn_from_seed_and_step():
+    seeds, model = [], tiny_model()
+    model.register_forward_pre_hook(
+        lambda m, _: seeds.append(torch.initial_seed()) if m.training else None
+    )
+    run(model=model, epochs=2)
+    assert seeds == [hash((RECIPE["seed"], step, 0)) & (2**63 - 1) for step in range(10)]
 
 
 def test_it_learns():

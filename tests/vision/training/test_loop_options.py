@@ -1,19 +1,23 @@
-"""Runs against each other: seeds, workers, precision, compilation; and recipes refused."""
+"""Options of `TrainConfig`: each changes what it says and nothing else; bad values are refused."""
 
+import signal
 import threading
+from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Dataset, get_worker_info
 
-from starlayers.vision.training import TrainConfig, train
+from starlayers.vision.training import RunDir, TrainConfig, train
 
 from .util import CLASSES, SIDE, numbers, run, tiny_data, tiny_model, weights
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path):
     first = run(tmp_path / "a")
-    torch.manual_seed(77)  # what happened before does not matter
+    torch.manual_seed(77)  # earlier draws do not matter
     torch.rand(5)
     second = run(tmp_path / "b")
     assert numbers(first.history) == numbers(second.history)
@@ -28,12 +32,96 @@ def test_another_seed_gives_another_run():
         assert one["train_loss"] != other["train_loss"]
 
 
-@pytest.mark.parametrize(
-    "change", [{"flip": 0.0}, {"crop": 0}, {"mixup": 0.0}, {"cutmix": 0.0}, {"randaugment": 1}]
-)
-def test_every_augmentation_takes_part(change):
-    plain, changed = run(epochs=1), run(epochs=1, **change)
-    assert plain.history[0]["train_loss"] != changed.history[0]["train_loss"]
+#: a value of each field that changes numbers, other than the one in RECIPE
+CHANGES = {
+    "epochs": 2,
+    "batch_size": 20,
+    "lr": 1e-2,
+    "weight_decay": 2.0,
+    "schedule": "onecycle",
+    "warmup": 0.4,
+    "label_smoothing": 0.3,
+    "clip": 0.02,
+    "flip": 0.0,
+    "crop": 0,
+    "randaugment": 1,
+    "mixup": 0.9,
+    "cutmix": 0.0,
+    "ema": 0.5,
+    "amp": True,
+    "seed": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def plain_loss():
+    return run().history[-1]["test_loss"]
+
+
+@pytest.mark.parametrize(("name", "value"), CHANGES.items(), ids=CHANGES)
+def test_every_field_changes_the_result(plain_loss, name, value):
+    assert {*CHANGES, "compile", "save_every", "workers"} == {f.name for f in fields(TrainConfig)}
+    assert run(**{name: value}).history[-1]["test_loss"] != plain_loss
+
+
+@pytest.mark.parametrize(("save_every", "want"), [(1, [1, 2, 3, 4]), (3, [3]), (5, []), (9, [])])
+def test_states_are_saved_after_so_many_steps_and_each_epoch(
+    tmp_path, monkeypatch, save_every, want
+):
+    steps, save = [], RunDir.save
+
+    def record(self, accelerator, step):
+        steps.append(step)
+        save(self, accelerator, step)
+
+    monkeypatch.setattr(RunDir, "save", record)
+    run(tmp_path / "run", epochs=1, save_every=save_every)
+    assert steps == [*want, 5]
+
+
+class Watched(Dataset):
+    """Images that hold the number of the process that loads them, and its view of Ctrl-C."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        worker = get_worker_info()
+        image = torch.zeros(1, SIDE, SIDE, dtype=torch.uint8)
+        image[0, 0, 0] = 0 if worker is None else 1 + worker.id
+        image[0, 0, 1] = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        return image, index % CLASSES
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_load_the_images_and_ignore_ctrl_c(workers):
+    watched = Watched()
+    data = SimpleNamespace(
+        train=watched,
+        test=watched,
+        classes=tuple("abcd"),
+        shape=(1, SIDE, SIDE),
+        mean=(0.0,),
+        std=(1 / 255,),
+    )
+    seen, model = {True: [], False: []}, tiny_model()
+    model.register_forward_pre_hook(lambda m, x: seen[m.training].append(x[0][:, 0, 0, :2]))
+    run(
+        model=model,
+        data=data,
+        workers=workers,
+        epochs=1,
+        flip=0.0,
+        crop=0,
+        mixup=0.0,
+        cutmix=0.0,
+        ema=0.0,
+    )
+    want = {(1, 1), (2, 1)} if workers else {(0, 0)}
+    assert {tuple(pair) for x in seen[True] for pair in x.round().int().tolist()} == want
+    # all test images are one batch, which one worker loads
+    validated = {tuple(pair) for x in seen[False] for pair in x.round().int().tolist()}
+    assert validated == {min(want)}
 
 
 def test_epochs_are_augmented_and_ordered_differently():
@@ -53,7 +141,7 @@ def test_epochs_are_augmented_and_ordered_differently():
         assert distance.min(1).values.max() < 1e-5
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_workers_change_nothing(tmp_path, workers):
     alone = run(tmp_path / "alone", epochs=2, randaugment=1)
     helped = run(tmp_path / "helped", epochs=2, randaugment=1, workers=workers)

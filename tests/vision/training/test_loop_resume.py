@@ -1,4 +1,4 @@
-"""Runs that were stopped and went on, against undisturbed ones."""
+"""Resumed runs against undisturbed ones."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def interrupt():
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """(result, folder) of whole runs by recipe, each trained once."""
+    """Function from a recipe to (result, folder) of a whole run, each trained once."""
     done = {}
 
     def get(**recipe):
@@ -54,7 +54,10 @@ def states(folder):
     return sorted(int(p.name.split("_")[1]) for p in (folder / "state").iterdir())
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 5, 6, 9, 10, 14])
+# 2 saves a state anyway, 5 ends an epoch, 6 begins one
+@pytest.mark.parametrize(
+    "step", [2, 5, 6, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 9, 10, 14))]
+)
 def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, undisturbed, step):
     handler = signal.getsignal(signal.SIGINT)
     stopped = run(tmp_path / "run", model=call_at_step(tiny_model(), step, interrupt))
@@ -105,7 +108,16 @@ def test_a_second_interrupt_stops_at_once(tmp_path, undisturbed):
     assert_same_run(resumed, undisturbed()[0], tmp_path / "run", undisturbed()[1])
 
 
-@pytest.mark.parametrize(("step", "saved"), [(1, []), (4, [2]), (6, [5]), (8, [6]), (11, [10])])
+@pytest.mark.parametrize(
+    ("step", "saved"),
+    [
+        (1, []),
+        (4, [2]),
+        (6, [5]),
+        pytest.param(8, [6], marks=pytest.mark.slow),
+        pytest.param(11, [10], marks=pytest.mark.slow),
+    ],
+)
 def test_a_crash_loses_only_what_came_after_the_last_state(tmp_path, undisturbed, step, saved):
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Crash):
@@ -131,9 +143,15 @@ def test_stopped_again_and_again(tmp_path, undisturbed):
     assert_same_run(resumed, undisturbed()[0], folder, undisturbed()[1])
 
 
-@pytest.mark.parametrize("step", [3, 7])
+ONECYCLE = {"schedule": "onecycle", "warmup": 0.3}
+OTHER_RECIPES = [({"workers": 1, "amp": True}, 3), ({**ONECYCLE, "ema": 0.0}, 7)]
+ONE_BY_ONE = [({"workers": 1}, 7), ({"amp": True}, 7), (ONECYCLE, 3), ({"ema": 0.0}, 3)]
+
+
 @pytest.mark.parametrize(
-    "recipe", [{"workers": 1}, {"amp": True}, {"schedule": "onecycle", "warmup": 0.3}, {"ema": 0.0}]
+    ("recipe", "step"),
+    OTHER_RECIPES + [pytest.param(*case, marks=pytest.mark.slow) for case in ONE_BY_ONE],
+    ids=str,
 )
 def test_other_recipes_resume_too(tmp_path, undisturbed, recipe, step):
     stopped = run(tmp_path / "run", model=call_at_step(tiny_model(), step, interrupt), **recipe)

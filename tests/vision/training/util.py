@@ -1,4 +1,4 @@
-"""Tiny data and a tiny network to train in the tests, and what must be equal between two runs."""
+"""Tiny data and network for training tests, and the comparison of two runs."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ CLASSES, SIDE = 4, 6
 
 
 def tiny_data(train: int = 80, test: int = 37) -> ImageData:
-    """Noisy stripes whose place is the class."""
+    """Return images of noise with a stripe, whose place is the class."""
     g = torch.Generator().manual_seed(11)
     sets = []
     for n in (train, test):
@@ -44,7 +44,7 @@ def tiny_model(seed: int = 0, dropout: float = 0.2, norm: bool = True) -> nn.Seq
     )
 
 
-#: five steps an epoch, everything random switched on
+#: five steps an epoch, with every source of randomness
 RECIPE: dict[str, Any] = {
     "epochs": 3,
     "batch_size": 16,
@@ -73,7 +73,7 @@ def run(
 
 
 def numbers(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The history without what a clock says."""
+    """Return the history without the seconds."""
     return [{k: v for k, v in line.items() if k != "seconds"} for line in history]
 
 
@@ -93,7 +93,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def call_at_step(model: nn.Module, step: int, action: Any) -> nn.Module:
-    """`action()` in the forward pass of training step `step`, counted from 1."""
+    """Call `action()` in the forward pass of training step `step`, counted from 1."""
     count = 0
 
     def hook(module: nn.Module, *_: object) -> None:
@@ -107,7 +107,7 @@ def call_at_step(model: nn.Module, step: int, action: Any) -> nn.Module:
 
 
 class ByHand:
-    """AdamW with the network's loss, written out: for whole-data batches without augmentation."""
+    """AdamW on the network's loss, written out, for batches of all images without augmentation."""
 
     def __init__(self, model: nn.Module, data: ImageData, config: TrainConfig) -> None:
         self.model, self.config = model.train(), config
