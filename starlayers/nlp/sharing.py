@@ -35,7 +35,7 @@ def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> No
         ...     "modeling_starformer.py" in os.listdir(folder)
         True
     """
-    model_class, config_class = type(model), type(model.config)
+    model_class = type(model)
     auto = next((name for name, models in AUTO_CLASSES.items() if model_class in models), None)
     if auto is None:
         known = ", ".join(m.__name__ for models in AUTO_CLASSES.values() for m in models)
@@ -44,6 +44,7 @@ def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> No
             f"{model_class.__name__} (a model loaded with the code in its folder saves that code "
             "with save_pretrained)"
         )
+    config_class = type(model.config)
     before = model_class._auto_class, config_class._auto_class
     # save_pretrained copies the code of classes that have `_auto_class`: set for this save only
     model_class._auto_class, config_class._auto_class = auto, "AutoConfig"
