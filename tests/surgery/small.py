@@ -1,4 +1,4 @@
-"""MLPs of the smallest kinds there are, and a net of them."""
+"""Small MLPs of every form, and a net of them."""
 
 from torch import nn
 
@@ -22,7 +22,7 @@ class Twice(MLP):
 
 
 class Gated(nn.Module):
-    """Which branch is activated, and in which order they stand, is for the probe to find out."""
+    """SwiGLU; `first` is the branch that is defined first, `gate` the one that is activated."""
 
     def __init__(self, first="gate", act=None, scale=1.0):
         super().__init__()
@@ -59,5 +59,7 @@ class Net(nn.Module):
 
 
 def train_gates(model, size=0.1):
+    """Draw the gates of a model as if they had learned something, and return the model."""
     for parameter in gate_parameters(model):
         nn.init.normal_(parameter, std=size)
+    return model

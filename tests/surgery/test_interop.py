@@ -10,7 +10,8 @@ from transformers import Trainer, TrainingArguments
 from starlayers import from_pretrained, param_groups, starify
 from starlayers.surgery import gate_parameters, gate_sizes, report, revert
 from tests.surgery.architectures import ARCHITECTURES, run
-from tests.surgery.test_saving import IDS, bert, gpt2, llama, train_gates
+from tests.surgery.small import train_gates
+from tests.surgery.tiny_models import IDS, bert, gpt2, llama
 
 TABLE = {arch.name: arch for arch in ARCHITECTURES}
 LORA = {"target_modules": "all-linear", "r": 4}

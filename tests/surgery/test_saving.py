@@ -1,49 +1,26 @@
+"""Records of starified models, and `from_pretrained`."""
+
+import copy
 import json
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BertConfig,
     BertForSequenceClassification,
     BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from starlayers import from_pretrained, starify
-from starlayers.surgery import Anneal, gate_parameters, record_of, report, revert
-
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
-IDS = torch.arange(14).reshape(2, 7)
-
-
-def bert():
-    torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(**SIZES, intermediate_size=64)).eval()
-
-
-def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=64)).eval()
-
-
-def gpt2():
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99)).eval()
-
-
-def train_gates(model):
-    for parameter in gate_parameters(model):
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
+from starlayers.surgery import apply_record, gate_parameters, record_of, report, revert
+from tests.surgery.small import MLP, Gated, Net, Packed, train_gates
+from tests.surgery.tiny_models import IDS, bert, gpt2, llama
 
 
 @pytest.mark.parametrize(
@@ -140,15 +117,6 @@ def test_what_is_only_fused_is_saved_as_it_was(tmp_path):
     y = model(IDS).logits
     starify(model, mode="fuse").save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, y)
-
-
-def test_an_annealed_model_keeps_its_form(tmp_path):
-    model = train_gates(starify(bert()))
-    Anneal(model).t = 0.25
-    model.save_pretrained(tmp_path)
-    loaded = from_pretrained(AutoModelForSequenceClassification, tmp_path).eval()
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-    assert Anneal(loaded).t == 0.25
 
 
 def test_errors(tmp_path):
