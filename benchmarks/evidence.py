@@ -1,31 +1,21 @@
-"""All pages of evidence, docs/evidence/*.md: made from the records, never by hand."""
+"""All pages of evidence from the records: `python -m benchmarks.evidence`."""
 
-from pathlib import Path
+from benchmarks import examples
+from benchmarks.coefficients.__main__ import PAGES as COEFFICIENTS
+from benchmarks.harness.study import DOCS, NOTICE, Page
+from benchmarks.nlp.__main__ import PAGE as NLP
+from benchmarks.rl.__main__ import PAGE as RL
+from benchmarks.starify.__main__ import PAGE as STARIFY
+from benchmarks.vision.__main__ import PAGE as VISION
 
-from benchmarks.coefficients.pages import STUDIES as COEFFICIENTS
-from benchmarks.examples import STUDIES as EXAMPLES
-from benchmarks.harness.report import DOCS
-from benchmarks.harness.study import Study
-from benchmarks.nlp.pages import STUDIES as NLP
-from benchmarks.rl.pages import STUDIES as RL
-from benchmarks.starify.pages import STUDIES as STARIFY
-from benchmarks.vision.pages import STUDIES as VISION
-
-#: heading of the index -> its studies
-DOMAINS: dict[str, tuple[Study, ...]] = {
-    "Vision": VISION,
-    "Language": NLP,
-    "Starify": STARIFY,
-    "Reinforcement learning": RL,
-    "Coefficients": COEFFICIENTS,
-    "Examples": EXAMPLES,
-}
+PAGES = (VISION, NLP, STARIFY, RL, *COEFFICIENTS)
+PAGES += (Page("examples", "Evidence: examples", (examples.STUDY,)),)
 INDEX = """\
 # Evidence
 
-<!-- Written by `python -m benchmarks`; do not edit. -->
+{notice}
 
-What was measured, by which command, on what. Each page is written from the records of its study
+What was measured, by which command, on what. Each page is written from the records of its studies
 in `benchmarks/results/`, one line of JSON a run; no number in them is typed by hand. Kernels have
 pages of their own: [as compiled](../kernels-compiled.md) and
 [as measured on a GPU](../kernels-measured.md).
@@ -33,30 +23,29 @@ pages of their own: [as compiled](../kernels-compiled.md) and
 Intervals are 95 %. "Better" and "worse" mean that the interval of a single comparison leaves out
 0, "not decided" that it does not; a study of many comparisons says which survive a correction for
 their number.
+
+{pages}
 """
-
-
-def index(titles: dict[str, str]) -> str:
-    """Return the index of the pages; `titles` are study -> title."""
-    parts = [INDEX]
-    for domain, studies in DOMAINS.items():
-        links = [f"- [{titles[s.name]}]({s.name}.md)" for s in studies]
-        parts.append(f"\n## {domain}\n\n" + "\n".join(links) + "\n")
-    return "".join(parts)
 
 
 def contents() -> dict[str, str]:
     """Return file name -> content of every page, without figures."""
-    pages = [study.page() for studies in DOMAINS.values() for study in studies]
-    titles = {page.study: page.text.lstrip().splitlines()[0].removeprefix("# ") for page in pages}
-    texts = {f"{page.study}.md": page.markdown for page in pages}
-    return {"index.md": index(titles), **texts}
+    texts = {f"{page.name}.md": page.markdown() for page in PAGES}
+    lines = []
+    for page in PAGES:
+        lines.append(f"- [{page.title}]({page.name}.md)")
+        headings = [h for h in texts[f"{page.name}.md"].splitlines() if h.startswith("## ")]
+        lines += [f"    - {heading.removeprefix('## ')}" for heading in headings]
+    return {"index.md": INDEX.format(notice=NOTICE, pages="\n".join(lines)), **texts}
 
 
-def write(docs: Path = DOCS) -> None:
+def main() -> None:
     """Write every page, its figures, and the index."""
-    for studies in DOMAINS.values():
-        for study in studies:
-            study.page().write(docs)
-            print(f"docs/evidence/{study.name}.md")
-    (docs / "evidence" / "index.md").write_text(contents()["index.md"])
+    for page in PAGES:
+        page.write()
+        print(f"docs/evidence/{page.name}.md")
+    (DOCS / "evidence" / "index.md").write_text(contents()["index.md"])
+
+
+if __name__ == "__main__":
+    main()

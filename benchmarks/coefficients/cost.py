@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness.report import markdown_table
-from benchmarks.harness.runner import Job
+from benchmarks.harness.report import conditions, first_definition, markdown_table
+from benchmarks.harness.runner import Job, Records
+from benchmarks.harness.study import Study
 from benchmarks.harness.timing import cpu_clock, interleave
 from starlayers import StarOp
 from starlayers.coefficients import CoefficientPenalty, quadratic_form
@@ -23,6 +24,22 @@ ARMS: dict[str, dict[str, Any]] = {
     "p=1, its bound": {"p": 1, "bound": True},
 }
 STRENGTH = 1e-4
+TEXT = """\
+## Cost of a penalty on the coefficients
+
+**What was done.** A training step of {model} at batch {batch}, {image} x {image}, on one core,
+without and with each penalty in turn; medians of {repeats} rounds of CPU time, the machine busy
+with other work, whose noise is a percent or two of a step. Memory in multiples of that of the
+model's parameters.
+
+{table}
+**What this shows.** The bound of `p=1` costs {bound:.1f} % of a step where the norm itself costs
+{full:.1f} %, and the norm `p=2` costs {two:.1f} %.
+
+**Conditions**
+
+{conditions}
+"""
 
 
 class LargestTensor(TorchDispatchMode):
@@ -144,3 +161,32 @@ def table(result: dict[str, Any]) -> str:
             cells += ["-"] * 4
         body.append(cells)
     return markdown_table(header, body)
+
+
+def text(records: Records) -> str:
+    """Make the page of the cost of a penalty."""
+    (record,) = records.values()
+    share = {
+        name: 100 * row["penalty_share"]
+        for name, row in record.metrics["rows"].items()
+        if "penalty_share" in row
+    }
+    fields = {n: first_definition(records)[n] for n in ("model", "batch", "image", "repeats")}
+    return TEXT.format(
+        **fields,
+        table=table(record.metrics),
+        bound=share["p=1, its bound"],
+        full=share["p=1"],
+        two=share["p=2"],
+        conditions=conditions([record]),
+    )
+
+
+STUDY = Study(
+    "coefficients-cost",
+    "python -m benchmarks.coefficients cost",
+    lambda: {"cost": job()},
+    work,
+    lambda records: table(next(iter(records.values())).metrics),
+    text,
+)

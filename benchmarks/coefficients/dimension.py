@@ -1,14 +1,16 @@
 """Rank of the outputs of star layers against the number of monomials."""
 
 import time
+from math import factorial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.harness.report import markdown_table
+from benchmarks.harness.report import conditions, markdown_table
 from benchmarks.harness.runner import Job, Records
+from benchmarks.harness.study import Study
 from starlayers import StarOp
 from starlayers.coefficients import empirical_rank, implicit_dimension
 
@@ -20,6 +22,38 @@ SMOKE = range(2, 5)
 MORE = 1.1
 #: layers -> name in the names of runs
 KINDS = {"star": "star", "star, two layers": "star-two-layers", "sum": "sum"}
+TEXT = """\
+## Study: how many dimensions?
+
+**The question.** A star layer is said to work in about `(d / sqrt 2)^2` dimensions, and L of
+them in `(d / sqrt 2)^(2^L)`. Is that so?
+
+**What was done.** Activation-free stars of random weights with a tenth more outputs than there
+should be dimensions, and the rank of the matrix of their outputs on random inputs, in float64.
+One layer for d = {one_low} to {one_high}, two layers for d = {two_low} to {two_high} (at
+{one_high} inputs the matrix would have {too_many:,} columns), the sum of two branches for
+comparison; {seeds} seeds each, {ranks} ranks.
+
+**The answer.** {right} of {ranks} ranks are exactly the number of monomials, `C(d + 2^L, 2^L)`
+for L layers and d + 1 for a sum.
+
+![Ranks on the lines of the counts](../figures/coefficients-dimension.png)
+
+{table}
+So the paper's formula is right about how one layer grows and a little low, since it leaves out
+the squares' other half, the linear terms and the constant. For two layers it is too high, by up
+to {factor:.1f} times at d = {two_high}: it takes `(x1 x2)(x3 x4)` and `(x1 x3)(x2 x4)` for
+different. With more inputs the factor grows to `(2^L)! / 2^(2^(L - 1))`: {limit2:,.0f} times for
+two layers, {limit3:,.0f} for three and {limit4:.1e} for four.
+
+**What it does not say.** That is the space all channels together can fill. One channel is a
+matrix of rank two in it, and a layer with fewer channels than dimensions fills no more than it
+has channels. Nothing here says that a large space helps; the other studies ask that.
+
+**Conditions**
+
+{conditions}
+"""
 
 
 def jobs(seeds: int = 5, smoke: bool = False) -> dict[str, Job]:
@@ -125,3 +159,46 @@ def plot(records: Records, file: Path) -> None:
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7)
     figure.savefig(file, dpi=120)
+
+
+def text(records: Records) -> str:
+    """Make the page of the study of dimensions."""
+    summary = summarise(records)
+    one, two, both = (summary[kind] for kind in ("star", "star, two layers", "sum"))
+    lines = []
+    for d in [n for n in sorted(one) if n in (2, 4, 8, max(two), max(one))]:
+        cells = [_ranks(one[d]), f"{one[d]['paper']:,.0f}"]
+        cells += [_ranks(two[d]), f"{two[d]['paper']:,.0f}"] if d in two else ["", ""]
+        lines.append([str(d), *cells, _ranks(both[d])])
+    header = ["d", "star: rank", "paper", "two layers: rank", "paper", "sum: rank"]
+    return TEXT.format(
+        one_low=min(one),
+        one_high=max(one),
+        two_low=min(two),
+        two_high=max(two),
+        too_many=int(implicit_dimension(max(one), 2)),
+        seeds=len({r.seed for r in records.values()}),
+        ranks=len(records),
+        right=len(records) - len(wrong(records)),
+        table=markdown_table(header, lines),
+        **{f"limit{n}": factorial(2**n) / 2 ** (2 ** (n - 1)) for n in (2, 3, 4)},
+        factor=max(row["paper"] / row["count"] for row in two.values()),
+        conditions=conditions(records.values()),
+    )
+
+
+def _ranks(row: dict[str, Any]) -> str:
+    return ", ".join(f"{rank:,}" for rank in sorted(set(row["ranks"])))
+
+
+STUDY = Study(
+    "coefficients-dimension",
+    "python -m benchmarks.coefficients dimension",
+    jobs,
+    measure,
+    tables,
+    text,
+    lambda records: {
+        "coefficients-dimension.png": lambda file: plot(records, file),
+    },
+)

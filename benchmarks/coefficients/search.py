@@ -10,7 +10,15 @@ gradients of the log loss on the same images. The 10,000 test images choose noth
 from pathlib import Path
 from typing import Any
 
-from benchmarks.coefficients.search_runs import DEFAULTS, METHODS, TUNED
+from benchmarks.coefficients.search_runs import (
+    DEFAULTS,
+    METHODS,
+    TUNED,
+    search_jobs,
+    search_one,
+    tune_jobs,
+    tune_one,
+)
 from benchmarks.harness.comparison import (
     Difference,
     difference,
@@ -18,12 +26,76 @@ from benchmarks.harness.comparison import (
     plot_differences,
     with_half,
 )
-from benchmarks.harness.report import markdown_table
+from benchmarks.harness.report import conditions, first_definition, listed, markdown_table
 from benchmarks.harness.runner import Records
+from benchmarks.harness.study import Study
 
 #: split and arm that a method is compared on and with
 COMPARED = [*(("test", name) for name in DEFAULTS), ("validation", "random"), ("test", "random")]
 NAMES = {"tpe": "TPE", "gp": "Gaussian process", "cma": "CMA-ES", "random": "at random"}
+TEXT = """\
+## Study: can coefficients be searched for?
+
+**The question.** Can the distribution of coefficients be optimised from outside, by Bayesian
+optimisation or evolution, instead of by gradients?
+
+**What was done.** A net with two star layers learns {train:,} images of Fashion-MNIST in {steps}
+steps. Searched for are the strengths of the L1, L2 and balance penalties, the gains of both
+branches at the start, the offset, the rank and a factor per layer, on the accuracy on
+{validation:,} other images, with {trials} trials of each method. "defaults" is one net without
+any of it, "defaults, rank 4" the same with more parameters. The 10,000 test images choose
+nothing. {seeds} seeds, means with 95 % intervals; the bar is a search at random.
+
+{table}
+![The best trial so far, and what it is worth](../figures/coefficients-search.png)
+
+**The answer, in plain words.**
+
+- *No method is better than chance here.* On the images they search on, TPE and Gaussian
+  processes find {tpe} and {gp} points more than a search at random ({tpe_verdict} and
+  {gp_verdict}); on the test images nothing.
+- *Searching {trials} nets gains no more than giving one net rank 4*: {low:+.2f} to {high:+.2f}
+  points at {trials} times the cost against {rank4:+.2f} at once, and none of these is decided.
+- So `search` is for metrics that gradients cannot reach and that come with enough data, not a
+  way to better coefficients. Keep a test set. Tuning a trained net tells
+  the same.
+
+Weak points: a small net and {trials} trials; all methods begin with the same random draws, a
+third of the trials. With thousands of trials, or on a metric that differs from the loss more
+than accuracy does, it may come out otherwise.
+
+**Conditions**
+
+{conditions}
+"""
+TUNE_TEXT = """\
+## Study: can a trained net's products be tuned?
+
+**The question.** Can the products of a net that is trained be tuned on the metric itself,
+without gradients?
+
+**What was done.** The default net of the study of searches is trained;
+then only factors of its products are changed, by {trials} trials on {validation:,} images that
+it was not trained on, or by gradients of the log loss on the same images. The 10,000 test images
+choose nothing. {seeds} seeds, means with 95 % intervals.
+
+{table}
+![What is gained, and where](../figures/coefficients-tune.png)
+
+**The answer, in plain words.**
+
+- *Tuning learns the validation set.* The gradient-free methods gain {low:.2f} to {high:.2f}
+  points there; on other images {test_low:+.2f} to {test_high:+.2f}, {test_verdict}. On
+  {validation:,} images half a point is ten predictions, and so many trials find ten by luck.
+- So `tune_coefficients` is for metrics that gradients cannot reach and that come with enough
+  data, not a way to better coefficients. Keep a test set.
+
+Weak points: a small net and few trials.
+
+**Conditions**
+
+{conditions}
+"""
 
 
 def by_seed(records: Records, arm: str, metric: str) -> dict[int, float]:
@@ -165,3 +237,76 @@ def plot_tune(records: Records, file: Path) -> None:
         for split in ("validation", "test")
     }
     plot_differences(panels, file, shared_names=True)
+
+
+def search_text(records: Records) -> str:
+    """Make the page of the study of searches."""
+    summary = search_summary(records)
+    validation = {m: summary[m]["differences"]["validation", "random"] for m in ("tpe", "gp")}
+    gains = [
+        row["differences"]["test", "defaults"].mean
+        for method, row in summary.items()
+        if method not in DEFAULTS
+    ]
+    mean = {arm: summary[arm]["test"][0] for arm in DEFAULTS}
+    recipe = first_definition(records)["recipe"]
+    return TEXT.format(
+        **{name: recipe[name] for name in ("train", "validation", "steps", "trials")},
+        seeds=summary["defaults"]["seeds"],
+        table=search_table(records),
+        tpe=validation["tpe"].text(2),
+        gp=validation["gp"].text(2),
+        tpe_verdict=validation["tpe"].verdict,
+        gp_verdict=validation["gp"].verdict,
+        low=min(gains),
+        high=max(gains),
+        rank4=mean["defaults, rank 4"] - mean["defaults"],
+        conditions=conditions(records.values()),
+    )
+
+
+SEARCH = Study(
+    "coefficients-search",
+    "python -m benchmarks.coefficients searches search",
+    search_jobs,
+    search_one,
+    search_table,
+    search_text,
+    lambda records: {
+        "coefficients-search.png": lambda file: plot_search(records, file),
+    },
+)
+
+
+def tune_text(records: Records) -> str:
+    """Make the page of the study of tuning."""
+    summary = tune_summary(records)
+    gains = [row["gain"] for arm, row in summary.items() if not arm.startswith("gradients")]
+    validation, test = ([g[split] for g in gains] for split in ("validation", "test"))
+    verdicts = dict.fromkeys(d.verdict for d in test)
+    definition = first_definition(records)
+    return TUNE_TEXT.format(
+        trials=definition["tuning"]["trials"],
+        validation=definition["recipe"]["validation"],
+        seeds=next(iter(summary.values()))["seeds"],
+        table=tune_table(records),
+        low=min(d.mean for d in validation),
+        high=max(d.mean for d in validation),
+        test_low=min(d.mean for d in test),
+        test_high=max(d.mean for d in test),
+        test_verdict=listed(verdicts),
+        conditions=conditions(records.values()),
+    )
+
+
+TUNE = Study(
+    "coefficients-tune",
+    "python -m benchmarks.coefficients searches tune",
+    tune_jobs,
+    tune_one,
+    tune_table,
+    tune_text,
+    lambda records: {
+        "coefficients-tune.png": lambda file: plot_tune(records, file),
+    },
+)

@@ -1,13 +1,10 @@
-"""Pages of evidence: Markdown and figures made from records alone."""
+"""Parts of pages of evidence: tables, conditions, lists."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from benchmarks.harness.records import Record
 
-DOCS = Path(__file__).parents[2] / "docs"
-NOTICE = "<!-- Written by `{command}` from {sources}; do not edit. -->\n"
 #: packages whose versions a page states, where a run has them
 STATED = ("python", "torch", "timm", "transformers", "peft", "stable-baselines3", "gymnasium")
 STATED += ("optuna", "cmaes")
@@ -19,38 +16,11 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in content) + "\n"
 
 
-@dataclass(frozen=True)
-class Page:
-    """Page of a study.
-
-    Args:
-        study: name of the study; the page is docs/evidence/<study>.md.
-        command: command that writes the page.
-        text: Markdown, with everything but the notice at its head.
-        figures: file name in docs/figures -> function that draws into a file.
-        sources: names of the studies whose records the page is made from; its own by default.
-    """
-
-    study: str
-    command: str
-    text: str
-    figures: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
-    sources: tuple[str, ...] = ()
-
-    @property
-    def markdown(self) -> str:
-        """Content of the page's file."""
-        files = [f"benchmarks/results/{name}.jsonl" for name in self.sources or (self.study,)]
-        notice = NOTICE.format(command=self.command, sources=" and ".join(files))
-        return f"{notice}\n{self.text.strip()}\n"
-
-    def write(self, docs: Path = DOCS) -> None:
-        """Write the page and draw its figures."""
-        for folder in ("evidence", "figures"):
-            (docs / folder).mkdir(parents=True, exist_ok=True)
-        (docs / "evidence" / f"{self.study}.md").write_text(self.markdown)
-        for name, draw in self.figures.items():
-            draw(docs / "figures" / name)
+def first_definition(records: Mapping[str, Record]) -> dict[str, Any]:
+    """Return the definition of the first record, for settings that all runs have in common."""
+    definition = next(iter(records.values())).definition
+    assert definition is not None
+    return definition
 
 
 def conditions(records: Iterable[Record]) -> str:
@@ -97,8 +67,3 @@ def listed(names: Iterable[str], none: str = "none") -> str:
     """Return names as "a, b and c"; `none` where there are none."""
     *most, last = [*names] or [none]
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def template(module: str, name: str) -> str:
-    """Read the text of a page: a Markdown file beside a module, with {fields} for numbers."""
-    return Path(module).with_name(f"{name}.md").read_text()

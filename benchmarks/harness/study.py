@@ -1,4 +1,4 @@
-"""A study: its runs, its tables, its page of evidence, and the options of its command."""
+"""A study: its runs, its tables, its part of a page of evidence, and its command's options."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.harness.records import RESULTS
-from benchmarks.harness.report import Page
 from benchmarks.harness.runner import Job, Records, current, measure_once, run_study
+
+DOCS = Path(__file__).parents[2] / "docs"
+NOTICE = "<!-- Written by `python -m benchmarks.evidence` from benchmarks/results; do not edit. -->"
 
 Processes = Annotated[int, typer.Option(help="runs at a time, one thread each; 0 only tabulates")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="seconds instead of hours, no result")]
@@ -24,15 +26,14 @@ class Study:
     """A study.
 
     Args:
-        name: name of its records and of its page.
+        name: name of the file of its records.
         command: command that runs it.
         jobs: all jobs of the study, by name.
         work: function that runs one job and returns its metrics; None if all records were made
             elsewhere.
         tables: function that makes the tables that the command prints.
-        text: function that makes the page's Markdown.
+        text: function that makes the study's part of the page, as Markdown.
         figures: function that makes a drawing function for each figure's file name.
-        sources: names of other studies that the page is made from.
     """
 
     name: str
@@ -42,61 +43,76 @@ class Study:
     tables: Callable[[Records], str]
     text: Callable[[Records], str]
     figures: Callable[[Records], Figures] = lambda _: {}
-    sources: tuple[str, ...] = ()
 
-    def page(self, folder: Path = RESULTS) -> Page:
-        """Make the page from the current records."""
+    def records(self, folder: Path = RESULTS) -> Records:
+        """Load the current records of all jobs.
+
+        Raises:
+            FileNotFoundError: there are none.
+        """
         records = current(self.name, self.jobs(), folder)
         if not records:
             raise FileNotFoundError(f"no current records of {self.name} in {folder}")
-        sources = (self.name, *self.sources)
-        command = f"{self.command} --page" if self.work else self.command
-        return Page(self.name, command, self.text(records), self.figures(records), sources)
+        return records
 
     def run(
         self,
-        jobs: dict[str, Job] | None = None,
+        jobs: dict[str, Job],
         *,
-        processes: int = 0,
-        page: bool = False,
+        processes: int,
         smoke: bool = False,
         out: Path = RESULTS,
-    ) -> None:
-        """Run the jobs that have no record (all of the study by default), and print the tables.
+    ) -> Records:
+        """Run the jobs that have no record, print the tables, and return the records.
 
-        With `page` nothing is run: the page and its figures are written from the records. A smoke
-        run has records of its own, and draws the figures beside them.
+        A smoke run has records of its own, and draws the figures beside them.
         """
-        if page:
-            self.page(out).write()
-            return
-        name = f"{self.name}-smoke" if smoke else self.name
-        chosen = self.jobs() if jobs is None else jobs
         assert self.work is not None
-        records = run_study(name, chosen, self.work, processes=processes, folder=out)
+        name = f"{self.name}-smoke" if smoke else self.name
+        records = run_study(name, jobs, self.work, processes=processes, folder=out)
         self._show(records, out if smoke else None)
+        return records
 
-    def measure(
-        self, job: Job, *, page: bool = False, smoke: bool = False, out: Path = RESULTS
-    ) -> None:
+    def measure(self, job: Job, *, smoke: bool = False, out: Path = RESULTS) -> None:
         """Measure in this process, append the record, and print the tables.
 
         For comparisons of speed, whose variants are timed in turn within one run. They are
         measured anew whenever they are asked for; a page has the last record.
         """
-        if page:
-            self.page(out).write()
-            return
-        name = f"{self.name}-smoke" if smoke else self.name
         assert self.work is not None
-        record = measure_once(name, job, self.work(job), folder=out)
-        self._show({name: record}, out if smoke else None)
+        name = f"{self.name}-smoke" if smoke else self.name
+        (run,) = self.jobs()
+        record = measure_once(name, job, self.work(job), run=run, folder=out)
+        self._show({run: record}, out if smoke else None)
 
     def _show(self, records: Records, draw_in: Path | None) -> None:
         print(self.tables(records))
         if draw_in is not None:
             for file, draw in self.figures(records).items():
                 draw(draw_in / file)
+
+
+@dataclass(frozen=True)
+class Page:
+    """Page of evidence, docs/evidence/<name>.md, with the parts of some studies."""
+
+    name: str
+    title: str
+    studies: tuple[Study, ...]
+
+    def markdown(self, folder: Path = RESULTS) -> str:
+        """Return the content of the page."""
+        parts = [study.text(study.records(folder)).strip() for study in self.studies]
+        return "\n\n".join([f"# {self.title}", NOTICE, *parts]) + "\n"
+
+    def write(self, docs: Path = DOCS, folder: Path = RESULTS) -> None:
+        """Write the page and draw its figures."""
+        for part in ("evidence", "figures"):
+            (docs / part).mkdir(parents=True, exist_ok=True)
+        (docs / "evidence" / f"{self.name}.md").write_text(self.markdown(folder))
+        for study in self.studies:
+            for name, draw in study.figures(study.records(folder)).items():
+                draw(docs / "figures" / name)
 
 
 def chosen_names(names: str, known: list[str], kind: str) -> list[str]:

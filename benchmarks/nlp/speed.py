@@ -4,13 +4,36 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.report import markdown_table
-from benchmarks.harness.runner import Job
+from benchmarks.harness.report import conditions, markdown_table
+from benchmarks.harness.runner import Job, Records
+from benchmarks.harness.study import Study
 from benchmarks.harness.timing import interleave, kept_bytes
 from benchmarks.nlp.tasks import MODEL, VARIANTS, build, parameters
 
 BASELINES = ["plain gelu"]
 PROMPT, NEW = 8, 32
+TEXT = """\
+## Speed: star MLPs, gates and hybrids on a CPU
+
+**What was done.** The models of the prose task of the language study on one
+thread, batch {batch} of {length} tokens; generation of {new} tokens after {prompt} for two
+texts. Variants take turns; medians, and time as a ratio to the plain GELU MLP in the same round.
+The machine had other work, so absolute rates are low.
+
+{table}
+**What this shows.**
+
+- At matched parameters a star MLP costs what the plain one does, within {worst:.0f} % of
+  training time, and keeps {more:.0f} % more for the backward, since it has two branches
+  (`mlp_recompute` keeps neither).
+- A hybrid takes {hybrid_train:.2f} of the plain model's time in training, keeps {cache:.2f} of
+  the cache, and takes {hybrid_generate:.2f} of the time to generate: its convolution's many
+  small steps cost more on a CPU than attention over few tokens.
+
+**Conditions**
+
+{conditions}
+"""
 
 
 def cache_bytes(model: Any, tokens: torch.Tensor) -> int:
@@ -104,3 +127,39 @@ def table(rows: dict[str, dict[str, Any]], length: int) -> str:
         for name, row in rows.items()
     ]
     return markdown_table(header, body)
+
+
+def tables(records: Records) -> str:
+    """Return the table of the one record."""
+    (record,) = records.values()
+    assert record.definition is not None
+    return table(record.metrics, record.definition["length"])
+
+
+def text(records: Records) -> str:
+    """Make the page of the speed of language models."""
+    (record,) = records.values()
+    assert record.definition is not None
+    rows = record.metrics
+    plain, hybrid, star = rows["plain gelu"], rows["hybrid"], rows["star silu"]
+    stars = [row for name, row in rows.items() if name.startswith("star")]
+    return TEXT.format(
+        **{name: record.definition[name] for name in ("batch", "length", "new", "prompt")},
+        table=tables(records),
+        worst=100 * (max(row["train"]["ratio"] for row in stars) - 1),
+        more=100 * (star["kept_bytes"] / plain["kept_bytes"] - 1),
+        hybrid_train=hybrid["train"]["ratio"],
+        hybrid_generate=hybrid["generate"]["ratio"],
+        cache=hybrid["cache_bytes"] / plain["cache_bytes"],
+        conditions=conditions([record]),
+    )
+
+
+STUDY = Study(
+    "nlp-speed",
+    "python -m benchmarks.nlp speed",
+    lambda: {"speed": job()},
+    work,
+    tables,
+    text,
+)

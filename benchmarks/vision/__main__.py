@@ -1,19 +1,21 @@
-"""Vision benchmarks: `python -m benchmarks.vision demonet | peers | speed [--smoke] [--page]`.
+"""Vision benchmarks: `python -m benchmarks.vision demonet | peers | speed [--smoke | --page]`.
 
 Every run of a study is a line of its record file, and a stopped study goes on where it was.
-`--smoke` takes seconds and shows that a study works, not a result.
+`--smoke` takes seconds and shows that a study works, not a result; `--page` writes the page of
+evidence from the records and runs nothing.
 """
 
 import typer
 
 from benchmarks.harness.records import RESULTS
-from benchmarks.harness.runner import current
-from benchmarks.harness.study import Out, Processes, Smoke, WritePage
+from benchmarks.harness.study import Out, Page, Processes, Smoke, WritePage
 from benchmarks.vision import demonet as demonet_study
-from benchmarks.vision import pages
 from benchmarks.vision import peers as peers_study
 from benchmarks.vision import speed as speed_study
 
+PAGE = Page(
+    "vision", "Evidence: vision", (demonet_study.STUDY, peers_study.STUDY, speed_study.STUDY)
+)
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 
 
@@ -26,8 +28,10 @@ def demonet(
     out: Out = RESULTS,
 ) -> None:
     """Compare star and sum in DemoNets, with and without activation."""
+    if page:
+        return PAGE.write()
     jobs = demonet_study.jobs(1 if smoke else seeds, smoke)
-    pages.DEMONET.run(jobs, processes=processes, page=page, smoke=smoke, out=out)
+    demonet_study.STUDY.run(jobs, processes=processes, smoke=smoke, out=out)
 
 
 @app.command()
@@ -39,12 +43,13 @@ def peers(
     out: Out = RESULTS,
 ) -> None:
     """Compare StarNets with MobileNetV3, LCNet, EfficientNet-lite and ShuffleNet, one recipe."""
+    if page:
+        return PAGE.write()
     jobs = peers_study.jobs(1 if smoke else seeds, smoke)
-    pages.PEERS.run(jobs, processes=processes, page=page, smoke=smoke, out=out)
-    if processes and not page:
-        name = f"{pages.PEERS.name}-smoke" if smoke else pages.PEERS.name
-        models = list(peers_study.summarise(current(name, jobs, out)))
-        pages.PEERS_COST.measure(peers_study.cost_job(models, smoke), smoke=smoke, out=out)
+    records = peers_study.STUDY.run(jobs, processes=processes, smoke=smoke, out=out)
+    if processes:
+        job = peers_study.cost_job(list(peers_study.summarise(records)), smoke)
+        peers_study.COSTS.measure(job, smoke=smoke, out=out)
 
 
 @app.command()
@@ -52,7 +57,9 @@ def speed(
     model: str = "starnet_s4", smoke: Smoke = False, page: WritePage = False, out: Out = RESULTS
 ) -> None:
     """Compare our StarNet with timm's: forward and training step on the CPU."""
-    pages.SPEED.measure(speed_study.job(model, smoke), page=page, smoke=smoke, out=out)
+    if page:
+        return PAGE.write()
+    speed_study.STUDY.measure(speed_study.job(model, smoke), smoke=smoke, out=out)
 
 
 if __name__ == "__main__":

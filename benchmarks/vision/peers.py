@@ -5,10 +5,12 @@ from typing import Any
 from torch import nn
 
 from benchmarks.harness.comparison import mean_interval, with_half
-from benchmarks.harness.report import markdown_table
-from benchmarks.harness.runner import Job, Records
-from benchmarks.vision.training import recipe, train_on_images
+from benchmarks.harness.images import recipe, train_on_images
+from benchmarks.harness.report import conditions, listed, markdown_table
+from benchmarks.harness.runner import Job, Records, current
+from benchmarks.harness.study import Study
 
+NAME = "vision-peers"
 MODELS = [
     "starnet_s050",
     "starnet_s100",
@@ -27,6 +29,34 @@ RECIPE = {
     "label_smoothing": 0.1,
     "flip": 0.5,
 }
+TEXT = """\
+## Study: StarNets and networks of similar size
+
+**What was done.** One recipe on Fashion-MNIST ({epochs} epochs, AdamW, peak rate {lr:g}, label
+smoothing {smoothing:g}, flips; tuned for none of the networks), each network as published except
+that its first strided layer keeps stride 1.
+
+{accuracies}
+Size, multiply-adds (MACs) and median latency in milliseconds on the CPU, networks timed in turn:
+
+{costs}
+**What this shows, and what it does not.**
+
+- *{seeds} each so far: differences of a few tenths mean nothing, and no difference has an
+  interval.* The StarNets are at {star_low:.1f} to {star_high:.1f} %, the others at
+  {peer_low:.1f} to {peer_high:.1f} % after equally many epochs.
+- The StarNets have up to {macs:.1f} times the multiply-adds of the network with the next larger
+  number of parameters, and the latency of one image is about the same.
+- {epochs} epochs are a short race and say nothing about the end of a long one.
+- In the study and not run yet: {missing}.
+
+**Conditions**
+
+{conditions}
+The costs:
+
+{cost_conditions}
+"""
 
 
 def build(name: str) -> nn.Module:
@@ -146,3 +176,65 @@ def cost_table(costs: dict[str, dict[str, float]]) -> str:
         for name, row in costs.items()
     ]
     return markdown_table(header, lines)
+
+
+def text(records: Records) -> str:
+    """Make the page of the networks of similar size."""
+    summary = summarise(records)
+    cost = current(NAME, COSTS.jobs())["cost"]
+    accuracy = {name: mean for name, (_, (mean, _)) in summary.items()}
+    star, other = (
+        [value for name, value in accuracy.items() if name.startswith("starnet") is ours]
+        for ours in (True, False)
+    )
+    counts = sorted({seeds for seeds, _ in summary.values()})
+    first = next(iter(records.values()))
+    assert first.definition is not None
+    return TEXT.format(
+        epochs=first.definition["recipe"]["epochs"],
+        lr=first.definition["recipe"]["lr"],
+        smoothing=first.definition["recipe"]["label_smoothing"],
+        accuracies=accuracy_table(records),
+        costs=cost_table(cost.metrics),
+        seeds="One seed" if counts == [1] else f"{listed(map(str, counts))} seeds",
+        star_low=min(star),
+        star_high=max(star),
+        peer_low=min(other),
+        peer_high=max(other),
+        macs=_most_macs(cost.metrics),
+        missing=listed(name for name in MODELS if name not in summary),
+        conditions=conditions(records.values()),
+        cost_conditions=conditions([cost]),
+    )
+
+
+def _most_macs(costs: dict[str, dict[str, float]]) -> float:
+    """Return the largest ratio of a StarNet's MACs to those of the next larger other network."""
+    others = [c for name, c in costs.items() if not name.startswith("starnet")]
+    ratios = []
+    for name, ours in costs.items():
+        larger = [c for c in others if c["parameters"] >= ours["parameters"]]
+        if name.startswith("starnet") and larger:
+            nearest = min(larger, key=lambda c: c["parameters"])
+            ratios.append(ours["multiply_adds"] / nearest["multiply_adds"])
+    return max(ratios)
+
+
+STUDY = Study(
+    NAME,
+    "python -m benchmarks.vision peers",
+    jobs,
+    train_one,
+    accuracy_table,
+    text,
+)
+
+
+COSTS = Study(
+    NAME,
+    "python -m benchmarks.vision peers",
+    lambda: {"cost": cost_job(list(summarise(current(NAME, jobs()))), smoke=False)},
+    cost,
+    lambda records: cost_table(next(iter(records.values())).metrics),
+    lambda _: "",
+)

@@ -10,8 +10,9 @@ import timm
 import torch
 from torch import nn
 
-from benchmarks.harness.report import markdown_table
-from benchmarks.harness.runner import Job
+from benchmarks.harness.report import conditions, markdown_table
+from benchmarks.harness.runner import Job, Records
+from benchmarks.harness.study import Study
 from benchmarks.harness.timing import interleave
 from starlayers import use_backend, vision
 from starlayers.vision import to_timm_state_dict
@@ -19,6 +20,32 @@ from starlayers.vision import to_timm_state_dict
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 # What the project promises for S4 at batch 32, against timm's eager model in its best layout.
 TARGETS = {"forward": 0.85, "fused forward": 0.75, "training step": 1.0}
+TEXT = """\
+## Speed: StarNet on a CPU
+
+**What was done.** {model} at {image}x{image}, float32. Each task and batch size runs in a
+process of its own, with its variants in turn after a check that all outputs agree. Times are
+medians; ratios are medians within rounds to timm's eager model in whichever layout is faster.
+Absolute times are of a shared machine and mean little.
+
+{table}
+**What this shows.**
+
+- At batch {large} the [fused star MLP](../backends.md) gives nearly all of the gain: inference
+  takes {fused:.2f} of timm's time, and {eager:.2f} with the eager backend, where our model
+  computes what timm's does.
+- A training step, most of which is convolutions and recomputed products, is about level
+  ({training:.2f}).
+- At batch 1 the hidden activation is small and there is little to gain ({one:.2f}); there
+  `torch.compile` of timm's model is ahead of us ({compiled:.2f}).
+
+A process that has trained before has heap to reuse and pays fewer page faults, which is why
+every task has a process of its own.
+
+**Conditions**
+
+{conditions}
+"""
 
 
 def job(model: str = "starnet_s4", smoke: bool = False) -> Job:
@@ -143,3 +170,35 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     print(json.dumps(measure(json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))
+
+
+def text(records: Records) -> str:
+    """Make the page of StarNet's"""
+    (record,) = records.values()
+    assert record.definition is not None
+    rows = record.metrics["rows"]
+    ratio = {(row["task"], row["batch"], row["variant"]): row["ratio"] for row in rows}
+    large = max(record.definition["batches"])
+    ours = "ours channels_last"
+    return TEXT.format(
+        model=record.definition["model"],
+        image=record.definition["image"],
+        table=table(rows),
+        large=large,
+        fused=ratio["inference", large, ours],
+        eager=ratio["inference", large, f"{ours}, eager backend"],
+        training=ratio["training", large, ours],
+        one=ratio["inference", 1, ours],
+        compiled=ratio["inference", 1, "timm channels_last, torch.compile"],
+        conditions=conditions([record]),
+    )
+
+
+STUDY = Study(
+    "vision-speed",
+    "python -m benchmarks.vision speed",
+    lambda: {"speed": job()},
+    work,
+    lambda records: table(next(iter(records.values())).metrics["rows"]),
+    text,
+)

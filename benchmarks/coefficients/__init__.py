@@ -1,1 +1,0 @@
-"""Studies of the coefficients of star layers."""

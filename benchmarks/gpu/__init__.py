@@ -1,1 +1,0 @@
-"""Kernels and networks measured on a GPU."""

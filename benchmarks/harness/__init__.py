@@ -1,1 +1,0 @@
-"""Shared parts of the studies: records, runner, timing, comparisons, figures and pages."""

@@ -1,1 +1,0 @@
-"""Kernels compiled ahead of time, and the least time that each can take."""
