@@ -1,5 +1,6 @@
 """Independent formulas and small tools shared by the tests."""
 
+import itertools
 import math
 
 import torch
@@ -24,6 +25,22 @@ FORMULAS = {
 
 #: no deadline, which would assert a timing; no random seed, so that a failure happens again
 properties = settings(deadline=None, derandomize=True, database=None, max_examples=40)
+
+
+def pairwise(*factors):
+    """Return rows of one value per factor in which every two values of two factors meet.
+
+    Tests of factors that do not all interact need these rows, not the full product.
+    """
+    rows = [tuple(enumerate(row)) for row in itertools.product(*(range(len(f)) for f in factors))]
+    pairs = {row: set(itertools.combinations(row, 2)) for row in rows}
+    missing = set().union(*pairs.values())
+    chosen = []
+    while missing:
+        row = max(rows, key=lambda row: len(pairs[row] & missing))
+        missing -= pairs[row]
+        chosen.append(tuple(factors[f][value] for f, value in row))
+    return chosen
 
 
 def randn(*shape, seed=0, dtype=torch.float32, grad=False):

@@ -1,7 +1,8 @@
-"""Inputs and definitions of the library's ops, for the tests of whoever serves them."""
+"""Inputs and definitions of the library's ops, for tests in torch code and in Triton."""
 
 import os
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -13,13 +14,15 @@ from tests.helpers import randn
 
 #: "cuda" runs the tests marked `interpret` compiled, on a GPU
 DEVICE = os.environ.get("STARLAYERS_TEST_DEVICE", "cpu")
+#: parameter of tests that run in torch code and, in the slow tier, in the interpreter
+EITHER = ["plain", pytest.param("triton", marks=(pytest.mark.interpret, pytest.mark.slow))]
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def drawn(shapes, missing, dtype):
-    """name -> shape as tensors in that order, matrices scaled by 1/sqrt(fan_in); `None` if missing.
+    """Return a tensor for each name -> shape, `None` for a name in `missing`.
 
-    `dtype` is that of all of them, or name -> dtype.
+    Matrices are scaled by 1/sqrt(fan_in). `dtype` is one for all or name -> dtype.
     """
     tensors = []
     for seed, (name, shape) in enumerate(shapes.items()):
@@ -31,6 +34,7 @@ def drawn(shapes, missing, dtype):
 
 
 def with_mean_and_variance(y, stats):
+    """Return `y`, with `stats` also mean and biased variance of its channels."""
     if not stats:
         return y
     rows = (y if y.dtype == torch.float64 else y.float()).flatten(0, -2)
@@ -41,7 +45,7 @@ def with_mean_and_variance(y, stats):
 
 
 def star_pair(act, offset=0.0, clamp1=(), clamp2=()):
-    """The op and its definition as functions of two tensors, or of one packed one."""
+    """Return the op and its definition as functions of two tensors or one packed tensor."""
 
     def op(x1, x2=None):
         return star(x1, x2, act, offset, list(clamp1), list(clamp2))
@@ -112,7 +116,7 @@ def conv_pair(stats=False):
 
 
 def convolved(x, k, b):
-    """Depthwise convolution of (N, height, width, C), zero padded."""
+    """Compute the zero-padded depthwise convolution of (N, height, width, C)."""
     images = x.permute(0, 3, 1, 2)
     b = None if b is None else b.to(x.dtype)
     y = F.conv2d(images, k.to(x.dtype), b, padding=k.shape[-1] // 2, groups=k.shape[0])
@@ -120,29 +124,29 @@ def convolved(x, k, b):
 
 
 def calls(*, dtype=torch.float32, device=None):
-    """name -> (op, arguments): every op, with its optional arguments and without them."""
+    """Return name -> (op, arguments): every op with and without optional arguments."""
 
-    def put(tensors):
+    def detached(tensors):
         return [
             None if t is None else t.detach().to(device or torch.get_default_device())
             for t in tensors
         ]
 
-    def asking(tensors):
-        return [None if t is None else t.requires_grad_() for t in put(tensors)]
+    def training(tensors):
+        return [None if t is None else t.requires_grad_() for t in detached(tensors)]
 
     x1, x2 = (randn(5, 12, seed=s, dtype=dtype) for s in range(2))
-    found = {
-        "star": (star, (*asking([x1, x2]), "silu", 0.0, [], [])),
+    ops = {
+        "star": (star, (*training([x1, x2]), "silu", 0.0, [], [])),
         "star packed, clamped": (
             star,
-            (*asking([x1, None]), "relu6", 1.0, [-float("inf"), 1.0], [-1.0, 1.0]),
+            (*training([x1, None]), "relu6", 1.0, [-float("inf"), 1.0], [-1.0, 1.0]),
         ),
-        "star_backward": (star_backward, (*put([x1, x2, x1]), "silu", 0.0, [], [], True)),
+        "star_backward": (star_backward, (*detached([x1, x2, x1]), "silu", 0.0, [], [], True)),
         "star_backward packed, clamped": (
             star_backward,
             (
-                *put([x2[:, :6], x1, None]),
+                *detached([x2[:, :6], x1, None]),
                 "relu6",
                 1.0,
                 [-1.0, 1.0],
@@ -156,29 +160,29 @@ def calls(*, dtype=torch.float32, device=None):
     dy = full[-1]
     # gradients of the statistics of y come in float32, whatever y is
     mean, p, q = (randn(24, seed=s) for s in range(3))
-    found |= {
-        "star_mlp": (star_mlp, (*asking(full), "silu", 1.0, True)),
-        "star_mlp bare": (star_mlp, (*asking(bare), "relu6", 0.0, False)),
+    ops |= {
+        "star_mlp": (star_mlp, (*training(full), "silu", 1.0, True)),
+        "star_mlp bare": (star_mlp, (*training(bare), "relu6", 0.0, False)),
         "star_mlp_backward": (
             star_mlp_backward,
-            (*put([dy, dy, mean, p, q, *full[:6]]), "silu", 1.0),
+            (*detached([dy, dy, mean, p, q, *full[:6]]), "silu", 1.0),
         ),
         "star_mlp_backward bare": (
             star_mlp_backward,
-            (*put([dy, None, None, None, None, *bare[:6]]), "relu6", 0.0),
+            (*detached([dy, None, None, None, None, *bare[:6]]), "relu6", 0.0),
         ),
     }
     full = conv_tensors(2, 4, 3, 18, 3, dtype=dtype)
     bare = conv_tensors(2, 4, 3, 18, 3, missing=("b", "scale", "shift", "residual"), dtype=dtype)
     x, k, _, scale, shift, dy = full
     mean, p, q = (randn(18, seed=s) for s in range(3))
-    found |= {
-        "dwconv": (dwconv, (*asking(full), True)),
-        "dwconv bare": (dwconv, (*asking(bare), False)),
-        "dwconv_backward": (dwconv_backward, put([dy, dy, mean, p, q, x, k, scale, shift])),
+    ops |= {
+        "dwconv": (dwconv, (*training(full), True)),
+        "dwconv bare": (dwconv, (*training(bare), False)),
+        "dwconv_backward": (dwconv_backward, detached([dy, dy, mean, p, q, x, k, scale, shift])),
         "dwconv_backward bare": (
             dwconv_backward,
-            put([dy, None, None, None, None, x, k, None, None]),
+            detached([dy, None, None, None, None, x, k, None, None]),
         ),
     }
-    return found
+    return ops

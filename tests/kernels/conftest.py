@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from starlayers.kernels import registration, tiles
-from tests.kernels.cases import DEVICE
+from tests.kernels.cases import DEVICE, EITHER
 
 TRITON = registration.INTERPRET or DEVICE == "cuda"
 
 
 @pytest.fixture(autouse=True)
 def _own_process(request):
-    """Tests marked `interpret` need kernels that run here, all others need not."""
+    """Run every test on DEVICE, and those marked `interpret` only where kernels run."""
     if request.node.get_closest_marker("interpret") and not TRITON:
         pytest.fail("needs TRITON_INTERPRET=1, set before starlayers.kernels is first imported")
     with torch.device(DEVICE):
@@ -20,7 +20,7 @@ def _own_process(request):
 
 @pytest.fixture
 def nan_memory():
-    """Fresh memory holds NaN, so that whatever is read before it is written shows."""
+    """Fill new memory with NaN, so that reading it before writing shows."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(2).isnan().all()
@@ -33,7 +33,7 @@ def nan_memory():
 
 @pytest.fixture
 def on_family(monkeypatch):
-    """`on_family(name)`: kernels take their tiles from that family's tables."""
+    """Return a function `on_family(name)`: kernels then use the tiles of that family."""
 
     def on_family(name):
         if DEVICE == "cuda" and name != tiles.family(torch.device(DEVICE)):
@@ -45,7 +45,7 @@ def on_family(monkeypatch):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """(kernel, grid, options) of every Triton launch, in order."""
+    """Record (kernel, grid, options) of every Triton launch, in order."""
     from starlayers.kernels import dwconv, star, star_mlp_launch, statistics
 
     seen = []
@@ -59,14 +59,13 @@ def launches(monkeypatch):
     return seen
 
 
-@pytest.fixture(params=["plain", pytest.param("triton", marks=pytest.mark.interpret)])
-def served_by(request, launches):
-    """Runs a test with whatever serves CPU tensors in this process, once in each kind of process.
+@pytest.fixture(params=EITHER)
+def either(request, launches):
+    """Run a test in torch code in an ordinary process, and in Triton in another.
 
-    In the ordinary one that is torch code, under TRITON_INTERPRET=1 and on a GPU the kernels.
+    Triton runs under TRITON_INTERPRET=1 and on a GPU; at least one kernel must be launched there.
     """
-    wanted = request.param
-    if (wanted == "triton") != TRITON:
-        pytest.fail(f"this process does not serve by {wanted}; see the marker `interpret`")
-    yield wanted
-    assert bool(launches) == (wanted == "triton")
+    if (request.param == "triton") != TRITON:
+        pytest.fail(f"this process does not run {request.param} ops; see the marker `interpret`")
+    yield request.param
+    assert bool(launches) == (request.param == "triton")

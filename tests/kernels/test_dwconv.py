@@ -1,17 +1,15 @@
-"""The depthwise convolution op against its definition, served by torch code and by Triton."""
+"""Depthwise convolution op against its definition, in torch code and in Triton."""
 
 import pytest
 import torch
 
 from starlayers.kernels import dwconv as module
 from starlayers.kernels.dwconv import ROWS, dwconv, tile_shape
-from tests.helpers import assert_as_exact_as_eager, converted, randn, results
-from tests.kernels.cases import DTYPES, conv_pair, conv_tensors, convolved
+from tests.helpers import assert_as_exact_as_eager, converted, pairwise, randn, results
+from tests.kernels.cases import DTYPES, EITHER, conv_pair, conv_tensors, convolved
 
-served = pytest.mark.usefixtures("served_by")
-anywhere = pytest.mark.parametrize(
-    "where", ["plain", pytest.param("triton", marks=pytest.mark.interpret)]
-)
+in_either = pytest.mark.usefixtures("either")
+anywhere = pytest.mark.parametrize("where", EITHER)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 each_stats = pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
 each_order = pytest.mark.parametrize("order", [1, 2])
@@ -47,22 +45,42 @@ SIZES = [
     (1, 4, 3, 70, 3),
     (3, 2, 9, 17, 5),
     (1, 14, 2, 48, 3),
-    (1, 9, 4, 100, 3),
+    (1, 5, 3, 100, 3),
     (2, 1, 1, 16, 7),
     (1, 3, 8, 32, 1),
     (5, 2, 7, 96, 3),
 ]
 
 
-@served
-@each_stats
-@pytest.mark.parametrize("missing", [(), ("b", *AFFINE, "residual")], ids=["full", "bare"])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+BARE = ("b", *AFFINE, "residual")
+
+
+@in_either
+@pytest.mark.parametrize(
+    ("sizes", "missing", "stats"), pairwise(SIZES, [(), BARE], [False, True]), ids=str
+)
 def test_value_and_gradients(sizes, missing, stats):
     against_definition(sizes, missing=missing, stats=stats)
 
 
-@served
+# sizes, missing, statistics, dtype, order
+IN_TRITON = [
+    ((2, 7, 5, 24, 7), (), True, "f32", 1),
+    ((1, 4, 3, 70, 3), BARE, False, "bf16", 1),
+    ((3, 2, 9, 17, 5), ("b",), True, "f16", 1),
+    ((1, 14, 2, 48, 3), AFFINE, True, "bf16", 1),
+    ((2, 9, 4, 16, 3), ("residual",), False, "f32", 2),
+    ((1, 3, 8, 32, 1), (), False, "f16", 1),
+]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("sizes", "missing", "stats", "dtype", "order"), IN_TRITON, ids=str)
+def test_in_triton(sizes, missing, stats, dtype, order):
+    against_definition(sizes, missing=missing, stats=stats, dtype=DTYPES[dtype], order=order)
+
+
+@in_either
 @each_dtype
 @each_order
 @each_stats
@@ -70,7 +88,7 @@ def test_any_dtype(dtype, order, stats):
     against_definition((2, 7, 3, 24, 3), dtype=dtype, order=order, stats=stats)
 
 
-@served
+@in_either
 @each_order
 @each_stats
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
@@ -80,11 +98,12 @@ def test_float32_parameters_of_a_half_precision_input(kind, order, stats):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
-@pytest.mark.parametrize("channels", [13, 20, 60])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rows", "channels", "dtype"), pairwise(ROWS, [13, 20, 60], [torch.float32, torch.float16])
+)
 def test_tile(rows, channels, dtype, launches):
-    # a height that this tile covers with fewer empty rows than any other, but some
+    # a height that this tile covers with fewer empty rows than any other tile
     height = {14: 13, 8: 15, 7: 21, 4: 3, 2: 9}[rows]
     across = {13: 16, 20: 32, 60: 64}[channels]
     assert tile_shape(height, channels) == (rows, module.ELEMENTS // across, across)
@@ -95,12 +114,15 @@ def test_tile(rows, channels, dtype, launches):
 
 
 def test_tiles_waste_no_rows_where_a_smaller_one_would_not():
+    assert (ROWS, module.ROWS_WEIGHTS) == ((14, 8, 7, 4, 2), (8, 7, 4, 2))
+    assert [tile_shape(56, c)[1:] for c in (16, 32, 64)] == [(32, 16), (16, 32), (8, 64)]
     assert [tile_shape(h, 32)[0] for h in (56, 28, 14, 7, 9, 1, 12)] == [14, 14, 14, 7, 2, 2, 4]
     widths = {1: 16, 16: 16, 17: 32, 24: 32, 33: 16, 48: 16, 64: 64, 96: 32, 192: 64}
     assert {c: tile_shape(7, c)[2] for c in widths} == widths
 
 
 @pytest.mark.interpret
+@pytest.mark.slow
 @pytest.mark.parametrize("multiprocessors", [1, 2, 132])
 def test_any_number_of_programs_yields_the_weight_gradients(multiprocessors, launches, monkeypatch):
     monkeypatch.setattr(module, "multiprocessors", lambda device: multiprocessors)
@@ -111,19 +133,19 @@ def test_any_number_of_programs_yields_the_weight_gradients(multiprocessors, lau
     assert grid == (3 * max(1, min(tiles, module.RESIDENT * multiprocessors // 3)),)
 
 
-@served
-@each_order
-@each_stats
+MISSING = [(), ("b",), AFFINE, ("residual",), ("b", *AFFINE), ("b", "residual")]
+MISSING += [(*AFFINE, "residual")]
+
+
+@in_either
 @pytest.mark.parametrize(
-    "missing",
-    [(), ("b",), AFFINE, ("residual",), ("b", *AFFINE), ("b", "residual"), (*AFFINE, "residual")],
-    ids=str,
+    ("missing", "stats", "order"), pairwise(MISSING, [False, True], [1, 2]), ids=str
 )
 def test_any_optional_argument_may_be_missing(missing, stats, order):
     against_definition(SMALL, missing=missing, stats=stats, order=order)
 
 
-@served
+@in_either
 def test_zeros_surround_the_image_after_scale_and_shift():
     x, k = torch.zeros(1, 3, 4, 2), torch.ones(2, 1, 3, 3)
     one = torch.ones(2)
@@ -132,7 +154,7 @@ def test_zeros_surround_the_image_after_scale_and_shift():
     assert torch.equal(y, inside[None, :, :, None].expand(1, 3, 4, 2))
 
 
-@served
+@in_either
 def test_images_do_not_touch():
     x = randn(3, 5, 4, 16)
     k = randn(16, 1, 3, 3, seed=1)
@@ -153,9 +175,10 @@ def vector_every_other(t):
     return t.repeat_interleave(2, 0)[::2]
 
 
-@served
-@each_stats
-@pytest.mark.parametrize("layout", LAYOUTS)
+@in_either
+@pytest.mark.parametrize(
+    ("layout", "stats"), [(layout, i % 2 == 0) for i, layout in enumerate(LAYOUTS)]
+)
 def test_layout_changes_nothing(layout, stats):
     x, k, b, scale, shift, residual = (t.detach() for t in conv_tensors(*SMALL))
     tensors = [
@@ -174,7 +197,7 @@ def test_layout_changes_nothing(layout, stats):
     torch.testing.assert_close(found, results(op, dense), rtol=1e-4, atol=1e-4)
 
 
-@served
+@in_either
 @each_stats
 def test_expanded_upstream_gradients(stats):
     tensors = conv_tensors(*SMALL)
@@ -188,7 +211,7 @@ def test_expanded_upstream_gradients(stats):
     torch.testing.assert_close(summed(op), summed(definition), rtol=1e-4, atol=1e-4)
 
 
-@served
+@in_either
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (1, 2)], ids=["y", "mean", "var", "both"])
 def test_the_gradient_of_some_outputs_only(which):
     tensors = conv_tensors(*SMALL)
@@ -202,7 +225,7 @@ def test_the_gradient_of_some_outputs_only(which):
     assert_as_exact_as_eager(results(some(op), tensors), eager, exact, sums=True)
 
 
-@served
+@in_either
 @each_stats
 def test_nan_is_where_torch_has_it(stats):
     tensors = conv_tensors(2, 5, 6, 18, 3)
@@ -212,7 +235,7 @@ def test_nan_is_where_torch_has_it(stats):
     op, definition = conv_pair(stats)
     found, expected = results(op, tensors), results(definition, tensors)
     assert expected[0].isnan().sum() == 9 + 4 + 1
-    # a NaN at the border reaches, as NaN times a gradient of 0, the taps that never meet it
+    # at the border NaN times a gradient of 0 reaches taps that never meet the NaN
     found[4 if stats else 2], expected[4 if stats else 2] = (
         t[4 if stats else 2].flatten(1).sum(1) for t in (found, expected)
     )
@@ -220,11 +243,13 @@ def test_nan_is_where_torch_has_it(stats):
         assert torch.equal(ours.isnan(), theirs.isnan())
 
 
-@served
+@in_either
 @pytest.mark.usefixtures("nan_memory")
-@each_stats
-@pytest.mark.parametrize("missing", [(), ("b", *AFFINE, "residual")], ids=["full", "bare"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 3), (2, 9, 3, 18, 3), (3, 3, 20, 17, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "missing", "stats"),
+    pairwise([(1, 1, 1, 1, 3), (2, 9, 3, 18, 3), (3, 3, 20, 17, 5)], [(), BARE], [False, True]),
+    ids=str,
+)
 def test_nothing_uninitialised_leaks(sizes, missing, stats):
     tensors = conv_tensors(*sizes, missing=missing)
     op, definition = conv_pair(stats)
@@ -235,7 +260,7 @@ def test_nothing_uninitialised_leaks(sizes, missing, stats):
 
 @anywhere
 @pytest.mark.usefixtures("nan_memory")
-@pytest.mark.parametrize("missing", [(), ("b", *AFFINE, "residual")], ids=["full", "bare"])
+@pytest.mark.parametrize("missing", [(), BARE], ids=["full", "bare"])
 def test_no_images(where, missing, launches):
     tensors = conv_tensors(0, 4, 3, 18, 3, missing=missing)
     y, *grads = results(conv_pair()[0], tensors)
@@ -246,7 +271,7 @@ def test_no_images(where, missing, launches):
     assert launches == []
 
 
-@served
+@in_either
 @each_stats
 @each_order
 def test_backward_repeats_and_writes_to_no_input(stats, order):
@@ -269,11 +294,13 @@ def test_backward_repeats_and_writes_to_no_input(stats, order):
     assert all(torch.equal(a, b) for a, b in zip(outputs, other, strict=True))
 
 
-@served
-@each_stats
-@each_order
-@pytest.mark.parametrize("wanted", [*((name,) for name in NAMES), ("x", "shift")], ids="-".join)
-def test_only_some_inputs_ask_for_gradients(wanted, stats, order):
+@in_either
+@pytest.mark.parametrize(
+    ("wanted", "stats", "order"),
+    pairwise([*((name,) for name in NAMES), ("x", "shift")], [False, True], [1, 2]),
+    ids=str,
+)
+def test_only_some_inputs_require_gradients(wanted, stats, order):
     tensors = conv_tensors(*SMALL)
     for name, t in zip(NAMES, tensors, strict=True):
         t.requires_grad_(name in wanted)
@@ -282,7 +309,7 @@ def test_only_some_inputs_ask_for_gradients(wanted, stats, order):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-@served
+@in_either
 @each_order
 def test_the_input_as_its_own_residual(order):
     tensors = conv_tensors(*SMALL)[:-1]
@@ -299,7 +326,7 @@ def test_the_input_as_its_own_residual(order):
 
 @anywhere
 @each_stats
-@pytest.mark.parametrize("missing", [(), ("b", *AFFINE, "residual")], ids=["full", "bare"])
+@pytest.mark.parametrize("missing", [(), BARE], ids=["full", "bare"])
 def test_float64_goes_to_the_definition(where, missing, stats, launches):
     tensors = conv_tensors(2, 2, 3, 2, 3, missing=missing, dtype=torch.float64)
     op, definition = conv_pair(stats)
@@ -309,7 +336,7 @@ def test_float64_goes_to_the_definition(where, missing, stats, launches):
     assert launches == []
 
 
-@served
+@in_either
 @each_stats
 def test_half_precision_gradients_survive_a_loss_scale_of_65536(stats):
     tensors = conv_tensors(4, 7, 5, 24, 3, dtype=torch.float16)
@@ -333,7 +360,7 @@ def test_half_precision_gradients_survive_a_loss_scale_of_65536(stats):
         assert (ours - exact).norm() <= 0.01 * exact.norm()
 
 
-@served
+@in_either
 @pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
 def test_only_inputs_and_what_statistics_need_are_saved(stats):
     tensors, saved = conv_tensors(*SMALL), []

@@ -1,33 +1,47 @@
-"""Every op against torch's own checks of custom ops, its compilers and its exporter."""
+"""Every op against torch's own checks of custom ops, its compilers and its exporter.
+
+Helpers of `starlayers.kernels.registration` are tested at the end.
+"""
 
 import pytest
 import torch
 
-from tests.helpers import results
-from tests.kernels.cases import calls, mlp_pair, mlp_tensors
+from starlayers import ACTIVATIONS
+from starlayers.kernels import registration
+from starlayers.kernels.registration import (
+    cast,
+    ceil_div,
+    library_gradients,
+    no_autocast,
+    pointer,
+    tap_rows,
+    unit_stride,
+)
+from tests.helpers import randn, results
+from tests.kernels.cases import EITHER, calls, mlp_pair, mlp_tensors
 
-served = pytest.mark.usefixtures("served_by")
+in_either = pytest.mark.usefixtures("either")
 CALLS = list(calls())
 FORWARD = [name for name in CALLS if "backward" not in name]
-#: all that opcheck knows but "test_aot_dispatch_static", which is this one without symbolic sizes
+#: all checks of opcheck but "test_aot_dispatch_static", which the dynamic one includes
 UTILS = (
     "test_schema",
     "test_faketensor",
     "test_autograd_registration",
-    "test_aot_dispatch_dynamic",
+    pytest.param("test_aot_dispatch_dynamic", marks=pytest.mark.slow),
 )
 
 
-@served
+@in_either
 @pytest.mark.parametrize("utils", UTILS)
 @pytest.mark.parametrize("name", CALLS)
 def test_op_is_well_formed(name, utils):
     op, arguments = calls()[name]
-    op(*arguments)  # one of the checks only looks at what is registered
+    op(*arguments)  # because one of the checks looks at the registration alone
     assert torch.library.opcheck(op, arguments, test_utils=utils) == {utils: "SUCCESS"}
 
 
-@pytest.mark.parametrize("where", ["plain", pytest.param("triton", marks=pytest.mark.interpret)])
+@pytest.mark.parametrize("where", EITHER)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_meta_tensors_foretell_shapes_and_dtypes(name, dtype, where):
@@ -36,16 +50,16 @@ def test_meta_tensors_foretell_shapes_and_dtypes(name, dtype, where):
     def meta(value):
         return value.to("meta") if isinstance(value, torch.Tensor) else value
 
-    found, told = op(*arguments), op(*map(meta, arguments))
-    found, told = ([t] if isinstance(t, torch.Tensor) else t for t in (found, told))
-    for ours, theirs in zip(found, told, strict=True):
-        assert theirs.device.type == "meta"
-        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-        assert ours.stride() == theirs.stride()
+    outputs, fakes = op(*arguments), op(*map(meta, arguments))
+    outputs, fakes = ([t] if isinstance(t, torch.Tensor) else t for t in (outputs, fakes))
+    for output, fake in zip(outputs, fakes, strict=True):
+        assert fake.device.type == "meta"
+        assert (output.shape, output.dtype) == (fake.shape, fake.dtype)
+        assert output.stride() == fake.stride()
 
 
 def scaled(op, options):
-    """`op` among operations that a compiler may move or fuse."""
+    """Return `op` between operations that a compiler may move or fuse."""
 
     def f(*tensors):
         outputs = op(*(None if t is None else 2 * t for t in tensors), *options)
@@ -60,10 +74,18 @@ def split(arguments):
     return tensors, arguments[len(tensors) :]
 
 
-@served
+#: calls that the quick tier compiles; the slow tier compiles all others
+QUICK = [("star packed, clamped", False), ("star_mlp", True)]
+COMPILED = [
+    pytest.param(name, dynamic, marks=() if (name, dynamic) in QUICK else pytest.mark.slow)
+    for name in FORWARD
+    for dynamic in (False, True)
+]
+
+
+@in_either
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize(("name", "dynamic"), COMPILED)
 def test_compiled_whole_it_gives_the_same(name, dynamic):
     op, arguments = calls()[name]
     tensors, options = split(arguments)
@@ -81,7 +103,8 @@ class Called(torch.nn.Module):
         return self.f(*tensors)
 
 
-@served
+@in_either
+@pytest.mark.export
 @pytest.mark.parametrize("name", FORWARD)
 def test_exported_it_is_one_node_and_gives_the_same(name):
     op, arguments = calls()[name]
@@ -94,7 +117,8 @@ def test_exported_it_is_one_node_and_gives_the_same(name):
     torch.testing.assert_close(program.module()(*tensors), module(*tensors))
 
 
-@served
+@in_either
+@pytest.mark.export
 def test_exported_for_any_number_of_rows():
     tensors = tuple(t.detach() for t in mlp_tensors(9, 17, 40, 24))
     module = Called(mlp_pair("silu", stats=True)[0])
@@ -104,3 +128,71 @@ def test_exported_for_any_number_of_rows():
     )
     other = tuple(t.detach() for t in mlp_tensors(130, 17, 40, 24))
     torch.testing.assert_close(program.module()(*other), module(*other))
+
+
+def test_every_activation_of_the_table_has_a_triton_form():
+    assert {activation.name for activation in ACTIVATIONS.values()} == (
+        registration.TRITON_ACTIVATIONS
+    )
+
+
+@pytest.mark.parametrize(("a", "b", "quotient"), [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2)])
+def test_ceil_div(a, b, quotient):
+    assert ceil_div(a, b) == quotient
+
+
+def test_cast_copies_only_to_another_dtype():
+    x = randn(3)
+    assert cast(x, torch.float32) is x
+    assert cast(None, torch.float16) is None
+    assert torch.equal(cast(x, torch.float16), x.half())
+
+
+def test_unit_stride_copies_only_strided_columns():
+    x = randn(4, 6)
+    for view in (x, x[:, 1:5], x[:, :1], x[::2]):
+        assert unit_stride(view) is view
+    for strided in (x.t(), x[:, ::2]):
+        dense = unit_stride(strided)
+        assert dense.is_contiguous()
+        assert torch.equal(dense, strided)
+
+
+def test_pointer_of_a_missing_tensor_is_the_other_one():
+    x, other = randn(4, 6), randn(2)
+    assert pointer(None, other) is other
+    assert pointer(x, other) is x
+    assert pointer(x.t(), other).is_contiguous()
+
+
+def test_taps_lie_channel_by_channel_in_float32():
+    k = randn(5, 1, 3, 3, dtype=torch.float16)
+    taps = tap_rows(k)
+    assert (taps.shape, taps.dtype, taps.is_contiguous()) == ((9, 5), torch.float32, True)
+    assert taps[5].tolist() == k[:, 0, 1, 2].tolist()
+
+
+def test_autocast_is_off_inside_and_on_again_outside():
+    x = randn(2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        with no_autocast(x):
+            assert (x @ x).dtype == torch.float32
+        assert (x @ x).dtype == torch.bfloat16
+
+
+def test_library_gradients_are_those_needed_and_differentiable():
+    a, b = randn(3, grad=True), randn(3, seed=1, grad=True)
+    dy = torch.ones(3)
+
+    def product(a, b, missing):
+        assert missing is None
+        return a.square() * b
+
+    da, db, none = library_gradients(product, [a, b, None], (True, False, False), [dy])
+    assert db is none is None
+    torch.testing.assert_close(da, 2 * a * b)
+    torch.testing.assert_close(torch.autograd.grad(da.sum(), a)[0], 2 * b)
+    # one tensor in two places gets a gradient for each
+    da, db, _ = library_gradients(product, [a, a, None], (True, True, False), [dy])
+    torch.testing.assert_close([da, db], [2 * a * a, a * a])

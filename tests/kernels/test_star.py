@@ -1,16 +1,15 @@
-"""The element-wise star op against its definition, served by torch code and by Triton."""
+"""Element-wise star op against its definition, in torch code and in Triton."""
 
 import pytest
 import torch
 
 from starlayers.kernels.star import ELEMENTS, star, tile_shape
-from tests.helpers import FORMULAS, assert_as_exact_as_eager, converted, randn, results
+from tests.helpers import FORMULAS, assert_as_exact_as_eager, converted, pairwise, randn, results
 from tests.kernels.cases import DTYPES, star_pair
 
-pytestmark = pytest.mark.usefixtures("served_by")
+in_either = pytest.mark.usefixtures("either")
 NAN, INF = float("nan"), float("inf")
 each_act = pytest.mark.parametrize("act", FORMULAS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
 def branches(*shape, dtype=torch.float32):
@@ -24,32 +23,47 @@ def against_definition(pair, tensors, order=1):
     assert_as_exact_as_eager(found, eager, exact)
 
 
-@each_act
-@each_dtype
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("order", [1, 2])
+@in_either
+@pytest.mark.parametrize(
+    ("act", "dtype", "offset", "order"), pairwise(list(FORMULAS), list(DTYPES), [0.0, 1.0], [1, 2])
+)
 def test_value_and_gradients(act, dtype, offset, order):
-    against_definition(star_pair(act, offset), branches(7, 33, dtype=dtype), order)
+    against_definition(star_pair(act, offset), branches(7, 33, dtype=DTYPES[dtype]), order)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("number", range(12))
+def test_in_triton(number):
+    """One row per activation, with every other option somewhere among them."""
+    act, dtype = list(FORMULAS)[number], list(DTYPES.values())[number % 3]
+    clamps = [((), ()), ((-1.0, 2.0), (-0.5, 0.5)), ((-INF, 2.0), (-1.0, INF))][number // 2 % 3]
+    rows, cols = [(7, 34), (2, 1100), (150, 24)][number // 4]
+    packed = number % 2 == 1
+    tensors = branches(rows, cols, dtype=dtype)[: 1 if packed else 2]
+    against_definition(star_pair(act, [0.0, 1.0][number // 3 % 2], *clamps), tensors)
 
 
 # one element; rows narrower than a tile; whole, ragged and several tiles across; flat past one tile
 SHAPES = [(1,), (), (5, 1), (3, 16), (2, 3, 17), (150, 24), (3, 2048), (2, 2500)]
 
 
+@in_either
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
 def test_any_shape(shape, dtype):
     against_definition(star_pair("gelu_tanh", 0.5), branches(*shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("half", [1, 12, 17, 1100], ids="half{}".format)
-@pytest.mark.parametrize("rows", [(9,), (2, 3), ()], ids=str)
-@pytest.mark.parametrize("order", [1, 2])
+@in_either
+@pytest.mark.parametrize(
+    ("half", "rows", "order"), pairwise([1, 12, 17, 1100], [(9,), (2, 3), ()], [1, 2]), ids=str
+)
 def test_packed_branches(rows, half, order):
     packed = (3 * randn(*rows, 2 * half)).requires_grad_()
     against_definition(star_pair("silu", 1.0), [packed], order)
 
 
+@in_either
 @pytest.mark.parametrize("cols", [1, 16, 17, 700, 2048, 5000])
 def test_a_tile_is_no_wider_than_twice_its_rows(cols):
     rows_of_tile, width = tile_shape(3, cols)
@@ -73,6 +87,7 @@ LAYOUTS = {
 }
 
 
+@in_either
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_changes_nothing(layout):
     op, _ = star_pair("silu", 1.0)
@@ -84,6 +99,7 @@ def test_layout_changes_nothing(layout):
     assert found[0].is_contiguous()
 
 
+@in_either
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_expanded_upstream_gradient_is_one_of_ones(packed):
     op, definition = star_pair("silu")
@@ -100,21 +116,23 @@ CLAMPS = {
 }
 
 
-@pytest.mark.parametrize("clamps", CLAMPS)
-@pytest.mark.parametrize("act", ["silu", "relu6", "identity"])
-@pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
-@pytest.mark.parametrize("order", [1, 2])
+@in_either
+@pytest.mark.parametrize(
+    ("act", "clamps", "packed", "order"),
+    pairwise(["silu", "relu6", "identity"], list(CLAMPS), [False, True], [1, 2]),
+)
 def test_clamped_branches(act, clamps, packed, order):
     tensors = [(2 * randn(7, 34)).requires_grad_()] if packed else branches(7, 17)
     against_definition(star_pair(act, 1.0, *CLAMPS[clamps]), tensors, order)
 
 
 def clamp_is_closed():
-    """Before PyTorch 2.12 or so the gradient of clamp is 1 at a limit, since then 0."""
+    """Return True if the gradient of clamp is 1 at a limit, as before about PyTorch 2.12."""
     x = torch.ones(1, requires_grad=True)
     return bool(torch.autograd.grad(x.clamp(max=1.0), x)[0])
 
 
+@in_either
 @pytest.mark.skipif(
     clamp_is_closed(), reason="this PyTorch's clamp lets the gradient through there"
 )
@@ -125,6 +143,7 @@ def test_the_gradient_at_a_limit_is_that_of_clamp():
     torch.testing.assert_close(results(op, tensors), results(definition, tensors))
 
 
+@in_either
 @each_act
 def test_the_gradient_at_a_kink_is_that_of_torch(act):
     op, definition = star_pair(act)
@@ -133,6 +152,7 @@ def test_the_gradient_at_a_kink_is_that_of_torch(act):
     torch.testing.assert_close(results(op, tensors), results(definition, tensors))
 
 
+@in_either
 @each_act
 @pytest.mark.parametrize("clamped", [False, True], ids=["", "clamped"])
 def test_nan_is_where_torch_has_it(act, clamped):
@@ -141,9 +161,9 @@ def test_nan_is_where_torch_has_it(act, clamped):
     tensors = branches(4, 9)
     with torch.no_grad():
         tensors[0][0, 0] = tensors[1][1, 1] = tensors[0][2, 2] = tensors[1][2, 2] = NAN
-        tensors[0][1, 1] = 0.5  # where no activation is flat
+        tensors[0][1, 1] = 0.5  # no activation is flat there
     found, expected = results(op, tensors), results(definition, tensors)
-    # by PyTorch's loop: 0 or 1 in hardtanh_backward, the gradient or NaN in hardswish_backward
+    # depends on PyTorch's loop: hardtanh_backward gives 0 or 1, hardswish_backward g or NaN
     if act in ("relu6", "hardswish"):
         found[1][tensors[0].isnan()] = expected[1][tensors[0].isnan()] = 0
     for ours, theirs in zip(found, expected, strict=True):
@@ -151,6 +171,7 @@ def test_nan_is_where_torch_has_it(act, clamped):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
+@in_either
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("act", ["relu", "relu6", "squared_relu", "hardswish"])
 def test_no_gradient_comes_out_of_a_flat_piece(act, bad):
@@ -162,6 +183,7 @@ def test_no_gradient_comes_out_of_a_flat_piece(act, bad):
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 
+@in_either
 @pytest.mark.usefixtures("nan_memory")
 @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (150, 24), (3, 1100)], ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
@@ -171,6 +193,7 @@ def test_nothing_uninitialised_leaks(shape, packed):
     assert not any(t.isnan().any() for t in results(star_pair("gelu")[0], tensors))
 
 
+@in_either
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (2, 0, 6)], ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
 def test_no_elements(shape, packed, launches):
@@ -183,9 +206,10 @@ def test_no_elements(shape, packed, launches):
     assert found[0].shape == expected
     assert [g.shape for g in found[1:]] == [t.shape for t in tensors]
     assert launches == []
-    star(randn(1), randn(1), "relu6", 0.0, [], [])  # what `served_by` asks for
+    star(randn(1), randn(1), "relu6", 0.0, [], [])  # the fixture `either` wants a launch
 
 
+@in_either
 @pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
 @pytest.mark.parametrize("order", [1, 2])
 def test_backward_repeats_and_writes_to_no_input(packed, order):
@@ -208,6 +232,7 @@ def test_backward_repeats_and_writes_to_no_input(packed, order):
     assert torch.equal(y, op(*tensors))
 
 
+@in_either
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_the_gradient_of_one_branch_alone(wanted, order):
@@ -219,6 +244,7 @@ def test_the_gradient_of_one_branch_alone(wanted, order):
     )
 
 
+@in_either
 @pytest.mark.parametrize("order", [1, 2])
 def test_one_tensor_as_both_branches(order):
     op, definition = star_pair("silu", 1.0)
@@ -227,8 +253,10 @@ def test_one_tensor_as_both_branches(order):
     torch.testing.assert_close(found, results(lambda t: definition(t, t), x, order=order))
 
 
-@each_act
-@pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
+@in_either
+@pytest.mark.parametrize(
+    ("act", "packed"), [(act, i % 2 == 1) for i, act in enumerate(FORMULAS)], ids=str
+)
 def test_float64_goes_to_the_definition(act, packed, launches):
     op, definition = star_pair(act, 0.5, (-3.0, 3.0))
     shapes = [(3, 8)] if packed else [(3, 4), (3, 4)]
@@ -237,9 +265,10 @@ def test_float64_goes_to_the_definition(act, packed, launches):
     assert torch.autograd.gradcheck(op, tensors)
     assert torch.autograd.gradgradcheck(op, tensors)
     assert launches == []
-    op(*branches(2, 2))  # what `served_by` asks for
+    op(*branches(2, 2))  # the fixture `either` wants a launch
 
 
+@in_either
 @pytest.mark.parametrize("create_graph", [False, True], ids=["first", "create-graph"])
 def test_backward_called_under_autocast(create_graph):
     op, definition = star_pair("silu")

@@ -1,4 +1,4 @@
-"""The fused star MLP op against its definition, served row block by row block and by Triton."""
+"""Fused star MLP op against its definition: row blocks on a CPU, kernels in Triton."""
 
 import itertools
 import warnings
@@ -13,22 +13,22 @@ from tests.helpers import (
     FORMULAS,
     assert_as_exact_as_eager,
     converted,
+    pairwise,
     properties,
     randn,
     results,
 )
-from tests.kernels.cases import DTYPES, mlp_pair, mlp_tensors
+from tests.kernels.cases import DTYPES, EITHER, mlp_pair, mlp_tensors
 
 pytestmark = pytest.mark.usefixtures("eligible")
-served = pytest.mark.usefixtures("served_by")
+in_either = pytest.mark.usefixtures("either")
 each_act = pytest.mark.parametrize("act", FORMULAS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 each_stats = pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
 each_order = pytest.mark.parametrize("order", [1, 2])
 OPTIONAL = ("b1", "b2", "b3", "residual")
 NAMES = ("x", "w1", "b1", "w2", "b2", "w3", "b3", "residual")
-# rows, in, hidden, out. On a CPU blocks have 64 rows here: one short, one full, one full and a
-# single row, three with an odd last
+# rows, in, hidden, out. Blocks have 64 rows here: a short one, a full one, a full one and a single
+# row, two full ones and a short one
 SIZES = [(7, 5, 11, 3), (64, 4, 8, 4), (65, 1, 1, 1), (177, 5, 11, 3)]
 
 
@@ -40,22 +40,54 @@ def against_definition(sizes, act, *, offset=0.0, stats=False, order=1, **option
     assert_as_exact_as_eager(found, eager, exact, sums=True)
 
 
-@served
-@each_act
+def absent(bare):
+    return OPTIONAL if bare else ()
+
+
+@in_either
+@pytest.mark.parametrize(
+    ("act", "offset", "bare", "stats"),
+    pairwise(list(FORMULAS), [0.0, 1.0], [False, True], [False, True]),
+)
+def test_every_activation(act, offset, bare, stats):
+    against_definition(SIZES[3], act, offset=offset, missing=absent(bare), stats=stats)
+
+
+@in_either
+@pytest.mark.parametrize("bare", [False, True], ids=["full", "bare"])
 @each_stats
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("missing", [(), OPTIONAL], ids=["full", "bare"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_value_and_gradients(sizes, act, offset, missing, stats):
-    against_definition(sizes, act, offset=offset, missing=missing, stats=stats)
+def test_every_division_into_blocks(sizes, bare, stats):
+    against_definition(sizes, "silu", offset=1.0, missing=absent(bare), stats=stats)
 
 
-@served
-@each_act
-@each_dtype
-@each_order
+@in_either
+@pytest.mark.parametrize(("act", "dtype", "order"), pairwise(list(FORMULAS), list(DTYPES), [1, 2]))
 def test_any_dtype(act, dtype, order):
-    against_definition((37, 17, 40, 24), act, dtype=dtype, stats=True, order=order)
+    against_definition((37, 17, 40, 24), act, dtype=DTYPES[dtype], stats=True, order=order)
+
+
+# sizes, activation, offset, missing, statistics, dtype, order: gradients in one pass and in two,
+# one channel part and two, weight gradients by kernels and by matrix products
+IN_TRITON = [
+    ((7, 5, 11, 3), "relu6", 0.0, (), True, "f32", 1),
+    ((130, 17, 51, 24), "silu", 1.0, OPTIONAL, False, "bf16", 1),
+    ((1, 24, 140, 17), "gelu", 0.5, ("b1", "residual"), True, "f16", 1),
+    ((66, 48, 72, 24), "tanh", 0.0, ("b2",), False, "f32", 2),
+    ((70, 96, 40, 48), "hardswish", 1.0, ("b3",), True, "bf16", 1),
+    ((40, 100, 24, 132), "identity", -0.5, (), True, "f16", 1),
+    ((20, 8, 136, 100), "squared_relu", 1.0, OPTIONAL, True, "f32", 1),
+]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("sizes", "act", "offset", "missing", "stats", "dtype", "order"), IN_TRITON, ids=str
+)
+def test_in_triton(sizes, act, offset, missing, stats, dtype, order):
+    against_definition(
+        sizes, act, offset=offset, missing=missing, stats=stats, dtype=DTYPES[dtype], order=order
+    )
 
 
 ODD = [
@@ -68,19 +100,21 @@ ODD = [
 ]
 
 
-@served
-@each_stats
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
-@pytest.mark.parametrize("sizes", ODD, ids=str)
+@in_either
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "stats"), pairwise(ODD, [torch.float32, torch.float16], [False, True])
+)
 def test_odd_sizes(sizes, dtype, stats):
     against_definition(sizes, "silu", offset=0.5, dtype=dtype, stats=stats)
 
 
-@served
-@each_stats
-@each_order
+@in_either
 @pytest.mark.parametrize(
-    "missing", [m for n in range(5) for m in itertools.combinations(OPTIONAL, n)], ids=str
+    ("missing", "stats", "order"),
+    pairwise(
+        [m for n in range(5) for m in itertools.combinations(OPTIONAL, n)], [False, True], [1, 2]
+    ),
+    ids=str,
 )
 def test_any_optional_argument_may_be_missing(missing, stats, order):
     against_definition((40, 17, 72, 24), "silu", missing=missing, stats=stats, order=order)
@@ -102,13 +136,14 @@ def test_any_size(sizes, act, offset, missing):
 
 
 @pytest.mark.interpret
+@pytest.mark.slow
 @settings(properties, max_examples=15)
 @any_size(rows=140)
 def test_any_size_in_triton(sizes, act, offset, missing):
     against_definition(sizes, act, offset=offset, missing=missing)
 
 
-@served
+@in_either
 @pytest.mark.usefixtures("nan_memory")
 @each_stats
 @pytest.mark.parametrize("missing", [(), OPTIONAL], ids=["full", "bare"])
@@ -122,7 +157,7 @@ def test_nothing_uninitialised_leaks(sizes, missing, stats):
 
 
 @pytest.mark.usefixtures("nan_memory")
-@pytest.mark.parametrize("where", ["plain", pytest.param("triton", marks=pytest.mark.interpret)])
+@pytest.mark.parametrize("where", EITHER)
 @pytest.mark.parametrize("width", [8, 96])
 def test_no_rows(where, width, launches):
     tensors = mlp_tensors(0, width, 200, 3)
@@ -133,13 +168,13 @@ def test_no_rows(where, width, launches):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's var_mean says it too
         _, mean, var = star_mlp(*tensors, "silu", 1.0, True)
-    assert mean.isnan().all()  # the mean of nothing, as torch has it
+    assert mean.isnan().all()  # as torch for no elements
     assert var.isnan().all()
     assert launches == []
 
 
 def other_layout(t, layout):
-    """The values of `t` in other strides; an expanded tensor takes its first row everywhere."""
+    """Return `t` in other strides; "expanded" repeats its first row."""
     if layout == "row-strided":
         wide = t.new_zeros(*t.shape[:-1], t.shape[-1] + 5)
         wide[..., 2:-3] = t
@@ -162,7 +197,7 @@ LAYOUTS = [
 ]
 
 
-@served
+@in_either
 @each_stats
 @pytest.mark.parametrize(("layout", "changed"), LAYOUTS, ids=str)
 def test_layout_changes_nothing(layout, changed, stats):
@@ -177,7 +212,7 @@ def test_layout_changes_nothing(layout, changed, stats):
     torch.testing.assert_close(found, results(op, dense), rtol=1e-4, atol=1e-4)
 
 
-@served
+@in_either
 @each_stats
 def test_expanded_upstream_gradients(stats):
     tensors = mlp_tensors(70, 24, 40, 48)
@@ -191,7 +226,7 @@ def test_expanded_upstream_gradients(stats):
     torch.testing.assert_close(summed(op), summed(definition), rtol=1e-4, atol=1e-4)
 
 
-@served
+@in_either
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (1, 2)], ids=["y", "mean", "var", "both"])
 def test_the_gradient_of_some_outputs_only(which):
     tensors = mlp_tensors(70, 24, 40, 48)
@@ -205,9 +240,10 @@ def test_the_gradient_of_some_outputs_only(which):
     assert_as_exact_as_eager(results(some(op), tensors), eager, exact, sums=True)
 
 
-@served
-@each_act
-@each_stats
+@in_either
+@pytest.mark.parametrize(
+    ("act", "stats"), [(act, i % 2 == 0) for i, act in enumerate(FORMULAS)], ids=str
+)
 def test_nan_is_where_torch_has_it(act, stats):
     tensors = mlp_tensors(70, 17, 40, 24)
     with torch.no_grad():
@@ -223,10 +259,8 @@ def test_nan_is_where_torch_has_it(act, stats):
         assert torch.equal(ours.isnan(), theirs.isnan())
 
 
-@served
-@each_stats
-@each_order
-@pytest.mark.parametrize("hidden", [40, 140])
+@in_either
+@pytest.mark.parametrize(("hidden", "stats", "order"), pairwise([40, 140], [False, True], [1, 2]))
 def test_backward_repeats_and_writes_to_no_input(hidden, stats, order):
     tensors = mlp_tensors(133, 24, hidden, 17)
     kept = [t.detach().clone() for t in tensors]
@@ -248,7 +282,7 @@ def test_backward_repeats_and_writes_to_no_input(hidden, stats, order):
     assert all(torch.equal(a, b) for a, b in zip(outputs, other, strict=True))
 
 
-@served
+@in_either
 @each_order
 def test_tied_branches_get_the_sum_of_both_gradients(order):
     x, w1, b1, _, _, w3, b3, residual = mlp_tensors(40, 17, 72, 24)
@@ -263,7 +297,7 @@ def test_tied_branches_get_the_sum_of_both_gradients(order):
     assert_as_exact_as_eager(results(tied(op), tensors, order=order), eager, exact, sums=True)
 
 
-@served
+@in_either
 @each_order
 def test_the_input_as_its_own_residual(order):
     tensors = mlp_tensors(40, 17, 72, 17)[:-1]
@@ -280,11 +314,11 @@ def test_the_input_as_its_own_residual(order):
 SUBSETS = [(name,) for name in NAMES] + [("x", "w3"), ("w1", "b2", "residual")]
 
 
-@served
-@each_stats
-@each_order
-@pytest.mark.parametrize("wanted", SUBSETS, ids="-".join)
-def test_only_some_inputs_ask_for_gradients(wanted, stats, order):
+@in_either
+@pytest.mark.parametrize(
+    ("wanted", "stats", "order"), pairwise(SUBSETS, [False, True], [1, 2]), ids=str
+)
+def test_only_some_inputs_require_gradients(wanted, stats, order):
     tensors = mlp_tensors(40, 17, 72, 24)
     for name, t in zip(NAMES, tensors, strict=True):
         t.requires_grad_(name in wanted)
@@ -293,7 +327,7 @@ def test_only_some_inputs_ask_for_gradients(wanted, stats, order):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-@served
+@in_either
 @pytest.mark.parametrize("create_graph", [False, True], ids=["first", "create-graph"])
 def test_backward_called_under_autocast(create_graph):
     def under_autocast(f, tensors):
@@ -314,7 +348,7 @@ def test_backward_called_under_autocast(create_graph):
         torch.testing.assert_close(found, [g.float() for g in exact], rtol=1e-4, atol=1e-4)
 
 
-@served
+@in_either
 @each_stats
 def test_only_inputs_and_what_statistics_need_are_saved(stats):
     tensors, saved = mlp_tensors(133, 17, 64, 24), []
@@ -325,7 +359,7 @@ def test_only_inputs_and_what_statistics_need_are_saved(stats):
     assert {t.data_ptr() for t in saved} <= known
 
 
-@served
+@in_either
 def test_changing_a_saved_tensor_is_noticed():
     tensors = mlp_tensors(20, 5, 11, 3)
     y, _, _ = star_mlp(*tensors, "gelu", 1.0, False)
@@ -335,10 +369,11 @@ def test_changing_a_saved_tensor_is_noticed():
         y.sum().backward()
 
 
-@pytest.mark.parametrize("where", ["plain", pytest.param("triton", marks=pytest.mark.interpret)])
-@each_stats
-@each_act
-def test_float64_goes_to_the_definition(act, where, stats, launches):
+@pytest.mark.parametrize("where", EITHER)
+@pytest.mark.parametrize(
+    ("act", "stats"), [(act, i % 2 == 0) for i, act in enumerate(FORMULAS)], ids=str
+)
+def test_float64_goes_to_the_definition(act, stats, where, launches):
     tensors = mlp_tensors(3, 2, 4, 2, dtype=torch.float64)
     op, definition = mlp_pair(act, 0.5, stats)
     torch.testing.assert_close(results(op, tensors), results(definition, tensors))
@@ -347,9 +382,12 @@ def test_float64_goes_to_the_definition(act, where, stats, launches):
     assert launches == []
 
 
-@served
-@each_stats
-@pytest.mark.parametrize("sizes", [(133, 24, 72, 24), (133, 96, 300, 96)], ids=str)
+@in_either
+@pytest.mark.parametrize(
+    ("sizes", "stats"),
+    [((133, 24, 72, 24), False), ((133, 24, 72, 24), True), ((133, 96, 300, 96), True)],
+    ids=str,
+)
 def test_half_precision_gradients_survive_a_loss_scale_of_65536(sizes, stats):
     tensors = mlp_tensors(*sizes, dtype=torch.float16)
     op, definition = mlp_pair("relu6", 0.0, stats)
@@ -357,7 +395,7 @@ def test_half_precision_gradients_survive_a_loss_scale_of_65536(sizes, stats):
     def scaled(f, tensors):
         outputs = f(*tensors)
         outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
-        # mean over the batch, as every loss is
+        # a mean over the batch, as in training
         loss = sum(
             (t.double() * randn(*t.shape, seed=9, dtype=torch.float64)).mean() / 4
             for t in outputs
@@ -375,9 +413,13 @@ def test_half_precision_gradients_survive_a_loss_scale_of_65536(sizes, stats):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("hidden", [16, 140], ids=["one pass", "two passes"])
+@pytest.mark.parametrize(
+    "hidden",
+    [pytest.param(16, marks=pytest.mark.slow), 140],
+    ids=["one pass", "two passes"],
+)
 def test_a_mean_far_below_a_rounding_step_of_the_gradient_is_not_lost(hidden):
-    """Rounded to the nearest, dy + q would be dy again nearly everywhere."""
+    """Check the dither: rounded to nearest, dy + q would be dy nearly everywhere."""
     rows, out, q = 1500, 24, 1e-4
     x, w1, b1, w2, b2, w3, *_ = (
         t.detach() for t in mlp_tensors(rows, 17, hidden, out, dtype=torch.float16)

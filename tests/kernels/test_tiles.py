@@ -1,4 +1,4 @@
-"""Every tile the star MLP's tables ship, in Triton's interpreter, on both sides of its edges."""
+"""Every tile of the star MLP's tables in Triton's interpreter, whole and ragged."""
 
 import pytest
 import torch
@@ -9,11 +9,11 @@ from starlayers.kernels.tiles import FAMILIES, Tile
 from tests.helpers import assert_as_exact_as_eager, converted, results
 from tests.kernels.cases import DEVICE, DTYPES, mlp_pair, mlp_tensors
 
-pytestmark = pytest.mark.interpret
+pytestmark = [pytest.mark.interpret, pytest.mark.slow]
 
 
 def rows_of(table, path=()):
-    """(path of keys, tile) for each tile of a table, however deep it is."""
+    """Yield (path of keys, tile) for each tile of a nested table."""
     if isinstance(table, Tile):
         yield path, table
     elif isinstance(table, dict):
@@ -27,14 +27,14 @@ TABLES = {
     if isinstance(table, dict) and any(rows_of(table))
 }
 SHIPPED = [(name, path) for name, rows in TABLES.items() for path in rows]
-#: rows of "<family> float32" serve that type only, all others 16 bits, and any type interpreted
+#: tiles of "<family> float32" are for that type, all others for 16 bits, and interpreted for any
 CASES = [
     pytest.param(name, path, dtype, id=f"{name}-{'-'.join(map(str, path))}-{kind}")
     for name, path in SHIPPED
     for kind, dtype in DTYPES.items()
     if kind == "f32" or not any(str(key).endswith(" float32") for key in path)
 ]
-#: what the launch of a row looks like: kernel, and options it must have
+#: table -> kernel that uses its tiles, and options of the launch
 KERNELS = {
     "MLP_FORWARD": ("mlp_forward", {}),
     "all": ("mlp_dw", {"DX": True}),
@@ -54,7 +54,7 @@ def family_of(path):
 
 
 def sizes_of(name, path, tile):
-    """A ragged row tile after a whole one, a ragged hidden chunk after a whole one."""
+    """Return sizes with a ragged tile of rows and of hidden channels after a whole one."""
     channels = path[-1]
     hidden = tile.hidden + 8
     if name == "MLP_BACKWARD":
@@ -73,9 +73,9 @@ def test_tile(name, path, dtype, on_family, launches, monkeypatch):
     on_family(family)
     if DEVICE == "cuda" and for_float32 != (dtype == torch.float32):
         pytest.skip("float32 has tiles of its own on a GPU")
-    if for_float32:  # the interpreter itself takes no such row
+    if for_float32:  # the interpreter itself does not use these tiles
         monkeypatch.setattr(tiles, "INTERPRET", False)
-    # one multiprocessor: a program takes several row tiles one after the other
+    # one multiprocessor: a program computes several row tiles in turn
     monkeypatch.setattr(star_mlp_launch, "multiprocessors", lambda device: 1)
     tensors = mlp_tensors(*sizes_of(name, path, tile), dtype=dtype)
     op, definition = mlp_pair("silu", 0.5, True)
@@ -127,7 +127,7 @@ def test_any_number_of_programs_yields_the_weight_gradients(
     assert not others
     chunks, programs = grid
     assert chunks == -(-hidden // options["BH"])
-    # at most those that run at once, with 8 warps on a multiprocessor, and none without rows
+    # no more than run at once with 8 warps a multiprocessor, and no more than there are row tiles
     most = multiprocessors * 8 // options["num_warps"] // chunks
     assert programs == max(1, min(most, -(-150 // options["BM"])))
 
