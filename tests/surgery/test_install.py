@@ -1,0 +1,153 @@
+"""Putting star layers in, listing them and taking them out."""
+
+import pytest
+import torch
+from torch import nn
+
+from starlayers import starify
+from starlayers.surgery import Site, StarProjection
+from starlayers.surgery.install import (
+    identity,
+    install_gated,
+    install_plain,
+    installed,
+    role_of,
+    settle_fast_paths,
+    uninstall,
+)
+from tests.surgery.small import MLP, Gated, Net, Packed
+
+PLAIN = Site("chain", "plain", "fc1", "act", "fc2")
+GATED = Site("gated", "gated", "gate", "act", "down", up="up")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_install_plain(fused, recompute):
+    mlp = MLP()
+    fc1, act = mlp.fc1, mlp.act
+    star = install_plain(mlp, PLAIN, "low_rank=2", fused=fused, recompute=recompute)
+    assert mlp.fc1 is star
+    assert (star.inp, star.act, star.site, star.spec) == (fc1, act, PLAIN, "low_rank=2")
+    assert (star.act_name, star.fused, star.recompute) == ("gelu", fused, recompute)
+    assert type(mlp.act) is nn.Identity
+    assert [name for name, _ in mlp.named_children()] == ["fc1", "fc2", "act", "drop"]
+    assert role_of(star) is star
+    uninstall(mlp, star)
+    assert (mlp.fc1, mlp.act) == (fc1, act)
+
+
+def test_install_plain_defaults():
+    star = install_plain(MLP(act=nn.Mish()), PLAIN, "full")
+    assert (star.fused, star.recompute, star.act_name) == (False, False, None)
+
+
+def test_a_function_is_replaced_by_the_identity_function(x):
+    mlp = MLP(act=nn.functional.silu)
+    star = install_plain(mlp, PLAIN, "scale")
+    assert mlp.act is identity
+    assert identity(x) is x
+    assert star.act is nn.functional.silu
+    uninstall(mlp, star)
+    assert mlp.act is nn.functional.silu
+
+
+def test_install_gated():
+    mlp = Gated()
+    star = install_gated(mlp, GATED, ("drop",), fused=False, recompute=True, rank=3)
+    assert star is mlp
+    role = role_of(star)
+    assert role is star.star
+    assert (role.site, role.original, role.act_name) == (GATED, Gated, "silu")
+    assert (role.between, role.fused, role.recompute, role.grown) == (("drop",), False, True, 3)
+    uninstall(mlp, star)
+    assert type(mlp) is Gated
+
+
+def test_install_gated_defaults():
+    role = install_gated(Gated(act=nn.Mish()), GATED, ()).star
+    assert (role.fused, role.recompute, role.grown, role.act_name) == (True, False, 0, None)
+
+
+def test_installed_layers_are_listed_with_their_owners():
+    net = Net(MLP(), Gated(), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), MLP())
+    assert list(installed(net)) == []
+    starify(net, grow=1, exclude="blocks.3")
+    layers = list(installed(net))
+    assert [path for path, _, _ in layers] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert [owner for _, owner, _ in layers] == list(net.blocks[:3])
+    assert [star for _, _, star in layers] == [net.blocks[0].fc1, net.blocks[1], net.blocks[2][0]]
+    assert [path for path, _, _ in installed(starify(MLP()))] == [""]
+    assert [path for path, _, _ in installed(starify(Packed(), mode="fuse"))] == [""]
+
+
+def test_names_of_several_parts_belong_to_the_site():
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleDict({"a": nn.Linear(8, 16), "b": nn.Linear(16, 8)})
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.parts["b"](self.act(self.parts["a"](x)))
+
+    net = Net(Parts())
+    site = Site("mine", "plain", "parts.a", "act", "parts.b")
+    star = install_plain(net.blocks[0], site, "full")
+    assert [(path, owner) for path, owner, _ in installed(net)] == [("blocks.0", net.blocks[0])]
+    uninstall(net.blocks[0], star)
+    assert type(net.blocks[0].parts["a"]) is nn.Linear
+
+
+def test_a_shared_layer_is_listed_once():
+    mlp = starify(MLP())
+    assert [path for path, _, _ in installed(Net(mlp, mlp))] == ["blocks.0"]
+
+
+def test_a_layer_is_listed_under_the_name_that_its_site_gives_it():
+    class Twice(nn.Module):
+        """Holds the star projection under a second name, first."""
+
+        def __init__(self, mlp):
+            super().__init__()
+            self.alias, self.mlp = mlp.fc1, mlp
+
+    net = Twice(starify(MLP()))
+    assert [(path, owner) for path, owner, _ in installed(net)] == [("mlp", net.mlp)]
+
+
+def test_the_inference_path_of_torch_is_switched_off_and_on():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu").eval()
+    before = layer.activation_relu_or_gelu
+    assert before == 2
+    starify(layer)
+    assert layer.activation_relu_or_gelu == 0
+    assert layer.linear1.undo == {"activation_relu_or_gelu": 2}
+    uninstall(layer, layer.linear1)
+    assert layer.activation_relu_or_gelu == before
+
+
+def test_nested_tensors_follow_the_layers():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    for wanted in (True, False):
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=wanted)
+        settle_fast_paths(model)
+        assert model.use_nested_tensor is wanted
+        assert not hasattr(model, "star_use_nested_tensor")
+        star = install_plain(
+            model.layers[1], Site("chain", "plain", "linear1", "activation", "linear2"), "full"
+        )
+        for _ in range(2):
+            settle_fast_paths(model)
+            assert model.use_nested_tensor is False
+            assert hasattr(model, "star_use_nested_tensor") is wanted
+        uninstall(model.layers[1], star)
+        settle_fast_paths(model)
+        assert model.use_nested_tensor is wanted
+        assert not hasattr(model, "star_use_nested_tensor")
+
+
+def test_star_projections_inside_star_projections_are_none():
+    star = starify(MLP()).fc1
+    assert sum(isinstance(m, StarProjection) for m in star.modules()) == 1
+    assert torch.is_tensor(star.weight)
