@@ -427,7 +427,7 @@ class TestPictures:
         with pytest.raises(ValueError, match=r"shape \(3, 3\) have 9 numbers, the inputs 16"):
             plot_eigenfeatures(self.features(), shape=(3, 3))
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        with pytest.raises(ImportError, match=r"pip install 'starlayers\[coefficients\]'"):
+        with pytest.raises(ImportError, match=r"pip install 'starlayers\[plots\]'"):
             plot_eigenfeatures(self.features())
         monkeypatch.undo()
         with pytest.raises(ValueError, match="1 names for 2 outputs"):

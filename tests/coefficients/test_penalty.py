@@ -255,6 +255,7 @@ def test_half_precision_and_autocast_are_summed_in_float32():
     assert op.f1.weight.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_it_compiles(fresh_compiler):
     model = nn.Sequential(StarOp(4, 8), StarOp(8, 3, rank=2))
     for options in ({"p": 2}, {"p": 1}, {"p": 2, "balance": 0.5}):

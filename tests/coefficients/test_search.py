@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -23,8 +24,9 @@ from tests.coefficients.objectives import SPACE, hill
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 300
-#: a Gaussian process costs a fraction of a second, the others a millisecond
+#: a draw of a Gaussian process takes a fraction of a second, of the others a millisecond
 TRIALS = dict.fromkeys(METHODS, 40) | {"gp": 18}
+slow = partial(pytest.param, marks=pytest.mark.slow)
 MIXED = {
     "x": FloatDistribution(1e-3, 1.0, log=True),
     "n": IntDistribution(1, 4),
@@ -199,8 +201,15 @@ def killed_at(numbers, objective=hill):
     return run
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stop", [Killed, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("stop", "method"),
+    [
+        (Killed, "tpe"),
+        (KeyboardInterrupt, "cma"),
+        *(slow(Killed, m) for m in METHODS if m != "tpe"),
+        *(slow(KeyboardInterrupt, m) for m in METHODS if m != "cma"),
+    ],
+)
 def test_stopped_and_resumed_is_as_if_never_stopped(stop, method, tmp_path):
     """After Ctrl-C at once, and after a kill when its heartbeat is a minute old."""
     storage, trials, at = tmp_path / "search.db", 13, 6

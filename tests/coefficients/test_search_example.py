@@ -19,6 +19,7 @@ def main(monkeypatch, tmp_path):
     return runpy.run_path(str(EXAMPLE))["main"]
 
 
+@pytest.mark.slow
 def test_star_search(main, tmp_path, capsys):
     rows = main(**OPTIONS, methods="tpe gp cma random", out=tmp_path / "run")
     printed = capsys.readouterr().out

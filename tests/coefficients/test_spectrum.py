@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,12 @@ def test_chunks_make_no_difference(rank, monkeypatch):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), **CLOSE)
 
 
+SUMMARY = [
+    *("norm", "positive", "negative", "sparsity", "participation"),
+    *("square", "cross", "linear", "constant", "norm_variation"),
+]
+
+
 def test_small_weights_do_not_vanish():
     op = StarOp(8, 4, act=None)
     before = spectrum(op)[""].summary()
@@ -185,6 +192,15 @@ def test_a_logger_measures_in_steps_and_writes():
     assert "coefficients/StarOp/norm" in SpectrumLogger(StarOp(3, 2)).step(0)
 
 
+def test_defaults_of_a_logger():
+    log = SpectrumLogger(nn.Sequential(StarOp(4, 3)))
+    assert (log.every, log.writer, log.history) == (100, None, [])
+    seen = [step for step in range(250) if log.step(step)]
+    assert seen == [0, 100, 200]
+    assert set(log.history[0][1]) == {f"coefficients/0/{n}" for n in SUMMARY}  # no entropy, no mean
+    assert log.measure() == log.history[-1][1]
+
+
 def test_a_logger_wants_a_whole_number():
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         SpectrumLogger(StarOp(3, 2), every=0)
@@ -214,6 +230,22 @@ class Regression(nn.Module):
         return {"loss": (y[:, 0] - labels).square().mean(), "logits": y}
 
 
+@pytest.mark.parametrize("with_trainer", [False, True])
+def test_the_callback_of_a_trainer(with_trainer, monkeypatch):
+    """Its steps on the main process are measured, and logged by the trainer if there is one."""
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(TrainerCallback=object))
+    logged = []
+    log = SpectrumLogger(StarOp(3, 2), every=2)
+    callback = log.as_trainer_callback(SimpleNamespace(log=logged.append) if with_trainer else None)
+    for step in range(1, 6):
+        for main in (False, True):
+            state = SimpleNamespace(is_world_process_zero=main, global_step=step)
+            assert callback.on_step_end(None, state, None) is None
+    assert [step for step, _ in log.history] == [1, 2, 4]
+    assert logged == [s for _, s in log.history] * with_trainer
+
+
+@pytest.mark.slow
 def test_the_trainer_logs_them(tmp_path):
     transformers = pytest.importorskip("transformers")
     data = [{"x": randn(3, seed=i), "labels": torch.tensor(1.0)} for i in range(24)]
@@ -258,8 +290,8 @@ def test_stable_baselines_log_them(tmp_path):
 @pytest.mark.parametrize(
     ("package", "call", "extra"),
     [
-        ("matplotlib.figure", lambda: plot_spectrum(StarOp(3, 2)), "coefficients"),
-        ("torch.utils.tensorboard", lambda: SpectrumLogger(StarOp(3, 2), "x"), "coefficients"),
+        ("matplotlib.figure", lambda: plot_spectrum(StarOp(3, 2)), "plots"),
+        ("torch.utils.tensorboard", lambda: SpectrumLogger(StarOp(3, 2), "x"), "plots"),
         ("transformers", lambda: SpectrumLogger(StarOp(3, 2)).as_trainer_callback(), "nlp"),
         (
             "stable_baselines3.common.callbacks",

@@ -1,6 +1,7 @@
 """Tuning trained models on metrics without gradients: accuracy, BLEU, the return of an agent."""
 
 import copy
+from functools import partial
 
 import gymnasium
 import numpy as np
@@ -46,8 +47,18 @@ def tune(model, metric, **options):
     return tune_coefficients(model, metric, **({"progress": False, "trials": 40} | options))
 
 
-@pytest.mark.parametrize(("metric", "direction"), [(fit, "maximize"), (loss, "minimize")])
-@pytest.mark.parametrize("method", METHODS)
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("method", "metric", "direction"),
+    [
+        ("cma", fit, "maximize"),
+        ("tpe", loss, "minimize"),
+        *(slow(m, fit, "maximize") for m in METHODS if m != "cma"),
+        *(slow(m, loss, "minimize") for m in METHODS if m != "tpe"),
+    ],
+)
 def test_it_is_better_and_nothing_but_scales_changed(method, metric, direction):
     model = net()
     before = weights(model)
@@ -276,9 +287,9 @@ def test_the_model_has_its_weights_back(error, call):
 
 
 def test_stopped_and_called_again_is_as_if_never_stopped(tmp_path):
-    options = {"trials": 25, "method": "tpe", "storage": tmp_path / "tune.db"}
+    options = {"trials": 16, "method": "tpe", "storage": tmp_path / "tune.db"}
     whole = net()
-    wanted = tune(whole, fit, trials=25, method="tpe")
+    wanted = tune(whole, fit, trials=16, method="tpe")
     model, calls = net(), []
 
     def stopped(m):
@@ -291,9 +302,9 @@ def test_stopped_and_called_again_is_as_if_never_stopped(tmp_path):
         tune(model, stopped, **options)
     result = tune(model, stopped, **options)
     assert (
-        len(calls) == 9 + 1 + 17 + 1
+        len(calls) == 9 + 1 + 8 + 1
     )  # the start again, the trials from the one cut off, the result
-    assert len(result.search.trials) == 25
+    assert len(result.search.trials) == 16
     assert same(weights(model), weights(whole))
     assert result.value == wanted.value
 
