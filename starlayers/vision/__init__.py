@@ -1,4 +1,7 @@
-"""StarNet, DemoNet and their parts. Install with `pip install 'starlayers[vision]'`."""
+"""StarNet, DemoNet and their parts for images.
+
+Install with `pip install 'starlayers[vision]'`.
+"""
 
 try:
     import einops as _einops  # noqa: F401

@@ -1,4 +1,4 @@
-"""Building blocks of StarNet: convolution with BatchNorm, and the star block for images."""
+"""Building blocks of StarNet: convolution with BatchNorm, and the star block."""
 
 from collections import OrderedDict
 from typing import Any

@@ -1,4 +1,4 @@
-"""Loading and exporting of StarNet weights: the authors', timm's, our own, and the hub's."""
+"""Loading and exporting of StarNet weights in the authors', timm's and our names."""
 
 import os
 import re
@@ -195,7 +195,7 @@ def _load_safetensors(path: Path) -> object:
 
 
 def _unwrap(raw: Mapping[str, object]) -> dict[str, Tensor]:
-    """Return the state dict inside `raw`, without prefixes of wrappers around the model."""
+    """Return the state dict inside `raw`, without prefixes of model wrappers."""
     for wrapper in ("state_dict", "model"):
         inner = raw.get(wrapper)
         if isinstance(inner, Mapping):
@@ -239,7 +239,7 @@ def _adapt_stem(state: dict[str, Tensor], target: dict[str, Tensor], adapted: li
 
 
 def _adapt_head(state: dict[str, Tensor], target: dict[str, Tensor], adapted: list[str]) -> None:
-    """Keep the head of `target` if `state` has one of another number of classes, or none."""
+    """Keep the head of `target` if `state` has none, or other classes."""
     loaded, own = state.get("head.weight"), target.get("head.weight")
     if own is None:
         if loaded is not None:

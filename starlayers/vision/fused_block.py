@@ -1,4 +1,4 @@
-"""Fused GPU path of `StarBlock2d`: three ops for a whole block, forward and backward.
+"""Fused GPU path of `StarBlock2d`: three ops for a block in each direction.
 
 BatchNorm never runs as an op of its own. The op in front of it also returns mean and variance of
 its output. With these the norm is an affine map per channel, which is folded into the weights of
@@ -91,7 +91,7 @@ def _structure_blocker(block: "StarBlock2d") -> str | None:
 
 
 def _is_depthwise(conv: nn.Conv2d) -> bool:
-    """Return True if `conv` is depthwise with an odd square kernel, stride 1, same padding."""
+    """Return True if `conv` is depthwise with odd kernel, stride 1, same padding."""
     size, width = conv.kernel_size[0], conv.in_channels
     # while torch.export traces, parameters are fake tensors
     plain_weight = type(conv.weight) is nn.Parameter or exporting()
@@ -145,7 +145,7 @@ def fused_block(block: "StarBlock2d", x: Tensor) -> Tensor:
 
 
 def _drop_path_acts(drop_path: nn.Module) -> bool:
-    """Return True if `drop_path` changes anything between the block and the residual sum."""
+    """Return True if `drop_path` changes its input before the residual sum."""
     idle = is_plain(drop_path, DropPath) and not drop_path.training
     return not (idle or is_plain(drop_path, nn.Identity))
 
@@ -156,7 +156,7 @@ def _uses_batch_statistics(norm: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _Affine:
-    """BatchNorm as an affine map per channel in float32: `scale * (x - center) + bias`."""
+    """Affine map per channel of a BatchNorm: `scale * (x - center) + bias`, float32."""
 
     scale: Tensor
     center: Tensor

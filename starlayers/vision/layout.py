@@ -31,7 +31,7 @@ class OnChannelsLast(nn.Sequential):
 
 
 def to_channels_last(x: Tensor) -> Tensor:
-    """Return `x` (N, C, H, W) in channels_last layout, copied only if it is in another.
+    """Return `x` (N, C, H, W) in channels_last layout, copied only if necessary.
 
     Works under `torch.func.vmap`, which `x.contiguous(memory_format=...)` does not.
 

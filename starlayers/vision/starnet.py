@@ -299,14 +299,20 @@ class StarNet(nn.Module):
         return stage(x)  # type: ignore[no-any-return]
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Compute normalised features (N, num_features, h, w) of images (N, in_chans, H, W)."""
+        """Compute the features of images, after the final BatchNorm.
+
+        Shapes: (N, in_chans, H, W) -> (N, num_features, h, w).
+        """
         x = self._stem(x)
         for i in range(len(self.stages)):
             x = self._stage(i, x)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Compute logits (N, num_classes), or pooled features with `pre_logits`, from features."""
+        """Compute logits from features, or pooled features with `pre_logits`.
+
+        Shapes: (N, num_features, h, w) -> (N, num_classes), or (N, num_features).
+        """
         x = F.dropout(POOLS[self.global_pool](x), self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 

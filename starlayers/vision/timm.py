@@ -1,4 +1,4 @@
-"""Registration of the StarNets with timm, under names with the prefix `starlayers_`.
+"""Registration of the StarNets with timm, as `starlayers_starnet_s1` and so on.
 
 Importing this module registers them. Names of timm's own stay as they are.
 

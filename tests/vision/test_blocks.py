@@ -18,7 +18,7 @@ from .util import ACTS, assert_same_tensors, grads, image, randomise, reference_
 
 
 def test_every_activation_is_covered_here():
-    builtin = {name for name, row in ACTIVATIONS.items() if row.fn.__module__ != __name__}
+    builtin = {name for name, act in ACTIVATIONS.items() if act.fn.__module__ != __name__}
     assert builtin - {"swish", "glu", "relu2"} <= set(ACTS)
 
 
@@ -100,8 +100,8 @@ def test_any_shape_and_layout(dim, kernel_size, expansion, size, channels_last):
 def test_strided_and_expanded_inputs():
     block, x = randomise(StarBlock2d(4)).eval(), image(2, 4, 12, 6)
     torch.testing.assert_close(block(x[:, :, ::2]), block(x[:, :, ::2].clone()))
-    row = x[:, :, :1].expand(2, 4, 5, 6)
-    torch.testing.assert_close(block(row), block(row.clone()))
+    expanded = x[:, :, :1].expand(2, 4, 5, 6)
+    torch.testing.assert_close(block(expanded), block(expanded.clone()))
     torch.testing.assert_close(block(x.mT), block(x.mT.clone()))
 
 

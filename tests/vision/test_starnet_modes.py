@@ -172,7 +172,7 @@ def test_no_images(backend, pool):
 
 def test_batches_do_not_mix_in_eval():
     model, x = tiny().eval(), image(5, 3, 20, 20)
-    torch.testing.assert_close(model(x), torch.cat([model(row[None]) for row in x]))
+    torch.testing.assert_close(model(x), torch.cat([model(one[None]) for one in x]))
 
 
 def test_per_sample_gradients_by_functional_transforms():
@@ -183,9 +183,9 @@ def test_per_sample_gradients_by_functional_transforms():
         return torch.func.functional_call(model, params, (x[None],)).square().sum()
 
     got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, x)
-    for i, row in enumerate(x):
+    for i, one in enumerate(x):
         model.zero_grad()
-        model(row[None]).square().sum().backward()
+        model(one[None]).square().sum().backward()
         assert_close_grads({k: v[i] for k, v in got.items()}, grads(model))
 
 

@@ -106,7 +106,9 @@ def image_transform(size: int, *, flip: float, crop: int, randaugment: int) -> v
 
 
 def batch_transform(num_classes: int, *, mixup: float, cutmix: float) -> v2.Transform | None:
-    """Return MixUp, CutMix, or a random choice between them for each batch; `None` if both are 0.
+    """Return the random transform of whole batches, or `None` if both options are 0.
+
+    With both, each batch gets MixUp or CutMix at random.
 
     Args:
         num_classes: the labels become probabilities of that many classes.

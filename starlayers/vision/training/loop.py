@@ -1,4 +1,4 @@
-"""Training loop of image classifiers: resumable, distributed, deterministic per seed."""
+"""Training loop of image classifiers: resumable, distributed, deterministic."""
 
 import math
 import signal

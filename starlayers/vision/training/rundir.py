@@ -1,4 +1,4 @@
-"""Folder of a training run: configuration, metrics, saved states, weights and figures."""
+"""Folder of a training run: configuration, metrics, states, weights and figures."""
 
 import json
 import os

@@ -169,8 +169,8 @@ def test_mixed_precision_differs_little_and_for_this_run_only():
 
 def test_weights_stay_in_single_precision_under_amp(tmp_path):
     run(tmp_path / "run", amp=True)
-    found = {v.dtype for v in weights(tmp_path / "run").values()}
-    assert found == {torch.float32, torch.int64}
+    dtypes = {v.dtype for v in weights(tmp_path / "run").values()}
+    assert dtypes == {torch.float32, torch.int64}
 
 
 def compiled_and_not(backend=None):

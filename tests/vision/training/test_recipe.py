@@ -16,27 +16,27 @@ def test_param_groups_decay_only_matrices_and_kernels():
     model.head.bias.requires_grad_(False)
     decay, rest = param_groups(model, 0.3)
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
-    found = {id(p): "decay" for p in decay["params"]} | {id(p): "rest" for p in rest["params"]}
-    wanted = {}
+    groups = {id(p): "decay" for p in decay["params"]} | {id(p): "rest" for p in rest["params"]}
+    want = {}
     for m in model.modules():
         for name, p in m.named_parameters(recurse=False):
             is_kernel = isinstance(m, nn.Linear | nn.Conv2d) and name == "weight"
-            wanted[id(p)] = "decay" if is_kernel else "rest"
-    del wanted[id(model.head.bias)]
-    assert found == wanted
-    assert len(decay["params"]) + len(rest["params"]) == len(wanted)
+            want[id(p)] = "decay" if is_kernel else "rest"
+    del want[id(model.head.bias)]
+    assert groups == want
+    assert len(decay["params"]) + len(rest["params"]) == len(want)
 
 
 def rates(total, steps=None, **recipe):
     """Return the rate of each step, and after the last one, for a peak of 1."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = lr_scheduler(optimizer, TrainConfig(lr=1.0, **recipe), total)
-    found = []
+    values = []
     for _ in range(steps or total):
-        found += schedule.get_last_lr()
+        values += schedule.get_last_lr()
         optimizer.step()
         schedule.step()
-    return found + schedule.get_last_lr()
+    return values + schedule.get_last_lr()
 
 
 def half_cosine(start, end, fraction):
@@ -72,8 +72,8 @@ LOW, LAST = 1 / 25, 1 / 25 / 1e4
     ],
 )
 def test_onecycle(total, warmup, want):
-    found = rates(total, len(want) - 1, schedule="onecycle", warmup=warmup)
-    assert found == pytest.approx(want, rel=1e-5, abs=1e-9)
+    values = rates(total, len(want) - 1, schedule="onecycle", warmup=warmup)
+    assert values == pytest.approx(want, rel=1e-5, abs=1e-9)
 
 
 def test_an_average_of_parameters_and_buffers_and_a_copy_of_counters():

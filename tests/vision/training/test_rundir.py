@@ -184,17 +184,17 @@ def test_saving_a_step_again_replaces_it(tmp_path, prepared):
 
 def test_finish_writes_equal_weights_and_pictures(tmp_path):
     run = RunDir(tmp_path, CONFIG)
-    wanted = {
+    tensors = {
         "plain": torch.randn(3, 2, requires_grad=True),
         "transposed": torch.arange(6.0).view(2, 3).T,
         "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
         "count": torch.tensor(7),
         "half": torch.randn(4).bfloat16(),
     }
-    run.finish(wanted, HISTORY, torch.tensor([[8, 0, 2], [0, 0, 0], [1, 2, 3]]), "abc")
+    run.finish(tensors, HISTORY, torch.tensor([[8, 0, 2], [0, 0, 0], [1, 2, 3]]), "abc")
     saved = load_file(tmp_path / "model.safetensors")
-    assert saved.keys() == wanted.keys()
-    for name, want in wanted.items():
+    assert saved.keys() == tensors.keys()
+    for name, want in tensors.items():
         assert saved[name].dtype == want.dtype
         assert torch.equal(saved[name], want)
     assert names(tmp_path) == ["config.json", "confusion.png", "curves.png", "model.safetensors"]
