@@ -1,6 +1,8 @@
 """Dispatch of a StarMLP on a GPU, condition by condition; these functions run on CPU tensors."""
 
 import contextlib
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -326,3 +328,24 @@ def test_float32_precision_is_the_users(setting):
         assert registration.precision(torch.ones(1)) == {"tf32": "tf32", "ieee": "tf32x3"}[setting]
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.backends.fp32_precision = 'tf32'",
+        "torch.set_float32_matmul_precision('high')",
+    ],
+)
+def test_float32_precision_by_every_way_to_set_it(code):
+    # a process each, because torch refuses to mix its old and new settings
+    script = f"""import torch
+from starlayers.kernels.registration import precision
+assert precision(torch.ones(1)) == "tf32x3"
+{code}
+assert precision(torch.ones(1)) == "tf32"
+assert precision(torch.ones(1, dtype=torch.bfloat16)) == "ieee"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
