@@ -1,4 +1,4 @@
-"""What the reinforcement-learning examples share: learning curves, and films of agents."""
+"""Learning curves and films of agents, shared by the reinforcement-learning examples."""
 
 import os
 from pathlib import Path
@@ -11,10 +11,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
-# pygame draws the frames of a film, and looks for a screen otherwise
+# pygame draws the frames and needs no screen for it with this driver
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
-#: environments that are evaluated on share no seed with those that are trained on
+#: seeds of evaluation, different from those of training
 CURVE_SEED, FINAL_SEED = 1_000_000, 2_000_000
 
 #: PPO on CartPole-v1 in rl-baselines3-zoo, with eight environments
@@ -30,14 +30,17 @@ CARTPOLE: dict[str, Any] = {
 
 
 def learning_curve(path: Path, curves: dict[str, tuple[Any, Any]]) -> None:
-    """Plot returns over steps: label -> (steps, returns), episodes of a step in a row or one."""
+    """Plot returns over steps.
+
+    Each label has steps and returns; returns are (steps,) or (steps, episodes).
+    """
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     ax = figure.subplots()
     for label, (steps, returns) in curves.items():
-        rows = np.asarray(returns, dtype=float).reshape(len(steps), -1)
-        (line,) = ax.plot(steps, rows.mean(1), marker=".", label=label)
+        episodes = np.asarray(returns, dtype=float).reshape(len(steps), -1)
+        (line,) = ax.plot(steps, episodes.mean(1), marker=".", label=label)
         band = {"color": line.get_color(), "alpha": 0.2, "lw": 0}
-        ax.fill_between(steps, rows.min(1), rows.max(1), **band)
+        ax.fill_between(steps, episodes.min(1), episodes.max(1), **band)
     ax.set_xlabel("steps")
     ax.set_ylabel("return: mean, lowest, highest")
     ax.grid(alpha=0.3)
@@ -46,7 +49,7 @@ def learning_curve(path: Path, curves: dict[str, tuple[Any, Any]]) -> None:
 
 
 def record_gif(model: Any, env_id: str | VecEnv, path: Path, steps: int) -> None:
-    """Film the deterministic agent in one environment, which may be a made one for its wrappers."""
+    """Film the deterministic agent in an environment, by its name or with wrappers of its own."""
     env = env_id
     if isinstance(env, str):
         env = make_vec_env(env, 1, FINAL_SEED, env_kwargs={"render_mode": "rgb_array"})

@@ -21,13 +21,13 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecTransposeImage
 
-import starlayers.rl  # noqa: F401  makes StarCnnPolicy a name
+import starlayers.rl  # noqa: F401  registers StarCnnPolicy
 
 ENV, ENVS, FULL = "PongNoFrameskip-v4", 8, 10_000_000
 
 
 def games(n: int, seed: int, *, raw: bool = False, **env_kwargs: Any) -> VecEnv:
-    """SB3's Atari wrappers; `raw` leaves score and episodes as the game has them."""
+    """Make games with SB3's Atari wrappers; `raw` keeps the score and episodes of the game."""
     wrapper = {"clip_reward": not raw, "terminal_on_life_loss": not raw}
     made = make_atari_env(ENV, n, seed, wrapper_kwargs=wrapper, env_kwargs=env_kwargs)
     return VecTransposeImage(VecFrameStack(made, n_stack=4))

@@ -18,7 +18,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from torch import Tensor
 
-from starlayers.rl.surgery import starify
+from starlayers.rl import starify
 from starlayers.surgery import gate_sizes, report
 
 ENV, ENVS, EPISODES = "CartPole-v1", 8, 20
@@ -35,7 +35,7 @@ def plain_agent(seed: int) -> PPO:
 
 
 @torch.no_grad()
-def judged(model: PPO, observations: Tensor) -> tuple[Tensor, Tensor]:
+def logits_and_values(model: PPO, observations: Tensor) -> tuple[Tensor, Tensor]:
     logits = model.policy.get_distribution(observations).distribution.logits
     return logits, model.policy.predict_values(observations)
 
@@ -73,21 +73,22 @@ def main(
     agent.learn(steps, callback=CallbackList([curve, stop]), progress_bar=True)
 
     observations = torch.as_tensor(agent.rollout_buffer.observations.reshape(-1, 4))
-    logits, values = judged(agent, observations)
+    logits, values = logits_and_values(agent, observations)
     moments = [s["exp_avg"].clone() for s in agent.policy.optimizer.state.values()]
     before, swapped = returns(agent, FINAL_SEED), agent.num_timesteps
 
     starify(agent, gate=gate)
 
     after = returns(agent, FINAL_SEED)
-    apart = [
+    differences = [
         float((new - old).abs().max())
-        for new, old in zip(judged(agent, observations), (logits, values), strict=True)
+        for new, old in zip(logits_and_values(agent, observations), (logits, values), strict=True)
     ]
     kept = [s["exp_avg"] for s in agent.policy.optimizer.state.values()]
     print(
         f"\n{report(agent.policy)}\n\nswapped after {swapped:,} steps, seed {seed}; largest "
-        f"difference on {len(observations)} states: logits {apart[0]}, values {apart[1]}\n"
+        f"difference on {len(observations)} states: logits {differences[0]}, "
+        f"values {differences[1]}\n"
         f"moments of Adam kept: {all(map(torch.equal, moments, kept))}\n"
         f"mean return of {EPISODES} episodes just before {np.mean(before):.2f}, just after "
         f"{np.mean(after):.2f}, the same one by one: {before == after}\n"
@@ -118,8 +119,8 @@ def main(
     return {
         "before": float(np.mean(before)),
         "after": float(np.mean(after)),
-        "logits": apart[0],
-        "values": apart[1],
+        "logits": differences[0],
+        "values": differences[1],
         "final": float(np.mean(final)),
     }
 

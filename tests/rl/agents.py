@@ -5,7 +5,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import sb3_contrib
+import sb3_contrib as contrib
 import stable_baselines3
+import stable_baselines3 as sb3
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 
@@ -131,3 +133,26 @@ def agent(
     policy = policy or POLICY.get(observation, "StarMlpPolicy")
     settings = {**SHORT[name], **kwargs}
     return algorithm(name)(policy, env, seed=seed, device="cpu", **settings)
+
+
+BOX = spaces.Box(-1, 1, (3,), np.float32)
+PLANE = spaces.Box(-1, 1, (2,), np.float32)
+CHOICE = spaces.Discrete(4)
+IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
+
+
+def stock(algorithm, observation=BOX, action=PLANE, policy="MlpPolicy", **policy_kwargs):
+    """A small agent of an algorithm's class, with the stock policy by default."""
+    if algorithm in (sb3.DQN, contrib.QRDQN):
+        action = CHOICE
+    if algorithm is contrib.MaskablePPO:
+        action = CHOICE
+    if algorithm is contrib.RecurrentPPO and policy == "MlpPolicy":
+        policy = "MlpLstmPolicy"
+    kwargs = {"buffer_size": 10} if algorithm in BUFFERED else {}
+    kwargs["policy_kwargs"] = {"net_arch": [8], **policy_kwargs}
+    return algorithm(policy, Env(observation, action), device="cpu", **kwargs)
+
+
+ON_POLICY_CLASSES = [sb3.PPO, sb3.A2C, contrib.TRPO, contrib.MaskablePPO, contrib.RecurrentPPO]
+ALGORITHMS = [*ON_POLICY_CLASSES, *BUFFERED, contrib.ARS]

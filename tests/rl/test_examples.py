@@ -39,6 +39,7 @@ def assert_written(folder: Path, printed: str, evaluations: int) -> None:
     assert not np.array_equal(film[0], film[10])
 
 
+@pytest.mark.slow
 def test_cartpole(tmp_path, capsys):
     main = example("rl_cartpole")["main"]
     mean = main(steps=1024, out=tmp_path / "run")
@@ -66,9 +67,12 @@ def test_cartpole_stops_when_it_is_solved(tmp_path, monkeypatch, capsys):
         lambda model, env, n_eval_episodes, **_: ([500.0] * n_eval_episodes,) * 2,
     )
     example("rl_cartpole")["main"](steps=5120, out=tmp_path / "run")
-    assert "1,024 steps" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1,024 steps" in printed
+    assert_written(tmp_path / "run", printed, evaluations=1)
 
 
+@pytest.mark.slow
 def test_pendulum(tmp_path, capsys):
     main = example("rl_pendulum_sac")["main"]
     mean = main(steps=300, out=tmp_path / "run")
@@ -84,6 +88,7 @@ def test_pendulum(tmp_path, capsys):
     assert sum(p.numel() for p in mlp.parameters()) == pytest.approx(9118, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_swap_in_training(tmp_path, capsys):
     main = example("rl_swap_trained")["main"]
     found = main(steps=2048, swap_at=1024, out=tmp_path / "run")
@@ -110,6 +115,7 @@ def test_a_swap_in_training(tmp_path, capsys):
         main(steps=9, swap_at=9)
 
 
+@pytest.mark.slow
 def test_pong(tmp_path, monkeypatch, capsys):
     story = example("rl_pong")
     played = []
@@ -146,14 +152,13 @@ def test_the_score_is_counted_raw_and_learnt_from_clipped():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-def test_cartpole_is_solved(seed, tmp_path):
-    assert example("rl_cartpole")["main"](seed=seed, out=tmp_path) >= 490
+def test_cartpole_is_solved(tmp_path):
+    assert example("rl_cartpole")["main"](out=tmp_path) >= 490
 
 
 @pytest.mark.slow
 def test_the_pendulum_stands_up(tmp_path):
-    assert example("rl_pendulum_sac")["main"](out=tmp_path) > -200
+    assert example("rl_pendulum_sac")["main"](steps=3000, out=tmp_path) > -200
 
 
 @pytest.mark.parametrize("name", STORIES)

@@ -1,5 +1,7 @@
 """Every algorithm with every kind of observation and action it takes; options; errors."""
 
+import itertools
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -7,13 +9,27 @@ import torch
 from gymnasium import spaces
 from stable_baselines3 import DQN, PPO, SAC, TD3
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from torch import nn
 
-from starlayers.rl.spec import default_widths
-from tests.rl.agents import ACTIONS, CONTINUOUS, OBSERVATIONS, SHORT, Sampled, agent, algorithm
+from tests.rl.agents import (
+    ACTIONS,
+    CONTINUOUS,
+    OBSERVATIONS,
+    SHORT,
+    Sampled,
+    action_of,
+    agent,
+    algorithm,
+)
 
 STEPS = 64
+
+
+def but_for(names, quick):
+    """Parameters, of which all but some are slow."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def takes(name: str, observation: str, action: str) -> bool:
@@ -34,18 +50,53 @@ def takes(name: str, observation: str, action: str) -> bool:
     return not (name == "MaskablePPO" and action == "box")
 
 
+ACTIVATIONS_OF_ONES_OWN = [
+    *(("PPO", activation) for activation in ("gelu", "relu6", None, nn.SiLU, nn.Tanh)),
+    ("SAC", "gelu"),
+    ("SAC", nn.SiLU),
+    ("DQN", None),
+    ("DQN", nn.Tanh),
+]
+
+#: one algorithm for each kind of observation and action; every algorithm also with its first ones
+QUICK = (
+    ("DQN", "discrete", "discrete"),
+    ("A2C", "multi_discrete", "multi_discrete"),
+    ("MaskablePPO", "multi_binary", "multi_binary"),
+    ("PPO", "image", "discrete"),
+    ("SAC", "dict", "box"),
+)
+
+
 def cases():
+    """Each algorithm with each observation and each action, and each pair of those once."""
+    rotation = itertools.cycle(("PPO", "A2C", "MaskablePPO", "TRPO", "RecurrentPPO"))
+    chosen = {(name, "box", action_of(name)): None for name in SHORT} | dict.fromkeys(QUICK)
     for name in SHORT:
-        first = "box" if name in CONTINUOUS else "discrete"
-        for observation in OBSERVATIONS:
-            for action in ACTIONS:
-                if not takes(name, observation, action):
-                    continue
-                # TRPO differentiates the convolutions twice, which takes PyTorch many seconds
-                slow = observation != "box" and action != first
-                slow |= name == "TRPO" and observation in ("image", "dict")
-                marks = [pytest.mark.slow] if slow else []
-                yield pytest.param(name, observation, action, marks=marks)
+        chosen |= dict.fromkeys(
+            (name, observation, action_of(name)) for observation in OBSERVATIONS
+        )
+        chosen |= dict.fromkeys((name, "box", action) for action in ACTIONS)
+    for observation, action in itertools.product(OBSERVATIONS, ACTIONS):
+        # TRPO differentiates the convolutions twice, which takes PyTorch many seconds
+        names = (n for n in rotation if n != "TRPO" or observation not in ("image", "dict"))
+        name = next(n for n in names if takes(n, observation, action))
+        chosen[name, observation, action] = None
+    for name, observation, action in chosen:
+        if takes(name, observation, action):
+            quick = (name, observation, action) in QUICK
+            quick |= (observation, action) == ("box", action_of(name))
+            marks = [] if quick else [pytest.mark.slow]
+            yield pytest.param(name, observation, action, marks=marks)
+
+
+def test_the_cases_cover_every_pair():
+    found = {case.values for case in cases()}
+    assert {name for name, _, _ in found} == set(SHORT)
+    assert {pair[1:] for pair in found} == set(itertools.product(OBSERVATIONS, ACTIONS))
+    quick = {case.values for case in cases() if not case.marks}
+    assert {observation for _, observation, _ in quick} == set(OBSERVATIONS)
+    assert {action for _, _, action in quick} == set(ACTIONS)
 
 
 def parameters(model):
@@ -75,7 +126,7 @@ def test_learns_saves_loads_and_predicts_the_same(name, observation, action, tmp
         np.testing.assert_array_equal(policy.predict(sample, deterministic=True)[0], expected)
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", but_for(SHORT, ("PPO", "SAC", "ARS")))
 def test_a_seed_decides_everything(name):
     first, second, third = (agent(name, seed=seed).learn(STEPS) for seed in (3, 3, 4))
     for (key, a), b in zip(first.policy.named_parameters(), second.policy.parameters()):
@@ -84,17 +135,26 @@ def test_a_seed_decides_everything(name):
     assert not all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", [n for n in SHORT if n != "ARS"])
-@pytest.mark.parametrize("net", ["mlp", "d2rl", "simba", "star", "star_residual"])
+def nets():
+    """Every net with PPO, SAC and CrossQ, and two of them with each other algorithm."""
+    rotation = itertools.cycle(("mlp", "d2rl", "simba", "star", "star_residual"))
+    for name in SHORT:
+        own_norms = ("mlp", "d2rl", "star")  # CrossQ refuses the residual nets: test_contrib
+        some = own_norms if name == "CrossQ" else itertools.islice(rotation, 2)
+        for net in itertools.islice(rotation, 5) if name in ("PPO", "SAC") else some:
+            marks = [] if name in ("PPO", "SAC") else [pytest.mark.slow]
+            yield pytest.param(name, net, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "net"), list(nets()))
 def test_every_net_learns(name, net):
-    if name == "CrossQ" and net in ("simba", "star_residual"):
-        pytest.skip("CrossQ brings its own norms and refuses these: test_crossq below")
     options = {"net": net, "width": 8, "depth": 2}
     model = agent(name, policy_kwargs=options)
     before = parameters(model)
     model.learn(STEPS)
     trained = [k for k, p in model.policy.named_parameters() if not torch.equal(p, before[k])]
-    assert len(trained) >= len(before) / 2  # targets of some algorithms move later
+    assert len(trained) >= len(before) / 2 or name == "ARS"  # targets may move later
+    assert trained
 
 
 @pytest.mark.parametrize("norm", [None, "layer", "rms"])
@@ -122,9 +182,10 @@ def test_mlp_is_the_network_of_sb3(name):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu6", None, nn.SiLU, nn.Tanh])
-@pytest.mark.parametrize("net", ["star", "mlp"])
-@pytest.mark.parametrize("name", ["PPO", "SAC", "DQN"])
+@pytest.mark.parametrize(
+    ("name", "net", "activation"),
+    [(n, net, act) for net in ("star", "mlp") for n, act in ACTIVATIONS_OF_ONES_OWN],
+)
 def test_activations_by_name_or_class(name, net, activation):
     model = agent(name, policy_kwargs={"activation_fn": activation, "net": net, "net_arch": [8]})
     found = {getattr(m, "act", type(m).__name__) for m in model.policy.modules()}
@@ -154,12 +215,10 @@ def test_default_widths_match_the_parameters_of_sb3():
             for policy in ("MlpPolicy", "StarMlpPolicy")
         )
         assert abs(ours / theirs - 1) < slack, name
-    assert default_widths("d2rl", [64, 64]) == [64, 64]
-    assert default_widths("star", []) == []
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("name", ["PPO", "A2C", "SAC", "TD3", "TQC"])
+@pytest.mark.parametrize("name", but_for(["PPO", "A2C", "SAC", "TD3", "TQC"], ("PPO", "SAC")))
 def test_features_extractors_shared_or_not(name, share, tmp_path):
     kwargs = {"share_features_extractor": share, "net_arch": [8]}
     model = agent(name, "image", policy_kwargs=kwargs).learn(STEPS)
@@ -196,10 +255,11 @@ def test_gsde(name):
     assert np.isfinite(model.predict(np.zeros(3, np.float32))[0]).all()
 
 
-def test_vec_normalize_and_subprocesses(tmp_path):
+@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_vec_normalize_and_subprocesses(processes, tmp_path):
     # not SB3's default, the fork server: it is one per process, and other tests set up their own
     workers = {"vec_env_cls": SubprocVecEnv, "vec_env_kwargs": {"start_method": "spawn"}}
-    env = VecNormalize(make_vec_env("CartPole-v1", 2, **workers))
+    env = VecNormalize(make_vec_env("CartPole-v1", 2, **(workers if processes else {})))
     model = agent("PPO", env=env, policy_kwargs={"net_arch": [8]}).learn(STEPS)
     model.save(tmp_path / "model")
     env.save(str(tmp_path / "stats"))
@@ -283,10 +343,8 @@ def test_a_users_dictionary_is_not_written_to():
     ("name", "options", "words"),
     [
         ("PPO", {"net": "kan"}, r"StarPPOPolicy: unknown net 'kan' for 'pi', choose one of star"),
-        ("PPO", {"net": "product"}, "unknown net 'product' for 'pi'"),
-        ("PPO", {"net": {"qf": "star"}}, "has the sides pi, vf; .* names 'qf'"),
-        ("SAC", {"net": {"vf": "star"}}, "has the sides pi, qf; .* names 'vf'"),
-        ("DQN", {"net": "product"}, "unknown net 'product' for 'q'"),
+        ("PPO", {"net": {"qf": "star"}}, "StarPPOPolicy has the sides pi, vf; .* names 'qf'"),
+        ("DQN", {"net": "product"}, "StarDQNPolicy: unknown net 'product' for 'q'"),
         ("PPO", {"norm": "batch"}, "unknown norm 'batch', choose one of layer, rms, 'none'"),
         ("PPO", {"width": 8}, "width=8 and depth=None must be given together"),
         ("PPO", {"width": 8, "depth": 1, "net_arch": [8]}, "say the same twice"),
@@ -294,9 +352,12 @@ def test_a_users_dictionary_is_not_written_to():
         ("PPO", {"net": "simba", "net_arch": [8, 4]}, r"net_arch=\[8, 4\] needs equal widths"),
         ("SAC", {"net": {"qf": "product"}, "net_arch": []}, "needs a layer for its product"),
         ("PPO", {"activation_fn": "swishy"}, "unknown activation 'swishy'"),
-        ("PPO", {"activation_fn": nn.ELU}, "activation_fn=ELU: a star layer needs an activation of ACTIV"),
+        ("PPO", {"activation_fn": nn.ELU}, "activation_fn=ELU: a star layer needs an activation"),
         ("CrossQ", {"net": "simba"}, "net='simba' brings norms beside CrossQ's own"),
         ("CrossQ", {"net": {"qf": "product"}}, "net='product' brings norms"),
+        ("CrossQ", {"net": {"pi": "star_residual"}}, "StarCrossQPolicy: net='star_residual' br"),
+        ("ARS", {"net": "product"}, "StarARSPolicy: unknown net 'product' for 'pi'"),
+        ("ARS", {"width": 8}, "StarARSPolicy: width=8 and depth=None must be given together"),
     ],
 )
 def test_bad_options_are_named(name, options, words):
@@ -382,3 +443,157 @@ def test_crossq_norms_are_those_it_knows():
     bare = agent("CrossQ", policy_kwargs={"net_arch": [8], "batch_norm": False})
     assert not any(isinstance(m, BatchRenorm1d) for m in bare.policy.modules())
     bare.learn(STEPS)
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("PPO", {"pi": [44, 44], "vf": [44, 44]}),
+        ("SAC", {"pi": [180, 180], "qf": [180, 180]}),
+        ("TD3", {"pi": [284, 212], "qf": [284, 212]}),
+        ("CrossQ", {"pi": [180, 180], "qf": [724, 724]}),
+        ("DQN", [44, 44]),
+        ("QRDQN", [44, 44]),
+        ("ARS", [44, 44]),
+    ],
+)
+def test_default_widths_are_pinned(name, widths):
+    assert agent(name).policy.net_arch == widths
+    mlp = agent(name, policy_kwargs={"net": "mlp"}).policy.net_arch
+    sizes = {"SAC": [256, 256], "TD3": [400, 300], "CrossQ": [256, 256]}.get(name, [64, 64])
+    assert (mlp["pi"] if isinstance(mlp, dict) else mlp) == sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [("PPO", {"pi": [], "vf": []}), ("DQN", []), ("SAC", {"pi": [180, 180], "qf": [180, 180]})],
+)
+def test_widths_behind_convolutions(name, widths):
+    assert agent(name, "image").policy.net_arch == widths
+    stock = {"policy": "StarMlpPolicy", "policy_kwargs": {"features_extractor_class": NatureCNN}}
+    big = Sampled("image", action_of(name))
+    big.observation_space = spaces.Box(0, 255, (1, 36, 36), dtype=np.uint8)
+    assert agent(name, env=big, **stock).policy.net_arch == widths
+
+
+@pytest.mark.parametrize("name", ["PPO", "SAC", "DQN", "ARS"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"net": "mlp"},
+        {"net": "d2rl"},
+        {"net": "simba"},
+        {"net": "star_residual"},
+        {"norm": "layer"},
+        {"norm": "rms"},
+        {"activation_fn": "gelu"},
+        {"activation_fn": nn.ReLU},
+        {"activation_fn": None},
+        {"width": 44, "depth": 1},
+        {"width": 8, "depth": 2},
+        {"net_arch": [44]},
+    ],
+    ids=str,
+)
+def test_every_option_changes_what_is_computed(name, options):
+    x = np.linspace(-1, 1, 3, dtype=np.float32)
+
+    def scores(**kwargs):
+        policy = agent(name, policy_kwargs=kwargs).policy
+        policy.set_training_mode(False)
+        tensor, _ = policy.obs_to_tensor(x)
+        if name == "PPO":
+            return policy.get_distribution(tensor).distribution.logits
+        if name == "SAC":
+            return policy.actor(tensor, deterministic=True)
+        return policy.q_net(tensor) if name == "DQN" else policy.action_net(tensor)
+
+    assert not torch.allclose(scores(), scores(**options), atol=1e-6)
+
+
+def test_none_is_no_norm_and_default_is_no_choice():
+    first = agent("PPO").policy.state_dict()
+    for options in ({"norm": "none"}, {"activation_fn": "default"}, {"net": {"pi": "star"}}):
+        second = agent("PPO", policy_kwargs=options).policy.state_dict()
+        assert list(first) == list(second)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("options", "stacked"),
+    [
+        ({}, True),
+        ({"norm": "none"}, True),
+        ({"activation_fn": "relu"}, True),
+        ({"norm": "layer"}, False),
+        ({"net": {"vf": "mlp"}}, False),
+        ({"net": "mlp"}, False),
+        ({"net_arch": {"pi": [8], "vf": [4]}}, False),
+        ({"net_arch": []}, False),
+        ({"share_trunk": True}, False),
+        ({"share_features_extractor": False}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["PPO", "MaskablePPO", "TRPO"])
+def test_policy_and_value_are_one_stack_where_they_can_be(name, options, stacked):
+    stack = agent(name, policy_kwargs=options).policy.mlp_extractor.stack
+    assert (stack is not None) is (stacked and name != "TRPO")
+    if stack is not None:
+        assert stack.act == options.get("activation_fn", "tanh")
+
+
+def test_lstm_options_are_all_saved(tmp_path):
+    options = {
+        "lstm_hidden_size": 7,
+        "n_lstm_layers": 2,
+        "shared_lstm": True,
+        "enable_critic_lstm": False,
+        "lstm_kwargs": {"dropout": 0.1},
+        "net_arch": [8],
+    }
+    policy = agent("RecurrentPPO", policy_kwargs=options).policy
+    policy.save(tmp_path / "p.pt")
+    loaded = type(policy).load(tmp_path / "p.pt", device="cpu")
+    assert (loaded.lstm_actor.num_layers, loaded.lstm_actor.dropout) == (2, 0.1)
+    assert loaded.lstm_critic is None
+    saved = loaded._get_constructor_parameters()
+    assert {key: saved[key] for key in options} == {**options, "net_arch": [8]}
+
+
+@pytest.mark.parametrize("squash", [True, False])
+def test_actions_of_ars_end_in_a_tanh_or_not(squash, tmp_path):
+    options = {"squash_output": squash, "net_arch": [8]}
+    policy = agent("ARS", action="box", policy_kwargs=options).policy
+    assert isinstance(policy.action_net[-1], nn.Tanh) is squash
+    policy.save(tmp_path / "p.pt")
+    assert type(policy).load(tmp_path / "p.pt", device="cpu").squash_output is squash
+    discrete = agent("ARS", policy_kwargs=options).policy
+    assert not discrete.squash_output
+    assert not any(isinstance(m, nn.Tanh) for m in discrete.action_net)
+
+
+def test_crossq_options_reach_its_norms():
+    from sb3_contrib.common.torch_layers import BatchRenorm1d
+
+    options = {"batch_norm_momentum": 0.2, "batch_norm_eps": 0.1, "renorm_warmup_steps": 9}
+    for kwargs, expected in (({}, (0.01, 0.001, 100_000)), (options, (0.2, 0.1, 9))):
+        policy = agent("CrossQ", policy_kwargs={**kwargs, "net_arch": [8]}).policy
+        norms = [m for m in policy.modules() if isinstance(m, BatchRenorm1d)]
+        assert {(m.momentum, m.eps, int(m.warmup_steps)) for m in norms} == {expected}
+        widths = [m.num_features for m in policy.critic.qf0 if isinstance(m, BatchRenorm1d)]
+        assert widths == [8]
+    empty = agent("CrossQ", policy_kwargs={"net_arch": {"pi": [], "qf": [8]}}).policy
+    assert len(empty.actor.latent_pi) == 1
+
+
+def test_heads_have_an_output_for_each_choice():
+    assert agent("DQN", policy_kwargs={"net_arch": [8]}).q_net.q_net[1].out_features == 3
+    options = {"net_arch": [8], "n_quantiles": 5}
+    network = agent("QRDQN", policy_kwargs=options).policy.quantile_net
+    assert network.quantile_net[1].out_features == 3 * 5
+    critic = agent("TQC", policy_kwargs={**options, "n_critics": 3}).critic
+    assert [q[1].out_features for q in critic.q_networks] == [5, 5, 5]
+    assert [name for name, _ in critic.named_children() if "qf" in name] == ["qf0", "qf1", "qf2"]
+    td3 = agent("TD3", policy_kwargs={"net_arch": [8]}).actor.mu
+    assert (td3[1].out_features, type(td3[2])) == (2, nn.Tanh)

@@ -108,3 +108,25 @@ def test_copies_state_dicts_and_compilation(fresh_compiler):
     for same in (copy.deepcopy(stack), other):
         assert torch.equal(same(x), stack(x))
     torch.testing.assert_close(torch.compile(stack, fullgraph=True)(x), stack(x))
+
+
+def test_the_second_branch_starts_at_a_tenth():
+    assert GATE_GAIN == 0.1
+
+
+def test_a_stack_starts_as_linear_layers_do():
+    torch.manual_seed(0)
+    stack = StarStack(3, 100, [50, 20], act="relu")
+    for (weight, bias), inputs in zip(stack.layers(), (100, 50)):
+        bound = inputs**-0.5
+        for p in (weight, bias):
+            assert p.abs().max() <= bound
+            assert p.abs().max() > 0.9 * bound
+            assert p.mean().abs() < 0.2 * bound
+    assert [tuple(w.shape) for w, _ in stack.layers()] == [(3, 100, 100), (3, 50, 40)]
+    assert (stack.nets, stack.in_features, stack.out_features) == (3, 100, 20)
+
+
+def test_layers_show_their_sizes():
+    assert repr(StarStack(2, 3, [4, 5], act="gelu")) == "StarStack(2, 3, [4, 5], act='gelu')"
+    assert PackedStar(3, 4, act="gelu").extra_repr() == "3, 4, act='gelu'"

@@ -27,7 +27,12 @@ ALL = (*ON_POLICY, *CONTINUOUS, *DISCRETE, "ARS")
 SITES = dict.fromkeys(ALL, 4) | {"SAC": 10, "TD3": 12, "DDPG": 8, "TQC": 10, "CrossQ": 5, "ARS": 2}
 
 
-def make(name, policy=None, steps=150, **policy_kwargs):
+def but_for(names, quick):
+    """Parameters, of which all but some are slow."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+def make(name, policy=None, steps=64, **policy_kwargs):
     """A small agent that has trained for a moment."""
     options = {"learning_rate": 0.01} if name not in ("ARS", "TRPO") else {}
     if name == "ARS":
@@ -35,7 +40,7 @@ def make(name, policy=None, steps=150, **policy_kwargs):
     elif name in ON_POLICY:
         options |= {"n_steps": 32} | ({"n_epochs": 2} if "PPO" in name else {})
     else:
-        options |= {"learning_starts": 20, "buffer_size": 1000, "batch_size": 16}
+        options |= {"learning_starts": 20, "buffer_size": 200, "batch_size": 16}
     if name in DISCRETE:
         options |= {"target_update_interval": 20, "tau": 0.5}
     if policy is None:
@@ -96,7 +101,7 @@ def continued(model, buffer):
     if buffer is not None:
         model.replay_buffer = copy.deepcopy(buffer)
     model.set_random_seed(3)
-    return learn(model, 100)
+    return learn(model, 64)
 
 
 def same(a, b):
@@ -142,7 +147,7 @@ def test_the_swap_changes_nothing_and_keeps_the_moments(name):
     assert list(starify(model).policy.parameters()) == parameters
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", but_for(ALL, ("PPO", "TD3", "ARS")))
 def test_save_load_and_training_goes_on(name, tmp_path):
     model = starify(make(name), gate="low_rank=2")
     continued(model, None)
@@ -169,6 +174,7 @@ def test_save_load_and_training_goes_on(name, tmp_path):
     assert starify(loaded) is loaded
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_it(tmp_path):
     model = starify(make("SAC"), product=4)
     model.save(tmp_path / "model.zip")
@@ -197,8 +203,20 @@ class Extractor(BaseFeaturesExtractor):
         return self.net(x)
 
 
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("name", ["PPO", "RecurrentPPO", "MaskablePPO", "SAC", "TD3", "TQC"])
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("PPO", False),
+        ("SAC", True),
+        pytest.param("PPO", True, marks=pytest.mark.slow),
+        pytest.param("RecurrentPPO", True, marks=pytest.mark.slow),
+        pytest.param("MaskablePPO", False, marks=pytest.mark.slow),
+        pytest.param("SAC", False, marks=pytest.mark.slow),
+        pytest.param("TD3", True, marks=pytest.mark.slow),
+        pytest.param("TD3", False, marks=pytest.mark.slow),
+        pytest.param("TQC", True, marks=pytest.mark.slow),
+    ],
+)
 def test_features_extractors_shared_or_not(name, share, tmp_path):
     model = make(name, share_features_extractor=share, features_extractor_class=Extractor)
     before = outputs(model)
@@ -226,8 +244,14 @@ def test_features_extractors_shared_or_not(name, share, tmp_path):
     assert apart(outputs(loaded), outputs(model)) == 0.0
 
 
-@pytest.mark.parametrize("policy", [None, "StarMlpPolicy"])
-@pytest.mark.parametrize("name", CONTINUOUS)
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("SAC", None),
+        *(pytest.param(n, None, marks=pytest.mark.slow) for n in CONTINUOUS if n != "SAC"),
+        *(pytest.param(n, "StarMlpPolicy", marks=pytest.mark.slow) for n in ("SAC", "TD3", "TQC")),
+    ],
+)
 def test_product_term(name, policy, tmp_path):
     model = make(name, policy) if policy is None else make(name, policy, width=16, depth=2)
     before = outputs(model)
@@ -276,7 +300,7 @@ def test_gates_first_and_a_product_later(tmp_path):
     assert same(model.policy.state_dict(), loaded.policy.state_dict())
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", but_for(ALL, ("PPO", "SAC", "ARS")))
 def test_revert(name):
     model = make(name)
     before, kwargs, kind = outputs(model), model.policy_kwargs, type(model.policy)
