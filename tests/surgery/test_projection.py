@@ -89,7 +89,7 @@ def test_zero_gates_draw_no_random_numbers():
 
 
 def test_only_linear_layers_have_gates():
-    with pytest.raises(ValueError, match="^ReLU is no linear layer or 1x1 convolution"):
+    with pytest.raises(ValueError, match=r"^ReLU is no linear layer or 1x1 convolution"):
         make_gate("full", nn.ReLU())
     with pytest.raises(ValueError, match="unknown gate 'half'"):
         make_gate("half", nn.ReLU())

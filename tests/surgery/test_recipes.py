@@ -372,9 +372,7 @@ def test_gated_and_packed(recipe, children, claimed, maps):
     assert claims(recipe, made) == [(recipe, recipe, inp, act, out, up, False)]
 
 
-@pytest.mark.parametrize(
-    ("make", "recipe"), [(MLP, "chain"), (Gated, "gated"), (Packed, "packed")]
-)
+@pytest.mark.parametrize(("make", "recipe"), [(MLP, "chain"), (Gated, "gated"), (Packed, "packed")])
 def test_one_recipe_claims_a_module(make, recipe):
     assert [f.site.recipe for f in find_mlps(make())] == [recipe]
     assert [r.__name__ for r in RECIPES] == ["packed", "gated", "sequential", "split", "chain"]

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import sys
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from transformers import (
 )
 
 from starlayers import from_pretrained, starify
-from starlayers.surgery import apply_record, gate_parameters, record_of, report, revert
+from starlayers.surgery import apply_record, record_of, report, revert, saving
+from starlayers.surgery.saving import GUARD
 from tests.surgery.small import MLP, Gated, Net, Packed, train_gates
 from tests.surgery.tiny_models import IDS, bert, gpt2, llama
 
@@ -119,26 +122,272 @@ def test_what_is_only_fused_is_saved_as_it_was(tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, y)
 
 
-def test_errors(tmp_path):
-    bert().save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match="has no record of one"):
-        from_pretrained(AutoModel, tmp_path / "plain")
+def test_a_model_without_a_record_is_refused(tmp_path):
+    bert().save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"has no record of one\. Load it with AutoModel\.from_pre"
+    ):
+        from_pretrained(AutoModel, tmp_path)
+
+
+def test_classes_without_a_model_for_the_config_are_refused(tmp_path):
     model = starify(bert())
-    model.save_pretrained(tmp_path / "star")
+    model.save_pretrained(tmp_path)
     config = T5Config(star_mlp=record_of(model))
-    with pytest.raises(TypeError, match="AutoModelForCausalLM has no model for T5Config"):
-        from_pretrained(AutoModelForCausalLM, tmp_path / "star", config=config)
-    with pytest.raises(TypeError, match="no auto class or model class"):
-        from_pretrained(AutoConfig, tmp_path / "star")
-    model.config.star_mlp = {**model.config.star_mlp, "version": 99}
-    model.config.save_pretrained(tmp_path / "star")
-    with pytest.raises(ValueError, match="version 99"):
-        from_pretrained(AutoModel, tmp_path / "star")
-    model.config.star_mlp["version"] = 1
+    with pytest.raises(TypeError, match=r"^AutoModelForCausalLM has no model for T5Config"):
+        from_pretrained(AutoModelForCausalLM, tmp_path, config=config)
+    with pytest.raises(TypeError, match=r"AutoConfig.* is no auto class or model class of transfo"):
+        from_pretrained(AutoConfig, tmp_path)
+
+
+@pytest.mark.parametrize("version", [0, 3, "2", None])
+def test_records_of_other_versions_are_refused(tmp_path, version):
+    record = {**record_of(starify(MLP())), "version": version}
+    with pytest.raises(
+        ValueError, match=rf"has version {version!r}, and .* reads versions 1 and 2"
+    ):
+        apply_record(MLP(), record)
+
+
+def test_a_record_of_another_structure_is_refused(tmp_path):
+    model = starify(bert())
     model.config.num_hidden_layers = 1
-    model.config.save_pretrained(tmp_path / "star")
+    model.config.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"layer\.1', which this BertModel does not have"):
-        from_pretrained(AutoModel, tmp_path / "star")
+        from_pretrained(AutoModel, tmp_path)
+
+
+def earlier(record, anneal=0.0):
+    """A record as version 1 wrote it."""
+    layers = [{**layer, "anneal": anneal} for layer in record["layers"]]
+    return {"version": 1, "layers": layers}
+
+
+def test_records_of_version_1_are_read(x):
+    model = train_gates(starify(Net(MLP(), Gated()), grow=1))
+    other = apply_record(Net(MLP(), Gated()), earlier(record_of(model)))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
+    assert record_of(other) == record_of(model)
+
+
+def test_annealed_activations_of_version_1_are_refused(tmp_path):
+    model = starify(bert())
+    record = earlier(record_of(model))
+    record["layers"][1]["anneal"] = 0.25
+    model.save_pretrained(tmp_path)
+    model.config.star_mlp = record
+    model.config.save_pretrained(tmp_path)
+    message = (
+        r"1 activations .*annealed, that of 'bert\.encoder\.layer\.1' to t=0\.25; this starlay"
+    )
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(AutoModelForSequenceClassification, tmp_path)
+    plain = bert()
+    with pytest.raises(ValueError, match=message):
+        apply_record(plain, record)
+    assert report(plain).replaced == []
+
+
+def test_the_record_names_every_option():
+    net = Net(MLP(), Gated(), Packed(gate_last=True))
+    starify(net, include="blocks.0", gate="low_rank=3", recompute=True)
+    starify(net, include="blocks.1", grow=2)
+    starify(net, include="blocks.2", mode="fuse")
+    site = {"up": None, "gate_last": False}
+    assert record_of(net) == {
+        "version": 2,
+        "layers": [
+            {
+                "owner": "blocks.0",
+                "site": {
+                    **site,
+                    "recipe": "chain",
+                    "form": "plain",
+                    "inp": "fc1",
+                    "act": "act",
+                    "out": "fc2",
+                },
+                "gate": "low_rank=3",
+                "fused": False,
+                "recompute": True,
+            },
+            {
+                "owner": "blocks.1",
+                "site": {
+                    **site,
+                    "recipe": "gated",
+                    "form": "gated",
+                    "inp": "gate",
+                    "act": "act",
+                    "out": "down",
+                    "up": "up",
+                },
+                "grow": 2,
+                "between": [],
+                "fused": False,
+                "recompute": False,
+            },
+            {
+                "owner": "blocks.2",
+                "site": {
+                    **site,
+                    "recipe": "packed",
+                    "form": "packed",
+                    "inp": "both",
+                    "act": "act",
+                    "out": "down",
+                    "gate_last": True,
+                },
+                "grow": 0,
+                "between": [],
+                "fused": True,
+                "recompute": False,
+            },
+        ],
+    }
+    again = apply_record(Net(MLP(), Gated(), Packed(True)), json.loads(json.dumps(record_of(net))))
+    assert record_of(again) == record_of(net)
+    assert record_of(Net(MLP())) == {}
+
+
+def test_a_record_keeps_what_is_between(x):
+    class Dropped(Gated):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.down(self.drop(self.act(self.gate(x)) * self.up(x)))
+
+    model = starify(Dropped(), grow=1)
+    other = apply_record(Dropped(), record_of(model))
+    assert other.star.between == ("drop",)
+    assert other.star.original is Dropped
+
+
+def test_apply_record_switches_the_inference_path_off():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    other = apply_record(copy.deepcopy(model), record_of(starify(copy.deepcopy(model))))
+    assert not other.use_nested_tensor
+    assert model.use_nested_tensor
+
+
+@pytest.mark.parametrize(
+    ("recorded", "there"), [("mlp", "mlp"), ("base.mlp", "mlp"), ("mlp", "base.mlp")]
+)
+def test_names_with_and_without_the_prefix(recorded, there):
+    def nested(path):
+        module = MLP()
+        for name in reversed(path.split(".")):
+            module = nn.ModuleDict({name: module})
+        return module
+
+    record = record_of(starify(nested(recorded)))
+    model = apply_record(nested(there), record, prefix="base")
+    assert [row.name for row in report(model).replaced] == [f"{there}.fc1"]
+    if recorded != there:
+        with pytest.raises(
+            ValueError, match=f"the record names '{recorded}', which this ModuleDict"
+        ):
+            apply_record(nested(there), record)
+
+
+class Config:
+    """What is asked of a config of transformers."""
+
+    def save_pretrained(self):
+        """Mark it as one."""
+
+
+def test_other_fusions_in_the_config_stay():
+    model, config = MLP(), Config()
+    model.config = config
+    config.fusion_config = {"theirs": 1}
+    starify(model)
+    assert config.fusion_config == {"theirs": 1, GUARD: True}
+    assert config.star_mlp == record_of(model)
+    revert(model)
+    assert config.fusion_config == {"theirs": 1}
+    assert not hasattr(config, "star_mlp")
+    del config.fusion_config
+    starify(model)
+    assert config.fusion_config == {GUARD: True}
+    revert(model)
+    assert not hasattr(config, "fusion_config")
+
+
+def test_what_has_only_been_fused_leaves_the_config_alone():
+    model = Gated()
+    model.config = Config()
+    starify(model, mode="fuse")
+    assert vars(model.config) == {}
+    starify(model, grow=1)
+    assert model.config.star_mlp["layers"][0]["grow"] == 1
+
+
+def test_only_parts_that_can_be_saved_have_records():
+    class Part(MLP):
+        def __init__(self, savable):
+            super().__init__()
+            self.config = Config()
+            if savable:
+                self.save_pretrained = lambda: None
+
+    net = Net(Part(True), Part(False))
+    net.config = "a string is no config"
+    starify(net)
+    assert [hasattr(b.config, "star_mlp") for b in net.blocks] == [True, False]
+    assert net.blocks[0].config.star_mlp["layers"][0]["owner"] == ""
+
+
+def test_transformers_is_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"needs transformers: pip install 'starlayers\[nlp\]'"):
+        from_pretrained(None, "anywhere")
+
+
+def test_options_of_the_hub_and_the_config_reach_transformers(tmp_path, monkeypatch):
+    model = train_gates(starify(bert()))
+    model.save_pretrained(tmp_path / "nested")
+    loaded = from_pretrained(AutoModelForSequenceClassification, tmp_path, subfolder="nested")
+    assert torch.equal(loaded.eval()(IDS).logits, model(IDS).logits)
+    asked = {}
+    original = AutoConfig.from_pretrained
+
+    def from_config(path, **kwargs):
+        asked.update(kwargs)
+        return original(tmp_path / "nested")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_config)
+    hub = {"revision": "main", "token": False, "local_files_only": True, "dtype": torch.float64}
+    loaded = from_pretrained(BertModel, tmp_path / "nested", trust_remote_code=False, **hub)
+    del hub["dtype"]
+    assert asked == {**hub, "trust_remote_code": False}
+    assert loaded.dtype == torch.float64
+
+
+def test_a_config_of_ones_own_is_used(tmp_path):
+    model = train_gates(starify(bert()))
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.hidden_act = "relu"
+    loaded = from_pretrained(BertModel, tmp_path, config=config)
+    assert loaded.encoder.layer[0].intermediate.dense.act_name == "relu"
+
+
+def test_the_class_of_several_that_was_saved():
+    class Auto:
+        _model_mapping: ClassVar = {Config: (MLP, Gated), int: [MLP]}
+
+    config = Config()
+    for architectures, expected in ((["Gated"], Gated), (["Packed"], MLP), (None, MLP)):
+        config.architectures = architectures
+        assert saving._model_class(Auto, config) is expected
+    Auto._model_mapping = {Config: Packed}
+    assert saving._model_class(Auto, config) is Packed
 
 
 def test_loading_twice_and_then_a_plain_one(tmp_path):

@@ -1,4 +1,4 @@
-"""What a trial must see, what it may not touch, and what cannot be tried."""
+"""Trial runs: what they see, that they leave no trace, and which claims they refuse."""
 
 import copy
 
@@ -12,7 +12,7 @@ from tests.surgery.small import MLP, Gated, Packed, Twice, train_gates
 
 
 @pytest.mark.parametrize("first", ["gate", "up"])
-def test_the_probe_finds_the_activated_branch(x, first):
+def test_the_activated_branch_is_found(x, first):
     mlp = Gated(first)
     y = mlp(x)
     (finding,) = find_mlps(mlp)
@@ -21,7 +21,7 @@ def test_the_probe_finds_the_activated_branch(x, first):
 
 
 @pytest.mark.parametrize("gate_last", [False, True])
-def test_the_probe_finds_the_activated_half(x, gate_last):
+def test_the_activated_half_is_found(x, gate_last):
     mlp = Packed(gate_last)
     y = mlp(x)
     starify(mlp, grow=2)
@@ -86,7 +86,7 @@ def test_what_does_not_compute_its_formula_is_left_alone(model, reason):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_a_probe_touches_nothing():
+def test_a_trial_calls_no_hook_and_changes_no_buffer():
     class Counts(MLP):
         def __init__(self):
             super().__init__(act=nn.ReLU(inplace=True), dropout=0.5)
@@ -116,7 +116,7 @@ def test_a_probe_touches_nothing():
 
 
 class Int8Linear(nn.Linear):
-    """What quantisers put in the place of a linear layer."""
+    """Linear layer as quantisers make it."""
 
     def __init__(self, n, f):
         super().__init__(n, f)
@@ -203,7 +203,7 @@ class Whole(Peeks):
         return self.net(x)
 
 
-def test_rows_whose_caller_looks_inside_are_left_alone():
+def test_sequences_whose_caller_reads_inside_are_left_alone():
     for model in (Peeks(), Collects()):
         (row,) = report(model).skipped
         assert "differs" in row.detail
