@@ -39,6 +39,10 @@ def mixed(trial):
     return v["n"] * (v["kind"] == "b") - abs(math.log10(v["x"]) + 2)
 
 
+def mixed_x(trial):
+    return trial.params["x"]
+
+
 def quick(objective, space=None, **options):
     return search(objective, space, **({"progress": False, "seed": 3} | options))
 
@@ -63,6 +67,31 @@ def test_every_method_runs_and_finds_something(method):
     # a seed gives the same search again, another seed another one
     assert params(quick(hill, SPACE, method=method, trials=12)) == params(result)[:12]
     assert params(quick(hill, SPACE, method=method, trials=3, seed=4)) != params(result)[:3]
+
+
+@pytest.mark.parametrize(
+    ("method", "sampler"),
+    [
+        ("tpe", "TPESampler"),
+        ("gp", "GPSampler"),
+        ("cma", "CmaEsSampler"),
+        ("nsga2", "NSGAIISampler"),
+        ("random", "RandomSampler"),
+    ],
+)
+def test_each_method_is_a_sampler_of_optuna(method, sampler):
+    study = quick(hill, SPACE, method=method, trials=1).study
+    assert type(study.sampler) is getattr(optuna.samplers, sampler)
+    if method == "nsga2":
+        assert study.sampler._population_size == 20
+
+
+@pytest.mark.parametrize(("values", "diagonal"), [(64, False), (65, True)])
+def test_many_values_have_a_diagonal_covariance(values, diagonal):
+    space = {f"x{i}": FloatDistribution(-1, 1) for i in range(values)}
+    sampler = quick(hill, space, method="cma", trials=1).study.sampler
+    assert sampler._use_separable_cma is diagonal
+    assert type(sampler._independent_sampler) is optuna.samplers.TPESampler
 
 
 @pytest.mark.parametrize("method", ["tpe", "gp", "cma"])
@@ -153,6 +182,17 @@ def test_nothing_but_failures_says_why():
     assert math.isnan(result.best_so_far[-1])
     with pytest.raises(ValueError, match=r"none of the 4 trials .* failed with KeyError: 'x9'"):
         _ = result.value
+
+
+def test_the_best_so_far_skips_failed_trials():
+    values = iter([2.0, math.nan, 3.0, 1.0])
+    down = quick(lambda t: next(values), trials=4, directions="minimize")
+    assert down.best_so_far == [2.0, 2.0, 2.0, 1.0]
+    assert (down.value, down.best, [t.number for t in down.front]) == (1.0, {}, [3])
+    values = iter([math.nan, 2.0])
+    up = quick(lambda t: next(values), trials=2)
+    assert math.isnan(up.best_so_far[0])
+    assert up.best_so_far[1] == 2.0
 
 
 def test_pruned_trials_count():
@@ -480,6 +520,12 @@ WRONG = [
         ValueError,
         r"at least two numbers that vary, and the space has 1 \(a\): use 'tpe' or 'gp'",
     ),
+    (
+        {"method": "cma", "space": {"kind": CategoricalDistribution((1, 2))}},
+        ValueError,
+        r"the space has 0 \(none\)",
+    ),
+    ({"seed": True}, TypeError, "seed must be an integer, got True"),
     ({"storage": "/"}, ValueError, "storage must be an SQLite file, '/' is a folder"),
 ]
 
@@ -518,9 +564,14 @@ def test_figures(tmp_path):
     assert [f.stem for f in files] == ["history", "slice", "parallel", "importances"]
     for file in files:
         assert plt.imread(file).std() > 0.01
-    two = quick(lambda t: (mixed(t), -mixed(t)), MIXED, trials=5, directions=["maximize"] * 2)
-    assert [f.name for f in two.plot(tmp_path)] == ["front.png"]
+    for n, names in ((2, ["front.png"]), (3, ["front.png"]), (4, [])):
+        many = quick(lambda t: n * [mixed(t)], MIXED, trials=3, directions=["maximize"] * n)  # noqa: B023
+        assert [f.name for f in many.plot(tmp_path)] == names
     assert quick(lambda t: 1 / 0, MIXED, trials=2).plot(tmp_path) == []
+    # importances need values that differ, and several parameters
+    for objective, space in ((lambda t: 1.0, MIXED), (mixed_x, {"x": MIXED["x"]})):
+        files = quick(objective, space, trials=4).plot(str(tmp_path))
+        assert [f.stem for f in files] == ["history", "slice", "parallel"]
     assert plt.get_fignums() == []
     assert dict(plt.rcParams) == before
 
