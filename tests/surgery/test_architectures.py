@@ -1,4 +1,4 @@
-"""Starify on the real peers: nothing changes but that the gates can learn."""
+"""Starify on tiny models of transformers, timm, torchvision and torch."""
 
 import copy
 
@@ -17,10 +17,33 @@ from starlayers.surgery import (
 )
 from tests.surgery.architectures import ARCHITECTURES, run
 
-every = pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: arch.name)
-stars = pytest.mark.parametrize(
-    "arch", [a for a in ARCHITECTURES if a.kind != "plain"], ids=lambda arch: arch.name
-)
+#: one architecture of each kind for the quick tier: split, Conv1D, gated, packed, inline in a
+#: layer, 1x1 convolutions, sequences, torch's inference path
+QUICK = {
+    "bert",
+    "gpt2",
+    "llama",
+    "phi3",
+    "bart",
+    "timm-convnext-conv",
+    "torchvision-convnext",
+    "torch-encoder",
+}
+
+
+def architectures(*kinds):
+    return pytest.mark.parametrize(
+        "arch",
+        [
+            pytest.param(a, id=a.name, marks=[] if a.name in QUICK else pytest.mark.slow)
+            for a in ARCHITECTURES
+            if a.kind in kinds
+        ],
+    )
+
+
+every = architectures("plain", "gated", "packed")
+stars = architectures("gated", "packed")
 
 
 def both_modes(model, arch):
@@ -79,6 +102,11 @@ def test_revert_leaves_no_trace(arch):
     assert not any(isinstance(m, (StarProjection, GatedMLP)) for m in model.modules())
     for a, b in zip(both_modes(plain, arch), both_modes(model, arch)):
         assert torch.equal(a, b)
+
+
+def test_every_quick_architecture_exists():
+    assert {a.name for a in ARCHITECTURES} >= QUICK
+    assert len(ARCHITECTURES) == 50
 
 
 @stars

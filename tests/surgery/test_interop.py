@@ -1,4 +1,4 @@
-"""What people do with a model beside starify: adapt, compile, checkpoint, train, export."""
+"""Starified models under adapters, compilers, checkpointing, the Trainer and exporters."""
 
 import copy
 
@@ -112,7 +112,17 @@ def test_a_fused_llama_is_the_same_llama():
     assert torch.equal(again, text)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5-gated", "bart", "timm-convnext"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2",
+        "llama",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("bert", "t5-gated", "bart", "timm-convnext")
+        ),
+    ],
+)
 def test_compile_without_graph_breaks_in_the_mlp(name):
     model, inputs, options = named(name)
     starify(model, **options)
@@ -178,6 +188,7 @@ def test_the_trainer_trains_saves_and_resumes(tmp_path):
     assert torch.equal(loaded(IDS).logits, whole.eval()(IDS).logits)
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("name", ["bert", "gpt2", "timm-vit", "torchvision-convnext", "phi3"])
 def test_export_and_onnx(name, tmp_path):
     import onnxruntime

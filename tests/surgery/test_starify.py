@@ -1,6 +1,7 @@
-"""What starify does to a model, and what stays as it was."""
+"""`starify` and `revert`: what changes in a model, and what stays."""
 
 import copy
+import inspect
 import io
 import warnings
 
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 
 from starlayers import starify
-from starlayers.surgery import gate_parameters, gate_sizes, report, reset_gates, revert
-from tests.surgery.small import MLP, Gated, Net, Packed, train_gates
+from starlayers.surgery import gate_parameters, gate_sizes, report, revert
+from tests.surgery.small import MLP, Gated, Net, Packed, Twice, train_gates
 
 
 @pytest.mark.parametrize("gate", ["full", "low_rank=2", "scale"])
@@ -43,30 +44,6 @@ def test_small_gates_count_in_bfloat16():
     nn.init.constant_(mlp.fc1.gate.bias, 2**-8)  # 1 + 2**-8 rounds to 1 in bfloat16
     # one unit in the last place for every product above a power of two
     assert (mlp.fc1(x) != before).float().mean() > 0.3
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_fused_gradients_are_the_models_own(x, recompute):
-    mlp, other = Net(Gated(), Packed()), None
-    other = starify(copy.deepcopy(mlp), mode="fuse", recompute=recompute)
-    for net in (mlp, other):
-        net(x).square().sum().backward()
-    for a, b in zip(mlp.parameters(), other.parameters()):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-6)
-
-
-def test_fuse_takes_the_cores_kernel_for_large_inputs(monkeypatch):
-    from starlayers.kernels import layer
-
-    calls = []
-    fused = layer.fused_star_mlp
-    monkeypatch.setattr(layer, "fused_star_mlp", lambda *args: calls.append(args) or fused(*args))
-    mlp = Gated()
-    x = torch.randn(40_000, 8)
-    with torch.no_grad():
-        y = mlp(x)
-        torch.testing.assert_close(starify(mlp, mode="fuse")(x), y, rtol=1e-6, atol=1e-6)
-    assert len(calls) == 1
 
 
 def test_recompute_saves_the_input_alone(x):
@@ -263,19 +240,6 @@ def test_copies_and_pickles(x, make):
     assert [type(m) for m in loaded.modules()] == [type(m) for m in make().modules()]
 
 
-def test_meta_device_then_real_weights(x):
-    real = Net(MLP(), Gated())
-    with torch.device("meta"):
-        net = starify(Net(MLP(), Gated()), gate="low_rank=2", grow=1)
-    assert all(p.is_meta for p in net.parameters())
-    net.to_empty(device="cpu")
-    names = {k.replace(".inp.", "."): k for k in net.state_dict()}
-    net.load_state_dict({names[k]: v for k, v in real.state_dict().items()}, strict=False)
-    reset_gates(net)
-    net.blocks[1].star_grown.f1.reset_parameters()
-    assert torch.equal(net(x), real(x))
-
-
 def test_torch_encoder_with_padding_and_its_fast_path():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, activation="gelu")
@@ -325,20 +289,6 @@ def test_layers_that_two_owners_share_are_one(x):
     assert torch.equal(net(x), y)
 
 
-def test_mlps_that_are_called_by_keyword(x):
-    class ByName(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mlp = Gated()
-
-        def forward(self, x):
-            return self.mlp(x=x)
-
-    model = ByName()
-    y = model(x)
-    assert torch.equal(starify(model, mode="fuse")(x), y)
-
-
 def test_layers_of_any_name_can_grow(x):
     class Odd(nn.Module):
         def __init__(self):
@@ -373,7 +323,120 @@ def test_patterns_that_match_nothing():
         starify(MLP(), include=[])
 
 
-def test_another_default_device(x):
-    with torch.device("meta"):
-        net = starify(MLP().to_empty(device="cpu"))
-        assert gate_sizes(net) == {"fc1": 0.0}
+def test_defaults():
+    parameters = inspect.signature(starify).parameters
+    assert {name: p.default for name, p in parameters.items() if p.default is not p.empty} == {
+        "mode": "star",
+        "gate": "full",
+        "include": None,
+        "exclude": None,
+        "grow": 0,
+        "recompute": False,
+    }
+    mlp = starify(MLP())
+    assert (mlp.fc1.spec, mlp.fc1.fused, mlp.fc1.recompute) == ("full", False, False)
+
+
+@pytest.mark.parametrize("gate", ["full", "low_rank=3", "scale"])
+def test_the_gate_is_the_one_asked_for(gate):
+    assert starify(MLP(), gate=gate).fc1.spec == gate
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_options_of_new_star_layers(recompute):
+    net = starify(Net(MLP(), Gated()), grow=2, recompute=recompute)
+    plain, gated = net.blocks[0].fc1, net.blocks[1].star
+    assert (plain.fused, plain.recompute) == (False, recompute)
+    assert (gated.fused, gated.recompute, gated.grown) == (False, recompute, 2)
+    fused = starify(Net(MLP(), Gated()), mode="fuse", recompute=recompute)
+    assert type(fused.blocks[0].fc1) is nn.Linear
+    role = fused.blocks[1].star
+    assert (role.fused, role.recompute, role.grown) == (True, recompute, 0)
+
+
+def test_options_are_added_to_the_star_layers_that_are_selected():
+    net = starify(Net(MLP(), Gated(), MLP(), Gated()), grow=1)
+    starify(net, include=["blocks.0", "blocks.1"], recompute=True)
+    starify(net, mode="fuse", exclude=["blocks.0", "blocks.1"])
+    plain, gated = (net.blocks[0].fc1, net.blocks[2].fc1), (net.blocks[1].star, net.blocks[3].star)
+    for first, second in (plain, gated):
+        assert (first.recompute, first.fused) == (True, False)
+        assert (second.recompute, second.fused) == (False, True)
+    starify(net, mode="star")  # takes nothing away
+    assert (plain[0].recompute, plain[1].fused) == (True, True)
+
+
+def test_what_has_grown_does_not_grow_again():
+    net = starify(Net(Gated()), grow=2)
+    grown = net.blocks[0].star_grown
+    starify(net, grow=3)
+    assert net.blocks[0].star.grown == 2
+    assert net.blocks[0].star_grown is grown
+    starify(net)
+    assert net.blocks[0].star.grown == 2
+
+
+def test_mode_star_leaves_stars_and_mode_fuse_leaves_plain_mlps():
+    net = Net(MLP(), Gated())
+    starify(net)
+    assert [r.state for r in report(net).rows] == ["star", "is a star"]
+    net = starify(Net(MLP(), Gated()), mode="fuse")
+    assert [r.state for r in report(net).rows] == ["ready", "fused"]
+
+
+def test_a_model_of_star_layers_alone_may_be_starified_again():
+    net = starify(Net(MLP()))
+    assert starify(net, mode="fuse") is net
+    assert net.blocks[0].fc1.fused
+
+
+def test_agents_are_sent_to_their_own_function():
+    class Agent:
+        policy = nn.Linear(2, 2)
+
+    with pytest.raises(TypeError, match=r"got Agent; it has a policy: use starlayers\.rl\.starify"):
+        starify(Agent())
+    Agent.policy = "MlpPolicy"
+    with pytest.raises(TypeError, match=r"got Agent$"):
+        starify(Agent())
+
+
+def test_adapters_warn_when_gates_are_new_only():
+    def adapted(*blocks):
+        net = Net(*blocks)
+        net.peft_config = {"default": object()}
+        return net
+
+    with pytest.warns(UserWarning, match=r"saves its adapters only.*modules_to_save=\['gate'\]"):
+        net = starify(adapted(MLP()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        starify(net)  # no gate is new
+        starify(adapted(Gated()), mode="fuse")
+        plain = Net(MLP())
+        plain.peft_config = {}
+        starify(plain)
+
+
+def test_the_reasons_of_three_are_told():
+    with pytest.raises(ValueError, match=r"4 looked like one, but") as error:
+        starify(Net(*(Twice() for _ in range(4))))
+    assert str(error.value).count("calls 'act' 2 times") == 3
+    assert "blocks.0.fc1: " in str(error.value)
+    assert "in this Net: 4" in str(error.value)
+
+
+def test_the_numbers_of_plain_and_star_mlps_are_told():
+    with pytest.raises(ValueError, match=r"its 2 MLPs are plain; mode='star' gives them gates"):
+        starify(Net(MLP(), MLP(), Twice()), mode="fuse")
+    with pytest.raises(ValueError, match=r"its 2 MLPs already are stars; grow=1 adds"):
+        starify(Net(Gated(), Packed(), Twice()))
+
+
+def test_revert_names_the_largest_gate(x):
+    net = starify(Net(MLP(), MLP(), MLP()))
+    nn.init.constant_(net.blocks[0].fc1.gate.bias, 0.25)
+    nn.init.constant_(net.blocks[2].fc1.gate.bias, -0.75)
+    with pytest.warns(UserWarning, match=r"2 of 3 gates .* up to 0\.75 \(blocks\.2\.fc1\)"):
+        assert revert(net) is net
+    assert report(net).replaced == []

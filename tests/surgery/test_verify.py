@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 from starlayers import starify
-from starlayers.surgery import find_mlps, report
+from starlayers.surgery import Site, find_mlps, report
+from starlayers.surgery import verify as module
+from starlayers.surgery.trial_run import MismatchError
+from starlayers.surgery.verify import Verdict, verify
 from tests.surgery.small import MLP, Gated, Packed, Twice, train_gates
 
 
@@ -290,3 +293,267 @@ def test_what_cannot_be_tried_is_skipped(x):
     net["c"] = MLP()
     net["c"].fc1 = nn.LazyLinear(16)
     assert [row.name for row in report(net).ready] == ["a.fc1"]
+
+
+# refusals, one by one
+
+
+def reasons(model):
+    (finding,) = find_mlps(model)
+    return finding.reason
+
+
+def test_a_recipe_may_name_what_is_no_linear_map():
+    mlp = MLP()
+    site = Site("mine", "plain", "drop", "act", "fc2")
+    assert verify(mlp, site) == Verdict(site, "'drop' is no linear map")
+    gated = Gated()
+    site = Site("mine", "gated", "gate", "act", "down", up="act")
+    assert verify(gated, site) == Verdict(site, "'act' is no linear map")
+
+
+def test_a_recipe_may_name_what_is_not_there():
+    site = Site("mine", "plain", "fc3", "act", "fc2")
+    assert verify(MLP(), site).reason.startswith("it cannot be tried: AttributeError 'MLP' object")
+
+
+def test_a_forward_on_the_instance_is_refused():
+    mlp = MLP()
+    mlp.forward = lambda x: x
+    assert reasons(mlp) == "its forward is replaced on the instance: starify before that"
+
+
+def test_the_reason_is_that_of_the_first_variant():
+    site = Site("gated", "gated", "up", "act", "down", up="gate")
+    verdict = verify(Gated(scale=0.5), site)
+    assert verdict == Verdict(site, "'down' does not take act(up) times the other branch")
+
+
+class Extra(Gated):
+    def forward(self, x, mask=None):
+        return super().forward(x)
+
+
+class Keywords(Gated):
+    def forward(self, x, **kwargs):
+        return super().forward(x)
+
+
+def test_gated_mlps_take_the_input_alone():
+    assert reasons(Extra()) == "its forward takes 2 arguments, not the input alone"
+    assert reasons(Keywords()) is None
+
+
+class TwiceDown(Gated):
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x)) + self.down(self.gate(x)) * 0
+
+
+class NoGate(Gated):
+    def forward(self, x):
+        return self.down(self.act(self.gate(x) + self.gate(x)) * self.up(x))
+
+
+class Residual(Gated):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def test_gated_mlps_call_their_layers_once_and_return_the_last():
+    assert reasons(TwiceDown()) == "one run does not call 'gate' and 'down' once each"
+    assert reasons(NoGate()) == "one run does not call 'gate' and 'down' once each"
+    assert reasons(Residual()) == "its output is not that of 'down'"
+
+
+class Between(Gated):
+    """Identities in eval mode between product and last layer, and elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Dropout(0.5), nn.Identity()
+        self.before, self.scaled = nn.Identity(), nn.Identity()
+
+    def forward(self, x):
+        x = self.before(x)
+        product = self.second(self.first(self.act(self.gate(x)) * self.up(x)))
+        self.scaled(2 * product)
+        return self.down(product)
+
+
+def test_modules_between_product_and_last_layer_are_told_in_their_order():
+    site = Site("gated", "gated", "gate", "act", "down", up="up")
+    assert verify(Between(), site) == Verdict(site, None, ("first", "second"))
+
+
+class TrainOnly(Gated):
+    """Computes another function in train mode."""
+
+    def forward(self, x):
+        y = self.down(self.act(self.gate(x)) * self.up(x))
+        return 2 * y if self.training else y
+
+
+class TrainOnlyPlain(MLP):
+    def forward(self, x):
+        h = self.act(self.fc1(x))
+        return self.fc2(h + self.fc1(x) if self.training else h)
+
+
+def test_train_mode_is_run_too():
+    assert "written as a star, its output differs by" in reasons(TrainOnly())
+    assert "differs" in reasons(TrainOnlyPlain())
+
+
+@pytest.mark.parametrize("limit", [100.0, 1e-3])
+def test_branches_are_run_far_from_their_usual_size(limit):
+    """Usual outputs of a branch are of size 1; limits act at other sizes."""
+
+    class Limited(Gated):
+        def forward(self, x):
+            gate, up = self.gate(x), self.up(x)
+            if limit > 1:
+                gate = gate.clamp(max=limit)
+            else:
+                gate = torch.where(gate.abs().amax() < 0.1, gate + limit, gate)
+            return self.down(self.act(gate) * up)
+
+    assert "written as a star, its output differs" in reasons(Limited())
+
+
+def test_a_difference_is_told_in_two_digits():
+    class Off(MLP):
+        def forward(self, x):
+            return self.fc2(self.act(self.fc1(x))) + self.act(self.fc2.bias * 0 - 1).sum() * 0
+
+    assert "calls 'act' 2 times" in reasons(Off())
+    with pytest.raises(MismatchError, match=r"^there, its output differs by 0\.12$"):
+        module._require_equal([torch.zeros(2)], [torch.tensor([0.0, -0.123])], "there")
+    with pytest.raises(MismatchError, match=r"^there, its output differs by 0$"):
+        module._require_equal([torch.zeros(2)], [], "there")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "equal"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], True),
+        ([1.0, 2.0], [1.0, 2.5], False),
+        ([1.0, float("nan")], [1.0, 5.0], True),
+        ([1.0, float("inf")], [1.0, float("nan")], True),
+        ([1.0, 5.0], [1.0, float("nan")], False),
+        ([1.0], [1.0, 1.0], False),
+    ],
+)
+def test_tensors_are_equal_where_the_first_is_finite(a, b, equal):
+    assert module._equal_tensors(torch.tensor(a), torch.tensor(b)) is equal
+    nest = {"x": [torch.tensor(a), (torch.ones(1), "text", None)]}
+    other = {"y": [torch.tensor(b), (torch.ones(1), 3)]}
+    assert module._equal(nest, other) is equal
+    assert not module._equal(nest, [torch.tensor(a)])
+    assert not module._equal_tensors(torch.tensor(a), torch.tensor(a).double())
+
+
+def test_scales():
+    assert module.SCALES == (1.0, 1e-2, 30.0, 1e3)
+    layer = nn.Linear(8, 8)
+    x = torch.randn(2, 8)
+    outputs = module._outputs_at_scales(nn.Sequential(layer), x, [layer])
+    assert len(outputs) == 8  # eval and train mode of each
+    for i, scale in enumerate(module.SCALES):
+        assert torch.equal(outputs[2 * i], layer(x) * scale)
+        assert torch.equal(outputs[2 * i + 1], layer(x) * scale)
+    assert not layer._forward_hooks
+
+
+def test_random_input():
+    x = module._random_input(nn.Linear(8, 4, dtype=torch.bfloat16))
+    assert (x.shape, x.dtype) == ((2, 3, 8), torch.bfloat16)
+    maps = module._random_input(nn.Conv2d(8, 4, 1))
+    assert maps.shape == (2, 8, 3, 3)
+    assert torch.equal(maps, module._random_input(nn.Conv2d(8, 4, 1)))
+
+
+def test_the_smallest_part_that_runs_the_mlp_is_run():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleDict({"fc1": nn.Linear(8, 16), "fc2": nn.Linear(16, 8)})
+            self.parts["act"] = nn.ReLU()
+
+        def forward(self, x):
+            return self.parts["fc2"](self.parts["act"](self.parts["fc1"](x)))
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+            self.head = nn.Linear(16, 8)
+
+        def forward(self, ids):
+            raise RuntimeError("does not run by itself")
+
+    outer = Outer()
+    site = Site("mine", "plain", "inner.parts.fc1", "inner.parts.act", "inner.parts.fc2")
+    assert module._deepest_common_module(outer, site) == "inner"
+    body, local = module._runnable_part(outer, site)
+    assert type(body) is Inner
+    assert local == Site("mine", "plain", "parts.fc1", "parts.act", "parts.fc2")
+    assert verify(outer, site) == Verdict(site)
+    outside = Site("mine", "packed", "inner.parts.fc1", "inner.parts.act", "head", gate_last=True)
+    _, local = module._runnable_part(outer, outside)
+    assert local == Site("mine", "packed", "parts.fc1", "parts.act", None, gate_last=True)
+    apart = Site("mine", "plain", "inner.parts.fc1", "head", None)
+    assert module._deepest_common_module(outer, apart) == ""
+
+
+def test_of_a_sequence_the_layers_from_projection_to_activation_are_run():
+    net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)).eval()
+    body, local = module._runnable_part(net, Site("sequential", "plain", "1", "2", "3"))
+    assert [type(m) for m in body] == [nn.Linear, nn.GELU]
+    assert local == Site("sequential", "plain", "1", "2", None)
+    assert not body.training
+    assert verify(net, Site("sequential", "plain", "1", "2", "3")).reason is None
+
+
+class Caller(nn.Module):
+    def __init__(self, mode):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.mode = mode
+
+    def forward(self, x):
+        if self.mode == "whole":
+            return self.net(x)
+        if self.mode == "fails":
+            raise RuntimeError
+        h = self.net[0](x)
+        return self.net[2](self.net[1](h)) + h.sum()
+
+
+@pytest.mark.parametrize(("mode", "reason"), [("whole", None), ("fails", None), ("reads", "zero")])
+def test_callers_of_sequences(mode, reason):
+    caller, site = Caller(mode), Site("sequential", "plain", "0", "1", "2")
+    verdict = verify(caller.net, site, (caller, "net"))
+    assert verdict.reason is reason or reason in verdict.reason
+    caller.register_parameter("large", nn.Parameter(torch.empty(1, device="meta")))
+    assert verify(caller.net, site, (caller, "net")).reason is None  # a part on meta: not run
+    assert type(caller.net[0]) is nn.Linear
+
+
+def test_the_users_state_is_set_aside():
+    class Sees(MLP):
+        def forward(self, x):
+            seen.append(
+                (
+                    torch.is_grad_enabled(),
+                    torch.is_inference_mode_enabled(),
+                    torch.is_autocast_enabled("cpu"),
+                    torch.ones(1).device.type,
+                )
+            )
+            return super().forward(x)
+
+    model, seen = Sees(), []
+    with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert verify(model, Site("chain", "plain", "fc1", "act", "fc2")).reason is None
+    assert set(seen) == {(False, False, False, "cpu")}
+    assert torch.is_grad_enabled()
