@@ -253,8 +253,19 @@ def test_half_precision(kind, coefficients, dtype):
     assert all(g.isfinite().all() for g in gradients(half, x.to(dtype)))
 
 
-@kinds
-@learned
+#: the quick tier compiles one layer, the slow one all
+COMPILED = [
+    pytest.param(
+        kind,
+        coefficients,
+        marks=() if (kind, coefficients) == (StarOp, "scale") else pytest.mark.slow,
+    )
+    for kind in (StarOp, StarMLP, StarBlock)
+    for coefficients in LEARNED
+]
+
+
+@pytest.mark.parametrize(("kind", "coefficients"), COMPILED)
 def test_compiled_is_eager(kind, coefficients, fresh_compiler):
     module, x = build(kind, coefficients, act="gelu"), randn(3, 5, 4)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -270,7 +281,7 @@ def test_compiled_is_eager(kind, coefficients, fresh_compiler):
 
 @kinds
 @learned
-def test_copies_exports_and_transforms(kind, coefficients):
+def test_copies_and_transforms(kind, coefficients):
     module, x = build(kind, coefficients, act="tanh"), randn(3, 5, 4)
     y = module(x)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -278,8 +289,15 @@ def test_copies_exports_and_transforms(kind, coefficients):
         for p in twin.parameters():
             nn.init.zeros_(p)
         assert torch.equal(module(x), y)
-    torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), y)
     torch.testing.assert_close(torch.func.vmap(lambda v: module(v[None])[0])(x), y)
+
+
+@pytest.mark.export
+@kinds
+@learned
+def test_exported_is_eager(kind, coefficients):
+    module, x = build(kind, coefficients, act="tanh"), randn(3, 5, 4)
+    torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), module(x))
 
 
 @learned

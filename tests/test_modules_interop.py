@@ -151,7 +151,13 @@ def test_gradient_checkpointing_changes_nothing(make):
     exactly(gradients(Checkpointed(), x), gradients(module, x))
 
 
-@makers
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(m, marks=() if n == "mlp" else pytest.mark.slow, id=n)
+        for n, m in MAKERS.items()
+    ],
+)
 def test_compiled_equals_eager(make, fresh_compiler):
     module = make()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -160,11 +166,13 @@ def test_compiled_equals_eager(make, fresh_compiler):
         same(gradients(compiled, x), gradients(module, x))
 
 
+@pytest.mark.slow
 def test_inductor_equals_eager(fresh_compiler):
     block, x = StarBlock(4, expansion=1, pre=nn.LayerNorm(4)), randn(3, 4)
     same(gradients(torch.compile(block, fullgraph=True), x), gradients(block, x))
 
 
+@pytest.mark.export
 @makers
 def test_exported_graph_is_plain_aten(make):
     module = make().eval()
