@@ -1,13 +1,14 @@
-"""Default of every option."""
+"""Default of every option, and records that cannot be changed."""
 
 import inspect
+from dataclasses import FrozenInstanceError
 
 import pytest
 
 from starlayers import vision
-from starlayers.vision import ConvNorm, DemoNet, StarBlock2d, StarNet
+from starlayers.vision import ConvNorm, DemoNet, LoadReport, StarBlock2d, StarNet
 from starlayers.vision.cost import multiply_adds
-from starlayers.vision.training import RunDir, TrainConfig, train
+from starlayers.vision.training import RunDir, TrainConfig, TrainResult, train
 
 PLACE = {"device": None, "dtype": None}
 DEFAULTS = {
@@ -97,3 +98,17 @@ DEFAULTS = {
 def test_defaults(thing, defaults):
     parameters = inspect.signature(thing).parameters.values()
     assert {p.name: p.default for p in parameters if p.default is not p.empty} == defaults
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        (TrainConfig(), "lr"),
+        (TrainResult([], None, True, 0.0), "finished"),
+        (LoadReport("timm", 1), "loaded"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_records_are_frozen(record, field):
+    with pytest.raises(FrozenInstanceError, match=field):
+        setattr(record, field, 3)

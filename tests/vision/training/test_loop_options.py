@@ -1,5 +1,6 @@
 """Options of `TrainConfig`: each changes what it says and nothing else; bad values are refused."""
 
+import re
 import signal
 import threading
 from dataclasses import fields
@@ -257,6 +258,16 @@ def test_progress_is_shown_only_when_wanted(capfd):
     for line in history:
         assert f"epoch {line['epoch']}: train loss {line['train_loss']:.4f}, " in out + err
         assert f"test accuracy {line['test_accuracy']:.2%}, " in out + err
+
+
+def test_the_bar_shows_loss_accuracy_and_rate_every_ten_steps(capfd):
+    shown = r"loss \d\.\d{3}, acc \d+\.\d%, \d+ images/s"
+    for batch_size, steps in ((8, 10), (9, 8)):
+        config = TrainConfig(epochs=1, batch_size=batch_size)
+        train(tiny_model(), tiny_data(), config)
+        err = capfd.readouterr().err
+        assert f"{steps}/{steps}" in err
+        assert bool(re.search(shown, err)) is (steps == 10)
 
 
 BAD = [
