@@ -94,7 +94,7 @@ class StarMlpExtractor(KeepsInit):
 
 
 class OnPolicyActorCritic(StarPolicy):
-    """Star options of PPO and its kin, over an actor-critic policy of SB3.
+    """Star options of on-policy algorithms, over an actor-critic policy of SB3.
 
     Args:
         args, kwargs: those of `StarPolicy`.
@@ -132,9 +132,9 @@ class OnPolicyActorCritic(StarPolicy):
 class StarActorCriticPolicy(OnPolicyActorCritic, ActorCriticPolicy):  # type: ignore[misc]
     """Star policy of TRPO, and of any algorithm over SB3's `ActorCriticPolicy`.
 
-    It takes all arguments of SB3's policy; `net`, `norm`, `width`, `depth` and names for
-    `activation_fn` come on top (docs/rl.md), and `share_trunk=True` for one trunk. Policy and value
-    have parameter tensors of their own, as TRPO demands.
+    It takes all arguments of SB3's policy, and in addition `net`, `norm`, `width`, `depth`, names
+    for `activation_fn` (docs/rl.md), and `share_trunk=True` for one trunk. Policy and value have
+    separate parameter tensors, as TRPO needs.
 
     Raises:
         TypeError: an option of the wrong type.

@@ -80,7 +80,7 @@ class StarPolicy(BasePolicy):
         if net_arch is None:
             net_arch = self._default_arch(extractor)
         if kwargs.get("features_extractor_kwargs") is not None:
-            # SB3 writes into the dictionary that it is given, which belongs to the caller
+            # a copy, because SB3 writes into the dictionary that it gets
             kwargs["features_extractor_kwargs"] = dict(kwargs["features_extractor_kwargs"])
         act: Any = self.base_activation if activation_fn == DEFAULT else activation_fn
         super().__init__(
@@ -155,7 +155,7 @@ def with_head(trunk: nn.Module, outputs: int, *last: nn.Module) -> nn.Sequential
 
 
 def build_critics(critic: Any, kwargs: Mapping[str, Any], outputs: int) -> None:
-    """Build the Q networks of a critic of SB3 anew, as its spec asks for."""
+    """Replace the Q networks of a critic of SB3 by those of its spec."""
     states, actions = kwargs["features_dim"], get_action_dim(critic.action_space)
     critic.q_networks = []
     for i in range(critic.n_critics):
@@ -166,7 +166,7 @@ def build_critics(critic: Any, kwargs: Mapping[str, Any], outputs: int) -> None:
 
 
 class OffPolicyActorCritic(StarPolicy):
-    """Star policy of SAC, TD3 and their kin, with an actor and critics."""
+    """Star policy of an off-policy algorithm with an actor and critics."""
 
     actor_class: ClassVar[type[StarNetwork]]
     critic_class: ClassVar[type[Any]]

@@ -33,7 +33,7 @@ def without_optimizer(model: Inspector) -> Iterator[str]:
         and not name.split(".")[0].endswith("_target")
     ]
     if missing and not model.is_algorithm("ARS"):
-        yield f"no optimizer owns {first_three(missing)}, so that training leaves it as it is"
+        yield f"no optimizer has {first_three(missing)}, so that training does not change it"
 
 
 def removed_tensors(model: Inspector) -> Iterator[str]:
@@ -45,7 +45,7 @@ def removed_tensors(model: Inspector) -> Iterator[str]:
         if shapes:
             tensors = "a tensor that is" if len(shapes) == 1 else f"{len(shapes)} tensors that are"
             yield (
-                f"{name} owns {tensors} no longer in the policy, of shape {first_three(shapes)}: "
+                f"{name} has {tensors} no longer in the policy, of shape {first_three(shapes)}: "
                 "make a new one over the parameters that there are"
             )
 
@@ -76,7 +76,7 @@ def different_targets(model: Inspector) -> Iterator[str]:
         )
         longest = max(len(online), len(copied))
         pairs = zip(*(x + ["nothing"] * (longest - len(x)) for x in (online, copied)))
-        different = [f"{a} beside {b}" for a, b in pairs if a != b]
+        different = [f"{a} against {b}" for a, b in pairs if a != b]
         if different:
             yield (
                 f"{name} and {name}_target differ, and target updates go by position: "
@@ -132,8 +132,8 @@ def trpo_skips_critic(model: Inspector) -> Iterator[str]:
     ]
     if both:
         yield (
-            f"the value updates of TRPO spare {first_three(both)}, which the actor uses too: give "
-            "the critic tensors of its own, as StarActorCriticPolicy does"
+            f"the value updates of TRPO skip {first_three(both)}, which the actor uses too: give "
+            "the critic separate tensors, as StarActorCriticPolicy does"
         )
 
 
@@ -165,7 +165,7 @@ def reinitialised_stars(model: Inspector) -> Iterator[str]:
     ]
     if names:
         yield (
-            f"ortho_init=True initialised the branches of {first_three(names)} anew, the second as "
+            f"ortho_init=True re-initialised the branches of {first_three(names)}, the second as "
             "large as the first: pass ortho_init=False, or use a star policy or extractor"
         )
 

@@ -196,7 +196,7 @@ class StarCrossQPolicy(OffPolicyActorCritic, CrossQPolicy):
         for name in [net] if isinstance(net, str) else net.values():
             if name in (PRODUCT, *RESIDUAL):
                 raise ValueError(
-                    f"{type(self).__name__}: net={name!r} brings norms beside CrossQ's own; take "
+                    f"{type(self).__name__}: net={name!r} has norms, and so has CrossQ; take "
                     "net='star', 'mlp' or 'd2rl'"
                 )
         super().__init__(*args, **kwargs)

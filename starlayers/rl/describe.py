@@ -29,7 +29,7 @@ class Description:
         >>> model = PPO("MlpPolicy", "CartPole-v1", device="cpu")
         >>> model.policy.value_net.bias = torch.nn.Parameter(torch.zeros(1))  # surgery by hand
         >>> describe(model).problems[0]
-        'no optimizer owns value_net.bias, so that training leaves it as it is'
+        'no optimizer has value_net.bias, so that training does not change it'
     """
 
     algorithm: str

@@ -181,14 +181,14 @@ class Inspector:
 
     def named_networks(self) -> dict[int, tuple[Any, list[str]]]:
         """Return each network with all of its names, by its id."""
-        found: dict[int, tuple[Any, list[str]]] = {}
+        named: dict[int, tuple[Any, list[str]]] = {}
         for path, net in self._paths():
             # a module or parameter of a policy may be `None`
             if net is not None:
-                found.setdefault(id(net), (net, []))[1].append(path)
+                named.setdefault(id(net), (net, []))[1].append(path)
         return {
             key: (net, names)
-            for key, (net, names) in found.items()
+            for key, (net, names) in named.items()
             if "features_extractor" in names[0]
             or not isinstance(net, nn.Module)
             or any(True for _ in net.parameters())

@@ -66,8 +66,8 @@ class StarSACPolicy(OffPolicyActorCritic, SACPolicy):
     """Star policy of SAC: `SAC("StarMlpPolicy", env, policy_kwargs=...)`.
 
     SB3's `SACPolicy` with star layers in actor and critics; `net=dict(pi="star", qf="product")`
-    multiplies state and action (`ProductTrunk`). It takes all arguments of SB3's policy; `net`,
-    `norm`, `width`, `depth` and names for `activation_fn` come on top (docs/rl.md).
+    multiplies state and action (`ProductTrunk`). It takes all arguments of SB3's policy, and in
+    addition `net`, `norm`, `width`, `depth` and names for `activation_fn` (docs/rl.md).
 
     Raises:
         TypeError: an option of the wrong type.
@@ -111,8 +111,8 @@ class StarDQNPolicy(StarPolicy, DQNPolicy):
     """Star policy of DQN: `DQN("StarMlpPolicy", env, policy_kwargs=...)`.
 
     SB3's `DQNPolicy` with a star trunk. Its one network, the side "q", takes no action, so that
-    there is no "product". It takes all arguments of SB3's policy; `net`, `norm`, `width`, `depth`
-    and names for `activation_fn` come on top (docs/rl.md).
+    there is no "product". It takes all arguments of SB3's policy, and in addition `net`, `norm`,
+    `width`, `depth` and names for `activation_fn` (docs/rl.md).
 
     Raises:
         TypeError: an option of the wrong type.

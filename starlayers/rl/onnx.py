@@ -116,7 +116,7 @@ class DeterministicPolicy(nn.Module):
         return statistics
 
     def extra_inputs(self) -> list[str]:
-        """Return the names of inputs beside the observations."""
+        """Return the names of the inputs that are no observations."""
         masks = ["action_masks"] if self.maskable else []
         return masks + (["hidden", "cell", "episode_start"] if self.recurrent else [])
 

@@ -133,7 +133,7 @@ def resolve_specs(
         name = net if isinstance(net, str) else net.get(side, "star")
         choices = [*NETS, PRODUCT] if side == "qf" else [*NETS]
         if name == PRODUCT and isinstance(net, str) and "qf" in sides:
-            # only the critic takes actions; the actor beside it is a star
+            # only the critic takes actions; the actor is a star
             name = PRODUCT if side == "qf" else "star"
         elif name not in choices:
             raise ValueError(

@@ -33,8 +33,8 @@ NORMS: dict[str, Norm] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 class KeepsInit(nn.Module):
     """Module whose own initialisation survives SB3's `ortho_init`.
 
-    PPO, A2C and their kin re-initialise every `nn.Linear` below a policy (`ortho_init=True`, the
-    default) through `Module.apply`. A residual branch that began at zero is then no longer zero.
+    On-policy algorithms re-initialise every `nn.Linear` of a policy through `Module.apply`
+    (`ortho_init=True`, the default). A residual branch that began at zero is then no longer zero.
     Here `reset_star(gain)` runs after that and initialises the star layers again.
 
     Example:

@@ -156,7 +156,7 @@ def test_both_problems_are_in_the_message():
     description = describe(model)
     assert len(description.problems) == 2
     assert "2 problems\n- no optimizer" in str(description)
-    with pytest.raises(ValueError, match=r"^PPO:\n- no optimizer owns value_net.bias.*\n- policy"):
+    with pytest.raises(ValueError, match=r"^PPO:\n- no optimizer has value_net.bias.*\n- policy"):
         describe(model, strict=True)
 
 
