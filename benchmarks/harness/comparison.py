@@ -79,14 +79,17 @@ def _p_values(a: list[float], b: list[float], apart: list[float]) -> tuple[float
 
     if len(apart) < 2:
         return 1.0, 1.0
-    if min(apart) == max(apart):  # without any scatter a test statistic is 0 / 0 or infinite
-        certain = 0.0 if apart[0] else 1.0
-        paired = certain
-    else:
-        paired = float(stats.ttest_1samp(apart, 0.0).pvalue)
-    if min(a) == max(a) and min(b) == max(b):
-        return paired, 0.0 if a[0] != b[0] else 1.0
+    # without scatter beyond rounding, a test statistic is 0 / 0 or infinite
+    certain = 1.0 if _equal([*apart, 0.0]) else 0.0
+    paired = certain if _equal(apart) else float(stats.ttest_1samp(apart, 0.0).pvalue)
+    if _equal(a) and _equal(b):
+        return paired, certain
     return paired, float(stats.ttest_ind(a, b, equal_var=False).pvalue)
+
+
+def _equal(values: list[float]) -> bool:
+    """Return True if the values are equal but for rounding."""
+    return max(values) - min(values) <= 1e-9 * max(map(abs, values))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

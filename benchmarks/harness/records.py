@@ -98,7 +98,7 @@ def load(study: str, folder: Path = RESULTS) -> list[Record]:
         try:
             content = json.loads(line)
             known = {name: content.pop(name) for name in FIELDS}
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}, line {number}: not a record ({error!r})") from error
         records.append(Record(**known, marks=content))
     return records

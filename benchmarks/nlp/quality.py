@@ -253,5 +253,5 @@ STUDY = Study(
     train_one,
     tables,
     text,
-    lambda records: {"nlp-png": lambda file: plot(summarise(records), file)},
+    lambda records: {"nlp-quality.png": lambda file: plot(summarise(records), file)},
 )

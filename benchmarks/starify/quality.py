@@ -375,7 +375,7 @@ STUDY = Study(
     train_one,
     tables,
     text,
-    lambda records: {"starify-png": lambda file: plot(compare(records), file)},
+    lambda records: {"starify-quality.png": lambda file: plot(compare(records), file)},
 )
 
 

@@ -291,5 +291,5 @@ STUDY = Study(
     train_one,
     tables,
     text,
-    lambda records: {"vision-png": lambda file: plot(summarise(records), file)},
+    lambda records: {"vision-demonet.png": lambda file: plot(summarise(records), file)},
 )

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import kernels_floor as floors
+from benchmarks.kernels import floor as floors
 
 triton = pytest.importorskip("triton")
 
-from benchmarks import kernels  # noqa: E402
-from benchmarks.aot import TARGETS, Stats, amd_stats, parse_ptxas  # noqa: E402
-from benchmarks.kernels_variants import WIDTHS, variants  # noqa: E402
+from benchmarks.kernels import compiled as kernels  # noqa: E402
+from benchmarks.kernels.aot import TARGETS, Stats, amd_stats, parse_ptxas  # noqa: E402
+from benchmarks.kernels.variants import WIDTHS, variants  # noqa: E402
 from starlayers.kernels import tiles  # noqa: E402
 from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, split_columns  # noqa: E402
 
@@ -142,6 +142,7 @@ def test_amd_registers_hold_the_accumulators_once():
     assert found == Stats(452, 24, 16384, 1, 1)
 
 
+@pytest.mark.studies
 def test_a_small_configuration_compiles_for_every_gpu(everything):
     chosen = {
         v.target: i
@@ -151,8 +152,8 @@ def test_a_small_configuration_compiles_for_every_gpu(everything):
     assert set(chosen) == set(TARGETS)
     # in a process of its own: this one may run kernels in the interpreter
     code = f"""if True:
-        from benchmarks.kernels import compile_variant, offences
-        from benchmarks.kernels_variants import variants
+        from benchmarks.kernels.compiled import compile_variant, offences
+        from benchmarks.kernels.variants import variants
         everything = list(variants())
         for i in {list(chosen.values())}:
             v = everything[i]

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_lab, gpu_tables
-from benchmarks.common import interleave
-from benchmarks.gpu_lab import GRAPH, Comparison, Lab, Subject, Trial, compare, gate, measure
-from benchmarks.gpu_training import load
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import lab as gpu_lab
+from benchmarks.gpu import tables as gpu_tables
+from benchmarks.gpu.lab import GRAPH, Comparison, Lab, Subject, Trial, compare, gate, measure
+from benchmarks.gpu.training import load
+from benchmarks.harness.timing import interleave
 from tests.helpers import randn
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +86,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 
 
 def test_a_library_kernel_that_is_patched_wrong_is_caught(monkeypatch):
-    from benchmarks import gpu_kernels
+    from benchmarks.gpu import kernels as gpu_kernels
 
     monkeypatch.setattr(gpu_kernels, "star_mlp", lambda x, *_: (x.clone(), None, None))
     (k3,) = (c for c in gpu_kernels.k3() if c.label.startswith("S4 stage 1"))
@@ -454,6 +456,7 @@ def dry_run(*options):
     return done.stdout
 
 
+@pytest.mark.studies
 def test_a_dry_run_does_everything_but_the_timing(tmp_path):
     file = tmp_path / "dry.json"
     text = dry_run("--only", "copy", "K1", "K3", "wide", "--out", str(file))
@@ -476,14 +479,15 @@ def test_the_whole_dry_run_and_the_tiles():
     assert "0 with failures" in dry_run("--tune")
 
 
+@pytest.mark.studies
 def test_it_imports_without_the_development_packages():
     code = """
 import sys
 for name in ("scipy", "tqdm", "typer", "torchvision", "torchmetrics", "sklearn", "matplotlib",
              "accelerate", "torchdata", "huggingface_hub", "safetensors"):
     sys.modules[name] = None
-from benchmarks.gpu import comparisons
-import benchmarks.gpu_tables
+from benchmarks.gpu.__main__ import comparisons
+import benchmarks.gpu.tables
 assert comparisons()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
