@@ -1,8 +1,8 @@
-"""See what a star classifier looks for: its eigenvectors as pictures, its logits term by term.
+"""Eigenvectors of a star classifier as images, and its logits term by term.
 
 python examples/star_eigenfeatures.py                    # Fashion-MNIST, a minute on a CPU
 python examples/star_eigenfeatures.py --data digits --epochs 60
-python examples/star_eigenfeatures.py --noise 0 --weight-decay 0   # less to see
+python examples/star_eigenfeatures.py --noise 0 --weight-decay 0   # noisier images
 """
 
 import time
@@ -30,7 +30,7 @@ BATCH = 256
 
 
 def pixels(images: Images) -> tuple[Tensor, Tensor]:
-    """All images as rows of numbers in 0..1, and their classes."""
+    """Flatten all images to numbers in 0..1; return them with their classes."""
     x, labels = zip(*images)
     return torch.stack(x).flatten(1) / 255, torch.tensor([int(label) for label in labels])
 
@@ -44,13 +44,14 @@ def train(
     weight_decay: float,
     lr: float,
 ) -> StarMLP:
+    """Train a star without activation on noisy pixels."""
     model = StarMLP(x.shape[1], hidden, out_features=int(labels.max()) + 1, act=None)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
     steps = epochs * -(-len(x) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
     for epoch in range(epochs):
         for rows in torch.randperm(len(x)).split(BATCH):
-            # noise in pixels that are always black leaves no reason to look at them
+            # with noise, pixels that are always black carry no information
             noisy = x[rows] + noise * torch.randn(len(rows), x.shape[1])
             loss = F.cross_entropy(model(noisy), labels[rows])
             optimizer.zero_grad()
@@ -62,6 +63,7 @@ def train(
 
 
 def plot_curve(curve: TruncationCurve, file: Path) -> None:
+    """Draw the accuracy by the number of eigenvectors."""
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     ax = figure.subplots()
     ax.plot(curve.k, curve.accuracy, "o-", ms=3, label="accuracy")
@@ -76,23 +78,24 @@ def plot_curve(curve: TruncationCurve, file: Path) -> None:
 def plot_attributions(
     features: list[Eigenfeatures], names: tuple[str, ...], x: Tensor, size: list[int], file: Path
 ) -> None:
-    """A row for each image: itself, the pixels that make its logit, and the largest terms."""
+    """Draw images beside the pixels that make up their logit and its largest terms."""
     figure = Figure(figsize=(10.5, 1.75 * len(x)), layout="constrained")
     axes = figure.subplots(len(x), 7, squeeze=False)
-    for line, image in zip(axes, x):
+    for row, image in zip(axes, x):
         logits = [float(f.terms(image).sum()) for f in features]
-        answer = max(range(len(logits)), key=logits.__getitem__)
-        found = attribute(features[answer], image)
-        line[0].imshow(image.reshape(size).numpy(), cmap="gray_r")
-        line[0].set_title(f"{names[answer]} {logits[answer]:+.1f}", fontsize=9)
-        parts = [(f"pixels, constant {float(found.constant):+.1f}", found.inputs)]
-        for i, term in found.top(5):
-            parts.append((f"term {term:+.1f}", found.features.images[i]))
-        for ax, (title, picture) in zip(line[1:], parts):
-            most = float(picture.abs().quantile(0.995))
-            ax.imshow(picture.reshape(size).numpy(), cmap="RdBu_r", vmin=-most, vmax=most)
+        predicted = max(range(len(logits)), key=logits.__getitem__)
+        attribution = attribute(features[predicted], image)
+        row[0].imshow(image.reshape(size).numpy(), cmap="gray_r")
+        row[0].set_title(f"{names[predicted]} {logits[predicted]:+.1f}", fontsize=9)
+        constant = float(attribution.constant)
+        parts = [(f"pixels, constant {constant:+.1f}", attribution.inputs)]
+        for i, term in attribution.top(5):
+            parts.append((f"term {term:+.1f}", attribution.features.images[i]))
+        for ax, (title, weights) in zip(row[1:], parts):
+            most = float(weights.abs().quantile(0.995))
+            ax.imshow(weights.reshape(size).numpy(), cmap="RdBu_r", vmin=-most, vmax=most)
             ax.set_title(title, fontsize=9)
-        for ax in line:
+        for ax in row:
             ax.set(xticks=[], yticks=[])
     figure.savefig(file, dpi=120)
 
@@ -107,14 +110,14 @@ def main(
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="folder")] = Path("runs/star_eigenfeatures"),
 ) -> TruncationCurve:
-    """Train a star without activation, and take it apart."""
+    """Train a star without activation, and decompose it into eigenfeatures."""
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     images = load_images(data)
     (x, labels), (x_test, labels_test) = pixels(images.train), pixels(images.test)
-    began = time.perf_counter()
+    start = time.perf_counter()
     model = train(x, labels, hidden, epochs, noise, weight_decay, lr)
-    print(f"{images.source}: {time.perf_counter() - began:.0f} s of training")
+    print(f"{images.source}: {time.perf_counter() - start:.0f} s of training")
 
     features = eigenfeatures(model)
     curve = truncation_curve(features, x_test, labels_test)

@@ -1,7 +1,7 @@
-"""Search for the coefficients of a star classifier, and tune those of the trained net.
+"""Search for coefficients of a star classifier, then tune those of the best net.
 
 python examples/star_search.py                         # Fashion-MNIST, two minutes on a CPU
-python examples/star_search.py --trials 100            # goes on where the last call ended
+python examples/star_search.py --trials 100            # continues the last call
 python examples/star_search.py --data digits --methods "tpe cma"
 """
 
@@ -27,14 +27,15 @@ from starlayers.coefficients import (
 from starlayers.datasets.images import load_images
 
 Split = tuple[Tensor, Tensor]
-Rows = dict[str, tuple[float, float]]
-#: CMA-ES knows numbers only, and all methods are to have the same choices
+#: name of a net -> validation and test accuracy
+Accuracies = dict[str, tuple[float, float]]
+#: numbers only, because CMA-ES has no categorical values and all methods get the same space
 SEARCHED = ("l2", "gain1", "gain2", "offset", "rank", "layer_scale_0", "layer_scale_1")
 
 
-def splits(data: Any, seed: int, most: int = 2000) -> dict[str, Split]:
-    """A few images to learn from, others to choose by, and all those that are for testing."""
-    n = min(most, len(data.train) // 2)
+def splits(data: Any, seed: int, limit: int = 2000) -> dict[str, Split]:
+    """Draw few images for training and as many for validation; take all test images."""
+    n = min(limit, len(data.train) // 2)
     drawn = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
     halves = {"train": drawn[:n], "validation": drawn[n : 2 * n]}
     parts = {name: data.train[i] for name, i in halves.items()} | {"test": data.test[:]}
@@ -45,7 +46,7 @@ def splits(data: Any, seed: int, most: int = 2000) -> dict[str, Split]:
 
 
 def fit(values: dict[str, Any], data: Split, steps: int, seed: int) -> nn.Module:
-    """A net with two star layers of these values, trained; the same for the same arguments."""
+    """Train a net with two star layers of these values; equal arguments, equal nets."""
     torch.manual_seed(seed)
     rank = values.get("rank", 1)
     blocks = [StarBlock(32, expansion=2, pre=nn.LayerNorm(32), rank=rank) for _ in range(2)]
@@ -71,29 +72,29 @@ def accuracy(net: nn.Module, data: Split) -> float:
     return float((net(pixels).argmax(1) == labels).double().mean())
 
 
-def figure(results: dict[str, SearchResult], rows: Rows, scales: Any, file: Path) -> None:
-    """What was found over the trials, what it is worth on test, and the factors of the products."""
-    picture = Figure(figsize=(13, 4), layout="constrained")
-    found, worth, factors = picture.subplots(1, 3)
+def plot(results: dict[str, SearchResult], scores: Accuracies, scales: Any, file: Path) -> None:
+    """Draw accuracy over trials, accuracy of the nets, and factors of the products."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    progress, final, factors = figure.subplots(1, 3)
     for name, result in results.items():
         curve = [100 * value for value in result.best_so_far]
-        found.step(range(1, len(curve) + 1), curve, where="post", label=name)
-    found.axhline(100 * rows["defaults"][0], color="k", ls=":", label="defaults")
-    found.set(xlabel="trials", ylabel="best validation accuracy so far, %")
-    for i, pair in enumerate(rows.values()):
-        worth.plot([i, i], [100 * p for p in pair], color="0.8", zorder=0)
-    for name, values in zip(("validation", "test"), zip(*rows.values())):
-        worth.plot(range(len(rows)), [100 * v for v in values], "o", label=name)
-    worth.set_xticks(range(len(rows)), rows, rotation=30, ha="right")
-    worth.set(ylabel="accuracy, %")
+        progress.step(range(1, len(curve) + 1), curve, where="post", label=name)
+    progress.axhline(100 * scores["defaults"][0], color="k", ls=":", label="defaults")
+    progress.set(xlabel="trials", ylabel="best validation accuracy so far, %")
+    for i, pair in enumerate(scores.values()):
+        final.plot([i, i], [100 * p for p in pair], color="0.8", zorder=0)
+    for name, values in zip(("validation", "test"), zip(*scores.values())):
+        final.plot(range(len(scores)), [100 * v for v in values], "o", label=name)
+    final.set_xticks(range(len(scores)), scores, rotation=30, ha="right")
+    final.set(ylabel="accuracy, %")
     for name, scale in scales.items():
         factors.plot(scale.sort(descending=True).values, label=f"layer {name}")
     factors.axhline(1, color="k", ls=":")
-    factors.set(xlabel="products of a layer, sorted", ylabel="factor that tuning gave them")
-    for ax in (found, worth, factors):
+    factors.set(xlabel="products of a layer, sorted", ylabel="factor after tuning")
+    for ax in (progress, final, factors):
         ax.grid(alpha=0.3)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
-    picture.savefig(file, dpi=120)
+    figure.savefig(file, dpi=120)
 
 
 def main(
@@ -104,9 +105,9 @@ def main(
     tuning: Annotated[int, typer.Option(help="trials of tuning")] = 300,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/star_search"),
-) -> Rows:
-    """Compare ways to search for coefficients, then tune those of the best net that was found."""
-    torch.set_num_threads(1)  # for nets this small a second thread only costs
+) -> Accuracies:
+    """Compare search methods, then tune the products of the best net."""
+    torch.set_num_threads(1)  # nets this small are slower with a second thread
     images = load_images(data)
     parts = splits(images, seed)
     sizes = ", ".join(f"{len(labels)} {name}" for name, (_, labels) in parts.items())
@@ -119,29 +120,29 @@ def main(
     def measured(net: nn.Module) -> tuple[float, float]:
         return accuracy(net, parts["validation"]), accuracy(net, parts["test"])
 
-    rows: Rows = {"defaults": measured(fit({}, parts["train"], steps, seed))}
+    accuracies: Accuracies = {"defaults": measured(fit({}, parts["train"], steps, seed))}
     nets, results = {}, {}
     for method in methods.split():
-        # a study's name has all that its trials depend on: other options are another study
+        # the name has all options that trials depend on: other options are another study
         name = f"{method}-{images.name}-steps{steps}-seed{seed}"
         options = {"trials": trials, "storage": out / "search.db", "name": name, "seed": seed}
         results[method] = search(objective, space, method=method, **options)
         nets[method] = fit(results[method].best, parts["train"], steps, seed)
-        rows[method] = measured(nets[method])
+        accuracies[method] = measured(nets[method])
     best = max(results, key=lambda method: results[method].value)
     results[best].plot(out / best)
     net = copy.deepcopy(nets[best])
     tuned = tune_coefficients(
         net, lambda m: accuracy(m, parts["validation"]), trials=tuning, seed=seed
     )
-    rows[f"{best}, tuned"] = measured(net)
-    figure(results, rows, tuned.scales, out / "star_search.png")
+    accuracies[f"{best}, tuned"] = measured(net)
+    plot(results, accuracies, tuned.scales, out / "star_search.png")
     print(f"{'':16}validation    test")
-    for name, (validation, test) in rows.items():
+    for name, (validation, test) in accuracies.items():
         print(f"{name:16}{validation:10.2%}{test:8.2%}")
     chosen = {k: float(f"{v:.3g}") for k, v in results[best].best.items()}
     print(f"the best of {best}: {chosen}; star_search.png, {best}/*.png and search.db in {out}")
-    return rows
+    return accuracies
 
 
 if __name__ == "__main__":
