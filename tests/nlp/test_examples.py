@@ -26,6 +26,7 @@ from starlayers import nlp
 from starlayers.datasets.text import load_prose, load_sentiment, load_translation
 from starlayers.datasets.tokens import byte_level_bpe
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STORIES = ("nlp_sentiment", "nlp_generate", "nlp_translate")
 ENGLISH = "sun moon star river stone house tree bird wind rain fire road".split()  # noqa: SIM905
@@ -255,6 +256,7 @@ def test_every_token_is_counted_once(length):
     assert rows[0, : size + 1].tolist() == [2, *tokenizer(text).input_ids, 2][:128]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_an_undisturbed_one(book, tmp_path, monkeypatch, capsys):
     story = example("nlp_generate")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -289,6 +291,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(book, tmp_path, monkeypatch, c
     assert json.loads((broken / "options.json").read_text())["seed"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(book, tmp_path, monkeypatch):
     story, run = example("nlp_generate"), tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -374,6 +377,7 @@ def encoder(reviews, tmp_path):
     return tmp_path / "encoder"
 
 
+@pytest.mark.slow
 def test_starify(reviews, encoder, capsys):
     main = example("starify_minilm")["main"]
     given = {"data": reviews, "model": encoder, "steps": 60, "lr": 3e-3, "gate_lr": 3e-3}

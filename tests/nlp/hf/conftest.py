@@ -1,10 +1,15 @@
-"""Skips of transformers' tests have to be on the list in skips.py; the long ones are slow."""
+"""Marks transformers' tests `hf`; a test that skips has to be on the list in skips.py."""
+
+from pathlib import Path
 
 import pytest
 
 from tests.nlp.hf import skips
 
 SKIPPED = pytest.StashKey[bool]()
+HERE = Path(__file__).parent
+#: of each family, in the quick tier
+QUICK = "test_save_load"
 
 # marks transformers puts on its tests, unknown to this project otherwise
 MARKS = """accelerate_tests flash_attn_test flash_attn_3_test flash_attn_4_test generate
@@ -20,8 +25,8 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if _family(item) and skips.is_slow(item.name):
-            item.add_marker(pytest.mark.slow)
+        if HERE in item.path.parents and item.name != QUICK:
+            item.add_marker(pytest.mark.hf)
 
 
 @pytest.hookimpl(wrapper=True)

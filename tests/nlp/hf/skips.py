@@ -6,23 +6,14 @@
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-# two processes each
-SLOW = (
-    "test_tp_forward_*",
-    "test_tp_backward",
-    "test_tp_generation*",
-    "test_fsdp2_*",
-    "test_hsdp_*",
-)
-
 
 @dataclass(frozen=True)
 class Skip:
     """Tests by a pattern of their names, the reason, and in which classes (a part of the name).
 
-    `always` says that it is the model they do not apply to, so that they skip on every machine;
-    the others run where the machine has what they need. `since` is the first transformers that
-    has the tests; the list as a whole is for 5.23 and later.
+    With `always` the tests do not apply to the model and skip on every machine; the others run
+    where the machine has what they need. `since` is the first transformers that has the tests; the
+    list as a whole is for 5.23 and later.
     """
 
     tests: str
@@ -32,7 +23,7 @@ class Skip:
     since: str = "5.23"
 
     def applies(self, test_class: str, test: str) -> bool:
-        """Whether this is about a test of a class."""
+        """Return True if this entry is about a test of a class."""
         return fnmatchcase(test, self.tests) and any(part in test_class for part in self.classes)
 
 
@@ -132,17 +123,12 @@ LEFT_OUT = {
 
 
 def entry(test_class: str, test: str) -> Skip | None:
-    """What the list says about a test of a class."""
+    """Return the entry for a test of a class, or `None`."""
     return next((skip for skip in MODEL + MACHINE if skip.applies(test_class, test)), None)
 
 
-def is_slow(test: str) -> bool:
-    """Whether a test is for `make test-slow`."""
-    return any(fnmatchcase(test, pattern) for pattern in SLOW)
-
-
 def table() -> str:
-    """The list in Markdown."""
+    """Write the list as a Markdown table."""
     lines = ["| tests | of | why they skip |", "|---|---|---|"]
     names = {"": "all", "StarformerTest": "decoder", "Encoder": "encoder", "Seq2Seq": "seq2seq"}
     for skip in MODEL + MACHINE:

@@ -1,4 +1,4 @@
-"""What transformers' tests import from files its source archive lacks."""
+"""Stand-ins for files that transformers' tests import and its source archive lacks."""
 
 # tests/utils/test_configuration_utils.py: arguments that every config takes
 config_common_kwargs = {

@@ -1,4 +1,4 @@
-"""What transformers' mixins ask of a family: a tester that makes its configs and inputs."""
+"""Families for transformers' mixins: a tester that makes configs and inputs, and overrides."""
 
 from typing import ClassVar
 from unittest import mock
