@@ -16,7 +16,7 @@ def _own_backend(monkeypatch):
 
 @pytest.fixture
 def eligible(monkeypatch):
-    """Let layers of every size run fused on a CPU, in blocks of 64 rows, the fewest possible."""
+    """Let layers of every size run fused on a CPU, in blocks of 64 rows."""
     monkeypatch.setattr(backend, "MIN_HIDDEN_BYTES_INFERENCE", 0)
     monkeypatch.setattr(backend, "MIN_HIDDEN_BYTES_TRAINING", 0)
     monkeypatch.setattr(star_mlp_cpu, "BLOCK_BYTES", 1)
@@ -31,7 +31,7 @@ def fresh_compiler():
 
 @pytest.fixture(autouse=True)
 def _log_of_transformers():
-    """Restore transformers' log level, which examples and studies lower and its tests read."""
+    """Restore transformers' log level, which examples lower and its tests read."""
     yield
     if "transformers" in sys.modules:
         from transformers.utils import logging
@@ -42,7 +42,7 @@ def _log_of_transformers():
 
 @pytest.fixture(autouse=True)
 def _own_threads():
-    """Restore the number of threads, which a study sets and the last bits of sums depend on."""
+    """Restore the number of threads, which changes the last bits of sums."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

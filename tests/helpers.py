@@ -28,7 +28,7 @@ properties = settings(deadline=None, derandomize=True, database=None, max_exampl
 
 
 def pairwise(*factors):
-    """Return rows of one value per factor in which every two values of two factors meet.
+    """Return rows of one value per factor in which all pairs of values occur.
 
     Tests of factors that do not all interact need these rows, not the full product.
     """
@@ -44,7 +44,7 @@ def pairwise(*factors):
 
 
 def randn(*shape, seed=0, dtype=torch.float32, grad=False):
-    """Return normal numbers that depend on `seed` and `shape` alone, on the default device."""
+    """Return normal numbers that depend on `seed` and `shape` alone."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return values.to(torch.get_default_device(), dtype).requires_grad_(grad)
@@ -81,7 +81,7 @@ def converted(tensors, dtype):
 
 
 def results(f, tensors, *, order=1):
-    """Return the outputs of `f(*tensors)` and the gradients of a fixed weighting of them.
+    """Return the outputs of `f(*tensors)` and gradients of a fixed weighting of them.
 
     Gradients are those of the tensors that require one. With `order=2` the gradients of a fixed
     weighting of these gradients follow. Empty outputs (statistics without `stats`) are left out.
@@ -103,14 +103,14 @@ def results(f, tensors, *, order=1):
     return [t.detach() for t in values]
 
 
-def assert_as_exact_as_eager(found, eager, exact, *, sums=False):
+def assert_as_exact_as_eager(actual, eager, exact, *, sums=False):
     """Assert that each error is at most twice that of eager PyTorch, or two roundings.
 
     The norm of each tensor's error is compared, and its largest element. `exact` are the same
     quantities from the same inputs in float64. With `sums` they are sums of many terms of order 1,
     which may cancel: some float32 roundings of such a sum are allowed too.
     """
-    for i, (ours, theirs, true) in enumerate(zip(found, eager, exact, strict=True)):
+    for i, (ours, theirs, true) in enumerate(zip(actual, eager, exact, strict=True)):
         assert true.dtype == torch.float64
         assert (ours.dtype, ours.shape) == (theirs.dtype, true.shape), f"tensor {i}"
         error, allowed = ours.double() - true, theirs.double() - true
@@ -128,9 +128,9 @@ def largest(t):
     return t.abs().max() if t.numel() else t.new_zeros(())
 
 
-def assert_close_in_scale(found, expected, share):
-    """Assert that no element is off by more than `share` of the largest element expected."""
-    for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+def assert_close_in_scale(actual, expected, share):
+    """Assert that no element is off by more than `share` of the largest one."""
+    for i, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
         assert ours.shape == theirs.shape
         scale = largest(theirs.detach().double())
         error = largest(ours.detach().double() - theirs.detach().double())

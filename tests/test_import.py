@@ -1,4 +1,4 @@
-"""Importing the library is quiet and loads nothing but torch; kernels load when needed."""
+"""Import of the library: quiet, nothing but torch; kernels load when needed."""
 
 import subprocess
 import sys

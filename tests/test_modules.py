@@ -107,7 +107,7 @@ def test_signature_defaults(kind):
 
 
 def explicit(options, x, module):
-    """Compute a star layer from `options` alone, with the weights of `module` (f1, f2, g)."""
+    """Compute a star layer from `options` and the weights of `module`."""
     options = STAR | options
     h1, h2 = (x @ f.weight.T + (0 if f.bias is None else f.bias) for f in (module.f1, module.f2))
     a = FORMULAS[options["act"]](h1)

@@ -1,4 +1,4 @@
-"""Learned and per-sample coefficients of star layers: values, folding, fused paths."""
+"""Learned and per-sample coefficients of star layers: values, folding, fusing."""
 
 import copy
 import pickle

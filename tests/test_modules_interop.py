@@ -25,12 +25,12 @@ MAKERS = {
 makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
-def same(found, expected, **tolerance):
-    torch.testing.assert_close(list(found), list(expected), **tolerance)
+def same(actual, expected, **tolerance):
+    torch.testing.assert_close(list(actual), list(expected), **tolerance)
 
 
-def exactly(found, expected):
-    same(found, expected, rtol=0, atol=0)
+def exactly(actual, expected):
+    same(actual, expected, rtol=0, atol=0)
 
 
 def through_torch_save(module):

@@ -11,7 +11,7 @@ from tests.helpers import RecordOps, gradients, randn, star_mlp_formula
 
 
 def saved_bytes(call):
-    """Return the bytes that autograd saves inside the call, except parameters and views."""
+    """Return the bytes that autograd saves in the call, without parameters and views."""
     sizes = []
 
     def pack(t):

@@ -1,4 +1,4 @@
-"""Inputs and definitions of the library's ops, for tests in torch code and in Triton."""
+"""Inputs and definitions of the library's ops, for all kernel tests."""
 
 import os
 
@@ -45,7 +45,7 @@ def with_mean_and_variance(y, stats):
 
 
 def star_pair(act, offset=0.0, clamp1=(), clamp2=()):
-    """Return the op and its definition as functions of two tensors or one packed tensor."""
+    """Return the op and its definition as functions of two tensors or a packed one."""
 
     def op(x1, x2=None):
         return star(x1, x2, act, offset, list(clamp1), list(clamp2))

@@ -1,4 +1,4 @@
-"""Starified models and the networks of reinforcement learning under Triton's kernels."""
+"""Starified models and networks of policies under Triton's kernels."""
 
 import copy
 

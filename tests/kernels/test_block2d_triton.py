@@ -18,7 +18,7 @@ pytestmark = pytest.mark.interpret
 
 
 def lively(module):
-    """Move BatchNorms away from their start values, as training does; return the module."""
+    """Move BatchNorms away from their start values, as training does."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(3)
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):

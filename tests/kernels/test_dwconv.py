@@ -21,9 +21,9 @@ SMALL = (2, 4, 3, 18, 3)
 def against_definition(sizes, *, stats=False, order=1, **options):
     tensors = conv_tensors(*sizes, **options)
     op, definition = conv_pair(stats)
-    found, eager = results(op, tensors, order=order), results(definition, tensors, order=order)
+    actual, eager = results(op, tensors, order=order), results(definition, tensors, order=order)
     exact = results(definition, converted(tensors, torch.float64), order=order)
-    assert_as_exact_as_eager(found, eager, exact, sums=True)
+    assert_as_exact_as_eager(actual, eager, exact, sums=True)
 
 
 def test_the_definition_is_a_sum_over_taps():
@@ -192,9 +192,9 @@ def test_layout_changes_nothing(layout, stats):
     assert not any(t.is_contiguous() for t in tensors)
     dense = [t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in tensors]
     op, _ = conv_pair(stats)
-    found = results(op, [t.requires_grad_() for t in tensors])
-    assert found[0].is_contiguous()
-    torch.testing.assert_close(found, results(op, dense), rtol=1e-4, atol=1e-4)
+    actual = results(op, [t.requires_grad_() for t in tensors])
+    assert actual[0].is_contiguous()
+    torch.testing.assert_close(actual, results(op, dense), rtol=1e-4, atol=1e-4)
 
 
 @in_either
@@ -233,13 +233,13 @@ def test_nan_is_where_torch_has_it(stats):
         tensors[0][0, 1, 2, 3] = tensors[0][1, 4, 5, 17] = float("nan")
         tensors[5][0, 0, 0, 0] = float("nan")
     op, definition = conv_pair(stats)
-    found, expected = results(op, tensors), results(definition, tensors)
+    actual, expected = results(op, tensors), results(definition, tensors)
     assert expected[0].isnan().sum() == 9 + 4 + 1
     # at the border NaN times a gradient of 0 reaches taps that never meet the NaN
-    found[4 if stats else 2], expected[4 if stats else 2] = (
-        t[4 if stats else 2].flatten(1).sum(1) for t in (found, expected)
+    actual[4 if stats else 2], expected[4 if stats else 2] = (
+        t[4 if stats else 2].flatten(1).sum(1) for t in (actual, expected)
     )
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours.isnan(), theirs.isnan())
 
 
@@ -253,9 +253,9 @@ def test_nan_is_where_torch_has_it(stats):
 def test_nothing_uninitialised_leaks(sizes, missing, stats):
     tensors = conv_tensors(*sizes, missing=missing)
     op, definition = conv_pair(stats)
-    found = results(op, tensors)
-    assert not any(t.isnan().any() for t in found)
-    torch.testing.assert_close(found, results(definition, tensors), rtol=1e-3, atol=1e-3)
+    actual = results(op, tensors)
+    assert not any(t.isnan().any() for t in actual)
+    torch.testing.assert_close(actual, results(definition, tensors), rtol=1e-3, atol=1e-3)
 
 
 @anywhere
@@ -305,8 +305,8 @@ def test_only_some_inputs_require_gradients(wanted, stats, order):
     for name, t in zip(NAMES, tensors, strict=True):
         t.requires_grad_(name in wanted)
     op, definition = conv_pair(stats)
-    found, expected = results(op, tensors, order=order), results(definition, tensors, order=order)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    actual, expected = results(op, tensors, order=order), results(definition, tensors, order=order)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 @in_either
@@ -320,8 +320,8 @@ def test_the_input_as_its_own_residual(order):
 
     exact = results(block(definition), converted(tensors, torch.float64), order=order)
     eager = results(block(definition), tensors, order=order)
-    found = results(block(op), tensors, order=order)
-    assert_as_exact_as_eager(found, eager, exact, sums=True)
+    actual = results(block(op), tensors, order=order)
+    assert_as_exact_as_eager(actual, eager, exact, sums=True)
 
 
 @anywhere
@@ -354,9 +354,9 @@ def test_half_precision_gradients_survive_a_loss_scale_of_65536(stats):
 
     true = scaled(definition, converted(tensors, torch.float64))
     assert 200 < max(g.abs().max() for g in true) < 65504  # each of them a float16
-    found = scaled(op, tensors)
-    assert all(g.isfinite().all() for g in found)
-    for ours, exact in zip(found, true, strict=True):
+    actual = scaled(op, tensors)
+    assert all(g.isfinite().all() for g in actual)
+    for ours, exact in zip(actual, true, strict=True):
         assert (ours - exact).norm() <= 0.01 * exact.norm()
 
 

@@ -1,4 +1,4 @@
-"""Dispatch of a StarMLP on a GPU, condition by condition; these functions run on CPU tensors."""
+"""Dispatch of a StarMLP on a GPU, condition by condition, with CPU tensors."""
 
 import contextlib
 import subprocess
@@ -123,8 +123,8 @@ def test_family_by_shared_memory(shared, hip, expected, monkeypatch):
 
 def test_tile_is_the_narrowest_that_fits(monkeypatch):
     table = MLP_FORWARD["sm_90"]
-    found = [mlp_tile(MLP_FORWARD, CPU, width) for width in (1, 32, 33, 64, 65, 384, 385)]
-    assert found == [table[n] for n in (32, 32, 64, 64, 96, 384)] + [None]
+    actual = [mlp_tile(MLP_FORWARD, CPU, width) for width in (1, 32, 33, 64, 65, 384, 385)]
+    assert actual == [table[n] for n in (32, 32, 64, 64, 96, 384)] + [None]
     assert mlp_tile(MLP_FORWARD, CPU, 128, 4) == MLP_FORWARD["sm_90 float32"][128]
     assert mlp_tile(MLP_FORWARD, CPU, 129, 4) is None
     # the interpreter takes any type by the tables of 16 bits
@@ -170,7 +170,7 @@ def test_descriptors(width, hidden, out, dtype, gpu, hip, serve, monkeypatch):
 
 @pytest.fixture
 def wide_layer(monkeypatch):
-    """A layer, its input and its parameters, where K2 and K5 can run and nothing is measured."""
+    """Return input, parameters and layer; K2 and K5 can run, nothing is measured yet."""
     monkeypatch.setattr(layer, "_descriptors_serve", lambda x, mlp: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())

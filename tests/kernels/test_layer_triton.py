@@ -61,7 +61,7 @@ OPS = {"wide": "star_mlp_wide", "wide-recomputed": "star_mlp_wide", "op": "star"
 
 
 def some(quick, names=SHAPES):
-    """Return `names` as parameters, of which only those in `quick` are in the quick tier."""
+    """Return `names` as parameters; those not in `quick` are slow."""
     return [pytest.param(name, marks=() if name in quick else slow) for name in names]
 
 

@@ -1,4 +1,4 @@
-"""Every op against torch's own checks of custom ops, its compilers and its exporter.
+"""Every op against torch's checks of custom ops, its compilers and its exporter.
 
 Helpers of `starlayers.kernels.registration` are tested at the end.
 """

@@ -18,9 +18,9 @@ def branches(*shape, dtype=torch.float32):
 
 def against_definition(pair, tensors, order=1):
     op, definition = pair
-    found, eager = results(op, tensors, order=order), results(definition, tensors, order=order)
+    actual, eager = results(op, tensors, order=order), results(definition, tensors, order=order)
     exact = results(definition, converted(tensors, torch.float64), order=order)
-    assert_as_exact_as_eager(found, eager, exact)
+    assert_as_exact_as_eager(actual, eager, exact)
 
 
 @in_either
@@ -94,9 +94,9 @@ def test_layout_changes_nothing(layout):
     tensors = LAYOUTS[layout]()
     dense = [t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in tensors]
     tensors = [t.requires_grad_() for t in tensors]
-    found = results(op, tensors)
-    torch.testing.assert_close(found, results(op, dense))
-    assert found[0].is_contiguous()
+    actual = results(op, tensors)
+    torch.testing.assert_close(actual, results(op, dense))
+    assert actual[0].is_contiguous()
 
 
 @in_either
@@ -104,9 +104,9 @@ def test_layout_changes_nothing(layout):
 def test_an_expanded_upstream_gradient_is_one_of_ones(packed):
     op, definition = star_pair("silu")
     tensors = [randn(6, 44, grad=True)] if packed else branches(6, 22)
-    found = torch.autograd.grad(op(*tensors).sum(), tensors)
+    actual = torch.autograd.grad(op(*tensors).sum(), tensors)
     expected = torch.autograd.grad(definition(*tensors).sum(), tensors)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 CLAMPS = {
@@ -127,7 +127,7 @@ def test_clamped_branches(act, clamps, packed, order):
 
 
 def clamp_is_closed():
-    """Return True if the gradient of clamp is 1 at a limit, as before about PyTorch 2.12."""
+    """Return True if clamp has gradient 1 at a limit, as before about PyTorch 2.12."""
     x = torch.ones(1, requires_grad=True)
     return bool(torch.autograd.grad(x.clamp(max=1.0), x)[0])
 
@@ -162,11 +162,11 @@ def test_nan_is_where_torch_has_it(act, clamped):
     with torch.no_grad():
         tensors[0][0, 0] = tensors[1][1, 1] = tensors[0][2, 2] = tensors[1][2, 2] = NAN
         tensors[0][1, 1] = 0.5  # no activation is flat there
-    found, expected = results(op, tensors), results(definition, tensors)
+    actual, expected = results(op, tensors), results(definition, tensors)
     # depends on PyTorch's loop: hardtanh_backward gives 0 or 1, hardswish_backward g or NaN
     if act in ("relu6", "hardswish"):
-        found[1][tensors[0].isnan()] = expected[1][tensors[0].isnan()] = 0
-    for ours, theirs in zip(found, expected, strict=True):
+        actual[1][tensors[0].isnan()] = expected[1][tensors[0].isnan()] = 0
+    for ours, theirs in zip(actual, expected, strict=True):
         assert theirs.isnan().any() or clamped
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
@@ -178,9 +178,9 @@ def test_no_gradient_comes_out_of_a_flat_piece(act, bad):
     op, definition = star_pair(act)
     tensors = [torch.tensor([-4.0, 1.0], requires_grad=True), randn(2, grad=True)]
     seed = torch.tensor([bad, 1.0])  # as an overflowing loss scale sends it
-    found = torch.autograd.grad(op(*tensors), tensors, seed)
+    actual = torch.autograd.grad(op(*tensors), tensors, seed)
     expected = torch.autograd.grad(definition(*tensors), tensors, seed)
-    torch.testing.assert_close(found, expected, equal_nan=True)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
 @in_either
@@ -202,9 +202,9 @@ def test_no_elements(shape, packed, launches):
         expected = (0,)
     else:
         expected = (*shape[:-1], shape[-1] // 2) if packed else shape
-    found = results(lambda *t: star(t[0], None if packed else t[1], "relu6", 0.0, [], []), tensors)
-    assert found[0].shape == expected
-    assert [g.shape for g in found[1:]] == [t.shape for t in tensors]
+    actual = results(lambda *t: star(t[0], None if packed else t[1], "relu6", 0.0, [], []), tensors)
+    assert actual[0].shape == expected
+    assert [g.shape for g in actual[1:]] == [t.shape for t in tensors]
     assert launches == []
     star(randn(1), randn(1), "relu6", 0.0, [], [])  # the fixture `either` wants a launch
 
@@ -249,8 +249,8 @@ def test_the_gradient_of_one_branch_alone(wanted, order):
 def test_one_tensor_as_both_branches(order):
     op, definition = star_pair("silu", 1.0)
     x = [randn(6, 22, grad=True)]
-    found = results(lambda t: op(t, t), x, order=order)
-    torch.testing.assert_close(found, results(lambda t: definition(t, t), x, order=order))
+    actual = results(lambda t: op(t, t), x, order=order)
+    torch.testing.assert_close(actual, results(lambda t: definition(t, t), x, order=order))
 
 
 @in_either
@@ -275,5 +275,5 @@ def test_backward_called_under_autocast(create_graph):
     tensors = branches(6, 22)
     y, seed = op(*tensors), randn(6, 22, seed=9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = torch.autograd.grad(y, tensors, seed, create_graph=create_graph)
-    torch.testing.assert_close(found, torch.autograd.grad(definition(*tensors), tensors, seed))
+        actual = torch.autograd.grad(y, tensors, seed, create_graph=create_graph)
+    torch.testing.assert_close(actual, torch.autograd.grad(definition(*tensors), tensors, seed))

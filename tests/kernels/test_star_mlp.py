@@ -1,4 +1,4 @@
-"""Fused star MLP op against its definition: row blocks on a CPU, kernels in Triton."""
+"""Fused star MLP op against its definition, in row blocks and in Triton."""
 
 import itertools
 import warnings
@@ -35,9 +35,9 @@ SIZES = [(7, 5, 11, 3), (64, 4, 8, 4), (65, 1, 1, 1), (177, 5, 11, 3)]
 def against_definition(sizes, act, *, offset=0.0, stats=False, order=1, **options):
     tensors = mlp_tensors(*sizes, **options)
     op, definition = mlp_pair(act, offset, stats)
-    found, eager = results(op, tensors, order=order), results(definition, tensors, order=order)
+    actual, eager = results(op, tensors, order=order), results(definition, tensors, order=order)
     exact = results(definition, converted(tensors, torch.float64), order=order)
-    assert_as_exact_as_eager(found, eager, exact, sums=True)
+    assert_as_exact_as_eager(actual, eager, exact, sums=True)
 
 
 def absent(bare):
@@ -151,9 +151,9 @@ def test_any_size_in_triton(sizes, act, offset, missing):
 def test_nothing_uninitialised_leaks(sizes, missing, stats):
     tensors = mlp_tensors(*sizes, missing=missing)
     op, definition = mlp_pair("gelu", 1.0, stats)
-    found = results(op, tensors)
-    assert not any(t.isnan().any() for t in found)
-    torch.testing.assert_close(found, results(definition, tensors), rtol=1e-3, atol=1e-3)
+    actual = results(op, tensors)
+    assert not any(t.isnan().any() for t in actual)
+    torch.testing.assert_close(actual, results(definition, tensors), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.usefixtures("nan_memory")
@@ -207,9 +207,9 @@ def test_layout_changes_nothing(layout, changed, stats):
         for name, t in zip(NAMES, mlp_tensors(70, 24, 40, 48), strict=True)
     ]
     dense = [t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in tensors]
-    found = results(op, [t.requires_grad_() for t in tensors])
-    assert found[0].is_contiguous()
-    torch.testing.assert_close(found, results(op, dense), rtol=1e-4, atol=1e-4)
+    actual = results(op, [t.requires_grad_() for t in tensors])
+    assert actual[0].is_contiguous()
+    torch.testing.assert_close(actual, results(op, dense), rtol=1e-4, atol=1e-4)
 
 
 @in_either
@@ -250,12 +250,12 @@ def test_nan_is_where_torch_has_it(act, stats):
         tensors[0][3, 2] = tensors[0][69, 0] = float("nan")
         tensors[7][5, 1] = float("nan")
     op, definition = mlp_pair(act, 1.0, stats)
-    found, expected = results(op, tensors), results(definition, tensors)
+    actual, expected = results(op, tensors), results(definition, tensors)
     assert expected[0].isnan().sum() == 2 * 24 + 1
     if act == "relu6":  # hardtanh_backward: 0 in its vectorised loop, 1 in the scalar one
-        assert torch.equal(found[0].isnan(), expected[0].isnan())
+        assert torch.equal(actual[0].isnan(), expected[0].isnan())
         return
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours.isnan(), theirs.isnan())
 
 
@@ -323,8 +323,8 @@ def test_only_some_inputs_require_gradients(wanted, stats, order):
     for name, t in zip(NAMES, tensors, strict=True):
         t.requires_grad_(name in wanted)
     op, definition = mlp_pair("silu", 1.0, stats)
-    found, expected = results(op, tensors, order=order), results(definition, tensors, order=order)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    actual, expected = results(op, tensors, order=order), results(definition, tensors, order=order)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 @in_either
@@ -340,12 +340,12 @@ def test_backward_called_under_autocast(create_graph):
 
     tensors = mlp_tensors(70, 17, 40, 24)
     op, definition = mlp_pair("silu")
-    found, eager = under_autocast(op, tensors), under_autocast(definition, tensors)
+    actual, eager = under_autocast(op, tensors), under_autocast(definition, tensors)
     _, *exact = results(definition, converted(tensors, torch.float64))
-    assert {g.dtype for g in found} == {torch.float32}
-    assert_as_exact_as_eager(found, eager, exact, sums=True)
+    assert {g.dtype for g in actual} == {torch.float32}
+    assert_as_exact_as_eager(actual, eager, exact, sums=True)
     if not create_graph:
-        torch.testing.assert_close(found, [g.float() for g in exact], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual, [g.float() for g in exact], rtol=1e-4, atol=1e-4)
 
 
 @in_either
@@ -406,9 +406,9 @@ def test_half_precision_gradients_survive_a_loss_scale_of_65536(sizes, stats):
     true = scaled(definition, converted(tensors, torch.float64))
     largest = max(g.abs().max() for g in true)
     assert 200 < largest < 65504  # large, but each of them a float16
-    found = scaled(op, tensors)
-    assert all(g.isfinite().all() for g in found)
-    for ours, exact in zip(found, true, strict=True):
+    actual = scaled(op, tensors)
+    assert all(g.isfinite().all() for g in actual)
+    for ours, exact in zip(actual, true, strict=True):
         assert (ours - exact).norm() <= 0.01 * exact.norm()
 
 

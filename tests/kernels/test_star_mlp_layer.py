@@ -22,8 +22,8 @@ def eagerly(f):
         return f()
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("act", FORMULAS)
@@ -37,10 +37,10 @@ def test_second_order_is_that_of_the_definition(act):
         return [dx, x.grad, *(p.grad for p in mlp.parameters())]
 
     with RecordOps() as ops:
-        found = second(fused)
+        actual = second(fused)
     assert ops.counts[OP] == 1
     expected = eagerly(lambda: second(plain))
-    for ours, theirs in zip(found, expected, strict=True):  # sums of squares: sizes differ widely
+    for ours, theirs in zip(actual, expected, strict=True):  # sums of squares: sizes differ widely
         close(ours / theirs.abs().max(), theirs / theirs.abs().max())
 
 
@@ -66,10 +66,10 @@ def test_layer_of_any_rank_takes_the_op(shape):
     fused, plain = twins(act="gelu", offset=1)
     x = randn(*shape)
     with RecordOps() as ops:
-        found = gradients(fused, x)
+        actual = gradients(fused, x)
     with RecordOps() as eager_ops, use_backend("eager"):
         expected = gradients(plain, x)
-    close(found, expected)
+    close(actual, expected)
     assert (ops.counts[OP], ops.counts[BACKWARD]) == (1, 1)
     assert OP not in eager_ops.counts
 
@@ -110,10 +110,10 @@ def test_frozen_parts_get_no_gradient(frozen):
         return [t.grad for t in (x, *mlp.parameters())]
 
     fused, plain = twins(act="silu")
-    found, expected = trained(fused), eagerly(lambda: trained(plain))
-    assert [g is None for g in found] == [g is None for g in expected]
-    assert any(g is None for g in found)
-    close([g for g in found if g is not None], [g for g in expected if g is not None])
+    actual, expected = trained(fused), eagerly(lambda: trained(plain))
+    assert [g is None for g in actual] == [g is None for g in expected]
+    assert any(g is None for g in actual)
+    close([g for g in actual if g is not None], [g for g in expected if g is not None])
 
 
 @pytest.mark.parametrize(("derivative", "fused_runs"), [(None, 0), (torch.cos, 1)])
@@ -123,9 +123,9 @@ def test_registered_activation_runs_fused_where_it_has_a_derivative(derivative, 
         fused, plain = twins(act="sine")
         x = randn(70, 5)
         with RecordOps() as ops:
-            found = gradients(fused, x)
+            actual = gradients(fused, x)
         assert ops.counts.get(OP, 0) == fused_runs
-        close(found, eagerly(lambda: gradients(plain, x)))
+        close(actual, eagerly(lambda: gradients(plain, x)))
     finally:
         del ACTIVATIONS["sine"]
 

@@ -64,7 +64,7 @@ def test_tiles_of_unequal_length_weigh_by_their_rows():
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("shift", [0.0, 1e3])
 def test_statistics_of_a_shifted_output(shift):
-    """Compare with float64 statistics of the output itself, which the next layer normalises."""
+    """Compare with float64 statistics of the output that the next layer normalises."""
     tensors = mlp_tensors(300, 17, 40, 24)
     image = conv_tensors(3, 9, 5, 18, 3)
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_statistics_of_a_shifted_output(shift):
 
 
 def normalised(f):
-    """Return `f` followed by a BatchNorm without parameters, from the statistics of `f`."""
+    """Return `f` followed by a BatchNorm that uses the statistics of `f`."""
 
     def normalise(*tensors):
         y, mean, var = f(*tensors)
@@ -96,9 +96,9 @@ def test_a_batch_norm_after_an_op_is_that_of_torch(order):
         return torch.nn.functional.batch_norm(definition(*tensors)[0], None, None, training=True)
 
     tensors = mlp_tensors(130, 17, 40, 24)
-    found = results(normalised(op), tensors, order=order)
+    actual = results(normalised(op), tensors, order=order)
     exact = results(torch_norm, converted(tensors, torch.float64), order=order)
-    for ours, true in zip(found, exact, strict=True):
+    for ours, true in zip(actual, exact, strict=True):
         assert (ours - true).norm() <= 1e-4 * true.norm().clamp(min=1)
 
 
@@ -109,9 +109,9 @@ def test_gradient_of_the_statistics_is_an_affine_map_of_the_output(dtype):
     dy, dmean, dvar = (randn(*t.shape, seed=i, dtype=t.dtype) for i, t in enumerate(outputs, 1))
     (expected,) = torch.autograd.grad(outputs, y, [dy, dmean, dvar])
     p, q = statistics_gradient(dmean, dvar, 12)
-    found = upstream(dy, y.detach(), outputs[1].detach(), p, q)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, expected)
+    actual = upstream(dy, y.detach(), outputs[1].detach(), p, q)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual, expected)
     assert upstream(dy, None, None, None, None) is dy
 
 

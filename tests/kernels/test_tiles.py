@@ -54,7 +54,7 @@ def family_of(path):
 
 
 def sizes_of(name, path, tile):
-    """Return sizes with a ragged tile of rows and of hidden channels after a whole one."""
+    """Return sizes with a ragged tile of rows and of channels after a whole one."""
     channels = path[-1]
     hidden = tile.hidden + 8
     if name == "MLP_BACKWARD":
@@ -81,12 +81,12 @@ def test_tile(name, path, dtype, on_family, launches, monkeypatch):
     op, definition = mlp_pair("silu", 0.5, True)
     if name == "MLP_FORWARD":
         tensors = [t.detach() for t in tensors]
-        found, eager = op(*tensors), definition(*tensors)
+        actual, eager = op(*tensors), definition(*tensors)
         exact = definition(*(t.double() for t in tensors))
     else:
-        found, eager = results(op, tensors), results(definition, tensors)
+        actual, eager = results(op, tensors), results(definition, tensors)
         exact = results(definition, converted(tensors, torch.float64))
-    assert_as_exact_as_eager(found, eager, exact, sums=True)
+    assert_as_exact_as_eager(actual, eager, exact, sums=True)
     kernel, wanted = kernel_of(name, path)
     options = [o for k, _, o in launches if k == kernel and wanted.items() <= o.items()]
     assert [(o["BM"], o["BH"], o["num_warps"], o["num_stages"]) for o in options] == [

@@ -44,7 +44,7 @@ def expected(name, dtype):
 
 @pytest.fixture
 def imagined_gpu(monkeypatch):
-    """Pretend that there is an H100: Triton can ask for its architecture but run nothing."""
+    """Pretend that there is an H100, for Triton's analysis; nothing can run on it."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
