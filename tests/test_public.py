@@ -15,6 +15,8 @@ MODULES = [
     "starlayers.functional",
     "starlayers.modules",
     "starlayers.nlp",
+    "starlayers.datasets",
+    "starlayers.datasets.packages",
     "starlayers.datasets.text",
     "starlayers.datasets.pretrained",
     "starlayers.datasets.tokens",

