@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import sb3_contrib as contrib
@@ -68,6 +69,10 @@ def test_the_file_acts_as_predict_does(tmp_path, name, norm):
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
     assert difference(model, path) <= 1e-5
     assert difference(model, path, n=1) <= 1e-5
+    graph = onnx.load(path)
+    assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 18)]
+    batch = graph.graph.input[0].type.tensor_type.shape.dim[0]
+    assert batch.dim_param == "batch"
 
 
 @needs_onnx

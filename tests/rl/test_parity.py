@@ -89,6 +89,18 @@ def test_choices_differ_by_their_scores(expected, actual, largest, choices, diff
     )
 
 
+def test_small_scores_are_compared_as_they_are():
+    scores = np.array([[0.01, 0.005, 0.01]], dtype=np.float32)
+    found = parity._difference(np.array([0]), np.array([1]), scores, 0.0, [3])
+    assert found == pytest.approx(0.5, rel=1e-5)
+    zeros = np.zeros((1, 3), np.float32)
+    assert parity._difference(np.array([0]), np.array([1]), zeros, 0.0, [3]) == 0
+
+
+def test_limits_are_pinned():
+    assert (parity.TOLERANCE, parity.BATCHES, parity.LARGE) == (1e-5, (1, 2, 7, 64), 1000)
+
+
 def test_several_choices_have_scores_of_their_own():
     scores = np.array([[0.0, 4.0, 1.0, 3.0, 2.0]], dtype=np.float32)
     expected, actual = np.array([[1, 1]]), np.array([[1, 2]])
@@ -172,4 +184,6 @@ def test_random_masks_allow_something():
     ((inputs),) = random_inputs(graph_of(starts), (200,))
     assert inputs["hidden"].shape == inputs["cell"].shape == (1, 200, 256)
     assert set(np.unique(inputs["episode_start"])) == {0.0, 1.0}
-    assert 0.9 < np.abs(inputs["cell"]).max() <= 1
+    for state in (inputs["hidden"], inputs["cell"]):
+        assert -1 <= state.min() < -0.9
+        assert 0.9 < state.max() <= 1

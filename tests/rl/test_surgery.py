@@ -340,6 +340,8 @@ def test_refusals():
         starify(ppo, product=8)
     with pytest.raises(ValueError, match="product must be at least 1, got -2"):
         starify(ppo, product=-2)
+    with pytest.raises(TypeError, match=r"starify: product must be an integer, got 1.5"):
+        starify(ppo, product=1.5)
     with pytest.raises(ValueError, match="unknown gate 'wide'"):
         starify(ppo, gate="wide")
     with pytest.raises(ValueError, match="include pattern 'encoder' matches none"):
