@@ -94,6 +94,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.coefficients cost
 	$(BIN)/python -m benchmarks.coefficients searches search
 	$(BIN)/python -m benchmarks.coefficients searches tune
+	$(BIN)/python -m benchmarks.evidence
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu
@@ -101,20 +102,20 @@ bench-gpu: setup
 
 bench-smoke: setup
 	$(BIN)/python -m benchmarks.vision speed --smoke --out runs/smoke
-	$(BIN)/python -m benchmarks.vision demonet --smoke --out runs/smoke
-	$(BIN)/python -m benchmarks.vision peers --smoke --out runs/smoke
-	$(BIN)/python -m benchmarks.nlp quality --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.vision demonet --smoke --processes 1 --out runs/smoke
+	$(BIN)/python -m benchmarks.vision peers --smoke --processes 1 --out runs/smoke
+	$(BIN)/python -m benchmarks.nlp quality --smoke --processes 1 --out runs/smoke
 	$(BIN)/python -m benchmarks.nlp speed --smoke --out runs/smoke
-	$(BIN)/python -m benchmarks.starify quality --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.starify quality --smoke --processes 1 --out runs/smoke
 	$(BIN)/python -m benchmarks.starify speed --smoke --out runs/smoke
-	$(BIN)/python -m benchmarks.rl quality --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.rl quality --smoke --processes 1 --out runs/smoke
 	$(BIN)/python -m benchmarks.rl speed --smoke --out runs/smoke
-	$(BIN)/python -m benchmarks.coefficients dimension --smoke --out runs/smoke
-	$(BIN)/python -m benchmarks.coefficients penalties --smoke --out runs/smoke
-	$(BIN)/python -m benchmarks.coefficients eigen --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.coefficients dimension --smoke --processes 1 --out runs/smoke
+	$(BIN)/python -m benchmarks.coefficients penalties --smoke --processes 1 --out runs/smoke
+	$(BIN)/python -m benchmarks.coefficients eigen --smoke --processes 1 --out runs/smoke
 	$(BIN)/python -m benchmarks.coefficients cost --smoke --out runs/smoke
-	$(BIN)/python -m benchmarks.coefficients searches search --smoke --out runs/smoke
-	$(BIN)/python -m benchmarks.coefficients searches tune --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.coefficients searches search --smoke --processes 1 --out runs/smoke
+	$(BIN)/python -m benchmarks.coefficients searches tune --smoke --processes 1 --out runs/smoke
 
 kernels: setup
 	$(BIN)/python -m benchmarks.kernels
