@@ -23,34 +23,34 @@ def first_definition(records: Mapping[str, Record]) -> dict[str, Any]:
     return definition
 
 
-def conditions(records: Iterable[Record]) -> str:
+def conditions(runs: Iterable[Record]) -> str:
     """Return a list of the conditions under which the records were made."""
-    found = list(records)
-    seeds = sorted({r.seed for r in found if r.seed is not None})
-    lines = [f"runs: {len(found)}" + (f", of seeds {_ranges(seeds)}" if seeds else "")]
-    commands = dict.fromkeys(f"`{r.command}`" if r.command else "unknown" for r in found)
+    records = list(runs)
+    seeds = sorted({r.seed for r in records if r.seed is not None})
+    lines = [f"runs: {len(records)}" + (f", of seeds {_ranges(seeds)}" if seeds else "")]
+    commands = dict.fromkeys(f"`{r.command}`" if r.command else "unknown" for r in records)
     lines.append("command: " + "; ".join(commands))
-    if repaired := sum("command_repaired" in r.marks for r in found):
-        lines[-1] += f" (completed later in {repaired} of {len(found)} records)"
-    lines.append("date: " + _distinct(r.date for r in found))
-    hardware = [r.hardware for r in found]
+    if repaired := sum("command_repaired" in r.marks for r in records):
+        lines[-1] += f" (completed later in {repaired} of {len(records)} records)"
+    lines.append("date: " + _distinct(r.date for r in records))
+    hardware = [r.hardware for r in records]
     processor = _distinct(f"{h['cpu']}, {h['cores']} cores" for h in hardware)
     threads = _distinct(f"{h['threads']}" for h in hardware)
     lines.append(f"hardware: {processor}; threads of a run: {threads}")
     versions = {
-        name: _distinct(r.versions.get(name) for r in found)
+        name: _distinct(r.versions.get(name) for r in records)
         for name in STATED
-        if all(r.versions.get(name) for r in found)
+        if all(r.versions.get(name) for r in records)
     }
     lines.append("versions: " + ", ".join(f"{name} {v}" for name, v in versions.items()))
-    if repaired := sum(r.marks.get("definition_from") == "repaired" for r in found):
+    if repaired := sum(r.marks.get("definition_from") == "repaired" for r in records):
         lines.append(
-            f"definition of the arms: filled in later in {repaired} of {len(found)} records"
+            f"definition of the arms: filled in later in {repaired} of {len(records)} records"
         )
-    if unknown_definitions := sum(r.definition is None for r in found):
+    if unknown_definitions := sum(r.definition is None for r in records):
         lines.append(f"definition of the arms: unknown in {unknown_definitions} records")
-    if transcribed := sum("metrics_from" in r.marks for r in found):
-        lines.append(f"values: transcribed by hand in {transcribed} of {len(found)} records")
+    if transcribed := sum("metrics_from" in r.marks for r in records):
+        lines.append(f"values: transcribed by hand in {transcribed} of {len(records)} records")
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 

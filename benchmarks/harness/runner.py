@@ -28,12 +28,12 @@ def current(study: str, jobs: dict[str, Job], folder: Path = RESULTS) -> Records
     Records of another definition stay in the file and are not returned.
     """
     wanted = {name: (definition(job), job["seed"]) for name, job in jobs.items()}
-    found = {
+    newest = {
         r.run: r
         for r in load(study, folder)
         if r.run in wanted and (r.definition, r.seed) == wanted[r.run]
     }
-    return {name: found[name] for name in jobs if name in found}
+    return {name: newest[name] for name in jobs if name in newest}
 
 
 def of_arms(study: str, arms: list[str], folder: Path = RESULTS) -> Records:

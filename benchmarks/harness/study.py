@@ -1,4 +1,4 @@
-"""A study: its runs, its tables, its part of a page of evidence, and its command's options."""
+"""Studies: runs, tables, their part of a page of evidence, and options of their commands."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ Figures = dict[str, Callable[[Path], None]]
 
 @dataclass(frozen=True)
 class Study:
-    """A study.
+    """Study with its runs, tables, and part of a page.
 
     Args:
         name: name of the file of its records.

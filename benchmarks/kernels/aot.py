@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for, with the limits a program must keep."""
+    """GPU to compile for, with the limits of a program."""
 
     backend: str
     arch: int | str
@@ -39,7 +39,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Stats:
-    """What a compiled kernel needs of the GPU."""
+    """Registers, memory and matrix instructions of a compiled kernel."""
 
     registers: int  # a thread; on AMD with the accumulators
     spill: int  # bytes a thread: stores and loads in the code; on AMD its scratch memory
@@ -94,7 +94,7 @@ def _nvidia_stats(ptx: str, log: str, shared: int, t: Target, warps: int) -> Sta
 
 
 def parse_ptxas(log: str) -> tuple[int, int]:
-    """Registers a thread of the entry function, and bytes spilt in all functions."""
+    """Read registers a thread of the entry function, and bytes spilled in all functions."""
     entry = re.search(
         r"Compiling entry function '(\S+)'.*?Function properties for \1\n.*?Used (\d+) registers",
         log, re.DOTALL,
@@ -109,9 +109,9 @@ def amd_stats(asm: str, shared: int, t: Target, warps: int) -> Stats:
     """Read the metadata of AMD assembly."""
 
     def field(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", asm)
-        assert found, name
-        return int(found[1])
+        match = re.search(rf"\.{name}:\s+(\d+)", asm)
+        assert match, name
+        return int(match[1])
 
     # .vgpr_count holds the accumulators too (gfx90a and later share one file of 512 a lane);
     # each of the 4 SIMDs has its own file and room for 8 waves

@@ -57,7 +57,7 @@ of K6, rows x columns x channels of an image.
 
 
 def compile_variant(v: Variant) -> Stats | str:
-    """What the kernel needs, or why it does not compile."""
+    """Compile a variant; return what the kernel needs, or the error."""
     module, name = v.function.split(".")
     kernel = getattr(import_module(f"starlayers.kernels.device.{module}"), name)
     types = {n: _type(n, v) for n in kernel.arg_names if n not in v.constants}
@@ -77,24 +77,24 @@ def _type(name: str, v: Variant) -> str:
     return "*fp32" if name in VECTORS else f"*{KINDS[v.size]}"
 
 
-def offences(v: Variant, found: Stats | str) -> list[str]:
-    """Why a variant must not ship; AMD's compiler may use scratch memory, it is only reported."""
-    if isinstance(found, str):
-        return [f"does not compile: {found}"]
+def offences(v: Variant, stats: Stats | str) -> list[str]:
+    """Return the reasons why a variant must not ship; scratch memory on AMD is no reason."""
+    if isinstance(stats, str):
+        return [f"does not compile: {stats}"]
     target = TARGETS[v.target]
     reasons = []
-    if found.spill > MAX_SPILL and target.backend == "cuda" and (v.target, v.size) != TIMED:
-        reasons.append(f"spills {found.spill} bytes a thread")
-    if found.shared > target.shared_limit:
-        reasons.append(f"{found.shared} bytes of shared memory, {target.shared_limit} there are")
-    if v.products and v.target == "sm_90" and v.size == 2 and not found.matrix:
+    if stats.spill > MAX_SPILL and target.backend == "cuda" and (v.target, v.size) != TIMED:
+        reasons.append(f"spills {stats.spill} bytes a thread")
+    if stats.shared > target.shared_limit:
+        reasons.append(f"{stats.shared} bytes of shared memory, {target.shared_limit} there are")
+    if v.products and v.target == "sm_90" and v.size == 2 and not stats.matrix:
         reasons.append("no HGMMA")
     return reasons
 
 
 @dataclass(frozen=True)
 class Row:
-    """A configuration on one GPU: its worst variant."""
+    """Worst variant of a configuration on one GPU."""
 
     variant: Variant
     stats: Stats
@@ -110,23 +110,23 @@ class Row:
         ]  # fmt: skip
 
 
-def table_rows(found: dict[Variant, Stats]) -> list[Row]:
+def table_rows(stats: dict[Variant, Stats]) -> list[Row]:
     """One row for each configuration and GPU, by kernel and otherwise in the order given."""
     groups: dict[tuple[object, ...], list[Variant]] = defaultdict(list)
-    for v in found:
+    for v in stats:
         groups[v.kernel, v.row, v.size, v.target].append(v)
 
     def badness(v: Variant) -> tuple[int, bool, int, int]:
-        s = found[v]
+        s = stats[v]
         return s.spill, s.serialized, s.registers, s.shared
 
     worst = (max(group, key=badness) for group in groups.values())
-    rows = [Row(v, found[v], len(g)) for v, g in zip(worst, groups.values(), strict=True)]
+    rows = [Row(v, stats[v], len(g)) for v, g in zip(worst, groups.values(), strict=True)]
     return sorted(rows, key=lambda row: row.variant.kernel)
 
 
 def page(rows: list[Row]) -> str:
-    """The table with what one needs to read it."""
+    """Make the page: the table, and how to read it."""
     header = ["kernel", "tile", "type", "GPU", "worst with", "registers", "spill", "KiB"]
     header += ["matrix", "programs", "compiled"]
     return TEXT.format(
@@ -139,7 +139,7 @@ def page(rows: list[Row]) -> str:
 
 
 def compile_all(todo: list[Variant]) -> list[Stats | str]:
-    """What each variant needs, in order."""
+    """Compile all variants, and return what each needs, in order."""
     # spawned: a fork of a process with threads may hang
     with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
         return list(
@@ -161,8 +161,8 @@ def main(
     for v, reason in failures:
         where = f"{v.kernel} ({v.row}; {v.options}) in {KINDS[v.size]} on {v.target}"
         print(f"{where}: {reason}", file=sys.stderr)
-    found = {v: s for v, s in zip(todo, results) if isinstance(s, Stats)}
-    out.write_text(page(table_rows(found)))
+    stats = {v: s for v, s in zip(todo, results) if isinstance(s, Stats)}
+    out.write_text(page(table_rows(stats)))
     print(f"{len(todo)} variants compiled, {len(failures)} offences; table in {out.name}")
     if failures:
         raise typer.Exit(1)

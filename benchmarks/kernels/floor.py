@@ -1,4 +1,4 @@
-"""The least time memory and arithmetic allow each kernel on an H100; no kernel is run.
+"""Least time that memory and arithmetic allow each kernel on an H100; no kernel is run.
 
 Bytes are those that cross the memory bus: what programs share through the cache counts once. A
 multiply-add counts as two operations in `flops` and as one in `fmas`.
@@ -25,7 +25,7 @@ POLICIES = [(batch, width) for batch in (64, 4096) for width in (64, 256)]
 
 @dataclass(frozen=True)
 class Work:
-    """What a kernel moves and computes, and what it would move were it not fused."""
+    """Bytes and operations of a kernel, and the bytes that it would move unfused."""
 
     kernel: str
     bytes: int

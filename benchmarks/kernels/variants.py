@@ -122,7 +122,7 @@ def depthwise(target: str, size: int) -> Iterator[Variant]:
 
 
 def statistics(target: str) -> Iterator[Variant]:
-    """What merges the statistics of tiles, at its widest."""
+    """Yield the kernels that merge the statistics of tiles, at their widest."""
     constants = {"C": 32, "BT": kernel_statistics.TILES, "BC": kernel_statistics.CHANNELS}
     row = (
         f"{kernel_statistics.TILES} x {kernel_statistics.CHANNELS}, {kernel_statistics.WARPS} warps"
@@ -142,7 +142,7 @@ def statistics(target: str) -> Iterator[Variant]:
 def _matrix(
     target: str, size: int, channels: int, tile: Tile, act: str, ratio: int
 ) -> dict[str, Any]:
-    """What K3 and K4 have in common."""
+    """Return the options that K3 and K4 have in common."""
     c0, c1 = split_columns(channels)
     hidden = ratio * channels
     return {

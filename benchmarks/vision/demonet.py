@@ -190,14 +190,14 @@ def difference_table(summary: list[dict[str, Any]]) -> str:
 def verdicts(summary: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Return for each claim and shape whether the interval supports the claim."""
     words = {"better": "yes", "worse": "NO, the opposite"}
-    found = []
+    lines = []
     for claim, name in CLAIMS.items():
         for row in summary:
             d: Difference = row["differences"][name]
             verdict = words.get(d.verdict, "not decided (the interval holds 0)")
             where = f"{claim}, width {row['width']} depth {row['depth']}"
-            found.append((where, f"{verdict}, {d.text(2)} points"))
-    return found
+            lines.append((where, f"{verdict}, {d.text(2)} points"))
+    return lines
 
 
 def plot(summary: list[dict[str, Any]], file: Path) -> None:
