@@ -463,6 +463,15 @@ def test_a_measurement_is_recorded_and_shown(tmp_path, capsys):
     study.measure(jobs["speed"], smoke=True, out=tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"s.jsonl", "s-smoke.jsonl", "s.png"}
     assert len(load("s", tmp_path)) == 1
+    (tmp_path / "s.png").unlink()
+    capsys.readouterr()
+    records = study.run(jobs, processes=0, smoke=True, out=tmp_path)
+    assert (tmp_path / "s.png").is_file()
+    assert capsys.readouterr().out == "1 runs\n"
+    assert [r.study for r in records.values()] == ["s-smoke"]
+    (tmp_path / "s.png").unlink()
+    assert study.run(jobs, processes=0, out=tmp_path) == study.records(tmp_path)
+    assert not (tmp_path / "s.png").is_file()
 
 
 def test_a_page_is_made_of_records_alone(tmp_path):
