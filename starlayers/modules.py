@@ -114,10 +114,7 @@ class StarOp(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Reset the learned coefficients to their start values.
-
-        The branches are children and have a `reset_parameters` of their own.
-        """
+        """Reset the learned coefficients; children reset their own parameters."""
         if self.coefficients != "fixed":
             nn.init.ones_(self.scale)
             nn.init.constant_(self.shift, self.offset)

@@ -13,7 +13,16 @@ from starlayers import StarMLP, use_backend
 from starlayers.kernels import layer, registration, tiles
 from starlayers.kernels.layer import fused_star_mlp, too_few, too_wide
 from starlayers.kernels.registration import multiprocessors
-from starlayers.kernels.tiles import FAMILIES, MLP_FORWARD, family, mlp_tile, split_columns
+from starlayers.kernels.tiles import (
+    FAMILIES,
+    MLP_BACKWARD,
+    MLP_FORWARD,
+    Tile,
+    family,
+    mlp_tile,
+    next_power_of_2,
+    split_columns,
+)
 from tests.helpers import randn, star_mlp_formula
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -133,9 +142,32 @@ def test_tile_is_the_narrowest_that_fits(monkeypatch):
     assert mlp_tile({}, CPU, 1) is None
 
 
+def each_tile(table):
+    for key, value in table.items():
+        if isinstance(value, Tile):
+            yield key, value
+        else:
+            yield from each_tile(value)
+
+
+def test_tiles_are_what_triton_can_launch():
+    shipped = [*each_tile(MLP_FORWARD), *each_tile(MLP_BACKWARD)]
+    assert {channels for channels, _ in shipped} == {32, 64, 96, 128, 192, 256, 384}
+    for _, tile in shipped:
+        for size in (tile.rows, tile.hidden):
+            assert size == next_power_of_2(size) >= 16
+        assert tile.warps in (4, 8)
+        assert 1 <= tile.stages <= 3
+
+
 # channels -> column parts
 PARTS = {1: (16, 0), 16: (16, 0), 17: (32, 0), 24: (32, 0), 32: (32, 0), 33: (32, 16)}
 PARTS |= {48: (32, 16), 49: (64, 0), 96: (64, 32), 97: (128, 0), 160: (128, 32), 384: (256, 128)}
+
+
+@pytest.mark.parametrize(("n", "power"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (96, 128)])
+def test_next_power_of_2(n, power):
+    assert next_power_of_2(n) == power
 
 
 @pytest.mark.parametrize(("width", "parts"), PARTS.items())
