@@ -1,4 +1,4 @@
-"""Train a star-MLP language model on English prose, see how well it compresses, let it write.
+"""Train a star-MLP language model on English prose, measure how well it predicts, generate text.
 
 python examples/nlp_generate.py                                 # the Brown corpus, on a CPU
 python examples/nlp_generate.py --data Salesforce/wikitext:wikitext-2-raw-v1 --steps 3000
@@ -25,16 +25,16 @@ from starlayers.datasets.tokens import byte_level_bpe, windows
 from starlayers.nlp import StarformerConfig, StarformerForCausalLM
 
 LENGTH = 128  # tokens in a row
-ASKED_ANEW = {"out", "resume", "prompt", "temperature", "top_p"}  # the rest a resumed run keeps
+OF_THIS_CALL = {"out", "resume", "prompt", "temperature", "top_p"}  # a resumed run keeps the rest
 
 
 def flat(texts: list[str]) -> bytes:
-    """All texts; where one ends is a byte like any other, to the model and to those beside it."""
+    """Join all texts; the end of a text counts as one byte, for the model and the baselines."""
     return b"".join(text.encode() + b"\0" for text in texts)
 
 
 def ngram_bits(train: bytes, test: bytes, order: int = 6) -> float:
-    """Bits per byte of byte n-grams up to `order`, interpolated as Witten and Bell did."""
+    """Return bits per byte of byte n-grams up to `order` with Witten-Bell interpolation."""
     symbols = np.frombuffer(train + test, np.uint8).astype(np.int64)
     seen, context, p = len(train), np.zeros_like(symbols), 1 / 256
     for _ in range(order):
@@ -49,7 +49,7 @@ def ngram_bits(train: bytes, test: bytes, order: int = 6) -> float:
 
 
 def baselines(train: bytes, test: bytes) -> dict[str, float]:
-    """Bits per byte of `test` for those who know less."""
+    """Return bits per byte of `test` under compressors and an n-gram model."""
     shares = np.bincount(np.frombuffer(test, np.uint8)) / len(test)
     after = len(lzma.compress(train + test, preset=9)) - len(lzma.compress(train, preset=9))
     return {
@@ -63,12 +63,12 @@ def baselines(train: bytes, test: bytes) -> dict[str, float]:
 
 @torch.inference_mode()
 def bits_per_byte(model: Any, tokenizer: Any, texts: list[str]) -> float:
-    """Bits the model needs for a byte; every token is predicted once, from half a row or more."""
+    """Return bits per byte; each token is predicted once, with half a row or more before it."""
     end, half = tokenizer.eos_token_id, LENGTH // 2
     stream = [end, *(i for ids in tokenizer(texts).input_ids for i in [*ids, end])]
     labels = torch.tensor([*stream, *[-100] * LENGTH]).unfold(0, LENGTH, half).clone()
     rows = labels.clamp(min=0)
-    labels[1:, :-half] = -100  # counted in the row before
+    labels[1:, :-half] = -100  # already counted in the previous row
     nats = 0.0
     for x, y in zip(rows.split(32), labels.split(32), strict=True):
         logits = model.eval()(x.to(model.device)).logits[:, :-1].flatten(0, 1).cpu()
@@ -80,7 +80,7 @@ def main(
     data: Annotated[str, typer.Option(help="brown, kjv, a hub name or a file")] = "brown",
     layers: str = "star_conv attention star_conv attention",
     width: int = 128,
-    act: Annotated[str, typer.Option(help="a row of starlayers.ACTIVATIONS")] = "silu",
+    act: Annotated[str, typer.Option(help="a name in starlayers.ACTIVATIONS")] = "silu",
     mlp_type: Annotated[str, typer.Option(help="star, sum or plain")] = "star",
     vocabulary: Annotated[int, typer.Option(help="tokens")] = 2000,
     steps: int = 2200,
@@ -88,13 +88,13 @@ def main(
     lr: float = 3e-3,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="folder of the run [runs/TIME]")] = None,
-    resume: Annotated[Path | None, typer.Option(help="folder of a run to go on with")] = None,
+    resume: Annotated[Path | None, typer.Option(help="folder of a run to continue")] = None,
     prompt: str = "The",
     temperature: float = 0.8,
     top_p: float = 0.95,
 ) -> dict[str, float]:
-    """Train a star-MLP language model on English prose, measure it, and let it write."""
-    a: dict[str, Any] = {k: v for k, v in locals().items() if k not in ASKED_ANEW}
+    """Train a star-MLP language model on English prose, measure it, and generate text."""
+    a: dict[str, Any] = {k: v for k, v in locals().items() if k not in OF_THIS_CALL}
     folder = resume or out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
     if resume:
         a = json.loads((folder / "options.json").read_text())

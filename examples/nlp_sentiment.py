@@ -1,4 +1,4 @@
-"""Train a star-MLP encoder to tell praise from blame, beside TF-IDF with logistic regression.
+"""Train a star-MLP encoder for sentiment; compare it with TF-IDF and logistic regression.
 
 python examples/nlp_sentiment.py                                  # film reviews, on a CPU
 python examples/nlp_sentiment.py --data stanfordnlp/imdb --longest 256
@@ -28,18 +28,19 @@ from starlayers.datasets.tokens import byte_level_bpe
 from starlayers.nlp import StarformerEncoderConfig, StarformerEncoderForSequenceClassification
 
 
-def scores(labels: Any, said: Any) -> dict[str, float]:
-    return {"accuracy": accuracy_score(labels, said), "f1": f1_score(labels, said, average="macro")}
+def scores(labels: Any, predicted: Any) -> dict[str, float]:
+    f1 = f1_score(labels, predicted, average="macro")
+    return {"accuracy": accuracy_score(labels, predicted), "f1": f1}
 
 
 def main(
     data: Annotated[str, typer.Option(help="a hub name or a file")] = "movie-reviews",
     layers: str = "star_conv attention",
     width: int = 64,
-    act: Annotated[str, typer.Option(help="a row of starlayers.ACTIVATIONS")] = "silu",
+    act: Annotated[str, typer.Option(help="a name in starlayers.ACTIVATIONS")] = "silu",
     mlp_type: Annotated[str, typer.Option(help="star, sum or plain")] = "star",
     vocabulary: Annotated[int, typer.Option(help="tokens")] = 4000,
-    longest: Annotated[int, typer.Option(help="tokens of a text that are read")] = 128,
+    longest: Annotated[int, typer.Option(help="tokens of a text; the rest is cut off")] = 128,
     masked: Annotated[float, typer.Option(help="share of tokens hidden in training")] = 0.3,
     dropout: float = 0.3,
     epochs: Annotated[int, typer.Option(help="at most")] = 8,
@@ -48,7 +49,7 @@ def main(
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="folder of the run [runs/TIME]")] = None,
 ) -> dict[str, dict[str, float]]:
-    """Train a star-MLP encoder on texts with classes, beside TF-IDF with logistic regression."""
+    """Train a star-MLP encoder on labelled texts; compare it with logistic regression."""
     folder = out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
     texts = load_sentiment(**{"path" if Path(data).exists() else "name": data})
     classes = texts.splits["train"].features["label"].names
@@ -62,7 +63,7 @@ def main(
         shown = [[hidden if random.random() < share else i for i in row] for row in ids]
         return {"input_ids": shown, "labels": batch["label"]}
 
-    # tokens are hidden anew in every epoch, and in training only
+    # a transform runs at every access, so each epoch hides other tokens; only training hides any
     rows = {name: part.with_transform(tokens) for name, part in texts.splits.items()}
     rows["train"] = texts.splits["train"].with_transform(lambda batch: tokens(batch, masked))
 
@@ -109,7 +110,7 @@ def main(
         eval_dataset=rows["validation"],
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=lambda found: scores(found.label_ids, found.predictions.argmax(-1)),
+        compute_metrics=lambda p: scores(p.label_ids, p.predictions.argmax(-1)),
         callbacks=[EarlyStoppingCallback(3)],
     )
     trainer.train()
@@ -117,29 +118,29 @@ def main(
 
     train, test = ({c: texts.splits[s][c][:] for c in ("text", "label")} for s in ("train", "test"))
     logits = trainer.predict(rows["test"]).predictions  # the only look at the test split
-    said = {"Starformer": logits.argmax(-1)}
+    predicted = {"Starformer": logits.argmax(-1)}
     linear = make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000))
-    beside = {"TF-IDF + logistic regression": linear, "majority class": DummyClassifier()}
-    for name, other in beside.items():
-        said[name] = other.fit(train["text"], train["label"]).predict(test["text"])
-    figures = {name: scores(test["label"], answers) for name, answers in said.items()}
+    baselines = {"TF-IDF + logistic regression": linear, "majority class": DummyClassifier()}
+    for name, other in baselines.items():
+        predicted[name] = other.fit(train["text"], train["label"]).predict(test["text"])
+    figures = {name: scores(test["label"], answers) for name, answers in predicted.items()}
     print(f"\n{'test split':30}accuracy  macro F1")
     for name, figure in figures.items():
         print(f"{name:30}{figure['accuracy']:8.2%}  {figure['f1']:8.2%}")
 
-    table = confusion_matrix(test["label"], said["Starformer"], labels=range(len(classes)))
-    print(f"\n{'truth, and said':20}" + "".join(f"{name:>12}" for name in classes))
+    table = confusion_matrix(test["label"], predicted["Starformer"], labels=range(len(classes)))
+    print(f"\n{'truth, prediction':20}" + "".join(f"{name:>12}" for name in classes))
     for name, counts in zip(classes, table, strict=True):
         print(f"{name:20}" + "".join(f"{count:12}" for count in counts))
-    shown = ConfusionMatrixDisplay(table, display_labels=classes).plot(colorbar=False)
-    shown.figure_.savefig(folder / "confusion.png", bbox_inches="tight")
+    plot = ConfusionMatrixDisplay(table, display_labels=classes).plot(colorbar=False)
+    plot.figure_.savefig(folder / "confusion.png", bbox_inches="tight")
 
-    sure = softmax(logits, -1).max(-1)
-    wrong = np.flatnonzero(said["Starformer"] != test["label"])
-    print("\nmistakes it was surest of:")
-    for i in wrong[np.argsort(-sure[wrong])][:5]:
-        answer = f"{sure[i]:.0%} {classes[said['Starformer'][i]]}, is {classes[test['label'][i]]}"
-        print(f"* {answer}: {test['text'][i]}")
+    confidence = softmax(logits, -1).max(-1)
+    wrong = np.flatnonzero(predicted["Starformer"] != test["label"])
+    print("\nmost confident mistakes:")
+    for i in wrong[np.argsort(-confidence[wrong])][:5]:
+        answer, label = classes[predicted["Starformer"][i]], classes[test["label"][i]]
+        print(f"* {confidence[i]:.0%} {answer}, is {label}: {test['text'][i]}")
     print(f"\nseed {seed}; weights, tokenizer, checkpoint and confusion.png in {folder}")
     return figures
 

@@ -1,4 +1,4 @@
-"""Train a star-MLP encoder-decoder to translate, and read what it says.
+"""Train a star-MLP encoder-decoder to translate; print BLEU, chrF and translations.
 
 python examples/nlp_translate.py                          # Bible verses, English to Spanish, a CPU
 python examples/nlp_translate.py --data libreoffice-en-de
@@ -25,10 +25,10 @@ from starlayers.datasets.tokens import byte_level_bpe
 from starlayers.nlp import StarformerForConditionalGeneration, StarformerSeq2SeqConfig
 
 
-def scores(said: list[str], wanted: list[str]) -> dict[str, float]:
+def scores(translations: list[str], references: list[str]) -> dict[str, float]:
     return {
-        "bleu": sacrebleu.corpus_bleu(said, [wanted]).score,
-        "chrf": sacrebleu.corpus_chrf(said, [wanted]).score,
+        "bleu": sacrebleu.corpus_bleu(translations, [references]).score,
+        "chrf": sacrebleu.corpus_chrf(translations, [references]).score,
     }
 
 
@@ -40,7 +40,7 @@ def main(
     target: Annotated[str, typer.Option(help="language of a hub name or a file")] = "es",
     layers: Annotated[str, typer.Option(help="of both sides")] = "star_conv attention",
     width: int = 128,
-    act: Annotated[str, typer.Option(help="a row of starlayers.ACTIVATIONS")] = "silu",
+    act: Annotated[str, typer.Option(help="a name in starlayers.ACTIVATIONS")] = "silu",
     mlp_type: Annotated[str, typer.Option(help="star, sum or plain")] = "star",
     vocabulary: Annotated[int, typer.Option(help="tokens, for both languages")] = 4000,
     longest: Annotated[int, typer.Option(help="tokens; longer pairs are left out")] = 32,
@@ -53,19 +53,19 @@ def main(
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="folder of the run [runs/TIME]")] = None,
 ) -> dict[str, dict[str, float]]:
-    """Train a star-MLP encoder-decoder to translate, and read what it says."""
+    """Train a star-MLP encoder-decoder to translate; print BLEU, chrF and translations."""
     folder = out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
     languages = {"source_language": source, "target_language": target}
     where = {"path" if Path(data).exists() else "name": data}
     texts = load_translation(**where, **languages)
     source, target = texts.splits["train"].features["translation"].languages
     folder.mkdir(parents=True)
-    every = (text for pair in texts.splits["train"]["translation"] for text in pair.values())
-    tokenizer = byte_level_bpe(every, vocabulary)
+    all_texts = (text for pair in texts.splits["train"]["translation"] for text in pair.values())
+    tokenizer = byte_level_bpe(all_texts, vocabulary)
 
     def tokens(row: dict[str, Any]) -> dict[str, Any]:
-        asked, answer = (row["translation"][language] for language in (source, target))
-        ids = tokenizer([asked + tokenizer.eos_token, answer + tokenizer.eos_token]).input_ids
+        texts = (row["translation"][language] for language in (source, target))
+        ids = tokenizer([text + tokenizer.eos_token for text in texts]).input_ids
         return {"input_ids": ids[0], "labels": ids[1]}
 
     def short(row: dict[str, Any]) -> bool:
@@ -122,19 +122,26 @@ def main(
     trainer.train()
     trainer.save_model()
 
-    trainer.args.predict_with_generate = True  # not before: the loss is enough, and faster
-    trainer.args.train_sampling_strategy = "random"  # or predictions come grouped by length, too
-    found = trainer.predict(test, num_beams=beams, max_new_tokens=2 * longest)
-    ids = np.where(found.predictions < 0, tokenizer.pad_token_id, found.predictions)
-    asked, wanted = ([pair[code] for pair in test["translation"]] for code in (source, target))
-    said = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    figures = {"Starformer": scores(said, wanted), "source, copied": scores(asked, wanted)}
+    trainer.args.predict_with_generate = True  # not in training: the loss is faster to evaluate
+    trainer.args.train_sampling_strategy = "random"  # keep the order of the test split
+    predictions = trainer.predict(test, num_beams=beams, max_new_tokens=2 * longest).predictions
+    ids = np.where(predictions < 0, tokenizer.pad_token_id, predictions)
+    sources, references = (
+        [pair[code] for pair in test["translation"]] for code in (source, target)
+    )
+    translations = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    figures = {
+        "Starformer": scores(translations, references),
+        "source, copied": scores(sources, references),
+    }
     print(f"\n{len(test)} pairs of the test split    BLEU    chrF")
     for name, figure in figures.items():
         print(f"{name:24}{figure['bleu']:8.2f}{figure['chrf']:8.2f}")
-    for triple in list(zip(asked, said, wanted, strict=True))[:shown]:
+    for triple in list(zip(sources, translations, references, strict=True))[:shown]:
         print(
-            "\n{source}: {}\nsaid: {}\n{target}: {}".format(*triple, source=source, target=target)
+            "\n{source}: {}\ntranslation: {}\n{target}: {}".format(
+                *triple, source=source, target=target
+            )
         )
     print(f"\nseed {seed}; weights, tokenizer and checkpoint in {folder}")
     return figures

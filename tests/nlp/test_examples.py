@@ -352,7 +352,7 @@ def test_translate(phrases, tmp_path, capsys):
     assert chrf > 2 * figures["source, copied"]["chrf"]
     for name, figure in figures.items():
         assert f"{name:24}{figure['bleu']:8.2f}{figure['chrf']:8.2f}\n" in printed
-    shown = re.findall(r"^en: (.*)\nsaid: (.*)\nes: (.*)$", printed, re.M)
+    shown = re.findall(r"^en: (.*)\ntranslation: (.*)\nes: (.*)$", printed, re.M)
     assert [(a, c) for a, _, c in shown] == list(zip(source, wanted, strict=True))[:3]
     assert "; seed 0\n" in printed
 
