@@ -161,7 +161,7 @@ def _divide(name: str, source: str, splits: dict[str, Any], target: str) -> Tabl
         known = rows[target].notna()
         if not known.all():
             source += f"; {(~known).sum()} rows without {target} left out"
-            splits = {**splits, split: rows[known].reset_index(drop=True)}
+            splits = {**splits, split: rows[known]}
     splits, source = hold_out(splits, source)
     return TableData(name, source, splits, target)
 
@@ -179,7 +179,6 @@ def hold_out(splits: dict[str, Any], source: str) -> tuple[dict[str, Any], str]:
         parts = divide([None] * len(train), share(10), missing)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    held_out = {name: train.iloc[rows].reset_index(drop=True) for name, rows in parts.items()}
-    splits = {**splits, **held_out}
+    splits = {**splits, **{name: train.iloc[rows] for name, rows in parts.items()}}
     note = f"{source}; {' and '.join(missing)} divided off train here, 10 % each"
-    return {name: splits[name] for name in names}, note
+    return {name: splits[name].reset_index(drop=True) for name in names}, note
