@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from starlayers import StarMLP, use_backend
-from starlayers.vision import StarBlock2d, StarNet, starnet_s4
+from starlayers.vision import StarBlock2d, StarNet
 from starlayers.vision.recompute import recompute
 from tests.helpers import RecordOps, assert_close_in_scale, randn
 from tests.kernels.cases import DEVICE
@@ -158,12 +158,13 @@ def test_small_starnet_matches_eager_with_relu6():
 
 @slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="no tile for its widest blocks in float32")
-def test_starnet_s4_matches_eager():
-    net = lively(starnet_s4(num_classes=4, act="silu")).train()
+def test_every_width_of_starnet_s4_matches_eager():
+    net = lively(StarNet(32, (1, 1, 2, 1), num_classes=4, act="silu")).train()
     counts = held_to_eager(net, randn(2, 3, 64, 64), factor=2.0, floor=1e-5)
-    blocks = sum(isinstance(m, StarBlock2d) for m in net.modules())
-    assert counts["starlayers::dwconv"] == 2 * blocks
-    assert counts["starlayers::star_mlp_backward"] == blocks
+    blocks = [m for m in net.modules() if isinstance(m, StarBlock2d)]
+    assert {block.mlp.in_features for block in blocks} == {32, 64, 128, 256}
+    assert counts["starlayers::dwconv"] == 2 * len(blocks)
+    assert counts["starlayers::star_mlp_backward"] == len(blocks)
 
 
 class Overridden(StarMLP):
