@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from starlayers.coefficients.optional import require
 from starlayers.coefficients.plots import plot_study
+from starlayers.coefficients.samplers import METHODS, make_sampler
 from starlayers.coefficients.space import Space, check_space
+from starlayers.coefficients.storage import open_storage
 from starlayers.modules import positive_int
 
 if TYPE_CHECKING:
@@ -22,21 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SearchResult", "search"]
 
-#: choices of `method`: a sampler of Optuna and the package that it needs
-METHODS = {
-    "tpe": ("TPESampler", "optuna"),
-    "gp": ("GPSampler", "scipy"),
-    "cma": ("CmaEsSampler", "cmaes"),
-    "nsga2": ("NSGAIISampler", "optuna"),
-    "random": ("RandomSampler", "optuna"),
-}
 DIRECTIONS = ("maximize", "minimize")
-#: trials of a generation of NSGA-II; Optuna's 50 would be half of a usual search
-POPULATION = 20
-#: values above which CMA-ES has a diagonal covariance: a full one is slow to draw from and to store
-MAX_COVARIANCE = 64
-#: seconds between two heartbeats of a trial, and without one until the trial is run again
-HEARTBEAT_S, GRACE_S = 10, 60
 
 
 @dataclass(frozen=True)
@@ -241,29 +229,6 @@ def open_study(
     return study
 
 
-def open_storage(owner: str, storage: Any) -> Any:
-    """Open a path or URL with heartbeats; return a storage of Optuna unchanged."""
-    from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
-
-    if storage is None or isinstance(storage, BaseStorage):
-        return storage
-    url = os.fspath(storage)
-    if "://" not in url:
-        path = Path(url).absolute()
-        if path.is_dir():
-            raise ValueError(f"{owner}: storage must be an SQLite file, {url!r} is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        url = f"sqlite:///{path}"
-    return RDBStorage(
-        url,
-        # SQLite has one writer at a time: wait for the other processes
-        {"connect_args": {"timeout": GRACE_S}} if url.startswith("sqlite") else {},
-        heartbeat_interval=HEARTBEAT_S,
-        grace_period=GRACE_S,
-        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
-    )
-
-
 def run_trials(
     study: "optuna.Study",
     objective: "Callable[[optuna.Trial], Any]",
@@ -279,7 +244,7 @@ def run_trials(
 
     def run(trial: optuna.Trial) -> list[float]:
         if sampler is None:
-            study.sampler = _make_sampler(study.user_attrs["settings"], trial)
+            study.sampler = make_sampler(study.user_attrs["settings"], trial)
         try:
             for key, d in (space or {}).items():
                 trial._suggest(key, d)  # as `study.ask(space)` does, but with a heartbeat
@@ -319,30 +284,6 @@ def _has_ended(trial: "optuna.trial.FrozenTrial") -> bool:
     """Return False for a trial that is running, queued, or lost its process."""
     failed = trial.state.name == "FAIL"
     return "error" in trial.user_attrs if failed else trial.state.is_finished()
-
-
-def _make_sampler(settings: Mapping[str, Any], trial: "optuna.Trial") -> Any:
-    """Return a sampler seeded by the number of the trial without repeats before it.
-
-    So processes draw different values, and a search that goes on draws what it would have drawn.
-    """
-    import numpy as np
-    from optuna import samplers
-
-    trials = trial.study.get_trials(deepcopy=False)
-    original = trials[trial.number].system_attrs.get("failed_trial", trial.number)
-    index = sum("failed_trial" not in t.system_attrs for t in trials[:original])
-    seed = int(np.random.SeedSequence((settings["seed"], index)).generate_state(1)[0])
-    options: dict[str, Any] = {}
-    if settings["method"] == "nsga2":
-        options = {"population_size": POPULATION}
-    elif settings["method"] == "cma":
-        options = {
-            "use_separable_cma": len(settings.get("space", ())) > MAX_COVARIANCE,
-            "independent_sampler": samplers.TPESampler(seed=seed),  # for categorical values
-            "warn_independent_sampling": False,
-        }
-    return getattr(samplers, METHODS[settings["method"]][0])(seed=seed, **options)
 
 
 def _numbers(returned: Any, directions: int) -> list[float]:

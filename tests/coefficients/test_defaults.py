@@ -1,6 +1,7 @@
 """Defaults of every public function of the package."""
 
 import inspect
+from dataclasses import FrozenInstanceError
 
 import pytest
 
@@ -61,3 +62,16 @@ def test_defaults(name):
 def test_names_of_the_package_are_sorted_and_there():
     assert coefficients.__all__ == sorted(coefficients.__all__)
     assert set(DEFAULTS) <= set(coefficients.__all__)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Attribution", "Eigenfeatures", "Polynomial", "SearchResult", "Spectrum"),
+        *("TruncationCurve", "TuneResult"),
+    ],
+)
+def test_results_cannot_be_changed(name):
+    kind = getattr(coefficients, name)
+    with pytest.raises(FrozenInstanceError):
+        object.__new__(kind).study = None

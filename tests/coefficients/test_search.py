@@ -16,9 +16,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import optuna
 import pytest
+import sqlalchemy
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from starlayers.coefficients.search import METHODS, open_storage, quiet, search
+from starlayers.coefficients.samplers import METHODS
+from starlayers.coefficients.search import quiet, search
+from starlayers.coefficients.storage import open_storage
 from tests.coefficients import objectives
 from tests.coefficients.objectives import SPACE, hill
 
@@ -392,6 +395,29 @@ def test_heartbeats_of_a_file():
     retry = storage.heartbeat_stale_trial_callback
     assert type(retry) is optuna.storages.RetryHeartbeatStaleTrialCallback
     assert retry._max_retry == 1
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2, 3])
+def test_tables_that_another_process_creates_at_the_moment(failures, monkeypatch, tmp_path):
+    """Optuna raises an error then: the storage is opened again, three times in all."""
+    calls, slept, create = [], [], optuna.storages.RDBStorage.__init__
+
+    def fails_at_first(self, url, *args, **kwargs):
+        calls.append(url)
+        if len(calls) <= failures:
+            raise sqlalchemy.exc.IntegrityError("insert", {}, Exception("alembic_version"))
+        create(self, url, *args, **kwargs)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "__init__", fails_at_first)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    path = tmp_path / "search.db"
+    if failures == 3:
+        with pytest.raises(sqlalchemy.exc.IntegrityError, match="alembic_version"):
+            quick(hill, SPACE, trials=1, storage=path)
+    else:
+        assert len(quick(hill, SPACE, trials=1, storage=path).trials) == 1
+    assert calls == [f"sqlite:///{path}"] * min(failures + 1, 3)
+    assert slept == [1] * min(failures, 2)
 
 
 def test_storages(tmp_path):

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from starlayers import StarMLP, StarOp
-from starlayers.coefficients.search import METHODS, search
+from starlayers.coefficients.samplers import METHODS
+from starlayers.coefficients.search import search
 from starlayers.coefficients.space import apply_initialisation, coefficient_space
 from tests.helpers import FORMULAS, randn
 

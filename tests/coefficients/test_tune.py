@@ -11,7 +11,7 @@ from sacrebleu import corpus_bleu
 from torch import nn
 
 from starlayers import StarBlock, StarMLP, StarOp
-from starlayers.coefficients.search import METHODS
+from starlayers.coefficients.samplers import METHODS
 from starlayers.coefficients.tune import tune_coefficients
 from starlayers.datasets.images import load_images
 from tests.helpers import randn, star_op_formula
