@@ -59,10 +59,11 @@ learned, and can one read them?
 
 **What was done.** `StarMLP(784, {hidden}, out_features=10, act=None)` on Fashion-MNIST, {epochs}
 epochs; plain, with noise of {noise:g} on the pixels, weight decay {decay:g}, or an L2 penalty on
-the coefficients (strength {strength:g}, the largest tried that cost at most
-{tolerated:g} points of validation accuracy). A class has up to {vectors} eigenvectors that are not zero; of each the largest by `|lambda|` are kept. For comparison each class keeps the
-products that count most, `|g_ok| |Q_k|`, which are two vectors each. {seeds} seeds, means with
-95 % intervals. Roughness is 1 for white noise.
+the coefficients (strength {strength:g}, the largest tried that cost at most {tolerated:g} points
+of validation accuracy). A class has up to {vectors} eigenvectors that are not zero; of each the
+largest by `|lambda|` are kept. For comparison each class keeps the products that count most,
+`|g_ok| |Q_k|`, which are two vectors each. {seeds} seeds, means with 95 % intervals. Roughness
+is 1 for white noise.
 
 {measures}
 Test accuracy, %, by the number of eigenvectors kept per class:
