@@ -1,5 +1,7 @@
 """StarNets made by timm's own factory."""
 
+import inspect
+
 import pytest
 import timm
 import torch
@@ -55,6 +57,7 @@ def test_entry_points_are_named_and_documented():
         assert create.__name__ == create.__qualname__ == f"starlayers_{name}"
         assert create.__module__ == "starlayers.vision.timm"
         assert create.__doc__ == getattr(vision, name).__doc__
+        assert inspect.signature(create).parameters["pretrained"].default is False
 
 
 def test_features_only_points_to_forward_intermediates():

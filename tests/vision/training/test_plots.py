@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from starlayers.vision.training import plots
 
@@ -32,7 +33,9 @@ def history(epochs):
 
 
 def test_curves_show_loss_and_accuracy_of_both_parts(drawn):
-    left, right = drawn(plots.plot_curves, history(3)).axes
+    figure = drawn(plots.plot_curves, history(3))
+    assert isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine)
+    left, right = figure.axes
     for axes, metric in ((left, "loss"), (right, "accuracy")):
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", metric)
         assert [t.get_text() for t in axes.get_legend().get_texts()] == ["train", "test"]
