@@ -126,9 +126,7 @@ def main(
     trainer.args.train_sampling_strategy = "random"  # keep the order of the test split
     predictions = trainer.predict(test, num_beams=beams, max_new_tokens=2 * longest).predictions
     ids = np.where(predictions < 0, tokenizer.pad_token_id, predictions)
-    sources, references = (
-        [pair[code] for pair in test["translation"]] for code in (source, target)
-    )
+    sources, references = ([p[code] for p in test["translation"]] for code in (source, target))
     translations = tokenizer.batch_decode(ids, skip_special_tokens=True)
     figures = {
         "Starformer": scores(translations, references),
@@ -137,12 +135,8 @@ def main(
     print(f"\n{len(test)} pairs of the test split    BLEU    chrF")
     for name, figure in figures.items():
         print(f"{name:24}{figure['bleu']:8.2f}{figure['chrf']:8.2f}")
-    for triple in list(zip(sources, translations, references, strict=True))[:shown]:
-        print(
-            "\n{source}: {}\ntranslation: {}\n{target}: {}".format(
-                *triple, source=source, target=target
-            )
-        )
+    for text, translation, reference in list(zip(sources, translations, references))[:shown]:
+        print(f"\n{source}: {text}\ntranslation: {translation}\n{target}: {reference}")
     print(f"\nseed {seed}; weights, tokenizer and checkpoint in {folder}")
     return figures
 
