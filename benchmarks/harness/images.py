@@ -31,7 +31,7 @@ def benchmark_images(*, train: int | None = None, test: int | None = None) -> Im
     if data.name != "fashion-mnist":
         raise FileNotFoundError(
             "Fashion-MNIST is not in reach: install the Debian package dataset-fashion-mnist or "
-            "put the files under ~/.cache/starlayers/FashionMNIST/raw"
+            "put the files under ~/.cache/starlayers/torchvision/FashionMNIST/FashionMNIST/raw"
         )
     parts: dict[str, Any] = {}
     for name, size in (("train", train), ("test", test)):
