@@ -12,8 +12,8 @@ from starlayers.modules import StarBlock, positive_int
 from starlayers.vision.fused_block import fused_block, fused_block_blocker
 from starlayers.vision.layout import OnChannelsLast
 
-# OnChannelsLast: networks pickled as a whole look for it here
-__all__ = ["ConvNorm", "OnChannelsLast", "StarBlock2d"]
+# OnChannelsLast stays importable from here: networks pickled as a whole refer to this path
+__all__ = ["ConvNorm", "StarBlock2d"]
 
 
 class ConvNorm(nn.Sequential):
