@@ -44,6 +44,15 @@ def llama(**options):
                 "rope_theta": 1e4,
             }
         },
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "rope_theta": 1e4,
+            }
+        },
         {"attn_implementation": "eager"},
         {"hidden_act": "relu2"},
     ],
@@ -59,6 +68,44 @@ def test_a_random_llama_computes_the_same(options, dtype):
         a = ours.generate(tokens, do_sample=False, max_new_tokens=6)
         b = theirs.generate(tokens, do_sample=False, max_new_tokens=6)
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("silu", "silu"),
+        ("swiglu", "silu"),
+        ("gelu", "gelu"),
+        ("gelu_tanh", "gelu_pytorch_tanh"),
+        ("squared_relu", "relu2"),
+        (None, "linear"),
+        ("relu6", "relu6"),
+    ],
+)
+def test_names_of_activations(ours, theirs):
+    model = decoder(hidden_act=ours)
+    there = to_llama(model)
+    assert there.config.hidden_act == theirs
+    back = from_llama(there)
+    tokens = ids(2, 5)
+    with torch.no_grad(), use_backend("eager"):
+        logits = model(tokens).logits
+        assert torch.equal(there(tokens).logits, logits)
+        assert torch.equal(back(tokens).logits, logits)
+    assert from_llama(llama(hidden_act="gelu_new")).config.hidden_act == "gelu_tanh"
+
+
+def test_state_of_the_model_is_kept():
+    theirs = llama(attn_implementation="eager", torch_dtype=torch.bfloat16).bfloat16().train()
+    theirs.requires_grad_(False)
+    ours = from_llama(theirs)
+    assert ours.training
+    assert ours.config._attn_implementation == "eager"
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    assert all(p.requires_grad for p in ours.parameters())
+    assert ours.model.rotary_emb.inv_freq.dtype == theirs.model.rotary_emb.inv_freq.dtype
+    assert ours.config.dtype == theirs.config.dtype
+    assert not from_llama(theirs.eval()).training
 
 
 def test_gradients_are_a_llamas_too():
@@ -115,7 +162,7 @@ def test_what_a_llama_has_not_is_refused(options, named):
 
 
 def test_other_models_are_refused():
-    with pytest.raises(TypeError, match=r"got starlayers\.nlp\.\S+\.StarformerModel; where"):
+    with pytest.raises(TypeError, match=r"got starlayers\.nlp\.\S+\.StarformerModel; if it was"):
         to_llama(StarformerModel(config()))
     with pytest.raises(TypeError, match=r"got starlayers\.nlp\.\S+\.StarformerForCausalLM"):
         from_llama(decoder())
