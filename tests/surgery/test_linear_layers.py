@@ -64,6 +64,15 @@ def test_projection(module, sizes):
     assert projection(module) == (None if sizes is None else Projection(*sizes))
 
 
+@pytest.mark.parametrize("padding", [0, (0, 0)])
+def test_padding_may_be_set_as_a_number_later(padding):
+    conv = nn.Conv2d(2, 3, 1)
+    conv.padding = padding
+    assert projection(conv) == Projection(2, 3, True)
+    conv.padding = 1
+    assert projection(conv) is None
+
+
 def test_channels_are_last_by_default():
     assert Projection(2, 3).channels_first is False
 

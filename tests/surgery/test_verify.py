@@ -505,6 +505,15 @@ def test_the_smallest_part_that_runs_the_mlp_is_run():
     assert module._deepest_common_module(outer, apart) == ""
 
 
+def test_a_part_directly_below_the_owner_is_run_by_itself():
+    owner = nn.ModuleDict({"half": MLP(), "output": nn.Linear(16, 8)})
+    site = Site("split", "plain", "half.fc1", "half.act", "output")
+    assert module._deepest_common_module(owner, site) == "half"
+    body, local = module._runnable_part(owner, site)
+    assert type(body) is MLP
+    assert local == Site("split", "plain", "fc1", "act", None)
+
+
 def test_of_a_sequence_the_layers_from_projection_to_activation_are_run():
     net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)).eval()
     body, local = module._runnable_part(net, Site("sequential", "plain", "1", "2", "3"))
