@@ -1,7 +1,7 @@
 """Runs of a study: what is missing is run, what is there is reused."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -55,7 +55,8 @@ def run_study(
     the metrics. Each record is appended when its run ends, so that a stopped study goes on where
     it was. A job whose definition has changed since its record is run again.
 
-    With `processes=0` nothing is run.
+    With `processes=0` nothing is run, with 1 the jobs run in this process, and with more in as
+    many others, always on one thread each.
 
     Raises:
         FileNotFoundError: `processes=0`, and no job has a record.
@@ -69,22 +70,41 @@ def run_study(
         raise FileNotFoundError(f"no runs in {file} yet: give --processes, the runs at a time")
     if not todo or not processes:
         return done
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread)
-    with pool, tqdm(total=len(jobs), initial=len(done), unit="run") as bar:
-        futures = {pool.submit(work, job): name for name, job in todo.items()}
-        failed: BaseException | None = None
-        for future in as_completed(futures):
-            name = futures[future]
+    failed: BaseException | None = None
+    with tqdm(total=len(jobs), initial=len(done), unit="run") as bar:
+        for name, result in _results(todo, work, processes):
             bar.update()
-            if error := future.exception():  # the other runs are still worth keeping
-                failed = failed or error
+            if isinstance(result, BaseException):  # the other runs are still worth keeping
+                failed = failed or result
                 continue
-            record = make_record(study, name, jobs[name], future.result(), threads=1)
-            append(record, folder)
-            done[name] = record
+            done[name] = make_record(study, name, jobs[name], result, threads=1)
+            append(done[name], folder)
     if failed:
         raise failed
     return {name: done[name] for name in jobs}
+
+
+def _results(
+    jobs: dict[str, Job], work: Callable[[Job], dict[str, Any]], processes: int
+) -> Iterator[tuple[str, dict[str, Any] | BaseException]]:
+    """Run the jobs, and yield the name and the metrics or the error of each as it ends."""
+    if processes == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for name, job in jobs.items():
+                try:
+                    yield name, work(job)
+                except Exception as error:
+                    yield name, error
+        finally:
+            torch.set_num_threads(threads)
+        return
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_one_thread) as pool:
+        futures = {pool.submit(work, job): name for name, job in jobs.items()}
+        for future in as_completed(futures):
+            yield futures[future], future.exception() or future.result()
 
 
 def make_record(

@@ -402,15 +402,17 @@ def study(tmp_path):
     return run
 
 
-@pytest.mark.studies
-def test_a_study_goes_on_where_it_stopped(study, tmp_path):
-    first = study([1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.studies)])
+def test_a_study_goes_on_where_it_stopped(study, tmp_path, processes):
+    threads = torch.get_num_threads()
+    first = study([1, 2], processes)
+    assert torch.get_num_threads() == threads
     assert {k: r.metrics["square"] for k, r in first.items()} == {"job1": 1, "job2": 4}
-    assert load("s", tmp_path) == list(first.values())
+    assert sorted(load("s", tmp_path), key=lambda r: r.run) == list(first.values())
     for r in first.values():
         assert r.metrics["threads"] == r.hardware["threads"] == 1
         assert r.date == date.today().isoformat()
-    second = study([1, 2, 3], processes=2)
+    second = study([1, 2, 3], processes)
     assert study.log() == [1, 2, 3]  # each once
     assert second == {**first, "job3": second["job3"]}
     assert study([1, 2, 3]) == second
@@ -423,10 +425,10 @@ def test_a_study_goes_on_where_it_stopped(study, tmp_path):
     assert len(load("s", tmp_path)) == 4
 
 
-@pytest.mark.studies
-def test_a_run_that_fails_takes_no_other_result_with_it(study, tmp_path):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.studies)])
+def test_a_run_that_fails_takes_no_other_result_with_it(study, tmp_path, processes):
     with pytest.raises(ArithmeticError, match="x is -1"):
-        study([-1, 4, 5, 6])
+        study([-1, 4, 5, 6], processes)
     assert sorted(r.run for r in load("s", tmp_path)) == [f"job{x}" for x in study.log()]
 
 
