@@ -4,6 +4,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import sb3_contrib
 import sb3_contrib as contrib
 import stable_baselines3
@@ -16,6 +17,8 @@ import starlayers.rl  # noqa: F401  the names of policies
 ON_POLICY = {"n_steps": 32, "batch_size": 16, "n_epochs": 2}
 OFF_POLICY = {"learning_starts": 30, "batch_size": 8, "buffer_size": 300}
 TRPO = {"n_steps": 32, "batch_size": 16}
+
+STEPS = 64  # of training, where something has to move
 
 #: algorithm -> settings
 SHORT: dict[str, dict[str, Any]] = {
@@ -156,3 +159,13 @@ def stock(algorithm, observation=BOX, action=PLANE, policy="MlpPolicy", **policy
 
 ON_POLICY_CLASSES = [sb3.PPO, sb3.A2C, contrib.TRPO, contrib.MaskablePPO, contrib.RecurrentPPO]
 ALGORITHMS = [*ON_POLICY_CLASSES, *BUFFERED, contrib.ARS]
+
+
+def but_for(names, quick):
+    """Parameters, of which all but some are slow."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+def parameters(model):
+    """Copies of all parameters of a model by name."""
+    return {name: p.detach().clone() for name, p in model.policy.named_parameters()}

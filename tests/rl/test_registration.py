@@ -9,11 +9,13 @@ import cloudpickle
 import pytest
 from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 import starlayers.rl
 from starlayers.rl import StarCnnExtractor, StarCombinedExtractor, contrib
 from starlayers.rl.base import image_and_dict_policies
 from starlayers.rl.registration import NAMES, _policies
+from tests.rl.agents import Sampled, agent, algorithm
 
 FLAT = {
     PPO: "StarPPOPolicy",
@@ -122,3 +124,12 @@ print([m for m in sys.modules if m.startswith(("starlayers.vision", "starlayers.
         "StarStack(2, 4, [44, 44], act='tanh')",
         "[]",
     ], done.stderr
+
+
+def test_names_are_each_algorithms_own():
+    assert TD3.policy_aliases is not algorithm("DDPG").policy_aliases
+    assert {"MlpPolicy", "StarMlpPolicy"} <= set(DQN.policy_aliases) & set(SAC.policy_aliases)
+    assert "StarCnnPolicy" not in algorithm("CrossQ").policy_aliases
+    assert isinstance(
+        agent("PPO", env=DummyVecEnv([Sampled])).policy, PPO.policy_aliases["MlpPolicy"]
+    )

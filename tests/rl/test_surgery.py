@@ -19,17 +19,12 @@ from starlayers.rl.surgery import GROUP, ProductTerm, revert, starified, starify
 from starlayers.surgery import gate_parameters, gate_sizes, report
 from starlayers.surgery.gates import gate_of
 from starlayers.surgery.install import installed
-from tests.rl.agents import CONTINUOUS, algorithm
+from tests.rl.agents import CONTINUOUS, algorithm, but_for
 
 ON_POLICY = ("PPO", "A2C", "TRPO", "MaskablePPO", "RecurrentPPO")
 DISCRETE = ("DQN", "QRDQN")
 ALL = (*ON_POLICY, *CONTINUOUS, *DISCRETE, "ARS")
 SITES = dict.fromkeys(ALL, 4) | {"SAC": 10, "TD3": 12, "DDPG": 8, "TQC": 10, "CrossQ": 5, "ARS": 2}
-
-
-def but_for(names, quick):
-    """Parameters, of which all but some are slow."""
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def make(name, policy=None, steps=64, **policy_kwargs):
