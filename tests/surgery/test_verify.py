@@ -506,9 +506,9 @@ def test_the_smallest_part_that_runs_the_mlp_is_run():
 
 
 def test_a_part_directly_below_the_owner_is_run_by_itself():
-    owner = nn.ModuleDict({"half": MLP(), "output": nn.Linear(16, 8)})
-    site = Site("split", "plain", "half.fc1", "half.act", "output")
-    assert module._deepest_common_module(owner, site) == "half"
+    owner = nn.ModuleDict({"wide": MLP(), "output": nn.Linear(16, 8)})
+    site = Site("split", "plain", "wide.fc1", "wide.act", "output")
+    assert module._deepest_common_module(owner, site) == "wide"
     body, local = module._runnable_part(owner, site)
     assert type(body) is MLP
     assert local == Site("split", "plain", "fc1", "act", None)
