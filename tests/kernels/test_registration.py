@@ -3,6 +3,9 @@
 Helpers of `starlayers.kernels.registration` are tested at the end.
 """
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -196,3 +199,19 @@ def test_library_gradients_are_those_needed_and_differentiable():
     # one tensor in two places gets a gradient for each
     da, db, _ = library_gradients(product, [a, a, None], (True, True, False), [dy])
     torch.testing.assert_close([da, db], [2 * a * a, a * a])
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "gpus", "entered"), [(True, 2, ["cuda:1"]), (True, 1, []), (False, 2, [])]
+)
+def test_kernels_are_launched_on_the_device_of_the_input(is_cuda, gpus, entered, monkeypatch):
+    seen = []
+
+    def device(name):
+        seen.append(name)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with registration._device_of(SimpleNamespace(is_cuda=is_cuda, device="cuda:1")):
+        assert seen == entered
