@@ -1,4 +1,4 @@
-"""Conditions of the kernels on a GPU, row by row; the functions run on CPU tensors."""
+"""Conditions of the kernels on a GPU, one by one, with CPU tensors."""
 
 import contextlib
 import re

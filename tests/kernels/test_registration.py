@@ -215,3 +215,33 @@ def test_kernels_are_launched_on_the_device_of_the_input(is_cuda, gpus, entered,
     monkeypatch.setattr(torch.cuda, "device", device)
     with registration._device_of(SimpleNamespace(is_cuda=is_cuda, device="cuda:1")):
         assert seen == entered
+
+
+def test_the_interpreter_gets_float32_for_bfloat16_and_no_float64():
+    seen = []
+
+    def kernel(x, w, missing, act):
+        seen.append((x.dtype, w.dtype, missing, act))
+        return x * w, x + w
+
+    def plain(x, w, missing, act):
+        return x - w, x
+
+    def fake(x, w, missing, act):
+        return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.float32)
+
+    f32, f16, bf16, f64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+    run = registration._interpreted(kernel, plain, fake)
+    x, w = randn(3), randn(3, seed=1)
+    product, total = run(x.to(bf16), w.to(f16), None, "silu")
+    assert (product.dtype, total.dtype) == (bf16, f32)
+    assert torch.equal(product, (x.to(bf16).float() * w.to(f16)).to(bf16))
+    product, total = run(x.to(f16), w.to(f16), None, "silu")
+    assert product.dtype == total.dtype == f16
+    run(x, w.to(f64), None, "silu")
+    assert seen == [(f32, f16, None, "silu"), (f16, f16, None, "silu"), (f32, f64, None, "silu")]
+    difference, _ = run(x.to(f64), w, None, "silu")
+    assert len(seen) == 3
+    assert torch.equal(difference, x.to(f64) - w)
+    one = registration._interpreted(lambda x: 2 * x, plain, lambda x: x)(x.to(bf16))
+    assert torch.equal(one, (2 * x.to(bf16).float()).to(bf16))

@@ -1,4 +1,4 @@
-"""Wide star MLP against its definition, with the programs of either matrix product."""
+"""Wide star MLP against its definition, with both programs for its products."""
 
 import pytest
 import torch
