@@ -347,3 +347,22 @@ def test_refusals():
     ppo.policy = torch.compile(ppo.policy)
     with pytest.raises(ValueError, match="is a OptimizedModule, no policy"):
         starify(ppo)
+
+
+class GatedExtractor(BaseFeaturesExtractor):
+    """A gated MLP, which has its product already."""
+
+    def __init__(self, space):
+        super().__init__(space, 4)
+        self.gate_proj, self.up_proj = nn.Linear(4, 8), nn.Linear(4, 8)
+        self.down_proj, self.act_fn = nn.Linear(8, 4), nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_only_plain_mlps_get_gates():
+    model = starify(make("PPO", steps=0, features_extractor_class=GatedExtractor))
+    owners = {path.split(".")[0] for path in gate_sizes(model.policy)}
+    assert owners == {"mlp_extractor"}
+    assert not gate_parameters(model.policy.features_extractor)
