@@ -23,7 +23,7 @@ help:
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[vision,nlp,rl,coefficients,deploy,dev]'
+	$(BIN)/python -m pip install -q -e '.[all,dev]'
 	touch $(STAMP)
 
 setup: $(STAMP)
@@ -75,7 +75,6 @@ imports: setup
 check: lint imports type
 
 docs: setup
-	$(BIN)/python -m pip install -q -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 
 bench: setup
@@ -100,6 +99,7 @@ bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.gpu --tables
 
+bench-smoke: export OMP_NUM_THREADS = 1
 bench-smoke: setup
 	$(BIN)/python -m benchmarks.vision speed --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.vision demonet --smoke --processes 1 --out runs/smoke

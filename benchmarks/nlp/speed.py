@@ -50,17 +50,18 @@ def cache_bytes(model: Any, tokens: torch.Tensor) -> int:
 
 def job(smoke: bool = False) -> Job:
     """Make the job: models and sizes that are timed."""
-    sizes = {"batch": 2, "length": 16, "repeats": 2}
+    sizes = {"batch": 2, "length": 16, "new": 2, "repeats": 1}
     if not smoke:
-        sizes = {"batch": 16, "length": 128, "repeats": 15}
+        sizes = {"batch": 16, "length": 128, "new": NEW, "repeats": 15}
     models = {"task": "prose", "model": MODEL, "variants": VARIANTS}
-    return {"arm": None, "seed": None, **models, **sizes, "prompt": PROMPT, "new": NEW}
+    return {"arm": None, "seed": None, **models, **sizes, "prompt": PROMPT}
 
 
 def work(job: Job) -> dict[str, Any]:
     """Time training, forward and generation of all variants in turn, and measure memory."""
     from starlayers import use_backend
 
+    torch.set_num_threads(1)
     tokens = torch.randint(4, 2000, (job["batch"], job["length"]))
     prompt = tokens[:2, : job["prompt"]]
     models: dict[str, Any] = {}
