@@ -12,7 +12,7 @@ SAMPLE ?= 100
 SEED ?= 0
 
 .PHONY: help setup demo demo-short test test-rest test-all test-kernels coverage mutants lint imports \
-	format type docs bench bench-gpu bench-smoke kernels check clean
+	format type docs bench bench-gpu bench-smoke evidence kernels check clean
 
 help:
 	@echo "make demo   train a StarNet on Fashion-MNIST (sets everything up)"
@@ -76,6 +76,10 @@ check: lint imports type
 
 docs: setup
 	$(BIN)/mkdocs build --strict
+
+# the pages under docs/evidence/, from the records of the studies
+evidence: setup
+	$(BIN)/python -m benchmarks.evidence
 
 bench: setup
 	$(BIN)/python -m benchmarks.vision speed

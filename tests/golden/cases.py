@@ -537,6 +537,8 @@ def load_all(folder: Path) -> dict[str, list[float]]:
     from safetensors.torch import load_file
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    # both enter their classes in tables of their frameworks
+    import starlayers.nlp
     import starlayers.rl  # noqa: F401
     from starlayers import from_pretrained
     from starlayers.vision import StarNet, load_checkpoint
