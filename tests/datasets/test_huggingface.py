@@ -10,9 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Translation
 
 from starlayers.datasets import huggingface
 from starlayers.datasets.text import load_prose, load_sentiment, load_translation
-from tests.datasets.hub import unreachable_hub
-from tests.datasets.rows import assert_same, everything, sizes
-from tests.datasets.snapshot import unchanged
+from tests.datasets.support import assert_same, everything, sizes, unchanged, unreachable_hub
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from starlayers.datasets.image_folder import EXTENSIONS, read_image, to_rgb
 from starlayers.datasets.images import load_images
-from tests.datasets.snapshot import unchanged
+from tests.datasets.support import unchanged
 from tests.helpers import properties
 
 RED, GREY = (200, 10, 30), 90

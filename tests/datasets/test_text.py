@@ -8,7 +8,7 @@ from datasets import ClassLabel, Features, Translation
 
 from starlayers.datasets import bibles, corpora
 from starlayers.datasets.text import TextData, load_prose, load_sentiment, load_translation
-from tests.datasets.rows import SPLITS, assert_same, everything, sizes
+from tests.datasets.support import SPLITS, assert_same, everything, sizes
 
 # --- small packages
 
