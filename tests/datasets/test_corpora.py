@@ -9,8 +9,6 @@ import pytest
 
 from starlayers.datasets import bibles, corpora
 
-# --- parsers of corpora, on small packages made here
-
 
 def tar(files):
     """An archive of files by name, as bytes."""

@@ -21,9 +21,6 @@ from starlayers.datasets.tables import load_table
 from tests.datasets.support import unchanged
 from tests.helpers import properties
 
-# --- tables: where they come from, what is left out, and how they are divided
-
-
 SPLITS = ["train", "validation", "test"]
 MNIST1D = ("mnist1d", "0.0.2.post1")
 MNIST1D_SHA256 = "e780fadc12ab6e45994dcb02bbe728b347243e0a5d13790f2a86992500eceb86"

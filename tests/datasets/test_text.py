@@ -12,9 +12,6 @@ from starlayers.datasets.text import TextData, load_prose, load_sentiment, load_
 from starlayers.datasets.tokens import SPECIAL_TOKENS, byte_level_bpe, windows
 from tests.datasets.support import SPLITS, assert_same, everything, sizes
 
-# --- text data sets: what they hold and how they are divided
-
-
 # --- small packages
 
 
