@@ -1,20 +1,32 @@
-"""Seven published networks against timm's, and against the paper's table."""
+"""Published networks against timm's and the paper's table, their cost, and timm's factory."""
 
 import copy
+import inspect
 import pickle
 import re
+from collections import OrderedDict
 
 import pytest
 import timm
 import torch
 from torch import nn
 
+import starlayers.vision.timm  # noqa: F401  registers
 from starlayers import vision
-from starlayers.vision import STARNETS, to_timm_state_dict
+from starlayers.vision import STARNETS, ConvNorm, StarBlock2d, StarNet, blocks, to_timm_state_dict
 from starlayers.vision.cost import multiply_adds
+from starlayers.vision.layout import OnChannelsLast, to_channels_last
 from starlayers.vision.models import MODELS
 
-from .util import image, randomise, relative_error, timm_named_grads
+from .util import (
+    assert_same_tensors,
+    image,
+    randomise,
+    relative_error,
+    snapshot,
+    timm_named_grads,
+    tiny,
+)
 
 # parameters in millions, multiply-adds in millions at 224x224, both as published
 PUBLISHED = {
@@ -157,3 +169,131 @@ def test_single_precision_gradients_are_as_near_the_truth_as_timms(name):
             error = relative_error(got[key], p.grad)
             reference = relative_error(dict(theirs.named_parameters())[key].grad, p.grad)
             assert error < max(1e-4, 2 * reference), key
+
+
+# --- multiply-adds against counts by hand
+
+
+def test_a_convolution_and_its_norm():
+    layer = ConvNorm(3, 8, 5, stride=2)
+    assert multiply_adds(layer, (3, 9, 6)) == 8 * 5 * 3 * (3 * 25 + 2)
+
+
+@pytest.mark.usefixtures("fuse_everything")
+def test_a_block_is_counted_by_its_definition_whatever_runs():
+    depthwise, norms, mlp = 2 * 6 * 9, 2 * 6 * 2, 3 * 6 * 12
+    block = StarBlock2d(6, 3, expansion=2)
+    assert multiply_adds(block, (6, 5, 7)) == 5 * 7 * (depthwise + norms + mlp)
+
+
+def test_the_default_image_has_224_pixels_a_side():
+    assert multiply_adds(nn.Conv2d(3, 1, 1)) == 3 * 224 * 224
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_the_model_is_left_as_it_was(train):
+    model = tiny().train(train)
+    before = snapshot(model)
+    multiply_adds(model, (3, 16, 16))
+    assert model.training is train
+    assert_same_tensors(snapshot(model), before)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_on_the_device_of_the_model():
+    assert multiply_adds(ConvNorm(3, 2, 1, device="meta"), (3, 4, 4)) == 16 * (6 + 4)
+    assert torch.is_grad_enabled()
+
+
+# --- StarNets made by timm's own factory
+
+
+def test_every_name_is_registered_and_timms_own_stay():
+    names = set(timm.list_models("*starnet*"))
+    assert names >= {f"starlayers_{name}" for name in STARNETS} | set(STARNETS)
+    assert not isinstance(timm.create_model("starnet_s050"), StarNet)
+
+
+def test_create_model_builds_ours_with_its_arguments():
+    model = timm.create_model(
+        "starlayers_starnet_s050", num_classes=7, in_chans=1, drop_path_rate=0.2, stem_stride=1
+    )
+    assert isinstance(model, StarNet)
+    assert model(torch.zeros(1, 1, 28, 28)).shape == (1, 7)
+    assert model.stages[-1][-1].drop_path.p == pytest.approx(0.2)
+
+
+def test_timms_data_configuration_fits():
+    model = timm.create_model("starlayers_starnet_s1")
+    config = timm.data.resolve_model_data_config(model)
+    peer = timm.data.resolve_model_data_config(timm.create_model("starnet_s1"))
+    assert config == peer
+    assert model.default_cfg is model.pretrained_cfg
+    assert (model.default_cfg["first_conv"], model.default_cfg["classifier"]) == (
+        "stem.conv",
+        "head",
+    )
+    assert model.default_cfg["num_classes"] == 1000
+    grey = timm.create_model("starlayers_starnet_s050", num_classes=7, in_chans=1).default_cfg
+    assert (grey["num_classes"], grey["input_size"]) == (7, (1, 224, 224))
+
+
+def test_arguments_for_timms_own_loading_are_accepted(tmp_path):
+    model = timm.create_model(
+        "starlayers_starnet_s050",
+        cache_dir=tmp_path,
+        pretrained_cfg_overlay={"crop_pct": 0.5},
+        features_only=False,
+    )
+    assert model.num_classes == 1000
+
+
+def test_entry_points_are_named_and_documented():
+    for name in STARNETS:
+        create = timm.models.model_entrypoint(f"starlayers_{name}")
+        assert create.__name__ == create.__qualname__ == f"starlayers_{name}"
+        assert create.__module__ == "starlayers.vision.timm"
+        assert create.__doc__ == getattr(vision, name).__doc__
+        assert inspect.signature(create).parameters["pretrained"].default is False
+
+
+def test_features_only_points_to_forward_intermediates():
+    message = "starlayers_starnet_s050 has no features_only; call model.forward_intermediates"
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("starlayers_starnet_s050", features_only=True)
+
+
+def test_pretrained_without_weights_is_an_error():
+    with pytest.raises(ValueError, match="starnet_s050 has no published weights"):
+        timm.create_model("starlayers_starnet_s050", pretrained=True)
+
+
+# --- channels_last views: equal values, no copy where none is needed
+
+
+def test_channels_last_keeps_values_and_copies_only_other_layouts():
+    x = image(2, 3, 4, 5)
+    y = to_channels_last(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, x)
+    assert y.data_ptr() != x.data_ptr()
+    assert to_channels_last(y).data_ptr() == y.data_ptr()
+
+
+def test_channels_last_under_vmap():
+    x = image(3, 2, 4, 5, 6)
+    assert torch.equal(torch.func.vmap(to_channels_last)(x), x)
+
+
+def test_layers_run_in_order_on_views_of_the_input():
+    layers = OnChannelsLast(OrderedDict(conv=nn.Conv2d(4, 6, 3), act=nn.Tanh()))
+    x, seen = image(2, 5, 7, 4), []
+    layers.conv.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    want = torch.tanh(layers.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+    torch.testing.assert_close(layers(x), want)
+    assert want.shape == (2, 3, 5, 6)
+    assert seen[-1].data_ptr() == x.data_ptr()
+
+
+def test_networks_pickled_as_a_whole_find_the_class_under_its_old_path():
+    assert blocks.OnChannelsLast is OnChannelsLast
