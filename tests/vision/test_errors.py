@@ -1,9 +1,20 @@
-"""Errors of the networks and blocks: each message has the user's own numbers."""
+"""Errors of networks and blocks, the default of every option, and missing packages."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
 
-from starlayers.vision import ConvNorm, DemoNet, StarBlock2d, StarNet
+from starlayers import vision
+from starlayers.vision import ConvNorm, DemoNet, LoadReport, StarBlock2d, StarNet, load_checkpoint
+from starlayers.vision.cost import multiply_adds
+from starlayers.vision.training import RunDir, TrainConfig, TrainResult, train
+
+from .util import saved_safely, tiny
 
 SHAPE = {"base_dim": 4, "depths": (1, 1), "stage_strides": (2, 2), "num_classes": 5}
 DEMO = {"depth": 2, "dim": 4, "num_classes": 5, "patch_size": 4}
@@ -144,3 +155,198 @@ CASES = {
 def test_refused_with_the_users_numbers(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# --- default of every option, and records that cannot be changed
+
+
+PLACE = {"device": None, "dtype": None}
+DEFAULTS = {
+    ConvNorm: {"stride": 1, "groups": 1, **PLACE},
+    StarBlock2d: {
+        "kernel_size": 7,
+        "expansion": 4,
+        "act": "relu6",
+        "drop_path": 0.0,
+        "layer_scale": None,
+        "combine": "mul",
+        "offset": 0.0,
+        "rank": 1,
+        "coefficients": "fixed",
+        **PLACE,
+    },
+    StarNet: {
+        "base_dim": 32,
+        "depths": (3, 3, 12, 5),
+        "mlp_ratio": 4,
+        "num_classes": 1000,
+        "in_chans": 3,
+        "drop_rate": 0.0,
+        "drop_path_rate": 0.0,
+        "act": "relu6",
+        "combine": "mul",
+        "coefficients": "fixed",
+        "global_pool": "avg",
+        "kernel_size": 7,
+        "stem_stride": 2,
+        "stage_strides": (2, 2, 2, 2),
+        **PLACE,
+    },
+    DemoNet: {
+        "depth": 12,
+        "dim": 192,
+        "combine": "mul",
+        "act": "gelu",
+        "num_classes": 1000,
+        "in_chans": 3,
+        "patch_size": 16,
+        "drop_path_rate": 0.0,
+        "layer_scale": 1e-6,
+        **PLACE,
+    },
+    StarNet.reset_classifier: {"global_pool": None},
+    StarNet.set_grad_checkpointing: {"enable": True},
+    StarNet.forward_head: {"pre_logits": False},
+    StarNet.forward_intermediates: {
+        "indices": None,
+        "norm": False,
+        "stop_early": False,
+        "output_fmt": "NCHW",
+        "intermediates_only": False,
+    },
+    TrainConfig: {
+        "epochs": 3,
+        "batch_size": 128,
+        "lr": 4e-3,
+        "weight_decay": 0.05,
+        "schedule": "cosine",
+        "warmup": 0.1,
+        "label_smoothing": 0.1,
+        "clip": 1.0,
+        "flip": 0.5,
+        "crop": 0,
+        "randaugment": 0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "ema": 0.0,
+        "amp": False,
+        "compile": False,
+        "seed": 0,
+        "save_every": 200,
+        "workers": 0,
+    },
+    train: {"run_dir": None, "progress": True},
+    RunDir: {"resume": False},
+    multiply_adds: {"shape": (3, 224, 224)},
+    **{getattr(vision, name): {"pretrained": False} for name in vision.STARNETS},
+}
+
+
+@pytest.mark.parametrize(
+    ("thing", "defaults"), DEFAULTS.items(), ids=[thing.__qualname__ for thing in DEFAULTS]
+)
+def test_defaults(thing, defaults):
+    parameters = inspect.signature(thing).parameters.values()
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == defaults
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        (TrainConfig(), "lr"),
+        (TrainResult([], None, True, 0.0), "finished"),
+        (LoadReport("timm", 1), "loaded"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_records_are_frozen(record, field):
+    with pytest.raises(FrozenInstanceError, match=field):
+        setattr(record, field, 3)
+
+
+# --- optional packages: importing vision needs einops alone, and errors name the extra to install
+
+
+CHILD = """
+import sys
+import torch
+allowed = {name.partition(".")[0] for name in sys.modules} | {"starlayers", "einops"}
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in OPTIONAL:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+OPTIONAL = {OPTIONAL!r}
+sys.meta_path.insert(0, Refuse())
+from starlayers.vision import StarNet
+import starlayers.vision.cost
+model = StarNet(8, (1,), stage_strides=(2,), num_classes=3)
+print(tuple(model.fuse()(torch.ones(1, 3, 16, 16)).shape))
+others = {name.partition(".")[0] for name in sys.modules} - allowed
+others.discard("triton")  # imported by PyTorch's FLOP counter
+print(*sorted(others - set(sys.stdlib_module_names)))
+"""
+OPTIONAL = {
+    *("accelerate", "huggingface_hub", "matplotlib", "safetensors", "sklearn", "timm"),
+    *("torchdata", "torchmetrics", "torchvision", "tqdm", "transformers", "typer"),
+}
+
+
+def test_vision_imports_and_runs_with_einops_alone():
+    code = CHILD.replace("{OPTIONAL!r}", repr(OPTIONAL))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["(1, 3)", ""]
+
+
+def without(monkeypatch, package, module):
+    """Make `package` missing, and `module` not imported yet."""
+    for name in list(sys.modules):
+        if name == module or name.startswith(module + "."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+
+
+def test_without_einops(monkeypatch):
+    without(monkeypatch, "einops", "starlayers.vision")
+    message = r"starlayers\.vision needs einops: pip install 'starlayers\[vision\]'"
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module("starlayers.vision")
+
+
+@pytest.mark.parametrize(
+    "package", ["accelerate", "torchdata", "torchmetrics", "torchvision", "tqdm"]
+)
+def test_without_a_package_of_training(monkeypatch, package):
+    without(monkeypatch, package, "starlayers.vision.training")
+    message = rf"vision\.training needs {package}: pip install 'starlayers\[training\]'"
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module("starlayers.vision.training")
+
+
+def test_without_timm(monkeypatch):
+    for name in ("timm.data", "timm.models"):
+        without(monkeypatch, name, "starlayers.vision.timm")
+    with pytest.raises(ImportError, match=r"starlayers\.vision\.timm needs timm: pip install timm"):
+        importlib.import_module("starlayers.vision.timm")
+
+
+def test_without_safetensors(monkeypatch, tmp_path):
+    model = tiny(2)
+    file = saved_safely(tiny(1).state_dict(), tmp_path / "weights.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    message = r"weights\.safetensors needs safetensors: pip install 'starlayers\[vision\]'"
+    with pytest.raises(ImportError, match=message):
+        load_checkpoint(model, file)
+    torch.save(tiny(1).state_dict(), tmp_path / "weights.pth")
+    assert load_checkpoint(model, tmp_path / "weights.pth").loaded == len(model.state_dict())
+
+
+def test_without_huggingface_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    message = (
+        r"starnet_s1\(pretrained=True\) needs huggingface_hub: pip install 'starlayers\[vision\]'"
+    )
+    with pytest.raises(ImportError, match=message):
+        vision.starnet_s1(pretrained=True)
