@@ -1,12 +1,20 @@
-"""A silu Starformer is a Llama: exactly, in both directions."""
+"""Starformers as Llamas, as plain PyTorch layers, and in folders with code."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from starlayers import use_backend
+from starlayers import ACTIVATIONS, StarBlock, StarMLP, get_activation, nlp, use_backend
+from starlayers.functional import star_product
 from starlayers.nlp import StarformerModel, from_llama, to_llama
-from tests.nlp.tiny import config, decoder, ids
+from starlayers.nlp import portable_starformer as portable
+from tests.nlp.tiny import VARIANTS, config, decoder, encoder_config, ids, seq2seq
 
 LLAMA = {
     "vocab_size": 99,
@@ -188,3 +196,154 @@ def test_nothing_is_shared_with_the_source():
     ours.config.rope_parameters["factor"] = 4.0
     assert theirs.generation_config.temperature != 0.3
     assert theirs.config.rope_parameters["factor"] == 2.0
+
+
+# --- plain PyTorch layers of `portable_starformer` against those of the core
+
+
+BUILT_IN = sorted({activation.name for activation in ACTIVATIONS.values()})
+
+
+@pytest.mark.parametrize("act", [*BUILT_IN, None, "swiglu"])
+@pytest.mark.parametrize("options", [{}, {"rank": 2, "offset": 1.0}, {"combine": "sum"}], ids=str)
+def test_portable_layers_are_the_cores(act, options):
+    torch.manual_seed(0)
+    ours = StarBlock(8, expansion=3, act=act, pre=torch.nn.LayerNorm(8), **options)
+    theirs = portable.StarBlock(8, expansion=3, act=act, pre=torch.nn.LayerNorm(8), **options)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 8)
+    assert torch.equal(ours(x), theirs(x))
+
+
+def test_portable_activations_refuse_what_they_do_not_know():
+    with pytest.raises(ValueError, match="'cube' is not known without starlayers"):
+        portable.get_activation("cube")
+
+
+def test_activations_are_the_cores():
+    x, y = torch.randn(50) * 4, torch.randn(50)
+    assert set(portable._FUNCTIONS) | set(portable._ALIASES) == {None, *ACTIVATIONS}
+    for name in (None, *ACTIVATIONS):
+        ours, theirs = get_activation(name), portable.get_activation(name)
+        assert theirs.name == (None if ours.name == "identity" else ours.name)
+        torch.testing.assert_close(theirs.fn(x), ours.fn(x))
+        torch.testing.assert_close(portable.star_product(x, y, name), star_product(x, y, name))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(StarMLP, portable.StarMLP), (StarBlock, portable.StarBlock)]
+)
+def test_defaults_are_the_cores(ours, theirs):
+    core = {n: p.default for n, p in inspect.signature(ours).parameters.items()}
+    for name, parameter in inspect.signature(theirs).parameters.items():
+        if name != "hidden":  # optional in the core
+            assert parameter.default == core[name], name
+
+
+@pytest.mark.parametrize("post", [None, torch.nn.Tanh()])
+@pytest.mark.parametrize("bias", [True, False])
+def test_portable_block_with_and_without_parts(post, bias):
+    torch.manual_seed(0)
+    options = {"expansion": 2.5, "act": "gelu", "bias": bias, "post": post}
+    ours, theirs = StarBlock(8, **options), portable.StarBlock(8, **options)
+    theirs.load_state_dict(ours.state_dict())
+    assert theirs.mlp.recompute is False
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(theirs(x), ours(x))
+
+
+# --- folders with code: they load without starlayers, and ordinary saves stay ordinary
+
+
+WITHOUT_STARLAYERS = """
+import sys
+sys.modules["starlayers"] = None  # as if it were not installed
+import json, torch, transformers
+tokens, outputs = torch.tensor({tokens}), []
+for auto, folder in {folders}:
+    model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
+    assert model.__class__.__module__.startswith("transformers_modules"), model.__class__
+    more = {{"decoder_input_ids": tokens}} if model.config.is_encoder_decoder else {{}}
+    outputs.append(model(tokens, **more).logits.tolist())
+print(json.dumps(outputs))
+"""
+
+
+def tagger(variant):
+    torch.manual_seed(0)
+    return nlp.StarformerEncoderForTokenClassification(encoder_config(**VARIANTS[variant])).eval()
+
+
+def test_folders_with_code_load_where_starlayers_is_not_installed(tmp_path):
+    makers = {
+        "AutoModelForCausalLM": decoder,
+        "AutoModelForSeq2SeqLM": seq2seq,
+        "AutoModelForTokenClassification": tagger,
+    }
+    models = {
+        (auto, variant): make(variant)
+        for auto, make in makers.items()
+        for variant in ("hybrid-gated", "plain")
+    }
+    folders = [(auto, str(tmp_path / auto / variant)) for auto, variant in models]
+    for model, (_, folder) in zip(models.values(), folders, strict=True):
+        nlp.save_with_code(model, folder)
+    tokens = ids(2, 5)
+    script = WITHOUT_STARLAYERS.format(tokens=tokens.tolist(), folders=folders)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    outputs = json.loads(done.stdout)
+    for model, there in zip(models.values(), outputs, strict=True):
+        more = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+        with torch.no_grad():
+            expected = model(tokens, **more).logits
+        torch.testing.assert_close(torch.tensor(there), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_ordinary_saves_stay_ordinary(tmp_path):
+    model = decoder()
+    model.config.auto_map = {"AutoTokenizer": ["mine.Tokenizer", None]}
+    nlp.save_with_code(model, tmp_path / "with")
+    assert model.config.auto_map == {"AutoTokenizer": ["mine.Tokenizer", None]}
+    del model.config.auto_map
+    assert "auto_map" in json.loads((tmp_path / "with" / "config.json").read_text())
+    model.save_pretrained(tmp_path / "without")
+    assert not list((tmp_path / "without").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "without" / "config.json").read_text())
+    # where starlayers is imported, its own class loads the folder, code or no code
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "with")
+    assert type(loaded) is type(model)
+    loaded.save_pretrained(tmp_path / "again")  # without code, so without naming any
+    named = json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]
+    assert named == {"AutoTokenizer": ["mine.Tokenizer", None]}
+    with pytest.raises(ValueError, match=r"got torch\.\S+\.Linear"):
+        nlp.save_with_code(torch.nn.Linear(2, 2), tmp_path)
+
+
+def test_the_classes_are_as_before_even_after_an_error(tmp_path, monkeypatch):
+    model = decoder()
+    before = type(model)._auto_class, type(model.config)._auto_class
+
+    def save(folder):
+        now = type(model)._auto_class, type(model.config)._auto_class
+        assert now == ("AutoModelForCausalLM", "AutoConfig")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(model, "save_pretrained", save)
+    with pytest.raises(OSError, match="disk full"):
+        nlp.save_with_code(model, tmp_path)
+    assert (type(model)._auto_class, type(model.config)._auto_class) == before == (None, None)
+
+
+def test_every_file_of_code_is_saved(tmp_path):
+    package = os.path.dirname(nlp.__file__)
+    code = {name for name in os.listdir(package) if name.endswith("_starformer.py")}
+    assert len(code) == 5
+    nlp.save_with_code(decoder(), tmp_path)
+    assert {name for name in os.listdir(tmp_path) if name.endswith(".py")} == code
