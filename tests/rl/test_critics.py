@@ -1,11 +1,17 @@
-"""The product critic: its formula, and what the norms are for."""
+"""The product critic, and the packed and stacked layers of the nets."""
+
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
+from starlayers import ACTIVATIONS, StarOp
 from starlayers.rl import ProductTerm, ProductTrunk
+from starlayers.rl.stack import GATE_GAIN, PackedStar, StarStack
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])
@@ -86,3 +92,126 @@ def test_a_product_term_is_the_formula(outputs):
 @pytest.mark.parametrize("training", [True, False])
 def test_a_product_term_is_in_the_mode_of_its_network(training):
     assert ProductTerm(nn.Linear(5, 1).train(training), 3, 2, 1, 4).training is training
+
+
+# --- packed and stacked star layers against `StarOp`, the definition
+
+
+def reference(stack, k):
+    """Net k of a stack as plain star ops."""
+    ops = []
+    for weight, bias in stack.layers():
+        (w1, w2), (b1, b2) = weight[k].chunk(2, -1), bias[k, 0].chunk(2)
+        op = StarOp(w1.shape[0], w1.shape[1], act=stack.act, offset=1.0).to(w1.dtype)
+        for branch, w, b in ((op.f1, w1, b1), (op.f2, w2, b2)):
+            branch.weight, branch.bias = nn.Parameter(w.t().clone()), nn.Parameter(b.clone())
+        ops.append(op.to(weight.dtype))
+    return nn.Sequential(*ops)
+
+
+@given(
+    nets=st.integers(1, 3),
+    ins=st.integers(1, 9),
+    widths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    batch=st.integers(1, 5),
+    act=st.sampled_from(sorted(name for name in ACTIVATIONS if name)),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_stack_is_its_nets(nets, ins, widths, batch, act):
+    torch.manual_seed(0)
+    stack = StarStack(nets, ins, widths, act=act).double()
+    x = torch.randn(batch, ins, dtype=torch.float64)
+    y = stack(x)
+    assert y.shape == (nets, batch, widths[-1])
+    for k in range(nets):
+        expected = reference(stack, k)(x)
+        torch.testing.assert_close(y[k], expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(stack(x, only=k)[0], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("only", [None, 1])
+def test_gradients_of_first_and_second_order(only):
+    stack = StarStack(2, 3, [4, 2], act="tanh").double()
+    x = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    own = list(stack.parameters())
+
+    def run(x, *parameters):
+        return torch.func.functional_call(
+            stack, dict(zip(dict(stack.named_parameters()), parameters)), (x,), {"only": only}
+        )
+
+    assert torch.autograd.gradcheck(run, (x, *own))
+    assert torch.autograd.gradgradcheck(run, (x, *own))
+
+
+def test_the_gradient_of_one_net_leaves_the_others_alone():
+    stack = StarStack(2, 3, [4], act="relu")
+    stack(torch.randn(5, 3), only=1).sum().backward()
+    for p in stack.parameters():
+        assert p.grad[0].abs().max() == 0
+        assert p.grad[1].abs().max() > 0
+
+
+def test_a_packed_layer_is_a_star_op():
+    layer, op = PackedStar(5, 7, act="gelu"), StarOp(5, 7, act="gelu", offset=1)
+    with torch.no_grad():
+        layer.proj.weight.copy_(torch.cat([op.f1.weight, op.f2.weight]))
+        layer.proj.bias.copy_(torch.cat([op.f1.bias, op.f2.bias]))
+    x = torch.randn(2, 3, 5)
+    torch.testing.assert_close(layer(x), op(x))
+    # its branches are one stock linear layer, which adapters and quantisers find
+    assert [type(m) for m in layer.modules()] == [PackedStar, nn.Linear]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: PackedStar(6, 4, act="tanh"), lambda: StarStack(2, 6, [4], act="tanh")]
+)
+def test_each_branch_is_orthogonal_by_itself(make):
+    layer = make()
+    layer.reset_branches(2**0.5)
+    if isinstance(layer, PackedStar):
+        branches = [layer.proj.weight.detach().chunk(2)]
+        assert layer.proj.bias.abs().max() == 0
+    else:
+        ((weight, bias),) = layer.layers()
+        branches = [[b.t() for b in net.chunk(2, -1)] for net in weight.detach()]
+        assert bias.abs().max() == 0
+        assert not torch.equal(branches[0][0], branches[1][0])
+    for first, second in branches:
+        torch.testing.assert_close(first @ first.t(), 2 * torch.eye(4), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            second @ second.t(), GATE_GAIN**2 * torch.eye(4), atol=1e-5, rtol=0
+        )
+
+
+def test_copies_state_dicts_and_compilation(fresh_compiler):
+    stack = StarStack(2, 3, [4, 4], act="relu")
+    x = torch.randn(5, 3)
+    other = StarStack(2, 3, [4, 4], act="relu")
+    other.load_state_dict(stack.state_dict())
+    assert list(stack.state_dict()) == ["weight0", "bias0", "weight1", "bias1"]
+    for same in (copy.deepcopy(stack), other):
+        assert torch.equal(same(x), stack(x))
+    torch.testing.assert_close(torch.compile(stack, fullgraph=True)(x), stack(x))
+
+
+def test_the_second_branch_starts_at_a_tenth():
+    assert GATE_GAIN == 0.1
+
+
+def test_a_stack_starts_as_linear_layers_do():
+    torch.manual_seed(0)
+    stack = StarStack(3, 100, [50, 20], act="relu")
+    for (weight, bias), inputs in zip(stack.layers(), (100, 50)):
+        bound = inputs**-0.5
+        for p in (weight, bias):
+            assert p.abs().max() <= bound
+            assert p.abs().max() > 0.9 * bound
+            assert p.mean().abs() < 0.2 * bound
+    assert [tuple(w.shape) for w, _ in stack.layers()] == [(3, 100, 100), (3, 50, 40)]
+    assert (stack.nets, stack.in_features, stack.out_features) == (3, 100, 20)
+
+
+def test_layers_show_their_sizes():
+    assert repr(StarStack(2, 3, [4, 5], act="gelu")) == "StarStack(2, 3, [4, 5], act='gelu')"
+    assert PackedStar(3, 4, act="gelu").extra_repr() == "3, 4, act='gelu'"
