@@ -1,13 +1,118 @@
-"""Star policies of sb3-contrib: LSTMs, ARS, and the norms of CrossQ."""
+"""Nets of the on-policy, off-policy and sb3-contrib policies, and the names of policies."""
 
+import importlib.util
+import pickle
+import subprocess
+import sys
+
+import cloudpickle
 import pytest
 import torch
+from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
+from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
+from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
+import starlayers.rl
+from starlayers.rl import StarCnnExtractor, StarCombinedExtractor, contrib
+from starlayers.rl.base import image_and_dict_policies
+from starlayers.rl.registration import NAMES, _policies
 from tests.rl.agents import (
     STEPS,
+    Sampled,
     agent,
+    algorithm,
+    parameters,
 )
+
+
+def test_one_trunk_for_both_sides(tmp_path):
+    model = agent("PPO", policy_kwargs={"share_trunk": True, "net_arch": [8]}).learn(STEPS)
+    assert sum("mlp_extractor" in name for name, _ in model.policy.named_parameters()) == 2
+    model.policy.save(tmp_path / "p.pt")
+    assert type(model.policy).load(tmp_path / "p.pt").share_trunk
+    with pytest.raises(ValueError, match=r"share_trunk=True needs equal sides.*\[8\].*\[4\]"):
+        agent("PPO", policy_kwargs={"share_trunk": True, "net_arch": {"pi": [8], "vf": [4]}})
+
+
+@pytest.mark.parametrize("net_arch", [[], [8], [8, 4], {"pi": [8], "vf": [4, 4]}])
+def test_architectures_of_ones_own(net_arch):
+    model = agent("PPO", policy_kwargs={"net_arch": net_arch}).learn(STEPS)
+    arch = net_arch if isinstance(net_arch, dict) else {"pi": net_arch, "vf": net_arch}
+    assert model.policy.mlp_extractor.latent_dim_pi == [3, *arch["pi"]][-1]
+    assert model.policy.mlp_extractor.latent_dim_vf == [3, *arch["vf"]][-1]
+
+
+@pytest.mark.parametrize("options", [{}, {"net": "mlp"}, {"norm": "layer"}, {"share_trunk": True}])
+def test_acting_and_judging_use_the_same_trunks_together_and_apart(options):
+    policy = agent("PPO", policy_kwargs={**options, "net_arch": [8, 4]}).policy
+    x = torch.randn(5, 3)
+    pi, vf = policy.mlp_extractor(x)
+    torch.testing.assert_close(policy.mlp_extractor.forward_actor(x), pi)
+    torch.testing.assert_close(policy.mlp_extractor.forward_critic(x), vf)
+    assert torch.equal(pi, vf) is ("share_trunk" in options)
+    torch.testing.assert_close(policy(x)[1], policy.predict_values(x))
+
+
+def test_trpo_trains_actor_and_critic():
+    model = agent("TRPO", policy_kwargs={"net_arch": [8, 8]})
+    before = parameters(model)
+    model.learn(STEPS)
+    for name, p in model.policy.named_parameters():
+        assert not torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "stacked"),
+    [
+        ({}, True),
+        ({"norm": "none"}, True),
+        ({"activation_fn": "relu"}, True),
+        ({"norm": "layer"}, False),
+        ({"net": {"vf": "mlp"}}, False),
+        ({"net": "mlp"}, False),
+        ({"net_arch": {"pi": [8], "vf": [4]}}, False),
+        ({"net_arch": []}, False),
+        ({"share_trunk": True}, False),
+        ({"share_features_extractor": False}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["PPO", "MaskablePPO", "TRPO"])
+def test_policy_and_value_are_one_stack_where_they_can_be(name, options, stacked):
+    stack = agent(name, policy_kwargs=options).policy.mlp_extractor.stack
+    assert (stack is not None) is (stacked and name != "TRPO")
+    if stack is not None:
+        assert stack.act == options.get("activation_fn", "tanh")
+
+
+# --- heads and critics of the off-policy algorithms
+
+
+def test_the_product_critic_takes_part_in_each_algorithm_that_has_one():
+    for name in ("SAC", "TD3", "DDPG", "TQC"):
+        model = agent(name, policy_kwargs={"net": {"pi": "mlp", "qf": "product"}, "net_arch": [8]})
+        assert type(model.critic.qf0[0]).__name__ == "ProductTrunk"
+        before = model.critic.qf0[0].action.weight.clone()
+        model.learn(STEPS)
+        assert not torch.equal(model.critic.qf0[0].action.weight, before)
+    both = agent("SAC", policy_kwargs={"net": "product"})  # the actor sees no action: a star
+    assert type(both.actor.latent_pi[0]).__name__ == "PackedStar"
+
+
+def test_heads_have_an_output_for_each_choice():
+    assert agent("DQN", policy_kwargs={"net_arch": [8]}).q_net.q_net[1].out_features == 3
+    options = {"net_arch": [8], "n_quantiles": 5}
+    network = agent("QRDQN", policy_kwargs=options).policy.quantile_net
+    assert network.quantile_net[1].out_features == 3 * 5
+    critic = agent("TQC", policy_kwargs={**options, "n_critics": 3}).critic
+    assert [q[1].out_features for q in critic.q_networks] == [5, 5, 5]
+    assert [name for name, _ in critic.named_children() if "qf" in name] == ["qf0", "qf1", "qf2"]
+    td3 = agent("TD3", policy_kwargs={"net_arch": [8]}).actor.mu
+    assert (td3[1].out_features, type(td3[2])) == (2, nn.Tanh)
+
+
+# --- star policies of sb3-contrib: LSTMs, ARS, and the norms of CrossQ
 
 
 def test_lstms_of_ones_own_size_come_back(tmp_path):
@@ -78,3 +183,124 @@ def test_crossq_options_reach_its_norms():
         assert widths == [8]
     empty = agent("CrossQ", policy_kwargs={"net_arch": {"pi": [], "qf": [8]}}).policy
     assert len(empty.actor.latent_pi) == 1
+
+
+# --- names of policies, with and without sb3-contrib, and what the package needs
+
+
+FLAT = {
+    PPO: "StarPPOPolicy",
+    A2C: "StarPPOPolicy",
+    TRPO: "StarActorCriticPolicy",
+    MaskablePPO: "StarMaskablePolicy",
+    RecurrentPPO: "StarRecurrentPolicy",
+    SAC: "StarSACPolicy",
+    TD3: "StarTD3Policy",
+    DDPG: "StarTD3Policy",
+    TQC: "StarTQCPolicy",
+    CrossQ: "StarCrossQPolicy",
+    DQN: "StarDQNPolicy",
+    QRDQN: "StarQRDQNPolicy",
+    ARS: "StarARSPolicy",
+}
+
+
+def policy_class(name):
+    return getattr(starlayers.rl, name, None) or getattr(contrib, name)
+
+
+def test_names_are_pinned():
+    assert NAMES == ("StarMlpPolicy", "StarCnnPolicy", "StarMultiInputPolicy")
+    twins = [name for name in starlayers.rl.__all__ if "Cnn" in name or "MultiInput" in name]
+    assert len([name for name in twins if name.endswith("Policy")]) == 10
+    assert len(contrib.__all__) == 14
+
+
+@pytest.mark.parametrize("algorithm", FLAT, ids=lambda a: a.__name__)
+def test_every_algorithm_knows_its_policies_by_name(algorithm):
+    flat = policy_class(FLAT[algorithm])
+    assert algorithm.policy_aliases["StarMlpPolicy"] is flat
+    # SB3's own names are still there
+    assert {"MlpPolicy", "MlpLstmPolicy"} & set(algorithm.policy_aliases)
+    if algorithm in (CrossQ, ARS):
+        assert not {"StarCnnPolicy", "StarMultiInputPolicy"} & set(algorithm.policy_aliases)
+        return
+    for part, extractor in (("Cnn", StarCnnExtractor), ("MultiInput", StarCombinedExtractor)):
+        name = f"{FLAT[algorithm].removesuffix('Policy')}{part}Policy"
+        policy = algorithm.policy_aliases[f"Star{part}Policy"]
+        assert policy is policy_class(name)
+        assert issubclass(policy, flat)
+        assert policy.base_extractor is extractor
+        # as a class of its own file: pickle and SB3's zip files refer to it by name
+        assert (policy.__name__, policy.__qualname__) == (name, name)
+        assert policy.__module__ == flat.__module__
+        for dumps in (pickle.dumps, cloudpickle.dumps):
+            assert pickle.loads(dumps(policy)) is policy
+            assert name.encode() in dumps(policy)
+        assert policy.__doc__.splitlines()[0].endswith(f"behind a `{extractor.__name__}`.")
+        assert f'("Star{part}Policy", env' in policy.__doc__
+
+
+def test_the_classes_of_a_users_own_policy():
+    class StarMinePolicy(starlayers.rl.StarPPOPolicy):
+        pass
+
+    images, dictionaries = image_and_dict_policies(StarMinePolicy, "mine.PPO", replay=True)
+    assert [p.__name__ for p in (images, dictionaries)] == [
+        "StarMineCnnPolicy",
+        "StarMineMultiInputPolicy",
+    ]
+    assert images.__module__ == __name__
+    assert "from mine import PPO\n" in images.__doc__
+    assert "discrete=True" in images.__doc__
+    assert "buffer_size=100, " in dictionaries.__doc__
+    (other, _) = image_and_dict_policies(StarMinePolicy, "mine.PPO", discrete=False)
+    assert "discrete=False" in other.__doc__
+    assert "buffer_size" not in other.__doc__
+
+
+def test_each_algorithm_has_a_table_of_its_own():
+    tables = [algorithm.policy_aliases for algorithm in FLAT]
+    assert len({id(table) for table in tables}) == len(tables) == 13
+
+
+def test_without_contrib_sb3_has_all_of_its_names(monkeypatch):
+    spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "starlayers.rl.registration.find_spec",
+        lambda name: None if "contrib" in name else spec(name),
+    )
+    assert set(_policies()) == {PPO, A2C, SAC, TD3, DDPG, DQN}
+
+
+def test_stable_baselines3_is_all_that_it_needs():
+    code = """
+import sys
+for name in ("einops", "sb3_contrib", "ale_py", "imageio", "rich", "tqdm", "typer", "cv2"):
+    sys.modules[name] = None
+sys.modules["stable_baselines3"] = None
+try:
+    import starlayers.rl
+except ImportError as error:
+    print(error)
+del sys.modules["stable_baselines3"]
+import starlayers.rl
+from stable_baselines3 import PPO
+print(PPO("StarMlpPolicy", "CartPole-v1", device="cpu").policy.mlp_extractor.stack)
+print([m for m in sys.modules if m.startswith(("starlayers.vision", "starlayers.nlp"))])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "starlayers.rl needs stable_baselines3: pip install 'starlayers[rl]'",
+        "StarStack(2, 4, [44, 44], act='tanh')",
+        "[]",
+    ], done.stderr
+
+
+def test_names_are_each_algorithms_own():
+    assert TD3.policy_aliases is not algorithm("DDPG").policy_aliases
+    assert {"MlpPolicy", "StarMlpPolicy"} <= set(DQN.policy_aliases) & set(SAC.policy_aliases)
+    assert "StarCnnPolicy" not in algorithm("CrossQ").policy_aliases
+    assert isinstance(
+        agent("PPO", env=DummyVecEnv([Sampled])).policy, PPO.policy_aliases["MlpPolicy"]
+    )
