@@ -1,13 +1,26 @@
-"""MLPs that are found, and names that select them."""
+"""MLPs that are found, sites in a model, and sizes of linear layers."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
+from transformers.pytorch_utils import Conv1D
 
 from starlayers import starify
 from starlayers.surgery import Site, find_mlps
 from starlayers.surgery import find as module
 from starlayers.surgery.find import Finding, NameFilter
+from starlayers.surgery.linear_layers import (
+    Projection,
+    base_layer,
+    dtype_and_device,
+    gate_blocker,
+    projection,
+    weight_of,
+)
+from starlayers.surgery.site import attribute, join, parent_of, put
 from tests.surgery.small import MLP, Gated, Net, Packed, Twice
 
 
@@ -173,3 +186,198 @@ def test_nested_sequences():
     x = torch.randn(2, 8)
     y = net(x)
     assert torch.equal(starify(net)(x), y)
+
+
+# --- sites, and access to parts by dotted name
+
+
+def test_variants_swap_the_branches():
+    plain = Site("r", "plain", "a", "b", "c")
+    assert list(plain.variants()) == [plain]
+    gated = Site("r", "gated", "a", "b", "c", up="d")
+    assert list(gated.variants()) == [gated, Site("r", "gated", "d", "b", "c", up="a")]
+    half = Site("r", "gated", "a", "b", "c")
+    assert list(half.variants()) == [half]
+    packed = Site("r", "packed", "a", "b", "c")
+    assert packed.gate_last is False
+    assert list(packed.variants()) == [packed, Site("r", "packed", "a", "b", "c", gate_last=True)]
+    last = Site("r", "packed", "a", "b", "c", gate_last=True)
+    assert [s.gate_last for s in last.variants()] == [True, False]
+
+
+def test_dotted_names():
+    net = nn.Sequential(nn.Sequential(nn.ReLU(), nn.GELU()))
+    assert parent_of(net, "0.1") == (net[0], "1")
+    assert parent_of(net, "0") == (net, "0")
+    assert attribute(net, "0.1") is net[0][1]
+    with pytest.raises(AttributeError):
+        attribute(net, "0.7")
+    assert join("a.b", "c") == "a.b.c"
+    assert join("", "c") == "c"
+
+
+def test_put_keeps_the_place_among_the_children():
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    gelu = nn.GELU()
+    put(net, "1", gelu)
+    assert net[1] is gelu
+    assert [type(m) for m in net] == [nn.Linear, nn.GELU, nn.Linear]
+
+
+def test_put_replaces_a_function_and_not_the_module_it_hides():
+    layer = nn.ReLU()
+    net = nn.Module()
+    net.act = layer
+    vars(net)["act"] = nn.functional.gelu  # as deepcopy leaves nn.TransformerDecoderLayer
+    put(net, "act", nn.functional.silu)
+    assert net.act is nn.functional.silu
+    assert net._modules["act"] is layer
+
+
+def test_sites_compare_and_copy_by_value():
+    site = Site("r", "plain", "a", "b", None)
+    assert copy.deepcopy(site) == site == Site(recipe="r", form="plain", inp="a", act="b", out=None)
+
+
+# --- sizes and weights of linear layers, and refusals of gates
+
+
+class OtherLinear(nn.Module):
+    """Linear layer of another library, which does not derive from `nn.Linear`."""
+
+    def __init__(self, n, f):
+        super().__init__()
+        self.in_features, self.out_features = n, f
+
+
+class Derived(nn.Linear):
+    pass
+
+
+class Wrapper(nn.Module):
+    """Adapter around a layer, as PEFT makes it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+
+
+@pytest.mark.parametrize(
+    ("module", "sizes"),
+    [
+        (nn.Linear(2, 3), (2, 3, False)),
+        (Derived(2, 3), (2, 3, False)),
+        (OtherLinear(2, 3), (2, 3, False)),
+        (Conv1D(3, 2), (2, 3, False)),
+        (nn.Conv2d(2, 3, 1), (2, 3, True)),
+        (nn.Conv2d(2, 3, 1, padding="same"), (2, 3, True)),
+        (nn.Conv2d(2, 3, 1, padding="valid"), (2, 3, True)),
+        (Wrapper(Wrapper(nn.Linear(2, 3))), (2, 3, False)),
+        (nn.Conv2d(2, 3, 1, padding=1), None),
+        (nn.Conv2d(2, 3, 3), None),
+        (nn.Conv2d(2, 3, (1, 3)), None),
+        (nn.Conv2d(2, 3, 1, stride=2), None),
+        (nn.Conv2d(2, 4, 1, groups=2), None),
+        (nn.Conv1d(2, 3, 1), None),
+        (OtherLinear(2, None), None),
+        (OtherLinear("2", 3), None),
+        (nn.Bilinear(2, 2, 3), None),
+        (nn.Embedding(2, 3), None),
+        (None, None),
+    ],
+)
+def test_projection(module, sizes):
+    assert projection(module) == (None if sizes is None else Projection(*sizes))
+
+
+@pytest.mark.parametrize("padding", [0, (0, 0)])
+def test_padding_may_be_set_as_a_number_later(padding):
+    conv = nn.Conv2d(2, 3, 1)
+    conv.padding = padding
+    assert projection(conv) == Projection(2, 3, True)
+    conv.padding = 1
+    assert projection(conv) is None
+
+
+def test_channels_are_last_by_default():
+    assert Projection(2, 3).channels_first is False
+
+
+def test_base_layer():
+    layer = nn.Linear(2, 3)
+    assert base_layer(Wrapper(Wrapper(layer))) is layer
+    assert base_layer(layer) is layer
+    assert base_layer(Wrapper("no module")).base_layer == "no module"
+
+
+def test_weight_of():
+    layer = nn.Linear(2, 3)
+    assert weight_of(layer) is layer.weight
+    assert weight_of(Wrapper(layer)) is layer.weight
+    assert weight_of(nn.ReLU()) is None
+    normed = parametrizations.weight_norm(nn.Linear(2, 3))
+    assert weight_of(normed) is normed.parametrizations.weight.original1
+    spectral = parametrizations.spectral_norm(nn.Linear(2, 3))
+    assert weight_of(spectral) is spectral.parametrizations.weight.original
+
+
+def test_dtype_and_device():
+    layer = nn.Linear(2, 3, dtype=torch.bfloat16, device="meta")
+    assert dtype_and_device(layer) == (torch.bfloat16, torch.device("meta"))
+
+
+def with_weight(dtype):
+    layer = nn.Linear(2, 3)
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    return layer
+
+
+class Callable_(nn.Linear):
+    """Quantised layer of torch: its weight is a method."""
+
+    weight = None
+
+    def __init__(self):
+        nn.Module.__init__(self)
+
+
+class Packed4Bit(torch.Tensor):
+    pass
+
+
+def subclassed():
+    layer = nn.Linear(2, 3)
+    del layer.weight
+    layer.weight = layer.bias.new_zeros(3, 2).as_subclass(Packed4Bit)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Linear(2, 3), None),
+        (Wrapper(nn.Linear(2, 3)), None),
+        (with_weight(torch.bfloat16), None),
+        (with_weight(torch.float16), None),
+        (with_weight(torch.int32), "Linear holds torch.int32 weights: starify before quantising"),
+        (
+            with_weight(torch.float8_e4m3fn),
+            "Linear holds torch.float8_e4m3fn weights: starify before quantising",
+        ),
+        (
+            Callable_(),
+            "Callable_ has no weight tensor: quantised? starify before quantising",
+        ),
+        (
+            subclassed(),
+            "Linear has a Packed4Bit for a weight: starify before quantising, after initialising",
+        ),
+        (
+            nn.LazyLinear(3),
+            "LazyLinear has a UninitializedParameter for a weight: starify before quantising, "
+            "after initialising",
+        ),
+    ],
+)
+def test_gate_blocker(layer, reason):
+    assert gate_blocker(layer) == reason
