@@ -1,13 +1,25 @@
-"""Sizes, parameters and names of the gates in a model."""
+"""Gates in a model, and gated MLPs on the core."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 
-from starlayers import starify
-from starlayers.surgery import gate_parameters, gate_sizes, reset_gates
+from starlayers import starify, use_backend
+from starlayers.surgery import (
+    GatedMLP,
+    Site,
+    gate_parameters,
+    gate_sizes,
+    gated,
+    reset_gates,
+    revert,
+)
+from starlayers.surgery.gated import Grown, Role, adopt, grow, release, split_packed
 from starlayers.surgery.gates import gate_of, gate_size, name_of
-from tests.surgery.small import MLP, Gated, Net, train_gates
+from tests.helpers import randn
+from tests.surgery.small import MLP, Gated, Net, Packed, train_gates
 
 
 def probe(n=8):
@@ -108,3 +120,266 @@ def test_meta_device_then_real_weights(x):
     net.load_state_dict({names[k]: v for k, v in real.state_dict().items()}, strict=False)
     reset_gates(net)
     assert torch.equal(net(x), real(x))
+
+
+# --- gated MLPs on the core: which of them one fused op computes, and products that were added
+
+
+SITE = Site("gated", "gated", "gate", "act", "down", up="up")
+
+
+class Drops(Gated):
+    """A gated MLP with something between its product and its last layer."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.drop = between
+
+    def forward(self, x):
+        return self.down(self.drop(self.act(self.gate(x)) * self.up(x)))
+
+
+def fused(model=None, **options):
+    return starify(model or Gated(), mode="fuse", **options)
+
+
+def test_defaults_of_a_role():
+    role = Role(SITE, Gated, "silu")
+    assert (role.between, role.fused, role.recompute, role.grown) == ((), True, False, 0)
+
+
+def test_state_of_earlier_versions():
+    role = Role(SITE, Gated, "silu", recompute=True)
+    state = dict(vars(role))
+    state["row"] = state.pop("act_name")
+    old = Role.__new__(Role)
+    old.__setstate__(state)
+    assert old == role == copy.deepcopy(role)
+    assert not hasattr(old, "row")
+    assert "row" in state
+
+
+@pytest.mark.parametrize("gate_last", [False, True])
+def test_split_packed(gate_last):
+    first, second = torch.ones(2, 3), torch.zeros(2, 3)
+    a, b = split_packed(torch.cat([first, second], -1), gate_last=gate_last)
+    assert torch.equal(a, second if gate_last else first)
+    assert torch.equal(b, first if gate_last else second)
+
+
+@pytest.mark.parametrize(
+    ("model", "training", "one_op"),
+    [
+        (lambda: fused(), True, True),
+        (lambda: starify(Gated(), grow=1), True, False),  # not fused
+        (lambda: fused(starify(Gated(), grow=1)), False, False),
+        (lambda: fused(Gated(act=nn.Mish())), False, False),  # none of ACTIVATIONS
+        (lambda: fused(Packed()), False, False),
+        (lambda: fused(Drops(nn.Dropout(0.5))), False, True),
+        (lambda: fused(Drops(nn.Dropout(0.5))), True, False),
+        (lambda: fused(Drops(nn.Dropout(0.0))), True, True),
+        (lambda: fused(Drops(nn.Identity())), True, True),
+    ],
+)
+def test_what_one_fused_op_computes(model, training, one_op):
+    mlp = model().train(training)
+    view = mlp._star_view()
+    assert (view is not None) is one_op
+    if view is not None:
+        assert (view.f1, view.f2, view.g) == (mlp.gate, mlp.up, mlp.down)
+        assert (view.in_features, view.hidden_features, view.out_features) == (8, 16, 8)
+        assert (view.act, view.combine, view.rank, view.offset) == ("silu", "mul", 1, 0.0)
+        assert (view.coefficients, view.recompute) == ("fixed", False)
+
+
+def test_a_module_without_a_rate_may_do_anything_in_train_mode():
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x
+
+    mlp = fused(Drops(Noise()))
+    assert mlp.star.between == ("drop",)
+    assert mlp.train()._star_view() is None
+    assert mlp.eval()._star_view() is not None
+
+
+def test_the_view_has_the_layers_of_now():
+    mlp = fused(recompute=True)
+    mlp.up = nn.Linear(8, 16)
+    view = mlp._star_view()
+    assert view.f2 is mlp.up
+    assert view.recompute
+
+
+def test_the_fused_op_serves_large_inputs_in_both_modes(monkeypatch):
+    from starlayers.kernels import layer
+
+    calls = []
+    op = layer.fused_star_mlp
+    monkeypatch.setattr(layer, "fused_star_mlp", lambda *args: calls.append(args) or op(*args))
+    mlp = Gated()
+    x = torch.randn(40_000, 8)
+    with torch.no_grad():
+        y = mlp(x)
+        torch.testing.assert_close(fused(mlp)(x), y, rtol=1e-6, atol=1e-6)
+        assert len(calls) == 1
+        mlp(x[:5])  # too small for the op
+        with use_backend("eager"):
+            assert torch.equal(mlp(x), y)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("make", [Gated, Packed, lambda: Packed(gate_last=True)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_values_and_gradients_are_the_models_own(x, make, recompute):
+    mlp = make()
+    other = fused(copy.deepcopy(mlp), recompute=recompute)
+    outputs = []
+    for net in (mlp, other):
+        y = net(x)
+        y.square().sum().backward()
+        outputs.append(y)
+    torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
+    for a, b in zip(mlp.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recompute_runs_the_layers_again_in_the_backward(x, recompute):
+    mlp, calls = starify(Gated(), grow=1, recompute=recompute), []
+    mlp.gate.register_forward_hook(lambda *_: calls.append(1))
+    mlp(x).sum().backward()
+    assert len(calls) == 1 + recompute
+    with torch.no_grad():
+        mlp(x)
+    assert len(calls) == 2 + recompute
+
+
+def test_kernels_are_asked_for_when_fused_only(x, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gated, "star_blocker", lambda a, b, act: asked.append(act))
+    monkeypatch.setattr(gated, "star_product", lambda a, b, act: nn.functional.silu(a) * b)
+    monkeypatch.setattr(
+        gated, "star_packed", lambda h, act: nn.functional.silu(h[..., :16]) * h[..., 16:]
+    )
+    products = {}
+    for name, model in {
+        "gated": starify(Gated(), grow=1),
+        "fused": fused(starify(Gated(), grow=1)),
+        "packed": fused(Packed()),
+        "gate last": fused(Packed(gate_last=True)),
+        "mish": fused(starify(Gated(act=nn.Mish()), grow=1)),
+    }.items():
+        asked.clear()
+        model(x)
+        products[name] = list(asked)
+    assert products == {
+        "gated": [],
+        "fused": ["silu", "silu"],
+        "packed": ["silu"],
+        "gate last": ["silu"],
+        "mish": [],
+    }
+
+
+def test_a_packed_product_that_no_kernel_takes_is_made_of_its_halves(x, monkeypatch):
+    monkeypatch.setattr(gated, "star_packed", lambda *_: pytest.fail("no kernel applies"))
+    monkeypatch.setattr(gated, "star_product", lambda *_: pytest.fail("no kernel applies"))
+    mlp = Packed()
+    y = mlp(x)
+    assert torch.equal(fused(mlp)(x), y)
+
+
+def test_the_last_layer_may_be_of_another_dtype(x):
+    class Half(Gated):
+        """As T5, which keeps its last layer in float32."""
+
+        def forward(self, x):
+            h = self.act(self.gate(x)) * self.up(x)
+            return self.down(h.to(self.down.weight.dtype))
+
+    mlp = Half().to(torch.bfloat16)
+    mlp.down.float()
+    x = x.to(torch.bfloat16)
+    y = mlp(x)
+    assert y.dtype == torch.float32
+    assert torch.equal(starify(mlp, grow=1)(x), y)
+
+
+def test_grown_products():
+    grown = Grown(4, 6, 3, bias=True, dtype=torch.float64)
+    assert grown.f1.weight.shape == grown.f2.weight.shape == (18, 4)
+    assert grown.f1.weight.any()
+    assert not grown.f2.weight.any()
+    assert not grown.f2.bias.any()
+    before = grown.f1.weight.clone()
+    nn.init.ones_(grown.f2.weight)
+    grown.reset()
+    assert not grown.f2.weight.any()
+    assert not torch.equal(grown.f1.weight, before)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_grow_adds_products_of_the_same_kind(rank):
+    mlp = adopt(Gated().double().eval(), Role(SITE, Gated, "silu"))
+    grow(mlp, rank)
+    assert mlp.star.grown == rank
+    assert not mlp.star_grown.training
+    assert mlp.star_grown.f1.weight.shape == (16 * rank, 8)
+    assert mlp.star_grown.f1.weight.dtype == torch.float64
+    assert mlp.star_grown.f1.bias is None  # as its own layers
+    x = randn(5, 8, dtype=torch.float64)
+    y = mlp(x)
+    train_gates(mlp, 1.0)
+    g = mlp.star_grown
+    silu = nn.functional.silu
+    products = (silu(g.f1(x)) * g.f2(x)).unflatten(-1, (rank, 16)).sum(-2)
+    expected = mlp.down(silu(mlp.gate(x)) * mlp.up(x) + products)
+    torch.testing.assert_close(mlp(x), expected)
+    assert not torch.allclose(mlp(x), y)
+
+
+def test_grow_has_a_bias_where_the_first_layer_has_one():
+    mlp = starify(Packed(), grow=1)
+    assert mlp.star_grown.f1.bias is not None
+    assert mlp.star_grown.f1.weight.shape == (16, 8)
+
+
+def test_sizes():
+    assert fused(Packed()).star_sizes() == (8, 16, 8)
+
+
+def test_adopt_and_release():
+    mlp = Gated()
+    weights = dict(mlp.named_parameters())
+    assert adopt(mlp, Role(SITE, Gated, "silu")) is mlp
+    assert isinstance(mlp, GatedMLP)
+    grow(mlp, 1)
+    assert release(mlp) is mlp
+    assert type(mlp) is Gated
+    assert not hasattr(mlp, "star")
+    assert not hasattr(mlp, "star_grown")
+    assert all(p is weights[k] for k, p in mlp.named_parameters())
+
+
+def test_repr():
+    first = repr(fused(starify(Gated(), grow=2), recompute=True)).splitlines()[1]
+    assert first.strip() == "was=Gated, act=silu, fused=True, recompute=True, grown=2"
+    mish = repr(starify(Gated(act=nn.Mish()), grow=1)).splitlines()[1]
+    assert mish.strip() == "was=Gated, grown=1"
+
+
+def test_keyword_input(x):
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = Gated()
+
+        def forward(self, x):
+            return self.mlp(x=x)
+
+    model = ByName()
+    y = model(x)
+    assert torch.equal(fused(model)(x), y)
+    revert(model)
+    assert type(model.mlp) is Gated
