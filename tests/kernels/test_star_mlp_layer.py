@@ -1,4 +1,4 @@
-"""StarMLP on the fused op against StarMLP on the definition."""
+"""StarMLP on the fused op, its blocks of rows on a CPU, and the wide star MLP."""
 
 import copy
 
@@ -6,9 +6,23 @@ import pytest
 import torch
 
 from starlayers import ACTIVATIONS, StarBlock, StarMLP, register_activation, use_backend
-from tests.helpers import FORMULAS, RecordOps, gradients, randn
+from starlayers.functional import star_mlp_reference
+from starlayers.kernels import star_mlp_cpu
+from starlayers.kernels.star_linear import dgated, star_linear
+from starlayers.kernels.star_mlp_cpu import blocked_forward
+from starlayers.kernels.star_mlp_wide import PROGRAMS, star_mlp_wide, star_mlp_wide_backward
+from tests.helpers import (
+    FORMULAS,
+    RecordOps,
+    assert_as_exact_as_eager,
+    converted,
+    gradients,
+    pairwise,
+    randn,
+    results,
+)
+from tests.kernels.cases import mlp_tensors
 
-pytestmark = pytest.mark.usefixtures("eligible")
 OP, BACKWARD = "starlayers::star_mlp", "starlayers::star_mlp_backward"
 
 
@@ -26,6 +40,7 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("eligible")
 @pytest.mark.parametrize("act", FORMULAS)
 def test_second_order_is_that_of_the_definition(act):
     fused, plain = twins(act=act, offset=1)
@@ -44,6 +59,7 @@ def test_second_order_is_that_of_the_definition(act):
         close(ours / theirs.abs().max(), theirs / theirs.abs().max())
 
 
+@pytest.mark.usefixtures("eligible")
 @pytest.mark.parametrize("order", [1, 2])
 def test_tied_branches_get_the_sum_of_both_gradients(order):
     fused, plain = twins(act="tanh")
@@ -61,6 +77,7 @@ def test_tied_branches_get_the_sum_of_both_gradients(order):
     close(tied_gradients(fused), eagerly(lambda: tied_gradients(plain)))
 
 
+@pytest.mark.usefixtures("eligible")
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (133, 5), (2, 70, 5), (0, 5), (2, 0, 5)], ids=str)
 def test_layer_of_any_rank_takes_the_op(shape):
     fused, plain = twins(act="gelu", offset=1)
@@ -74,6 +91,7 @@ def test_layer_of_any_rank_takes_the_op(shape):
     assert OP not in eager_ops.counts
 
 
+@pytest.mark.usefixtures("eligible")
 def test_block_and_inference_take_the_op():
     block, x = StarBlock(5, expansion=2), randn(70, 5)
     with RecordOps() as ops, torch.inference_mode():
@@ -82,6 +100,7 @@ def test_block_and_inference_take_the_op():
     close(y, eagerly(lambda: block(x)).detach())
 
 
+@pytest.mark.usefixtures("eligible")
 @pytest.mark.parametrize(
     "x",
     [randn(5, 133).t(), randn(133, 10)[:, ::2], randn(1, 5).expand(133, 5), randn(2, 133, 5).mT.mT],
@@ -100,6 +119,7 @@ def test_any_layout_of_x_and_of_the_gradient(x):
     assert torch.equal(x, kept)
 
 
+@pytest.mark.usefixtures("eligible")
 @pytest.mark.parametrize("frozen", ["f1", "f2", "g", "f1.bias", "x", "all-but-x"])
 def test_frozen_parts_get_no_gradient(frozen):
     def trained(mlp):
@@ -116,6 +136,7 @@ def test_frozen_parts_get_no_gradient(frozen):
     close([g for g in actual if g is not None], [g for g in expected if g is not None])
 
 
+@pytest.mark.usefixtures("eligible")
 @pytest.mark.parametrize(("derivative", "fused_runs"), [(None, 0), (torch.cos, 1)])
 def test_registered_activation_runs_fused_where_it_has_a_derivative(derivative, fused_runs):
     register_activation("sine", torch.sin, derivative)
@@ -130,6 +151,7 @@ def test_registered_activation_runs_fused_where_it_has_a_derivative(derivative, 
         del ACTIVATIONS["sine"]
 
 
+@pytest.mark.usefixtures("eligible")
 def test_weights_left_on_meta_raise_as_eager_does():
     mlp, x = StarMLP(5, device="meta"), randn(70, 5)
     for backend in ("eager", "auto"):
@@ -137,6 +159,7 @@ def test_weights_left_on_meta_raise_as_eager_does():
             mlp(x)
 
 
+@pytest.mark.usefixtures("eligible")
 def test_nan_in_one_row_stays_in_that_row():
     fused, _ = twins(act="relu6")
     x = randn(133, 5)
@@ -146,9 +169,110 @@ def test_nan_in_one_row_stays_in_that_row():
     assert y.isnan().any(-1).sum() == 1
 
 
+@pytest.mark.usefixtures("eligible")
 def test_gradient_hooks_of_parameters_run():
     fused, plain = twins()
     for mlp in (fused, plain):
         mlp.f1.weight.register_hook(lambda g: 2 * g)
     x = randn(70, 5)
     close(gradients(fused, x), eagerly(lambda: gradients(plain, x)))
+
+
+# --- division of the star MLP into blocks of rows on a CPU
+
+
+# hidden channels, bytes of an element, rows of 2 MiB, but at least 64
+@pytest.mark.parametrize(
+    ("hidden", "element_size", "rows"),
+    [(1024, 4, 512), (1024, 8, 256), (1000, 4, 524), (8192, 4, 64), (8064, 4, 65), (10**6, 4, 64)],
+)
+def test_rows_of_a_block(hidden, element_size, rows):
+    assert star_mlp_cpu._block_rows(hidden, element_size) == rows
+
+
+@pytest.mark.parametrize("rows", [64, 65, 200])
+def test_every_block_is_computed_in_the_same_buffers(rows, monkeypatch):
+    monkeypatch.setattr(star_mlp_cpu, "BLOCK_BYTES", 1)  # 64 rows
+    x, w1, w2, w3 = randn(rows, 3), randn(5, 3, seed=1), randn(5, 3, seed=2), randn(2, 5, seed=3)
+    buffers = set()
+    linear = star_mlp_cpu._linear
+
+    def recorded(x, w, b, *, out):
+        buffers.add((out.data_ptr(), out.shape[1]))
+        linear(x, w, b, out=out)
+
+    monkeypatch.setattr(star_mlp_cpu, "_linear", recorded)
+    y = blocked_forward(x, w1, None, w2, None, w3, None, "silu", 1.0)
+    expected = star_mlp_reference(x, w1, None, w2, None, w3, None, "silu", offset=1.0)
+    torch.testing.assert_close(y, expected)
+    assert len({address for address, width in buffers if width == 5}) == 2
+
+
+# --- wide star MLP against its definition, with both programs for its products
+
+
+BIASES = [(), ("b1",), ("b2",), ("b3",), ("b1", "b2", "b3")]
+SIZES = (6, 5, 9, 3)
+
+
+def tensors_without(missing, dtype=torch.float32):
+    return mlp_tensors(*SIZES, missing=missing, dtype=dtype)[:-1]
+
+
+def test_programs_are_the_library_with_k1_or_k2_with_k5():
+    assert PROGRAMS["library"] == (star_linear.plain, dgated.plain)
+    assert PROGRAMS["triton"] == (star_linear, dgated)
+    assert list(PROGRAMS) == ["library", "triton"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "recompute", "gemm", "order"),
+    pairwise(BIASES, [False, True], list(PROGRAMS), [1, 2]),
+    ids=str,
+)
+def test_value_and_gradients(missing, recompute, gemm, order):
+    def op(*tensors):
+        return star_mlp_wide(*tensors, "silu", 0.5, recompute, gemm)[0]
+
+    def definition(*tensors):
+        return star_mlp_reference(*tensors, "silu", offset=0.5)
+
+    tensors = tensors_without(missing)
+    actual, eager = results(op, tensors, order=order), results(definition, tensors, order=order)
+    exact = results(definition, converted(tensors, torch.float64), order=order)
+    assert_as_exact_as_eager(actual, eager, exact, sums=True)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("missing", BIASES, ids=str)
+def test_ops_are_well_formed(missing, recompute):
+    tensors = [None if t is None else t.detach() for t in tensors_without(missing)]
+    options = ("silu", 0.5, recompute, "library")
+    utils = ("test_schema", "test_faketensor", "test_autograd_registration")
+    y, h1, h2 = star_mlp_wide(*tensors, *options)
+    assert h1.shape == h2.shape == ((0,) if recompute else (6, 9))
+    checked = torch.library.opcheck(star_mlp_wide, (*tensors, *options), test_utils=utils)
+    assert set(checked.values()) == {"SUCCESS"}
+    arguments = (randn(*y.shape), *tensors, h1, h2, *options)
+    checked = torch.library.opcheck(star_mlp_wide_backward, arguments, test_utils=utils)
+    assert set(checked.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_fused_products_are_well_formed(save, bias):
+    x, w1, b1, w2, b2, w3, _ = (t.detach() for t in tensors_without(()))
+    b1, b2 = (b1, b2) if bias else (None, None)
+    utils = ("test_schema", "test_faketensor")
+    arguments = (x, w1, b1, w2, b2, "gelu", 1.0, save)
+    s, h1, h2 = star_linear(*arguments)
+    assert h1.shape == h2.shape == ((6, 9) if save else (0,))
+    assert set(torch.library.opcheck(star_linear, arguments, test_utils=utils).values()) == {
+        "SUCCESS"
+    }
+    if save:
+        arguments = (randn(6, 3), w3, h1, h2, "gelu", 1.0)
+        torch.testing.assert_close(dgated(*arguments)[2], s)
+        assert set(torch.library.opcheck(dgated, arguments, test_utils=utils).values()) == {
+            "SUCCESS"
+        }
