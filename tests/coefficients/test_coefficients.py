@@ -1,11 +1,66 @@
-"""Defaults of every public function of the package."""
+"""Imports, missing packages and defaults of the package."""
 
 import inspect
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError
 
 import pytest
 
 from starlayers import coefficients
+from starlayers.coefficients.optional import require
+
+CHILD = """
+import sys, warnings
+import torch
+before = {name.split(".")[0] for name in sys.modules}
+warnings.simplefilter("error")
+from starlayers import StarOp
+from starlayers.coefficients import CoefficientPenalty, SpectrumLogger, expand, spectrum
+op = StarOp(3, 2, act=None)
+spectrum(op), SpectrumLogger(op).step(0), str(expand(op)[0])
+CoefficientPenalty(op, balance=0.1)().backward()
+after = {name.split(".")[0] for name in sys.modules if "." not in name}
+names = {"matplotlib", "optuna", "sklearn", "sympy", "scipy", "stable_baselines3", "tensorboard",
+         "transformers", "triton", "tqdm"}
+print(sorted((after - before) & names))
+"""
+
+
+def test_it_loads_torch_alone_and_warns_of_nothing():
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == "[]"
+
+
+# --- errors for packages that are not installed
+
+
+def test_a_module_that_is_there_is_fine(monkeypatch):
+    require("call", "json")
+    require("call", "json.decoder", "other", extra="x")
+    monkeypatch.setitem(sys.modules, "json.decoder", None)
+    require("call", "json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("missing.part",), r"call needs missing: pip install 'starlayers\[coefficients\]'"),
+        (("missing.part", "its-name"), r"call needs its-name: pip install"),
+    ],
+)
+def test_the_package_is_named(arguments, message):
+    with pytest.raises(ImportError, match=f"^{message}"):
+        require("call", *arguments)
+    with pytest.raises(ImportError, match=r"'starlayers\[nlp\]'$"):
+        require("call", *arguments, extra="nlp")
+
+
+# --- defaults of every public function of the package
+
 
 DEFAULTS = {
     "CoefficientPenalty": {"p": 2, "normalise": True, "balance": 0.0, "bound": False},
