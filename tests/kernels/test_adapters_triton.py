@@ -1,17 +1,22 @@
-"""Starified models and networks of policies under Triton's kernels."""
+"""Starified models and networks of policies under Triton's kernels: interpreted, or on a GPU."""
 
 import copy
 
 import pytest
 import torch
+from torch import nn
 
 from starlayers import use_backend
 from starlayers.rl.stack import PackedStar, StarStack
 from starlayers.surgery import gate_parameters, starify
-from tests.helpers import RecordOps, assert_close_in_scale, gradients, randn
-from tests.surgery.small import MLP, Gated, Packed
-
-pytestmark = pytest.mark.interpret
+from tests.helpers import (
+    RecordOps,
+    assert_as_exact_as_eager,
+    assert_close_in_scale,
+    gradients,
+    randn,
+)
+from tests.surgery.small import MLP, Gated, Packed, train_gates
 
 
 def projected():
@@ -52,6 +57,7 @@ def held_to_eager(module, x, ops):
     assert_close_in_scale(values, expected, 1e-5)
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("name", STARIFIED)
 def test_starified_mlps(name):
     make, ops = STARIFIED[name]
@@ -65,6 +71,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_policies(name, monkeypatch):
     # a CPU computes these small products in torch code: only a GPU uses the kernel
@@ -74,3 +81,60 @@ def test_networks_of_policies(name, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     held_to_eager(network, x, ops)
     assert_close_in_scale(gradients(network, x), expected, 1e-5)
+
+
+# --- star layers of starify on Triton kernels: in the interpreter, or on a GPU
+
+
+def fused(model, **options):
+    return starify(model, mode="fuse", **options)
+
+
+def grown_gated(model):
+    return fused(train_gates(starify(model, grow=2)))
+
+
+def gated_plain(gate):
+    return fused(train_gates(starify(MLP(act=nn.SiLU()), gate=gate)))
+
+
+#: name -> how the model is made, kernels of its forward
+CASES = {
+    "gated": (lambda: fused(Gated()), ["mlp_forward"]),
+    "gated, recompute": (lambda: fused(Gated(), recompute=True), ["mlp_forward"]),
+    "packed": (lambda: fused(Packed()), ["star_forward"]),
+    "packed, gate last": (lambda: fused(Packed(gate_last=True)), ["star_forward"]),
+    "grown": (lambda: grown_gated(Gated()), ["star_forward"] * 2),
+    "full gate": (lambda: gated_plain("full"), ["star_forward"]),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", CASES)
+def test_star_layers_launch_kernels_and_agree_with_eager(name, launches):
+    make, kernels = CASES[name]
+    torch.manual_seed(0)
+    model, x = make(), randn(5, 8)
+    with use_backend("eager"):
+        eager = gradients(model, x)
+        exact = gradients(copy.deepcopy(model).double(), x.double())
+    assert launches == []
+    with use_backend("triton"):
+        with torch.no_grad():
+            y = model(x)
+        assert [kernel for kernel, _, _ in launches] == kernels
+        launches.clear()
+        ours = gradients(model, x)
+    assert len(launches) > len(kernels)  # those of the backward, too
+    assert_as_exact_as_eager([y], eager[:1], exact[:1], sums=True)
+    assert_as_exact_as_eager(ours, eager, exact, sums=True)
+
+
+@pytest.mark.interpret
+def test_a_scale_gate_has_no_kernel():
+    model = gated_plain("scale")
+    with (
+        use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"cannot serve this star: shapes \(5, 16\), \(16,\)"),
+    ):
+        model(randn(5, 8))
