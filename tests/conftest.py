@@ -1,5 +1,6 @@
 """Fixtures shared by the tests."""
 
+import gc
 import sys
 
 import pytest
@@ -15,10 +16,15 @@ def _own_backend(monkeypatch):
 
 
 @pytest.fixture
-def eligible(monkeypatch):
-    """Let layers of every size run fused on a CPU, in blocks of 64 rows."""
+def fuse_everything(monkeypatch):
+    """Let the fused op take activations of any size."""
     monkeypatch.setattr(backend, "MIN_HIDDEN_BYTES_INFERENCE", 0)
     monkeypatch.setattr(backend, "MIN_HIDDEN_BYTES_TRAINING", 0)
+
+
+@pytest.fixture
+def eligible(fuse_everything, monkeypatch):
+    """Let layers of every size run fused on a CPU, in blocks of 64 rows."""
     monkeypatch.setattr(star_mlp_cpu, "BLOCK_BYTES", 1)
 
 
@@ -27,6 +33,15 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def frozen_heap():
+    """Keep imported modules out of the collections with which accelerate begins every training."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
