@@ -1,5 +1,6 @@
-"""Small MLPs of every form, and a net of them."""
+"""Small MLPs of every form, a net of them, and tiny models of transformers."""
 
+import torch
 from torch import nn
 
 from starlayers.surgery import gate_parameters
@@ -63,3 +64,30 @@ def train_gates(model, size=0.1):
     for parameter in gate_parameters(model):
         nn.init.normal_(parameter, std=size)
     return model
+
+
+# --- transformers, imported where a test needs them
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+IDS = torch.arange(14).reshape(2, 7)
+
+
+def bert():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**SIZES, intermediate_size=64)).eval()
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=64)).eval()
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99)).eval()

@@ -20,8 +20,7 @@ from starlayers.surgery import (
     starify,
 )
 from tests.surgery.architectures import ARCHITECTURES, run
-from tests.surgery.small import train_gates
-from tests.surgery.tiny_models import IDS, bert, gpt2, llama
+from tests.surgery.small import IDS, bert, gpt2, llama, train_gates
 
 #: one architecture of each kind for the quick tier: split, Conv1D, gated, packed, inline in a
 #: layer, 1x1 convolutions, sequences, torch's inference path

@@ -22,8 +22,7 @@ from transformers import (
 from starlayers import from_pretrained, starify
 from starlayers.surgery import apply_record, record_of, report, revert, saving
 from starlayers.surgery.saving import GUARD
-from tests.surgery.small import MLP, Gated, Net, Packed, train_gates
-from tests.surgery.tiny_models import IDS, bert, gpt2, llama
+from tests.surgery.small import IDS, MLP, Gated, Net, Packed, bert, gpt2, llama, train_gates
 
 
 @pytest.mark.parametrize(
