@@ -1,4 +1,4 @@
-"""Whole layers under `use_backend("triton")`, in Triton's interpreter."""
+"""Whole layers, starified models and networks of policies under Triton's kernels."""
 
 import copy
 
@@ -12,10 +12,20 @@ from torch.utils.checkpoint import checkpoint
 from starlayers import StarBlock, StarMLP, StarOp, star, use_backend
 from starlayers.backend import fused_mlp_blocker, star_blocker
 from starlayers.functional import star_packed
-from tests.helpers import RecordOps, gradients, largest, randn, star_mlp_formula
+from starlayers.rl.stack import PackedStar, StarStack
+from starlayers.surgery import gate_parameters, starify
+from tests.helpers import (
+    RecordOps,
+    assert_as_exact_as_eager,
+    assert_close_in_scale,
+    gradients,
+    largest,
+    randn,
+    star_mlp_formula,
+)
 from tests.kernels.cases import DEVICE
+from tests.surgery.small import MLP, Gated, Packed, train_gates
 
-pytestmark = pytest.mark.interpret
 slow = pytest.mark.slow
 
 
@@ -65,6 +75,7 @@ def some(quick, names=SHAPES):
     return [pytest.param(name, marks=() if name in quick else slow) for name in names]
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("name", some(("vector", "rl", "wide", "wide-recomputed", "op")))
 def test_layers_match_eager_in_output_and_every_gradient(name):
     make, shape = SHAPES[name]
@@ -86,12 +97,14 @@ HALF = [
 ]
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize(("name", "dtype"), HALF)
 def test_layers_in_half_precision(name, dtype):
     make, shape = SHAPES[name]
     held_to_eager(make().to(dtype), randn(*shape, dtype=dtype), factor=2.0, floor=1e-3)
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("name", some(("tokens",), ("starformer", "tokens", "wide")))
 def test_autocast_computes_in_its_type_and_keeps_float32_gradients(name):
     make, shape = SHAPES[name]
@@ -108,6 +121,7 @@ def test_autocast_computes_in_its_type_and_keeps_float32_gradients(name):
         )
 
 
+@pytest.mark.interpret
 def test_second_gradients_are_those_of_the_definition():
     mlp = StarMLP(8, 12, act="tanh")
     x = randn(5, 8, grad=True)
@@ -123,6 +137,7 @@ def test_second_gradients_are_those_of_the_definition():
         )
 
 
+@pytest.mark.interpret
 @slow
 def test_checkpointing_gives_the_same_gradients():
     mlp, x = StarMLP(16), randn(9, 16, grad=True)
@@ -133,6 +148,7 @@ def test_checkpointing_gives_the_same_gradients():
             assert torch.equal(a, b)
 
 
+@pytest.mark.interpret
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is no interpreter")
 def test_auto_leaves_cpu_tensors_alone_in_the_interpreter():
     mlp, x = StarMLP(16), randn(9, 16)
@@ -155,6 +171,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("name", some(("double",), REFUSED))
 def test_triton_says_why_it_cannot_serve_and_auto_falls_back(name):
     mlp, (change, words) = StarMLP(16), REFUSED[name]
@@ -166,6 +183,7 @@ def test_triton_says_why_it_cannot_serve_and_auto_falls_back(name):
         torch.testing.assert_close(mlp(x), star_mlp_formula(mlp, x))
 
 
+@pytest.mark.interpret
 def test_triton_refuses_transforms():
     mlp, x = StarMLP(16), randn(4, 16)
     with use_backend("triton"), pytest.raises(RuntimeError, match="transform"):
@@ -173,6 +191,7 @@ def test_triton_refuses_transforms():
     torch.testing.assert_close(torch.func.vmap(mlp)(x), star_mlp_formula(mlp, x))
 
 
+@pytest.mark.interpret
 def test_stateless_star_and_its_packed_form():
     h = randn(5, 6, 20, grad=True)
     limits = {"clamp1": (-float("inf"), 0.7), "clamp2": (-0.5, 0.5)}
@@ -191,6 +210,7 @@ def test_stateless_star_and_its_packed_form():
         star(h.double(), h.double())
 
 
+@pytest.mark.interpret
 @slow
 @pytest.mark.parametrize("name", ["starformer", "tokens", "wide"])
 def test_compiles_without_a_graph_break(name, fresh_compiler):
@@ -210,6 +230,7 @@ def gradients_of(call, module, x):
     return [y, *torch.autograd.grad(loss, [x, *module.parameters()])]
 
 
+@pytest.mark.interpret
 @slow
 @pytest.mark.export
 @pytest.mark.parametrize(("backend", "ops"), [("auto", 0), ("triton", 1)])
@@ -222,6 +243,7 @@ def test_export_is_portable_on_auto_and_holds_the_op_where_triton_is_forced(back
     torch.testing.assert_close(program.module()(x), star_mlp_formula(mlp, x))
 
 
+@pytest.mark.interpret
 def test_a_residual_alone_may_need_the_gradient():
     mlp = StarMLP(384, 32).requires_grad_(False)
     residual = randn(3, 384, grad=True)
@@ -230,12 +252,14 @@ def test_a_residual_alone_may_need_the_gradient():
     assert torch.equal(d, torch.ones(3, 384))
 
 
+@pytest.mark.interpret
 def test_a_residual_elsewhere_is_refused():
     mlp, x = StarMLP(16), randn(3, 16)
     with use_backend("triton"), pytest.raises(RuntimeError, match="residual is a Tensor on meta"):
         mlp(x, x.to("meta"))
 
 
+@pytest.mark.interpret
 def test_wide_layers_take_operands_at_any_address():
     mlp = StarMLP(512, 64, act="silu")
     x = randn(4 * 512 + 1)[1:].view(4, 512)
@@ -244,6 +268,7 @@ def test_wide_layers_take_operands_at_any_address():
         torch.testing.assert_close(mlp(x), star_mlp_formula(mlp, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.interpret
 def test_wide_inference_keeps_no_branch():
     mlp, x = StarMLP(400, 64, act="silu"), randn(4, 400)
     shapes = []
@@ -260,6 +285,7 @@ def test_wide_inference_keeps_no_branch():
     assert shapes == [(4, 400), (0,), (0,)]
 
 
+@pytest.mark.interpret
 def test_channels_last_branches_stay_so():
     x1, x2 = (
         randn(2, 3, 4, 5, seed=s).contiguous(memory_format=torch.channels_last) for s in (0, 1)
@@ -268,3 +294,127 @@ def test_channels_last_branches_stay_so():
         y = star(x1, x2, "silu")
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, star(x1, x2, "silu"))
+
+
+# --- starified models and networks of policies under Triton's kernels: interpreted, or on a GPU
+
+
+def projected():
+    """Return a plain MLP as a star with a gate that is not zero, fused."""
+    mlp = starify(torch.nn.Sequential(MLP()))
+    with torch.no_grad():
+        for i, p in enumerate(gate_parameters(mlp)):
+            p.copy_(0.3 * randn(*p.shape, seed=i))
+    return starify(mlp, mode="fuse")
+
+
+def grown():
+    mlp = starify(torch.nn.Sequential(Gated()), grow=2)
+    with torch.no_grad():
+        for i, p in enumerate(mlp.parameters()):
+            p.copy_(0.3 * randn(*p.shape, seed=i))
+    return starify(mlp, mode="fuse")
+
+
+#: name -> (starified MLP, ops that one forward and backward call)
+STARIFIED = {
+    "gated": (lambda: starify(Gated(), mode="fuse"), {"star_mlp": 1}),
+    "recomputed": (lambda: starify(Gated(), mode="fuse", recompute=True), {"star_mlp": 1}),
+    "packed": (lambda: starify(Packed(), mode="fuse"), {"star": 1}),
+    "packed, gate last": (lambda: starify(Packed(gate_last=True), mode="fuse"), {"star": 1}),
+    "grown": (grown, {"star": 2}),
+    "plain": (projected, {"star": 1}),
+}
+
+
+def gradients_held_to_eager(module, x, ops):
+    with use_backend("eager"):
+        expected = gradients(copy.deepcopy(module), x)
+    with use_backend("triton"), RecordOps() as record:
+        values = gradients(module, x)
+    ran = {n.split("::")[1]: k for n, k in record.counts.items() if n.startswith("starlayers::")}
+    assert ran == ops | {f"{name}_backward": count for name, count in ops.items()}
+    assert_close_in_scale(values, expected, 1e-5)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", STARIFIED)
+def test_starified_mlps(name):
+    make, ops = STARIFIED[name]
+    gradients_held_to_eager(make(), randn(5, 8), ops)
+
+
+#: name -> (network, ops that one forward and backward call)
+NETWORKS = {
+    "layer": (lambda: PackedStar(6, 20, act="tanh"), {"star": 1}),
+    "stack": (lambda: StarStack(2, 6, [20, 8], act="tanh"), {"star": 2}),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_policies(name, monkeypatch):
+    # a CPU computes these small products in torch code: only a GPU uses the kernel
+    make, ops = NETWORKS[name]
+    network, x = make(), randn(5, 6)
+    expected = gradients(copy.deepcopy(network), x)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    gradients_held_to_eager(network, x, ops)
+    assert_close_in_scale(gradients(network, x), expected, 1e-5)
+
+
+# --- star layers of starify on Triton kernels: in the interpreter, or on a GPU
+
+
+def fused(model, **options):
+    return starify(model, mode="fuse", **options)
+
+
+def grown_gated(model):
+    return fused(train_gates(starify(model, grow=2)))
+
+
+def gated_plain(gate):
+    return fused(train_gates(starify(MLP(act=nn.SiLU()), gate=gate)))
+
+
+#: name -> how the model is made, kernels of its forward
+CASES = {
+    "gated": (lambda: fused(Gated()), ["mlp_forward"]),
+    "gated, recompute": (lambda: fused(Gated(), recompute=True), ["mlp_forward"]),
+    "packed": (lambda: fused(Packed()), ["star_forward"]),
+    "packed, gate last": (lambda: fused(Packed(gate_last=True)), ["star_forward"]),
+    "grown": (lambda: grown_gated(Gated()), ["star_forward"] * 2),
+    "full gate": (lambda: gated_plain("full"), ["star_forward"]),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", CASES)
+def test_star_layers_launch_kernels_and_agree_with_eager(name, launches):
+    make, kernels = CASES[name]
+    torch.manual_seed(0)
+    model, x = make(), randn(5, 8)
+    with use_backend("eager"):
+        eager = gradients(model, x)
+        exact = gradients(copy.deepcopy(model).double(), x.double())
+    assert launches == []
+    with use_backend("triton"):
+        with torch.no_grad():
+            y = model(x)
+        assert [kernel for kernel, _, _ in launches] == kernels
+        launches.clear()
+        ours = gradients(model, x)
+    assert len(launches) > len(kernels)  # those of the backward, too
+    assert_as_exact_as_eager([y], eager[:1], exact[:1], sums=True)
+    assert_as_exact_as_eager(ours, eager, exact, sums=True)
+
+
+@pytest.mark.interpret
+def test_a_scale_gate_has_no_kernel():
+    model = gated_plain("scale")
+    with (
+        use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"cannot serve this star: shapes \(5, 16\), \(16,\)"),
+    ):
+        model(randn(5, 8))
