@@ -1,4 +1,4 @@
-"""The star operation, `act(x W1 + b1) * (x W2 + b2)`, as a first-class PyTorch layer."""
+"""Star operation `act(x W1 + b1) * (x W2 + b2)` as a first-class PyTorch layer."""
 
 from starlayers.activations import ACTIVATIONS, get_activation, register_activation
 from starlayers.backend import backend_name, use_backend

@@ -1,4 +1,4 @@
-"""The `starlayers` command: versions, devices, and the code path of typical layers."""
+"""Command `starlayers`: versions, devices, and the code path of typical layers."""
 
 import argparse
 import json
