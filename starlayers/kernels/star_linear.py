@@ -51,9 +51,7 @@ def _kernel(
     offset: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    from starlayers.kernels.device.star_linear import star_linear
+    from starlayers.kernels.device.star_linear import TensorDescriptor, star_linear
 
     x, w1, w2 = _aligned(x), _aligned(w1), _aligned(w2)
     m, k = x.shape
@@ -109,9 +107,7 @@ def _plain_dgated(
 def _dgated_kernel(
     dy: Tensor, w3: Tensor, h1: Tensor, h2: Tensor, act: str, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    from starlayers.kernels.device.star_linear import dgated
+    from starlayers.kernels.device.star_linear import TensorDescriptor, dgated
 
     dy, w3, h1, h2 = (_aligned(t) for t in (dy, w3, h1, h2))
     m, k = dy.shape

@@ -6,10 +6,11 @@ Descriptors (TMA on Hopper) keep addresses out of registers: with pointers two a
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from starlayers.kernels.device.activation import act_backward, act_value
 
-__all__ = ["dgated", "star_linear"]
+__all__ = ["TensorDescriptor", "dgated", "star_linear"]
 
 
 @triton.jit
