@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from starlayers import StarMLP, use_backend
+from starlayers.kernels import dwconv, star_mlp
 from starlayers.vision import StarBlock2d, StarNet
 from starlayers.vision.recompute import recompute
 from tests.helpers import RecordOps, assert_close_in_scale, randn
@@ -58,6 +59,26 @@ def test_block_matches_eager(name, training):
     assert counts["starlayers::dwconv_backward"] == 2
     assert counts["starlayers::star_mlp"] == counts["starlayers::star_mlp_backward"] == 1
     assert not any("batch_norm" in op or "convolution" in op for op in counts)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_only_norms_in_training_ask_for_statistics(monkeypatch, training):
+    asked = []
+
+    def recording(op):
+        def call(*args):
+            asked.append(args[-1])
+            return op(*args)
+
+        return call
+
+    # the block imports the operators when it runs
+    monkeypatch.setattr(dwconv, "dwconv", recording(dwconv.dwconv))
+    monkeypatch.setattr(star_mlp, "star_mlp", recording(star_mlp.star_mlp))
+    with use_backend("triton"), torch.no_grad():
+        lively(StarBlock2d(16, 3, act="silu")).train(training)(randn(1, 16, 5, 5))
+    # the last convolution is followed by no norm
+    assert asked == [training, training, False]
 
 
 @pytest.mark.parametrize("momentum", [0.1, pytest.param(None, marks=slow)])
