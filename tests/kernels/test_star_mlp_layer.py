@@ -7,6 +7,7 @@ import torch
 
 from starlayers import ACTIVATIONS, StarBlock, StarMLP, register_activation, use_backend
 from starlayers.functional import star_mlp_reference
+from starlayers.kernels import star_linear as star_linear_module
 from starlayers.kernels import star_mlp_cpu
 from starlayers.kernels.star_linear import dgated, star_linear
 from starlayers.kernels.star_mlp_cpu import blocked_forward
@@ -276,3 +277,38 @@ def test_fused_products_are_well_formed(save, bias):
         assert set(torch.library.opcheck(dgated, arguments, test_utils=utils).values()) == {
             "SUCCESS"
         }
+
+
+@pytest.fixture
+def grids(monkeypatch):
+    """Return the list of grids that the wide products launch, which then launch nothing."""
+    launched = []
+
+    def launch(kernel, grid, *arguments, **constants):
+        launched.append(grid)
+
+    monkeypatch.setattr(star_linear_module, "launch", launch)
+    return launched
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels", "tiles"),
+    [
+        (1, 64, 1),
+        (star_linear_module.BM, star_linear_module.BN, 1),
+        (star_linear_module.BM + 1, star_linear_module.BN, 2),
+        (2 * star_linear_module.BM + 1, 4 * star_linear_module.BN, 12),
+    ],
+)
+def test_wide_products_launch_one_program_a_tile(grids, rows, channels, tiles):
+    x, weight = randn(rows, 64), randn(channels, 64)
+    star_linear_module._kernel(x, weight, None, weight, None, "silu", 0.0, True)
+    assert grids == [(tiles,)]
+
+
+def test_wide_products_of_no_rows_launch_nothing(grids):
+    weight = randn(64, 64)
+    s, _, _ = star_linear_module._kernel(
+        randn(0, 64), weight, None, weight, None, "silu", 0.0, False
+    )
+    assert (grids, s.shape) == ([], (0, 64))
