@@ -283,7 +283,8 @@ def causal_masks(
         "position_ids": position_ids,
     }
     padding = create_recurrent_attention_mask(**kwargs) if has_star_conv(config) else None
-    return {"conv": padding, "full_attention": create_causal_mask(**kwargs)}
+    masks = dict.fromkeys(config.layer_types, padding)
+    return {**masks, "full_attention": create_causal_mask(**kwargs)}
 
 
 def select_states(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Starformer encoder with heads for masked LM, classification, answer spans."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
@@ -68,10 +70,11 @@ class StarformerEncoderModel(StarformerEncoderPreTrainedModel):
     ) -> BaseModelOutput:
         hidden_states = self._embed(input_ids, inputs_embeds)
         is_padding = attention_mask is not None and attention_mask.ndim == 2
-        full = create_bidirectional_mask(
+        padding = attention_mask if is_padding else None
+        masks: dict[Any, Any] = {layer.layer_type: padding for layer in self.layers}
+        masks["full_attention"] = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
-        masks = {"conv": attention_mask if is_padding else None, "full_attention": full}
         position_ids = resolve_positions(hidden_states, position_ids, None)
         return BaseModelOutput(self._run_layers(hidden_states, masks, position_ids, **kwargs))
 
