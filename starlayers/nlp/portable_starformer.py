@@ -6,7 +6,7 @@ starlayers is installed, its own layers are used instead of these.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,8 +128,6 @@ class StarMLP(nn.Module):
 class StarBlock(nn.Module):
     """Residual block `x + post(mlp(pre(x)))`, as `starlayers.StarBlock`.
 
-    `options` are those of `StarMLP`.
-
     Shapes: (..., dim) -> (..., dim).
 
     Example:
@@ -144,13 +142,25 @@ class StarBlock(nn.Module):
         dim: int,
         *,
         expansion: float = 4,
+        act: str | None = "relu6",
         pre: nn.Module | None = None,
         post: nn.Module | None = None,
-        **options: Any,
+        combine: str = "mul",
+        offset: float = 0.0,
+        rank: int = 1,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.pre = pre or nn.Identity()
-        self.mlp: nn.Module = StarMLP(dim, round(dim * expansion), **options)
+        self.mlp: nn.Module = StarMLP(
+            dim,
+            round(dim * expansion),
+            act=act,
+            combine=combine,
+            offset=offset,
+            rank=rank,
+            bias=bias,
+        )
         self.post = post or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
