@@ -1,30 +1,19 @@
 """Search for coefficients and other choices of star layers, on Optuna."""
 
-import logging
-import math
 import os
-import sys
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from starlayers.coefficients.optional import require
 from starlayers.coefficients.plots import plot_study
-from starlayers.coefficients.samplers import METHODS, make_sampler
-from starlayers.coefficients.space import Space, check_space
-from starlayers.coefficients.storage import open_storage
-from starlayers.modules import positive_int
+from starlayers.coefficients.space import Space
+from starlayers.coefficients.study import check_settings, ended_trials, open_study, run_trials
 
 if TYPE_CHECKING:
     import optuna
 
 __all__ = ["SearchResult", "search"]
-
-DIRECTIONS = ("maximize", "minimize")
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,7 @@ class SearchResult:
     @property
     def trials(self) -> "list[optuna.trial.FrozenTrial]":
         """Trials that ended by themselves, in the order of their numbers."""
-        return [t for t in self.study.get_trials(deepcopy=False) if _has_ended(t)]
+        return ended_trials(self.study)
 
     @property
     def failed(self) -> "list[optuna.trial.FrozenTrial]":
@@ -71,12 +60,12 @@ class SearchResult:
     @property
     def best_so_far(self) -> list[float]:
         """Best value after each of `trials`; NaN until one is complete."""
-        better = max if self.study.direction.name == "MAXIMIZE" else min
-        curve, best = [], math.nan
-        for trial in self.trials:
-            if trial.state.name == "COMPLETE" and trial.value is not None:
-                best = trial.value if math.isnan(best) else better(best, trial.value)
-            curve.append(best)
+        import numpy as np
+
+        # unlike maximum and minimum, these two ignore NaN
+        best = np.fmax if self.study.direction.name == "MAXIMIZE" else np.fmin
+        values = [t.value if t.state.name == "COMPLETE" else None for t in self.trials]
+        curve: list[float] = best.accumulate(np.array(values, dtype=float)).tolist()
         return curve
 
     @property
@@ -171,140 +160,6 @@ def search(
     check_settings("search", settings, space, trials)
     if timeout is not None and not timeout > 0:
         raise ValueError(f"search: timeout must be above 0 seconds, got {timeout}")
-    with quiet():
-        study = open_study("search", settings, space, storage, name, first)
-        run_trials(study, objective, space, trials, sampler, timeout, callbacks, progress)
+    study = open_study("search", settings, space, storage, name, first)
+    run_trials(study, objective, space, trials, sampler, timeout, callbacks, progress)
     return SearchResult(study)
-
-
-def check_settings(owner: str, settings: dict[str, Any], space: Any, trials: int) -> None:
-    """Raise an error that names an invalid setting or a missing package."""
-    method, seed, directions = (settings[key] for key in ("method", "seed", "directions"))
-    if method not in METHODS:
-        raise ValueError(f"{owner}: unknown method {method!r}, choose one of {', '.join(METHODS)}")
-    for d in directions:
-        if d not in DIRECTIONS:
-            raise ValueError(f"{owner}: unknown direction {d!r}, choose maximize or minimize")
-    if not directions or (method == "cma" and len(directions) > 1):
-        raise ValueError(
-            f"{owner}: method {method!r} needs at least one direction, 'cma' only one (use 'nsga2' "
-            f"for several), got {directions}"
-        )
-    positive_int(owner, "trials", trials)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{owner}: seed must be an integer, got {seed!r}")
-    if seed < 0:
-        raise ValueError(f"{owner}: seed must be at least 0, got {seed}")
-    for package in ("optuna", METHODS[method][1]):
-        require(owner, package)
-    check_space(owner, method, space)
-
-
-def open_study(
-    owner: str, settings: dict[str, Any], space: Space | None, storage: Any, name: str, first: Any
-) -> "optuna.Study":
-    """Return the study of that name, new or begun with the same settings."""
-    import optuna
-
-    study = optuna.create_study(
-        storage=open_storage(owner, storage),
-        study_name=name,
-        directions=settings["directions"],
-        load_if_exists=True,
-    )
-    if space is not None:
-        to_json = optuna.distributions.distribution_to_json
-        settings = {**settings, "space": {key: to_json(d) for key, d in space.items()}}
-    begun = {"directions": [d.name.lower() for d in study.directions]}
-    begun = study.user_attrs.get("settings", begun)
-    for key, value in settings.items():
-        if begun.get(key, value) != value:
-            raise ValueError(
-                f"{owner}: the study {name!r} in {storage} was begun with {key}={begun[key]!r}, "
-                f"and now {key}={value!r}: repeat the former, or give another name= or storage="
-            )
-    study.set_user_attr("settings", settings)
-    if first is not None and not study.trials:
-        study.enqueue_trial(dict(first))
-    return study
-
-
-def run_trials(
-    study: "optuna.Study",
-    objective: "Callable[[optuna.Trial], Any]",
-    space: Space | None,
-    trials: int,
-    sampler: Any = None,
-    timeout: float | None = None,
-    callbacks: Sequence[Any] = (),
-    progress: bool = True,
-) -> None:
-    """Run trials until as many have ended, each with a sampler seeded by its number."""
-    import optuna
-
-    def run(trial: optuna.Trial) -> list[float]:
-        if sampler is None:
-            study.sampler = make_sampler(study.user_attrs["settings"], trial)
-        try:
-            for key, d in (space or {}).items():
-                trial._suggest(key, d)  # as `study.ask(space)` does, but with a heartbeat
-            return _numbers(objective(trial), len(study.directions))
-        except optuna.TrialPruned:
-            raise
-        except KeyboardInterrupt:  # no fault of the trial: queue it again
-            retry = optuna.storages.RetryHeartbeatStaleTrialCallback()
-            retry(study, study.trials[trial.number])
-            raise
-        except Exception as error:
-            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
-            trial.set_user_attr("traceback", traceback.format_exc())
-            raise
-
-    def missing() -> int:
-        return trials - len(SearchResult(study).trials)
-
-    def stop_if_enough(*_: Any) -> None:
-        if missing() <= 0:  # other processes ran some of them
-            study.stop()
-
-    if sampler is not None:
-        study.sampler = sampler
-    if missing() > 0:
-        study.optimize(
-            run,
-            n_trials=missing(),
-            timeout=timeout,
-            catch=(Exception,),
-            callbacks=[*callbacks, stop_if_enough],
-            show_progress_bar=progress and sys.stderr.isatty(),
-        )
-
-
-def _has_ended(trial: "optuna.trial.FrozenTrial") -> bool:
-    """Return False for a trial that is running, queued, or lost its process."""
-    failed = trial.state.name == "FAIL"
-    return "error" in trial.user_attrs if failed else trial.state.is_finished()
-
-
-def _numbers(returned: Any, directions: int) -> list[float]:
-    values = [float(v) for v in (returned if isinstance(returned, list | tuple) else [returned])]
-    if len(values) != directions or any(map(math.isnan, values)):
-        wanted = "a number" if directions == 1 else f"{directions} numbers"
-        raise ValueError(f"the objective returned {returned!r}, not {wanted}")
-    return values
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence Optuna's line for each trial and its notes on experimental features."""
-    from optuna.exceptions import ExperimentalWarning
-
-    logger = logging.getLogger("optuna")
-    level = logger.level
-    logger.setLevel(max(level, logging.WARNING))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            yield
-    finally:
-        logger.setLevel(level)

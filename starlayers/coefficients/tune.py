@@ -12,13 +12,8 @@ from torch import Tensor, nn
 
 from starlayers.coefficients.optional import require
 from starlayers.coefficients.scaling import ProductScaler, star_layers
-from starlayers.coefficients.search import (
-    SearchResult,
-    check_settings,
-    open_study,
-    quiet,
-    run_trials,
-)
+from starlayers.coefficients.search import SearchResult
+from starlayers.coefficients.study import check_settings, open_study, run_trials
 from starlayers.modules import positive_int
 
 if TYPE_CHECKING:
@@ -151,10 +146,9 @@ def tune_coefficients(
         return metric(model)
 
     try:
-        with quiet():
-            settings["weights"] = _digest(scalers)
-            study = open_study(owner, settings, space, storage, name, no_change)
-            run_trials(study, objective, space, trials, progress=progress)
+        settings["weights"] = _digest(scalers)
+        study = open_study(owner, settings, space, storage, name, no_change)
+        run_trials(study, objective, space, trials, progress=progress)
         result = SearchResult(study)
         scales = factors(result.best)
         write(scales)

@@ -19,9 +19,8 @@ import pytest
 import sqlalchemy
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from starlayers.coefficients.samplers import METHODS
-from starlayers.coefficients.search import quiet, search
-from starlayers.coefficients.storage import open_storage
+from starlayers.coefficients.search import search
+from starlayers.coefficients.study import METHODS, open_storage, quiet
 from tests.coefficients import objectives
 from tests.coefficients.objectives import SPACE, hill
 

@@ -11,9 +11,9 @@ from sacrebleu import corpus_bleu
 from torch import nn
 
 from starlayers import StarBlock, StarMLP, StarOp
-from starlayers.coefficients.samplers import METHODS
 from starlayers.coefficients.search import search
 from starlayers.coefficients.space import apply_initialisation, coefficient_space
+from starlayers.coefficients.study import METHODS
 from starlayers.coefficients.tune import tune_coefficients
 from starlayers.datasets.images import load_images
 from tests.helpers import FORMULAS, randn, star_op_formula
