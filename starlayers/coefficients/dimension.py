@@ -98,9 +98,8 @@ def empirical_rank(
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         outputs = call(torch.zeros(1, d, dtype=torch.float64)).numel()
-        rows = (
-            2 * outputs if samples is None else positive_int("empirical_rank", "samples", samples)
-        )
+        rows = 2 * outputs if samples is None else samples
+        rows = positive_int("empirical_rank", "samples", rows)
         if rows < outputs:
             raise ValueError(f"empirical_rank: {rows} samples are too few for {outputs} outputs")
         if (size := 8 * rows * outputs) > MAX_BYTES:

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from starlayers.coefficients.compose import Products, compose, outline
 from starlayers.modules import positive_int
 
-__all__ = [
-    "Attribution",
-    "Eigenfeatures",
-    "attribute",
-    "eigenfeatures",
-]
+__all__ = ["Attribution", "Eigenfeatures", "attribute", "eigenfeatures"]
+
+Shape = Sequence[int]
+Basis = tuple[Tensor, Tensor]
 
 #: rows of the largest matrix whose eigenvectors are computed; twice as many take 8 times as long
 MAX_ORDER = 4097
@@ -85,26 +83,18 @@ class Eigenfeatures:
 
 @overload
 def eigenfeatures(
-    model: nn.Module,
-    output: None = None,
-    *,
-    k: int | None = None,
-    shape: Sequence[int] | None = None,
+    model: nn.Module, output: None = None, *, k: int | None = None, shape: Shape | None = None
 ) -> list[Eigenfeatures]: ...
 @overload
 def eigenfeatures(
-    model: nn.Module,
-    output: int | Tensor,
-    *,
-    k: int | None = None,
-    shape: Sequence[int] | None = None,
+    model: nn.Module, output: int | Tensor, *, k: int | None = None, shape: Shape | None = None
 ) -> Eigenfeatures: ...
 def eigenfeatures(
     model: nn.Module,
     output: int | Tensor | None = None,
     *,
     k: int | None = None,
-    shape: Sequence[int] | None = None,
+    shape: Shape | None = None,
 ) -> Eigenfeatures | list[Eigenfeatures]:
     """Compute the eigenvectors of the outputs of an activation-free star.
 
@@ -195,9 +185,6 @@ def _unit(i: int, n: int) -> Tensor:
     return vector
 
 
-Basis = tuple[Tensor, Tensor]
-
-
 def _basis(first: Tensor, second: Tensor) -> Basis:
     """Return an orthonormal basis of all `w` and the constant, and these in it.
 
@@ -266,7 +253,7 @@ def attribute(
     x: Tensor,
     output: int | Tensor | None = None,
     *,
-    shape: Sequence[int] | None = None,
+    shape: Shape | None = None,
 ) -> Attribution:
     """Decompose a logit into terms of eigenfeatures and of inputs that sum to it.
 

@@ -156,9 +156,7 @@ def quadratic_form(
         _chunk(op, CHUNK_BYTES) if chunk is None else positive_int("quadratic_form", "chunk", chunk)
     )
     factors = _factors(op)
-    parts = [_dense(factors, chosen[i : i + size]) for i in range(0, len(chosen), size)]
-    if not parts:
-        return factors[0].new_zeros(0, side, side)
+    parts = [_dense(factors, chosen[i : i + size]) for i in range(0, max(1, len(chosen)), size)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -2,20 +2,12 @@
 
 from importlib import import_module
 
-__all__ = ["require"]
-
 
 def require(caller: str, module: str, package: str = "", *, extra: str = "coefficients") -> None:
     """Raise an `ImportError` that names the extra if `module` is not installed.
 
-    Args:
-        caller: public function that needs the module, for the message.
-        module: module to import.
-        package: name under which it is installed; by default the first part of `module`.
-        extra: extra of starlayers that installs it.
-
-    Raises:
-        ImportError: the module is not installed.
+    `caller` is the public function that needs it; it is part of `package`, by default the package
+    of that name.
 
     Example:
         >>> require("plot_spectrum", "no_such_module.figure", extra="plots")

@@ -98,10 +98,7 @@ def imbalance(w1: Tensor, w2: Tensor) -> Tensor:
     """Return `1 - log(P) / log(N)` of N coefficients, P of them effective; a scalar."""
     # scale the weights, which does not change P, so that fourth powers of small ones do not vanish
     w1, w2 = (w / norms.positive(w.detach().square().mean().sqrt()) for w in (w1, w2))
-    rank, width = w1.shape[1:]
-    channel_bytes = 3 * (2 * rank) ** 2 * width * w1.element_size()
-    fourth = norms.in_chunks(norms.fourth_powers, w1, w2, channel_bytes).sum()
+    fourth = norms.fourth_powers(w1, w2).sum()
     second = norms.squares(w1, w2).sum()
     effective = 2 * norms.positive(second).log() - norms.positive(fourth).log()
-    count = len(w1) * width * width
-    return 1 - effective.clamp(min=0) / math.log(count)
+    return 1 - effective.clamp(min=0) / math.log(len(w1) * w1.shape[2] ** 2)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["plot_eigenfeatures", "plot_spectrum"]
 
 KINDS = {"square": "C0", "cross": "C1", "linear": "C2", "constant": "C7"}
-#: quantiles over the channels of a layer: line and band
-MIDDLE, BAND = 0.5, (0.1, 0.9)
+#: quantiles over the channels of a layer: bar and line
+QUANTILES = (0.1, 0.5, 0.9)
 #: red adds to the output, blue subtracts from it, white is a weight of zero
 COLOURS = "RdBu_r"
 SIGNS = {1: "C3", -1: "C0"}
@@ -56,11 +56,11 @@ def plot_spectrum(model: nn.Module | Mapping[str, Spectrum]) -> "Figure":
         raise ValueError("plot_spectrum: there are no layers to draw")
     figure = Figure(figsize=(max(9.0, 4 + 0.5 * len(spectra)), 6.5), layout="constrained")
     eigen, norms, kinds, spread = figure.subplots(2, 2).flat
-    layers = [name or "layer" for name in spectra]
-    _draw_eigenvalues(eigen, list(spectra.values()))
-    _draw_norms(norms, list(spectra.values()), layers)
-    _draw_kinds(kinds, list(spectra.values()))
-    _draw_spread(spread, list(spectra.values()))
+    layers, values = [name or "layer" for name in spectra], list(spectra.values())
+    _draw_eigenvalues(eigen, values)
+    _draw_norms(norms, values, layers)
+    _draw_kinds(kinds, values)
+    _draw_spread(spread, values)
     for ax in (eigen, kinds, spread):
         ax.set_xticks(range(len(layers)), layers, rotation=90 if len(layers) > 4 else 0, fontsize=7)
         ax.set_xlim(-0.6, len(layers) - 0.4)
@@ -68,24 +68,13 @@ def plot_spectrum(model: nn.Module | Mapping[str, Spectrum]) -> "Figure":
 
 
 def _draw_eigenvalues(ax: Any, spectra: list[Spectrum]) -> None:
-    for sign, colour, name in ((1, "C3", "positive"), (-1, "C0", "negative")):
-        values = []
-        for s in spectra:
-            flat = s.eigenvalues.flatten().double().cpu()
-            values.append(flat[sign * flat >= 0].numpy())
-        style = {"color": colour, "lw": 1}
-        ax.boxplot(
-            [v if len(v) else [0.0] for v in values],
-            positions=range(len(spectra)),
-            widths=0.5,
-            sym="",
-            whis=(5, 95),
-            boxprops=style,
-            whiskerprops=style,
-            capprops=style,
-            medianprops=style,
-            manage_ticks=False,
-        )
+    values = [s.eigenvalues.flatten().double().cpu() for s in spectra]
+    for (sign, colour), name in zip(SIGNS.items(), ("positive", "negative")):
+        parts = ("boxprops", "whiskerprops", "capprops", "medianprops")
+        style = {part: {"color": colour, "lw": 1} for part in parts}
+        boxes = [v[sign * v >= 0].tolist() or [0.0] for v in values]
+        options = {"positions": range(len(boxes)), "widths": 0.5, "manage_ticks": False}
+        ax.boxplot(boxes, sym="", whis=(5, 95), **options, **style)
         ax.plot([], [], color=colour, label=name)
     ax.axhline(0, color="k", lw=0.5)
     ax.set_title("eigenvalues of channels", fontsize=9)
@@ -108,8 +97,8 @@ def _draw_norms(ax: Any, spectra: list[Spectrum], layers: list[str]) -> None:
     if len(spectra) <= 8:
         ax.legend(fontsize=6, frameon=False)
     else:
-        ax.text(0.98, 0.95, f"dark: {layers[0]}, light: {layers[-1]}", fontsize=6, ha="right",
-                transform=ax.transAxes)  # fmt: skip
+        ends = f"dark: {layers[0]}, light: {layers[-1]}"
+        ax.text(0.98, 0.95, ends, fontsize=6, ha="right", transform=ax.transAxes)
 
 
 def _draw_kinds(ax: Any, spectra: list[Spectrum]) -> None:
@@ -132,18 +121,14 @@ def _draw_spread(ax: Any, spectra: list[Spectrum]) -> None:
     entropies = [s.entropy for s in spectra if s.entropy is not None]
     if len(entropies) == len(spectra):
         measures["entropy"] = entropies
+    layers = range(len(spectra))
     for i, (name, values) in enumerate(measures.items()):
-        quantiles = [
-            [float(v.double().quantile(q)) for v in values] for q in (BAND[0], MIDDLE, BAND[1])
-        ]
-        ax.plot(
-            range(len(spectra)), quantiles[1], color=f"C{i}", marker="o", ms=3, lw=1, label=name
-        )
-        below = [m - low for m, low in zip(quantiles[1], quantiles[0])]
-        above = [high - m for m, high in zip(quantiles[1], quantiles[2])]
-        ax.errorbar(
-            range(len(spectra)), quantiles[1], (below, above), color=f"C{i}", fmt="none", lw=1
-        )
+        q = torch.tensor(QUANTILES, dtype=torch.float64)
+        quantiles = torch.stack([v.double().cpu().quantile(q) for v in values], 1)
+        low, middle, high = quantiles.numpy()
+        style = {"color": f"C{i}", "lw": 1}
+        ax.plot(layers, middle, marker="o", ms=3, label=name, **style)
+        ax.errorbar(layers, middle, (middle - low, high - middle), fmt="none", **style)
     ax.set_title("how evenly coefficients are spread", fontsize=9)
     ax.set_ylim(0, 1.25)
     ax.legend(fontsize=7, frameon=False, ncols=3, loc="upper center")
@@ -217,16 +202,8 @@ def plot_eigenfeatures(
                     title += f", {100 * float(shares[i]):z.0f} %"
                 ax.set_title(title, fontsize=8, pad=3)
     for column, sign, label in ((1, 1, "for it"), (2 + top, -1, "against it")):
-        ax = axes[0, column]
-        ax.annotate(
-            label,
-            (0, 1),
-            xytext=(0, 14),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            color=SIGNS[sign],
-            weight="bold",
-        )
+        above = {"xytext": (0, 14), "xycoords": "axes fraction", "textcoords": "offset points"}
+        axes[0, column].annotate(label, (0, 1), color=SIGNS[sign], weight="bold", **above)
     axes[0, 0].set_title("eigenvalues", fontsize=8)
     return figure
 
@@ -260,16 +237,8 @@ def _draw_vector(ax: Any, features: Eigenfeatures, i: int, size: tuple[int, ...]
         ax.bar(range(vector.numel()), vector.flatten().numpy(), width=1, color="C7")
     constant_ax = ax.inset_axes((1.02, 0, 0.09, 0.09))
     constant_ax.imshow(constant.reshape(1, 1).numpy(), **style)
-    ax.text(
-        1.065,
-        0.13,
-        f"{float(constant):+.2f}",
-        rotation=90,
-        fontsize=6,
-        ha="center",
-        va="bottom",
-        transform=ax.transAxes,
-    )
+    place = {"ha": "center", "va": "bottom", "transform": ax.transAxes}
+    ax.text(1.065, 0.13, f"{float(constant):+.2f}", rotation=90, fontsize=6, **place)
     for a in (ax, constant_ax):
         a.axis("on")
         a.set(xticks=[], yticks=[])
@@ -292,12 +261,10 @@ def plot_study(study: "optuna.Study", folder: Path) -> list[Path]:
 
     complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     figures: dict[str, Any] = {}
-    if len(study.directions) > 1:
-        if len(study.directions) <= 3:
-            figures["front"] = draw.plot_pareto_front
-    elif complete:
-        figures["history"] = draw.plot_optimization_history
-        figures["slice"] = draw.plot_slice
+    if len(study.directions) in (2, 3):
+        figures = {"front": draw.plot_pareto_front}
+    elif len(study.directions) == 1 and complete:
+        figures = {"history": draw.plot_optimization_history, "slice": draw.plot_slice}
         figures["parallel"] = draw.plot_parallel_coordinate
         if len({t.value for t in complete}) > 1 and len(complete[0].params) > 1:
             figures["importances"] = draw.plot_param_importances

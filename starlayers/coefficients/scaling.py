@@ -9,26 +9,16 @@ from torch import Tensor, nn
 from starlayers.coefficients.form import find_stars
 from starlayers.modules import StarOp
 
-__all__ = ["ProductScaler", "star_layers"]
-
 
 def star_layers(
     owner: str, model: nn.Module, layers: str | Sequence[str] | None = None
 ) -> dict[str, "ProductScaler"]:
     """Return a scaler for each star layer of a model, by the layer's name.
 
-    Args:
-        owner: function that is named in error messages.
-        model: a star layer, whose name is "", or a model that has some.
-        layers: names, or patterns as in `fnmatch`, of layers or of modules above them; all by
-            default.
+    `layers` are names, or patterns as in `fnmatch`, of layers or of modules above them.
 
     Raises:
         ValueError: the model has no star layers, or a pattern matches none.
-
-    Example:
-        >>> list(star_layers("tune", nn.Sequential(nn.Linear(4, 4), StarOp(4, 8))))
-        ['1']
     """
     stars = {n: m for n, m in find_stars(owner, model).items() if isinstance(m, StarOp)}
     if not stars:
@@ -36,17 +26,17 @@ def star_layers(
             f"{owner}: {type(model).__name__} has no star layers with factors of their own "
             "(StarOp, StarMLP)"
         )
-    chosen = stars
-    if layers is not None:
-        patterns = [layers] if isinstance(layers, str) else list(layers)
-        chosen = {name: m for name, m in stars.items() if any(_matches(name, p) for p in patterns)}
-        for pattern in patterns:
-            if not any(_matches(name, pattern) for name in stars):
-                raise ValueError(
-                    f"{owner}: layers={pattern!r} matches none of the {len(stars)} star layers, "
-                    f"{', '.join(map(repr, stars))}"
-                )
-    return {name: ProductScaler(owner, name, m) for name, m in chosen.items()}
+    if layers is None:
+        return {name: ProductScaler(owner, name, m) for name, m in stars.items()}
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in stars):
+            raise ValueError(
+                f"{owner}: layers={pattern!r} matches none of the {len(stars)} star layers, "
+                f"{', '.join(map(repr, stars))}"
+            )
+    chosen = [name for name in stars if any(_matches(name, p) for p in patterns)]
+    return {name: ProductScaler(owner, name, stars[name]) for name in chosen}
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -59,11 +49,6 @@ class ProductScaler:
     The layer has `products = rank * out_features` of them, one for each output of its branches. A
     factor `s` is written into the second branch, `s * (offset + h2)`, or into the layer's own
     `scale` if it has one, and so changes only the size of the product.
-
-    Args:
-        owner: function that is named in error messages.
-        name: name of the layer, for error messages.
-        op: the layer; its weights at this moment have factors of 1.
 
     Raises:
         ValueError: the second branch is not a plain linear layer, or has no bias and an offset.
@@ -88,18 +73,15 @@ class ProductScaler:
                 "scaled; merge adapters and dequantise first"
             )
         self.op, self.products = op, weight.shape[0]
-        scale = op._parameters.get("scale")
-        self._initial: list[tuple[Tensor, Tensor]]
-        if scale is not None:
-            self._initial = [(scale, scale.detach().clone())]
-        else:
-            if f2.bias is None and op.offset:
-                raise ValueError(
-                    f"{layer} has offset={op.offset} and no bias to hold a factor of it; build it "
-                    "with bias=True"
-                )
-            parameters = (weight,) if f2.bias is None else (weight, f2.bias)
-            self._initial = [(p, p.detach().clone()) for p in parameters]
+        parameters = [weight] if f2.bias is None else [weight, f2.bias]
+        if "scale" in op._parameters:
+            parameters = [op.scale]
+        elif f2.bias is None and op.offset:
+            raise ValueError(
+                f"{layer} has offset={op.offset} and no bias to hold a factor of it; build it "
+                "with bias=True"
+            )
+        self._initial = [(p, p.detach().clone()) for p in parameters]
 
     @torch.no_grad()
     def write(self, factors: Tensor) -> None:

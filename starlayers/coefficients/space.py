@@ -122,9 +122,8 @@ def check_space(owner: str, method: str, space: Any) -> None:
     if space is None:
         return
     if not isinstance(space, Mapping):
-        raise TypeError(
-            f"{owner}: space must be a dict of name -> Optuna distribution, got {space!r}"
-        )
+        wanted = "a dict of name -> Optuna distribution"
+        raise TypeError(f"{owner}: space must be {wanted}, got {space!r}")
     if not space:
         raise ValueError(f"{owner}: the space is empty; leave it out if the objective asks itself")
     for key, distribution in space.items():
@@ -133,11 +132,8 @@ def check_space(owner: str, method: str, space: Any) -> None:
                 f"{owner}: space[{key!r}] must be an Optuna distribution, such as "
                 f"optuna.distributions.FloatDistribution(0, 1), got {distribution!r}"
             )
-    numbers = [
-        key
-        for key, d in space.items()
-        if not isinstance(d, CategoricalDistribution) and not d.single()
-    ]
+    varied = [key for key, distribution in space.items() if not distribution.single()]
+    numbers = [key for key in varied if not isinstance(space[key], CategoricalDistribution)]
     if method == "cma" and len(numbers) < 2:
         raise ValueError(
             f"{owner}: method 'cma' needs at least two numbers that vary, and the space has "

@@ -70,24 +70,13 @@ class Spectrum:
         `positive` and `negative` are the means of the largest and the smallest eigenvalue,
         `norm_variation` is the standard deviation of the norms over their mean.
         """
-        means = {
-            "norm": self.norm,
-            "positive": self.eigenvalues[:, -1],
-            "negative": self.eigenvalues[:, 0],
-            "sparsity": self.sparsity,
-            "participation": self.participation,
-            "square": self.square,
-            "cross": self.cross,
-            "linear": self.linear,
-            "constant": self.constant,
-        }
-        if self.entropy is not None:
-            means["entropy"] = self.entropy
+        means = {"norm": self.norm, "positive": self.eigenvalues[:, -1]}
+        means["negative"] = self.eigenvalues[:, 0]
+        others = ("sparsity", "participation", "square", "cross", "linear", "constant", "entropy")
+        means |= {name: x for name in others if (x := getattr(self, name)) is not None}
         deviation = self.norm.std(correction=0) / norms.positive(self.norm.mean())
-        return {
-            **{name: float(values.mean()) for name, values in means.items()},
-            "norm_variation": float(deviation),
-        }
+        numbers = {name: float(values.mean()) for name, values in means.items()}
+        return {**numbers, "norm_variation": float(deviation)}
 
 
 @torch.no_grad()
@@ -119,10 +108,8 @@ def spectrum(model: nn.Module, *, entropy: bool = True) -> dict[str, Spectrum]:
         >>> 0.5 < spectrum(model)["0.mlp"].summary()["entropy"] < 1
         True
     """
-    return {
-        name: _spectrum(*pair, entropy)
-        for name, pair in named_vectors(find_stars("spectrum", model)).items()
-    }
+    pairs = named_vectors(find_stars("spectrum", model))
+    return {name: _spectrum(*pair, entropy) for name, pair in pairs.items()}
 
 
 def _spectrum(w1: Tensor, w2: Tensor, entropy: bool) -> Spectrum:
@@ -131,10 +118,8 @@ def _spectrum(w1: Tensor, w2: Tensor, entropy: bool) -> Spectrum:
     v1, v2 = (w / s[:, None, None] for w, s in zip((w1, w2), scales))
     scale = scales[0] * scales[1]
     squares = norms.squares(v1, v2)
-    total = norms.positive(squares)
-    rank, width = w1.shape[1:]
-    channel_bytes = 3 * (2 * rank) ** 2 * width * w1.element_size()
-    fourth = norms.in_chunks(norms.fourth_powers, v1, v2, channel_bytes)
+    total, width = norms.positive(squares), w1.shape[2]
+    fourth = norms.fourth_powers(v1, v2)
     diagonal, edge = norms.diagonals(v1, v2)
     square = diagonal[:, :-1].square().sum(1) / total
     linear = 2 * edge.square().sum(1) / total

@@ -1,7 +1,7 @@
 """Logs of the spectra of star layers during training."""
 
 import os
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -11,15 +11,9 @@ from starlayers.modules import positive_int
 
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = ["SpectrumLogger"]
-
-
-class Writer(Protocol):
-    """Protocol of a writer of scalars, such as TensorBoard's `SummaryWriter`."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
-        """Store the number of a step."""
 
 
 class SpectrumLogger:
@@ -55,7 +49,7 @@ class SpectrumLogger:
     def __init__(
         self,
         model: nn.Module,
-        writer: "Writer | str | os.PathLike[str] | None" = None,
+        writer: "SummaryWriter | str | os.PathLike[str] | None" = None,
         every: int = 100,
         *,
         entropy: bool = False,
@@ -63,9 +57,12 @@ class SpectrumLogger:
         self.every = positive_int("SpectrumLogger", "every", every)
         self.model, self.entropy = model, entropy
         spectrum(model, entropy=False)  # an error now rather than in the middle of training
-        self.writer: Writer | None = (
-            _summary_writer(writer) if isinstance(writer, str | os.PathLike) else writer
-        )
+        if isinstance(writer, str | os.PathLike):
+            require("SpectrumLogger", "torch.utils.tensorboard", "tensorboard", extra="plots")
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(os.fspath(writer))
+        self.writer = writer
         self.history: list[tuple[int, dict[str, float]]] = []
         self._next: int | None = None
 
@@ -90,9 +87,8 @@ class SpectrumLogger:
         }
         numbers = next(iter(summaries.values()))
         if len(summaries) > 1:
-            summaries["mean"] = {
-                n: sum(s[n] for s in summaries.values()) / len(summaries) for n in numbers
-            }
+            layers = list(summaries.values())
+            summaries["mean"] = {n: sum(s[n] for s in layers) / len(layers) for n in numbers}
         return {
             f"coefficients/{layer}/{n}": v for layer, s in summaries.items() for n, v in s.items()
         }
@@ -146,11 +142,3 @@ class SpectrumLogger:
                 return True
 
         return SpectrumCallback()
-
-
-def _summary_writer(folder: "str | os.PathLike[str]") -> Writer:
-    require("SpectrumLogger", "torch.utils.tensorboard", "tensorboard", extra="plots")
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer: Writer = SummaryWriter(os.fspath(folder))
-    return writer

@@ -41,14 +41,8 @@ def truncate(features: Sequence[Eigenfeatures], k: int) -> nn.Sequential:
     shape, kept = _common("truncate", features)
     if positive_int("truncate", "k", k) > kept:
         raise ValueError(f"truncate: k={k} is more than the {kept} eigenvectors there are")
-    star = StarOp(
-        torch.Size(shape).numel(),
-        len(features),
-        act=None,
-        rank=k,
-        device="cpu",
-        dtype=torch.float64,
-    )
+    width = torch.Size(shape).numel()
+    star = StarOp(width, len(features), act=None, rank=k, device="cpu", dtype=torch.float64)
     # (k, out, d + 1): the layout of a StarOp's rank
     vectors = torch.stack([f.vectors[:k] for f in features], 1)
     scaled = torch.stack([f.values[:k] for f in features], 1)[..., None] * vectors
@@ -116,7 +110,8 @@ def truncation_curve(
     shape, kept = _common("truncation_curve", features)
     need_all("truncation_curve", features)
     if k is None:
-        k = sorted({*(n for n in _default_counts() if n < kept), kept})
+        counts = (m * 10**e for e in range(4) for m in (1, 2, 3, 5, 7))
+        k = [*(n for n in counts if n < kept), kept]
     if not k or min(k) < 1 or max(k) > kept:
         raise ValueError(f"truncation_curve: k must be numbers from 1 to {kept}, got {list(k)}")
     inputs = flat("truncation_curve", x, shape)
@@ -127,8 +122,7 @@ def truncation_curve(
         )
     columns = torch.tensor([n - 1 for n in k], device="cpu")
     labels = labels.cpu()
-    correct = torch.zeros(len(k), device="cpu")
-    agree = torch.zeros(len(k), device="cpu")
+    correct, agree = torch.zeros(2, len(k), device="cpu")
     logits, errors = [], []
     rows = max(1, CHUNK_BYTES // (8 * len(features) * kept))
     for part, classes in zip(inputs.split(rows), labels.split(rows), strict=True):
@@ -143,16 +137,8 @@ def truncation_curve(
         errors.append(whole[..., None] - sums)
     variance = torch.cat(logits).var(0, correction=0)
     unexplained = torch.cat(errors).var(0, correction=0) / variance[:, None]
-    return TruncationCurve(
-        tuple(k),
-        tuple((correct / len(inputs)).tolist()),
-        tuple((agree / len(inputs)).tolist()),
-        tuple((1 - unexplained.mean(0)).tolist()),
-    )
-
-
-def _default_counts() -> Sequence[int]:
-    return [m * 10**e for e in range(4) for m in (1, 2, 3, 5, 7)]
+    shares = (correct / len(inputs), agree / len(inputs), 1 - unexplained.mean(0))
+    return TruncationCurve(tuple(k), *(tuple(share.tolist()) for share in shares))
 
 
 def _common(owner: str, features: Sequence[Eigenfeatures]) -> tuple[tuple[int, ...], int]:
