@@ -116,13 +116,7 @@ def _caller(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
 
 
 class NameFilter:
-    """Selection of MLPs by name: `name in NameFilter(include, exclude)`.
-
-    Example:
-        >>> selected = NameFilter(include=None, exclude="layers.[01]")
-        >>> "layers.1.fc1" in selected, "layers.2.fc1" in selected
-        (False, True)
-    """
+    """Selection of MLPs by name: `name in NameFilter(include, exclude)`."""
 
     def __init__(self, include: Patterns, exclude: Patterns) -> None:
         self.include = None if include is None else _as_list(include)

@@ -12,7 +12,7 @@ from starlayers.backend import fused_mlp_blocker, recomputed, star_blocker
 from starlayers.functional import star_packed, star_product
 from starlayers.modules import StarMLP
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
-from starlayers.surgery.site import Site, attribute
+from starlayers.surgery.site import Site, attribute, with_new_names
 
 __all__ = ["GatedMLP"]
 
@@ -40,10 +40,7 @@ class Role:
     grown: int = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "row" in state:  # name of `act_name` in modules pickled by earlier versions
-            state = {**state, "act_name": state["row"]}
-            del state["row"]
-        vars(self).update(state)
+        vars(self).update(with_new_names(state))
 
 
 @dataclass
@@ -185,10 +182,6 @@ class Grown(nn.Module):
     """Products added to a gated MLP: two linear layers, `f2` zero at first.
 
     The MLP runs them with its own activation. Their outputs are laid out as (rank, hidden).
-
-    Example:
-        >>> Grown(4, 8, 2, bias=False).f2.weight.shape
-        torch.Size([16, 4])
     """
 
     def __init__(self, n: int, hidden: int, rank: int, **factory: Any) -> None:

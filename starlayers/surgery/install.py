@@ -20,29 +20,12 @@ def install_plain(
 ) -> StarProjection:
     """Replace first layer and activation of a plain MLP by a star projection.
 
-    Args:
-        owner: the module that contains the MLP.
-        site: names of its parts.
-        spec: the gate, as in `parse_gate`.
-        fused, recompute: as for `StarProjection`.
-
-    Example:
-        >>> mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
-        >>> star = install_plain(mlp, Site("sequential", "plain", "0", "1", "2"), "scale")
-        >>> mlp[0] is star, mlp[1]
-        (True, Identity())
+    `spec` is the gate, as in `parse_gate`; `fused` and `recompute` are options of `StarProjection`.
     """
     inp, act = attribute(owner, site.inp), attribute(owner, site.act)
-    star = StarProjection(
-        inp,
-        act,
-        make_gate(spec, inp),
-        site,
-        spec=spec,
-        act_name=recognise(act),
-        fused=fused,
-        recompute=recompute,
-    )
+    flags: dict[str, bool] = {"fused": fused, "recompute": recompute}
+    gate, act_name = make_gate(spec, inp), recognise(act)
+    star = StarProjection(inp, act, gate, site, spec=spec, act_name=act_name, **flags)
     put(owner, site.inp, star)
     put(owner, site.act, nn.Identity() if isinstance(act, nn.Module) else identity)
     if isinstance(owner, nn.TransformerEncoderLayer):
@@ -61,14 +44,9 @@ def install_gated(
     recompute: bool = False,
     rank: int = 0,
 ) -> GatedMLP:
-    """Change the class of a gated MLP to `GatedMLP`, and let it grow.
+    """Change the class of a gated MLP to `GatedMLP`, and add `rank` products per channel.
 
-    Args:
-        owner: the MLP.
-        site: names of its parts.
-        between: names of the modules between the product and the last layer, in order.
-        fused, recompute: as for `Role`.
-        rank: number of products to add, 0 for none.
+    `between`, `fused` and `recompute` are as for `Role`.
     """
     act_name = recognise(attribute(owner, site.act))
     star = adopt(owner, Role(site, type(owner), act_name, between, fused, recompute))
@@ -87,13 +65,6 @@ def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, StarProjection
 
     Yields:
         Name of the owner, owner, star layer; a layer shared by several owners once.
-
-    Example:
-        >>> from starlayers.surgery import starify
-        >>> mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
-        >>> model = starify(nn.Sequential(nn.LayerNorm(4), mlp))
-        >>> [(path, owner is mlp, star is mlp[0]) for path, owner, star in installed(model)]
-        [('1', True, True)]
     """
     seen: set[int] = set()
     for path, star in list(model.named_modules(remove_duplicate=False)):
@@ -101,9 +72,9 @@ def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, StarProjection
             continue
         # a projection's own name ends with its site's name for it, which may have several parts
         inp = "" if isinstance(star, GatedMLP) else star.site.inp
-        if not inp or path == inp or path.endswith(f".{inp}"):
+        if not inp or f".{path}".endswith(f".{inp}"):
             seen.add(id(star))
-            owner = path.removesuffix(inp).removesuffix(".") if inp else path
+            owner = path.removesuffix(inp).removesuffix(".")
             yield owner, model.get_submodule(owner), star
 
 

@@ -77,10 +77,6 @@ def gate_blocker(module: nn.Module) -> str | None:
 
     A gate takes the weight's dtype and device, so the weight must be an ordinary tensor of a
     floating-point dtype of at least 16 bits: quantised and lazy layers are refused.
-
-    Example:
-        >>> gate_blocker(nn.Linear(2, 2)) is None
-        True
     """
     weight, kind = weight_of(module), type(base_layer(module)).__name__
     if not isinstance(weight, Tensor):

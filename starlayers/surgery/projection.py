@@ -11,7 +11,7 @@ from torch.nn.utils import skip_init
 from starlayers.backend import recomputed
 from starlayers.functional import star_product
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
-from starlayers.surgery.site import Site
+from starlayers.surgery.site import Site, with_new_names
 
 __all__ = ["StarProjection"]
 
@@ -20,11 +20,6 @@ class ScaleGate(nn.Module):
     """Gate of one learned number per hidden channel, zero at first.
 
     Shapes: any -> (hidden,), or (hidden, 1, 1) for channels-first layers.
-
-    Example:
-        >>> gate = ScaleGate(Projection(2, 3), dtype=torch.float32, device="cpu")
-        >>> gate(torch.ones(5, 2)).tolist()
-        [0.0, 0.0, 0.0]
     """
 
     def __init__(
@@ -45,11 +40,6 @@ class LowRankGate(nn.Module):
     """Gate of two thin linear layers, `up(down(x))`, with `up` zero at first.
 
     Shapes: (..., in) -> (..., hidden), or with channels in dimension 1.
-
-    Example:
-        >>> gate = LowRankGate(Projection(4, 6), 2, dtype=torch.float32, device="cpu")
-        >>> gate.down.weight.shape, gate(torch.randn(3, 4)).abs().max().item()
-        (torch.Size([2, 4]), 0.0)
     """
 
     def __init__(
@@ -70,10 +60,10 @@ def _linear(
     """Return a linear layer: zeros with a bias, or random without one."""
     n, f, channels_first = sizes
     kind: Any = nn.Conv2d if channels_first else nn.Linear
-    factory: dict[str, Any] = {"bias": zero, "dtype": dtype, "device": device}
     # skip_init: a zero layer must draw no random number, or starify would change the user's seeds
     make = partial(skip_init, kind) if zero else kind
-    layer: nn.Module = make(n, f, 1, **factory) if channels_first else make(n, f, **factory)
+    kernel_size = (1,) if channels_first else ()
+    layer: nn.Module = make(n, f, *kernel_size, bias=zero, dtype=dtype, device=device)
     if zero:
         zero_(layer)
     return layer
@@ -82,16 +72,8 @@ def _linear(
 def parse_gate(spec: str) -> tuple[str, int]:
     """Return the kind of a gate and its rank, 0 for the kinds without one.
 
-    Args:
-        spec: "full", "scale" or "low_rank=r" with r of at least 1.
-
     Raises:
-        TypeError: `spec` is not a string.
-        ValueError: `spec` is none of the three.
-
-    Example:
-        >>> parse_gate("low_rank=8"), parse_gate("full")
-        (('low_rank', 8), ('full', 0))
+        TypeError, ValueError: `spec` is not "full", "scale" or "low_rank=r" with r of at least 1.
     """
     if not isinstance(spec, str):
         raise TypeError(f"gate must be 'full', 'scale' or 'low_rank=r', got {spec!r}")
@@ -111,10 +93,6 @@ def make_gate(spec: str, inp: nn.Module) -> nn.Module:
 
     Raises:
         TypeError, ValueError: `spec` is no gate (see `parse_gate`), or `inp` is not linear.
-
-    Example:
-        >>> make_gate("full", nn.Linear(4, 8)).weight.abs().max().item()
-        0.0
     """
     kind, rank = parse_gate(spec)
     sizes = projection(inp)
@@ -180,23 +158,15 @@ class StarProjection(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.inp = inp
-        self.act = act
-        self.gate = gate
-        self.site = site
-        self.spec = spec
-        self.act_name = act_name
-        self.fused = fused
-        self.recompute = recompute
+        self.inp, self.act, self.gate = inp, act, gate
+        self.site, self.spec, self.act_name = site, spec, act_name
+        self.fused, self.recompute = fused, recompute
         #: original values of the owner's attributes that had to change, which `revert` restores
         self.undo: dict[str, Any] = {}
         self.train(inp.training)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "row" in state:  # name of `act_name` in modules pickled by earlier versions
-            state = {**state, "act_name": state["row"]}
-            del state["row"]
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(with_new_names(state))  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.recompute and torch.is_grad_enabled():

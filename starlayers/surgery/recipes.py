@@ -63,10 +63,6 @@ def is_activation(f: Any) -> bool:
 
     Dropout, identity, norms, softmax and pooling are no activations. `f` is called on a few
     numbers to tell.
-
-    Example:
-        >>> is_activation(nn.GELU()), is_activation(torch.relu), is_activation(nn.LayerNorm(4))
-        (True, True, False)
     """
     if not callable(f) or isinstance(f, (type, nn.Dropout, nn.Identity, torch.jit.ScriptModule)):
         return False
@@ -83,10 +79,6 @@ def recognise(act: Any) -> str | None:
     """Return the name of an activation in `ACTIVATIONS`, `None` for others.
 
     It is recognised by its values at 257 points from -8 to 8, to 1e-6.
-
-    Example:
-        >>> recognise(nn.SiLU()), recognise(torch.sin) is None
-        ('silu', True)
     """
     x = torch.linspace(-8, 8, 257, device="cpu")
     y = _applied(act, x)
@@ -247,20 +239,24 @@ def _is_stack(owner: nn.Module) -> bool:
 @register_recipe
 def gated(owner: nn.Module) -> Iterator[Site]:
     """Claim two linear layers that widen and one that narrows: gate/up/down."""
-    linears = _own_projections(owner)
-    for last in linears:
-        firsts = _first_layers(linears, last)
-        if len(firsts) == 2 and not linears[last].channels_first:
-            for act in activations(owner):
-                yield Site("gated", "gated", firsts[0], act, last, up=firsts[1])
+    for (inp, up), act, last in _gated_parts(owner, first_layers=2, branches=1):
+        yield Site("gated", "gated", inp, act, last, up=up)
 
 
 @register_recipe
 def packed(owner: nn.Module) -> Iterator[Site]:
     """Claim one linear layer for both branches: Wi/Wo, gate_up_proj/down_proj."""
+    for (inp,), act, last in _gated_parts(owner, first_layers=1, branches=2):
+        yield Site("packed", "packed", inp, act, last)
+
+
+def _gated_parts(
+    owner: nn.Module, first_layers: int, branches: int
+) -> Iterator[tuple[list[str], str, str]]:
+    """Yield the first layers, an activation and the last layer of a gated MLP, by name."""
     linears = _own_projections(owner)
     for last in linears:
-        firsts = _first_layers(linears, last, branches=2)
-        if len(firsts) == 1 and not linears[last].channels_first:
+        firsts = _first_layers(linears, last, branches)
+        if len(firsts) == first_layers and not linears[last].channels_first:
             for act in activations(owner):
-                yield Site("packed", "packed", firsts[0], act, last)
+                yield firsts, act, last

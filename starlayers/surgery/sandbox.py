@@ -23,18 +23,8 @@ def sandbox_copy(
 
     Parameters, buffers, generators, lists, sets, dicts and child modules are copied, hooks are
     left out, other attributes are shared. Tensors on the meta device become random ones on the
-    CPU.
-
-    Args:
-        module: the module to copy. Its `__init__` is not called again.
-        memo: copies by the id of their original, for objects that occur more than once.
-        share: use the module's own parameters instead of copies, to save memory.
-
-    Example:
-        >>> linear = nn.Linear(2, 2)
-        >>> copy = sandbox_copy(linear)
-        >>> copy.weight is linear.weight, torch.equal(copy.weight, linear.weight)
-        (False, True)
+    CPU. `memo` has the copies of objects that occur more than once, by the id of their original.
+    With `share` the copy has the module's own parameters, to save memory.
     """
     memo = {} if memo is None else memo
     if id(module) in memo:
@@ -56,10 +46,8 @@ def sandbox_copy(
 
 
 def _holds_hooks(name: str, value: Any) -> bool:
-    hook_names = name.endswith("_hooks") or name.startswith(
-        ("_forward_hooks", "_forward_pre_hooks")
-    )
-    return hook_names and isinstance(value, dict)
+    is_name = name.endswith("_hooks") or name.startswith(("_forward_hooks", "_forward_pre_hooks"))
+    return is_name and isinstance(value, dict)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -156,17 +156,22 @@ def note_in_config(model: nn.Module) -> None:
 def _write_record(model: nn.Module, config: Any) -> None:
     record = record_of(model)
     has_gates = any(layer.get("gate") or layer.get("grow") for layer in record.get("layers", ()))
-    fusions = dict(getattr(config, "fusion_config", None) or {})
-    fusions.pop(GUARD, None)
-    if has_gates:
-        config.star_mlp = record
-        fusions[GUARD] = True
-    elif hasattr(config, "star_mlp"):
-        del config.star_mlp
-    if fusions:
-        config.fusion_config = fusions
-    elif hasattr(config, "fusion_config"):
-        del config.fusion_config
+    fusions = _other_fusions(config)
+    values = {
+        "star_mlp": record if has_gates else None,
+        "fusion_config": {**fusions, GUARD: True} if has_gates else fusions,
+    }
+    for name, value in values.items():
+        if value:
+            setattr(config, name, value)
+        elif hasattr(config, name):
+            delattr(config, name)
+
+
+def _other_fusions(config: Any) -> dict[str, Any]:
+    """Return the `fusion_config` of a config without the key of a starified model."""
+    fusions = getattr(config, "fusion_config", None) or {}
+    return {key: value for key, value in fusions.items() if key != GUARD}
 
 
 def from_pretrained(auto_class: Any, path: str | PathLike[str], **kwargs: Any) -> Any:
@@ -218,9 +223,7 @@ def from_pretrained(auto_class: Any, path: str | PathLike[str], **kwargs: Any) -
             f"{path} holds no starified model: its config has no record of one. Load it with "
             f"{auto_class.__name__}.from_pretrained, then call starify"
         )
-    fusions = dict(getattr(config, "fusion_config", None) or {})
-    fusions.pop(GUARD, None)
-    config.fusion_config = fusions or None
+    config.fusion_config = _other_fusions(config) or None
     model_class = _model_class(auto_class, config)
     with_info = kwargs.pop("output_loading_info", False)
     builder = _builder(model_class, record)

@@ -52,25 +52,13 @@ class Site:
 
 
 def parent_of(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module that holds the dotted `name`, and the last part of the name.
-
-    Example:
-        >>> mlp = nn.Sequential(nn.Sequential(nn.ReLU()))
-        >>> parent, leaf = parent_of(mlp, "0.0")
-        >>> parent is mlp[0], leaf
-        (True, '0')
-    """
+    """Return the module that holds the dotted `name`, and the last part of the name."""
     path, _, leaf = name.rpartition(".")
     return owner.get_submodule(path), leaf
 
 
 def attribute(owner: nn.Module, name: str) -> Any:
-    """Return the module or function with a dotted name.
-
-    Example:
-        >>> attribute(nn.Sequential(nn.ReLU()), "0")
-        ReLU()
-    """
+    """Return the module or function with a dotted name."""
     parent, leaf = parent_of(owner, name)
     return getattr(parent, leaf)
 
@@ -89,3 +77,8 @@ def put(owner: nn.Module, name: str, value: nn.Module | Callable[..., Tensor]) -
         parent._modules[leaf] = value  # type: ignore[assignment]
     else:
         vars(parent)[leaf] = value
+
+
+def with_new_names(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a pickled state in which `act_name` no longer has the name of earlier versions."""
+    return {"act_name" if name == "row" else name: value for name, value in state.items()}

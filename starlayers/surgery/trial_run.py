@@ -46,20 +46,11 @@ class CallLog:
 def run(body: nn.Module, x: Tensor, *, train: bool = False, log: CallLog | None = None) -> Any:
     """Return `body(x)` with seeded random generators; buffers are put back afterwards.
 
-    If the forward needs more arguments, they are all `None` or, if that fails, all `x`.
-
-    Args:
-        body: the module; its hooks are not called.
-        x: its first argument.
-        train: run in train mode instead of eval mode.
-        log: log that records this run. It is emptied before each attempt.
+    If the forward needs more arguments, they are all `None` or, if that fails, all `x`. `log`
+    records this run; it is emptied before each attempt. Hooks of `body` itself are not called.
 
     Raises:
         CannotRunError: the module raised an error.
-
-    Example:
-        >>> run(nn.Bilinear(2, 2, 1), torch.ones(1, 2)).shape  # its second argument is x, too
-        torch.Size([1, 1])
     """
     body.train(train)
     needed = _required_after_first(body.forward)
@@ -106,15 +97,7 @@ def _restored_buffers(body: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def recorded(body: nn.Module, names: list[str]) -> Iterator[CallLog]:
-    """Record the calls of the named parts of `body` while the block runs.
-
-    Example:
-        >>> mlp = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-        >>> with recorded(mlp, ["0", "1"]) as log:
-        ...     y = run(mlp, torch.ones(1, 2), log=log)
-        >>> [call.name for call in log.calls], torch.equal(log.of("1")[0].output, y)
-        (['0', '1'], True)
-    """
+    """Record the calls of the named parts of `body` while the block runs."""
     log = CallLog()
     with ExitStack() as undo:
         for name in names:

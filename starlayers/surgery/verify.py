@@ -11,12 +11,7 @@ from torch import Tensor, nn
 
 from starlayers.surgery.gated import Role, adopt, split_packed
 from starlayers.surgery.install import install_plain
-from starlayers.surgery.linear_layers import (
-    Projection,
-    dtype_and_device,
-    gate_blocker,
-    projection,
-)
+from starlayers.surgery.linear_layers import Projection, dtype_and_device, gate_blocker, projection
 from starlayers.surgery.recipes import is_sequence, recognise, runs
 from starlayers.surgery.sandbox import preserved_generators, sandbox_copy, seed_generators
 from starlayers.surgery.site import Site, attribute
@@ -61,11 +56,6 @@ def verify(owner: nn.Module, site: Site, caller: tuple[nn.Module, str] | None = 
         caller: for an MLP in an `nn.Sequential`, the module that calls the sequence, and the name
             of the sequence in it. A caller may call layers of the sequence one by one, so if it
             runs by itself on the MLP's input its output must stay the same, too.
-
-    Example:
-        >>> mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
-        >>> verify(mlp, Site("sequential", "plain", "0", "1", "2")).reason is None
-        True
     """
     reasons = []
     for variant in site.variants():
