@@ -82,11 +82,7 @@ class TruncationCurve:
 
 
 def truncation_curve(
-    features: Sequence[Eigenfeatures],
-    x: Tensor,
-    labels: Tensor,
-    *,
-    k: Sequence[int] | None = None,
+    features: Sequence[Eigenfeatures], x: Tensor, labels: Tensor, *, k: Sequence[int] | None = None
 ) -> TruncationCurve:
     """Measure truncated classifiers, for all `k` in one pass over the inputs.
 

@@ -1,7 +1,7 @@
 """Find the MLPs of a model: recipes claim them, a trial run verifies each claim."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -80,9 +80,7 @@ def find_mlps(
             continue
         verdict = verify(owner, claim.site, _caller(model, claim.owner))
         if known is None or verdict.reason is None:
-            findings[key] = Finding(
-                claim.path, claim.owner, verdict.site, verdict.reason, verdict.between
-            )
+            findings[key] = replace(claim, **verdict._asdict())
     names += [name_of(path, star) for path, _, star in installed(model)]
     selected.check(names)
     return list(findings.values())

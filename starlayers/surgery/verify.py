@@ -4,6 +4,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -106,11 +107,10 @@ def _runnable_part(owner: nn.Module, site: Site) -> tuple[nn.Module, Site]:
         start, end = names.index(site.inp), names.index(site.act)
         layers = OrderedDict((name, owner._modules[name]) for name in names[start : end + 1])
         part = nn.Sequential(layers).train(owner.training)  # type: ignore[arg-type]
-        return sandbox_copy(part), Site(site.recipe, site.form, site.inp, site.act, None)
+        return sandbox_copy(part), replace(site, out=None)
     prefix = _deepest_common_module(owner, site)
     local = {part: _relative(getattr(site, part), prefix) for part in ("inp", "act", "out", "up")}
-    body = sandbox_copy(owner.get_submodule(prefix))
-    return body, Site(site.recipe, site.form, gate_last=site.gate_last, **local)  # type: ignore[arg-type]
+    return sandbox_copy(owner.get_submodule(prefix)), replace(site, **local)  # type: ignore[arg-type]
 
 
 def _deepest_common_module(owner: nn.Module, site: Site) -> str:
@@ -153,7 +153,7 @@ def _compare_in_caller(caller: nn.Module, sequence: str, site: Site) -> None:
         return  # it may be a whole model, too large for random weights on the CPU
     inp, act = f"{sequence}.{site.inp}", f"{sequence}.{site.act}"
     try:
-        _compare(sandbox_copy(caller, share=True), Site(site.recipe, site.form, inp, act, None))
+        _compare(sandbox_copy(caller, share=True), replace(site, inp=inp, act=act, out=None))
     except CannotRunError:
         return  # most callers take other input than the MLP does
 
