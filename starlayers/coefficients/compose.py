@@ -32,16 +32,6 @@ class Outline:
     shape: tuple[int, ...]
 
     @property
-    def features(self) -> int:
-        """Number of elements of an input."""
-        return torch.Size(self.shape).numel()
-
-    @property
-    def is_star_op(self) -> bool:
-        """True if the outputs are the channels of the star."""
-        return not self.after and not isinstance(self.star, StarMLP)
-
-    @property
     def products(self) -> int:
         """Number of products of the star."""
         return int(self.star.f1.out_features)

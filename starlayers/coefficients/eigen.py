@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from starlayers.coefficients.compose import Products, compose, outline
-from starlayers.modules import positive_int
+from starlayers.modules import StarMLP, positive_int
 
 __all__ = ["Attribution", "Eigenfeatures", "attribute", "eigenfeatures"]
 
@@ -128,9 +128,10 @@ def eigenfeatures(
         (torch.Size([5, 5]), True)
     """
     parts = outline("eigenfeatures", model, None if shape is None else tuple(shape))
-    features = parts.features + 1
+    features = torch.Size(parts.shape).numel() + 1
     # an output of a StarOp has products of its own
-    separate = parts.is_star_op and not isinstance(output, Tensor)
+    mixed = bool(parts.after) or isinstance(parts.star, StarMLP) or isinstance(output, Tensor)
+    separate = not mixed
     used = parts.star.rank if separate else parts.products
     order = min(features, 2 * used + 1)
     if order > MAX_ORDER:
