@@ -272,6 +272,12 @@ def test_curve_is_that_of_truncated_models(monkeypatch, chunk):
     assert truncation_curve(features, x, labels, k=[4]).k == (4,)
 
 
+def test_default_numbers_of_eigenvectors():
+    model, x = mlp(24, 16, 2), randn(3, 24, dtype=torch.float64)
+    curve = truncation_curve(eigenfeatures(model), x, torch.zeros(3))
+    assert curve.k == (1, 2, 3, 5, 7, 10, 20, 25)
+
+
 def test_smallest_k_within_a_loss():
     # that 1 is as good by chance, and 2 is not, makes 1 not enough
     curve = TruncationCurve((1, 2, 3, 5), (0.9, 0.5, 0.85, 0.9), (0,) * 4, (0,) * 4)

@@ -601,8 +601,11 @@ def test_figures(tmp_path):
     assert dict(plt.rcParams) == before
 
 
-def test_it_is_quiet_and_leaves_optunas_log_as_it_was(capfd):
-    level = logging.getLogger("optuna").level
+@pytest.mark.parametrize("level", [logging.INFO, logging.ERROR])
+def test_it_is_quiet_and_leaves_optunas_log_as_it_was(level, capfd):
+    before = logging.getLogger("optuna").level
+    logging.getLogger("optuna").setLevel(level)
     quick(hill, {f"x{i}": FloatDistribution(-1, 1) for i in range(70)}, method="cma", trials=6)
     assert capfd.readouterr() == ("", "")
     assert logging.getLogger("optuna").level == level
+    logging.getLogger("optuna").setLevel(before)

@@ -90,6 +90,12 @@ def test_installed_layers_are_listed_with_their_owners():
     assert [path for path, _, _ in installed(starify(Packed(), mode="fuse"))] == [""]
 
 
+def test_a_second_name_that_ends_alike_is_not_the_owners():
+    mlp = starify(MLP())
+    net = nn.ModuleDict({"other_fc1": mlp.fc1, "mlp": mlp})
+    assert [(path, owner) for path, owner, _ in installed(net)] == [("mlp", mlp)]
+
+
 def test_names_of_several_parts_belong_to_the_site():
     class Parts(nn.Module):
         def __init__(self):

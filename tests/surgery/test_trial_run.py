@@ -193,6 +193,7 @@ class Holder(nn.Module):
         self.lists = {"a": [torch.ones(1), {2, 3}], "b": (1, 2)}
         self.generator = torch.Generator().manual_seed(3)
         self.config = object()
+        self.own_hooks = [4, 5]
 
 
 def test_tensors_containers_and_children_are_copies():
@@ -212,6 +213,7 @@ def test_tensors_containers_and_children_are_copies():
     assert torch.equal(module.generator.get_state(), torch.Generator().manual_seed(3).get_state())
     assert copy.nothing is copy.none is copy.missing is None
     assert copy.config is module.config
+    assert copy.own_hooks == [4, 5]  # no dict of hooks, whatever its name
 
 
 def test_what_is_shared_in_the_module_is_shared_in_the_copy():
