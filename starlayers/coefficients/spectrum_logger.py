@@ -11,7 +11,6 @@ from starlayers.modules import positive_int
 
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
-    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = ["SpectrumLogger"]
 
@@ -49,7 +48,7 @@ class SpectrumLogger:
     def __init__(
         self,
         model: nn.Module,
-        writer: "SummaryWriter | str | os.PathLike[str] | None" = None,
+        writer: Any = None,
         every: int = 100,
         *,
         entropy: bool = False,
