@@ -23,13 +23,11 @@ LAYER_TYPES = {
 }
 
 _TP_ATTENTION = {
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.k_proj": "colwise",
-    "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.gate_proj": "colwise",
+    **{f"layers.*.self_attn.{name}_proj": "colwise" for name in ("q", "k", "v", "gate")},
     "layers.*.self_attn.o_proj": "rowwise",
 }
-_TP_MLP = {
+_TP_LAYER = {
+    **_TP_ATTENTION,
     "layers.*.ffn.mlp.f1": "colwise",
     "layers.*.ffn.mlp.f2": "colwise",
     "layers.*.ffn.mlp.g": "rowwise",
@@ -91,7 +89,7 @@ class StarformerConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "starformer"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
-    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {**_TP_ATTENTION, **_TP_MLP}
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = _TP_LAYER
     base_model_pp_plan: ClassVar[dict[str, Any] | None] = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -271,12 +269,9 @@ class StarformerSeq2SeqConfig(StarformerConfig):
 
     model_type: ClassVar[str] = "starformer_seq2seq"
     base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
-        **{f"encoder.{name}": style for name, style in {**_TP_ATTENTION, **_TP_MLP}.items()},
-        **{f"decoder.{name}": style for name, style in {**_TP_ATTENTION, **_TP_MLP}.items()},
-        **{
-            f"decoder.{name.replace('self_attn', 'cross_attn')}": style
-            for name, style in _TP_ATTENTION.items()
-        },
+        **{f"encoder.{name}": style for name, style in _TP_LAYER.items()},
+        **{f"decoder.{name}": style for name, style in _TP_LAYER.items()},
+        **{f"decoder.{k.replace('self_', 'cross_')}": v for k, v in _TP_ATTENTION.items()},
         "shared": "embedding_rowwise",
         "encoder.embed_tokens": "embedding_rowwise",
         "decoder.embed_tokens": "embedding_rowwise",

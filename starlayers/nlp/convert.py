@@ -32,28 +32,9 @@ ACTIVATION_NAMES = {
 }
 #: fields that a Llama does not have -> the value with which a Starformer computes the same
 LLAMA_VALUES = {"mlp_type": "star", "mlp_rank": 1, "mlp_offset": 0.0, "attention_gate": "none"}
-#: fields with the same meaning in both configurations
-SHARED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rope_parameters",
-    "rms_norm_eps",
-    "attention_bias",
-    "attention_dropout",
-    "mlp_bias",
-    "initializer_range",
-    "tie_word_embeddings",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-)
+#: fields with the same meaning in both configurations: all of equal name, but for the activation
+SHARED_FIELDS = LlamaConfig.__annotations__.keys() & StarformerConfig.__annotations__.keys()
+SHARED_FIELDS -= {"hidden_act"}
 
 
 def from_llama(model: LlamaForCausalLM) -> StarformerForCausalLM:
@@ -123,14 +104,11 @@ def to_llama(model: StarformerForCausalLM) -> LlamaForCausalLM:
     act = get_activation(config.hidden_act).name
     llama_names = {ours: name for name, ours in ACTIVATION_NAMES.items() if name != "gelu_new"}
     llama_act = llama_names.get(act, act)
-    unsupported = [
-        f"{field}={getattr(config, field)!r}"
-        for field, llama_value in LLAMA_VALUES.items()
-        if getattr(config, field) != llama_value
+    values = {field: getattr(config, field) for field in LLAMA_VALUES}
+    unsupported = [f"{k}={v!r}" for k, v in values.items() if v != LLAMA_VALUES[k]]
+    unsupported += [
+        f"layer {i} of star_conv" for i, t in enumerate(config.layer_types) if t != "full_attention"
     ]
-    for i, layer_type in enumerate(config.layer_types):
-        if layer_type != "full_attention":
-            unsupported.append(f"layer {i} of star_conv")
     if llama_act not in ACT2FN:
         unsupported.append(f"hidden_act={config.hidden_act!r}")
     if unsupported:

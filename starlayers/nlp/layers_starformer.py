@@ -1,17 +1,21 @@
 """Layers of the Starformer models: token mixers and the block around them."""
 
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
-from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 
 from .cache_starformer import takes_cache
 from .configuration_starformer import ResolvedConfig
@@ -21,11 +25,7 @@ try:
     from starlayers.functional import star_product
     from starlayers.modules import StarBlock
 except ImportError:  # loaded from a folder that `save_with_code` wrote, without starlayers
-    from .portable_starformer import (  # type: ignore[assignment]
-        StarBlock,
-        get_activation,
-        star_product,
-    )
+    from .portable_starformer import StarBlock, get_activation, star_product  # type: ignore[assignment]
 
 __all__ = [
     "StarConv",
@@ -39,8 +39,7 @@ __all__ = [
 Rotation = tuple[Tensor, Tensor]
 
 
-@use_kernel_forward_from_hub("RMSNorm")
-class StarformerRMSNorm(nn.Module):
+class StarformerRMSNorm(LlamaRMSNorm):
     """RMSNorm over the last dimension: `weight * x / sqrt(mean(x^2) + eps)`.
 
     The mean and the quotient are computed in float32. The quotient is rounded to the dtype of the
@@ -53,21 +52,11 @@ class StarformerRMSNorm(nn.Module):
         tensor([0.8485, 1.1314], grad_fn=<MulBackward0>)
     """
 
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.variance_epsilon = eps  # the kernels of the hub read this name
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * x.to(hidden_states.dtype)
-
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
 
 
-class StarformerRotaryEmbedding(nn.Module):
+class StarformerRotaryEmbedding(LlamaRotaryEmbedding):
     """Cosines and sines of rotary positions, with the scalings of transformers.
 
     The angle of position p and pair i is `p * theta^(-2i / head_dim)`, changed by the scaling that
@@ -87,28 +76,7 @@ class StarformerRotaryEmbedding(nn.Module):
         tensor([0.8415, 0.0100, 0.8415, 0.0100])
     """
 
-    inv_freq: Tensor
-
-    def __init__(self, config: ResolvedConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
-        compute_parameters: Callable[..., Any] = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            compute_parameters = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = compute_parameters(config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(
-        config: ResolvedConfig, **kwargs: Any
-    ) -> tuple[Tensor, float]:
-        """Return the frequencies `theta^(-2i / head_dim)` and the scale 1.0."""
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
-
+    # transformers 5.17 has a matrix product here, which TF32 would round
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> Rotation:
@@ -116,43 +84,6 @@ class StarformerRotaryEmbedding(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def apply_rotary(x: Tensor, rotation: Any) -> Tensor:
-    """Rotate `x` (batch, heads, length, head_dim) by the angles of its positions.
-
-    Channel i is paired with channel i + head_dim / 2.
-    """
-    cos, sin = (t[:, None] for t in rotation)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def eager_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Compute attention by its definition and return its weights too.
-
-    The tests compare the other implementations (sdpa, flex) with this one.
-
-    Shapes: query (batch, heads, length, head_dim), key and value (batch, key_value_heads, keys,
-    head_dim) -> (batch, length, heads, head_dim) and weights (batch, heads, length, keys).
-    """
-    groups = module.num_key_value_groups
-    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, dropout, module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class StarformerAttention(nn.Module):
@@ -206,24 +137,22 @@ class StarformerAttention(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        position_embeddings: Rotation | None = None,
+        position_embeddings: Any = None,
         past_key_values: Cache | None = None,
         encoder_hidden_states: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         query = self._split_heads(self.q_proj(hidden_states))
         if encoder_hidden_states is None:
-            key = self._split_heads(self.k_proj(hidden_states))
-            value = self._split_heads(self.v_proj(hidden_states))
-            query = apply_rotary(query, position_embeddings)
-            key = apply_rotary(key, position_embeddings)
+            key, value = self._key_value(hidden_states)
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
             if past_key_values is not None:
                 # the paged cache of continuous batching writes its block indices into kwargs
                 key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
         else:
             key, value = self._encoder_key_value(encoder_hidden_states, past_key_values)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
+            self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attention(
             self,
@@ -243,6 +172,9 @@ class StarformerAttention(nn.Module):
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def _key_value(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        return self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
+
     def _encoder_key_value(
         self, states: Tensor, cache: EncoderDecoderCache | None
     ) -> tuple[Tensor, Tensor]:
@@ -250,8 +182,7 @@ class StarformerAttention(nn.Module):
         if cache is not None and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
-        key = self._split_heads(self.k_proj(states))
-        value = self._split_heads(self.v_proj(states))
+        key, value = self._key_value(states)
         if cache is not None:
             key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
             cache.is_updated[self.layer_idx] = True

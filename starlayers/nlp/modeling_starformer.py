@@ -18,7 +18,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -129,12 +129,38 @@ class StarformerPreTrainedModel(PreTrainedModel):
             )
         return self.norm(hidden_states)
 
-    def _token_loss(self, logits: Tensor, labels: Tensor | None, **kwargs: Any) -> Tensor | None:
-        """Return the loss of a language model, or `None` without labels."""
-        if labels is None:
-            return None
-        vocab_size = self.config.vocab_size
-        return self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+
+class LMHead(StarformerPreTrainedModel):
+    """Base class of models with a linear layer from hidden states to logits."""
+
+    base_class: type[PreTrainedModel]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: ResolvedConfig) -> None:
+        super().__init__(config)
+        self.model = self.base_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _lm_output(
+        self,
+        output_class: type[ModelOutput],
+        outputs: ModelOutput,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Return logits, the loss if there are labels, and the states in `outputs`."""
+        states = dict(outputs)
+        logits = self.lm_head(select_states(states.pop("last_hidden_state"), logits_to_keep))
+        loss = None
+        if labels is not None:
+            size = self.config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
+        return output_class(loss=loss, logits=logits, **states)
 
 
 class TokenHead(GenericForTokenClassification):
@@ -281,7 +307,7 @@ def select_states(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor
     return hidden_states[:, logits_to_keep]
 
 
-class StarformerForCausalLM(StarformerPreTrainedModel, GenerationMixin):
+class StarformerForCausalLM(LMHead, GenerationMixin):
     """Decoder with a language-model head.
 
     With `labels`, which may equal the ids, `loss` is the cross-entropy of the next token; labels of
@@ -300,16 +326,7 @@ class StarformerForCausalLM(StarformerPreTrainedModel, GenerationMixin):
         torch.Size([1, 7])
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
-
-    def __init__(self, config: ResolvedConfig) -> None:
-        super().__init__(config)
-        self.model = StarformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    base_class = StarformerModel
 
     @takes_cache
     @can_return_tuple
@@ -334,15 +351,7 @@ class StarformerForCausalLM(StarformerPreTrainedModel, GenerationMixin):
             **{CACHE: past_key_values},
             **kwargs,
         )
-        logits = self.lm_head(select_states(outputs.last_hidden_state, logits_to_keep))
-        loss = self._token_loss(logits, labels, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{CACHE: getattr(outputs, CACHE)},
-        )
+        return self._lm_output(CausalLMOutputWithPast, outputs, labels, logits_to_keep, **kwargs)
 
 
 class StarformerForSequenceClassification(

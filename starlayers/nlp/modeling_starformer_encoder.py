@@ -5,11 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    MaskedLMOutput,
-    SequenceClassifierOutput,
-)
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -17,6 +13,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_starformer import ResolvedConfig, StarformerEncoderConfig
 from .modeling_starformer import (
+    LMHead,
     SpanHead,
     StarformerPreTrainedModel,
     TokenHead,
@@ -57,12 +54,9 @@ class StarformerEncoderModel(StarformerEncoderPreTrainedModel):
 
     def __init__(self, config: ResolvedConfig) -> None:
         super().__init__(config)
-        self._build(config, self._layer_types(config), causal=False)
+        types = getattr(config, "encoder_layer_types", config.layer_types)
+        self._build(config, types, causal=False)
         self.post_init()
-
-    @staticmethod
-    def _layer_types(config: ResolvedConfig) -> list[str]:
-        return config.layer_types
 
     @merge_with_config_defaults
     @capture_outputs
@@ -76,8 +70,8 @@ class StarformerEncoderModel(StarformerEncoderPreTrainedModel):
     ) -> BaseModelOutput:
         hidden_states = self._embed(input_ids, inputs_embeds)
         is_padding = attention_mask is not None and attention_mask.ndim == 2
-        layer_types = self._layer_types(self.config)
-        masks: dict[str, Any] = dict.fromkeys(layer_types, attention_mask if is_padding else None)
+        padding = attention_mask if is_padding else None
+        masks: dict[Any, Any] = {layer.layer_type: padding for layer in self.layers}
         masks["full_attention"] = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
@@ -85,7 +79,7 @@ class StarformerEncoderModel(StarformerEncoderPreTrainedModel):
         return BaseModelOutput(self._run_layers(hidden_states, masks, position_ids, **kwargs))
 
 
-class StarformerForMaskedLM(StarformerEncoderPreTrainedModel):
+class StarformerForMaskedLM(StarformerEncoderPreTrainedModel, LMHead):
     """Encoder with a masked-language-model head; labels of -100 are ignored.
 
     Shapes: ids (batch, length) -> `logits` (batch, length, vocab_size).
@@ -103,16 +97,7 @@ class StarformerForMaskedLM(StarformerEncoderPreTrainedModel):
         (torch.Size([1, 3, 99]), True)
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
-
-    def __init__(self, config: ResolvedConfig) -> None:
-        super().__init__(config)
-        self.model = StarformerEncoderModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    base_class = StarformerEncoderModel
 
     @can_return_tuple
     def forward(
@@ -124,16 +109,8 @@ class StarformerForMaskedLM(StarformerEncoderPreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        logits = self.lm_head(outputs.last_hidden_state)
-        loss = self._token_loss(logits, labels, **kwargs)
-        return MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        return self._lm_output(MaskedLMOutput, outputs, labels, **kwargs)
 
 
 class StarformerEncoderForSequenceClassification(StarformerEncoderPreTrainedModel):
@@ -176,13 +153,7 @@ class StarformerEncoderForSequenceClassification(StarformerEncoderPreTrainedMode
         labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         pooled = self._pool(outputs.last_hidden_state, attention_mask)
         logits = self.score(self.dropout(pooled))
         loss = None

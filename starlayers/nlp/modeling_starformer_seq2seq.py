@@ -3,13 +3,7 @@
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import (
-    Cache,
-    DynamicCache,
-    EncoderDecoderCache,
-    GenerationMixin,
-    StaticCache,
-)
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin, StaticCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
@@ -26,12 +20,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .cache_starformer import CACHE, takes_cache
 from .configuration_starformer import ResolvedConfig, StarformerSeq2SeqConfig
 from .layers_starformer import StarformerAttention, StarformerLayer
-from .modeling_starformer import (
-    StarformerPreTrainedModel,
-    causal_masks,
-    resolve_positions,
-    select_states,
-)
+from .modeling_starformer import LMHead, StarformerPreTrainedModel, causal_masks, resolve_positions
 from .modeling_starformer_encoder import StarformerEncoderModel
 
 __all__ = [
@@ -64,10 +53,6 @@ class StarformerSeq2SeqEncoder(NoParallelPlans, StarformerEncoderModel):
 
     config: StarformerSeq2SeqConfig
     config_class = StarformerSeq2SeqConfig
-
-    @staticmethod
-    def _layer_types(config: ResolvedConfig) -> list[str]:
-        return config.encoder_layer_types
 
 
 class StarformerSeq2SeqDecoder(NoParallelPlans, StarformerSeq2SeqPreTrainedModel):
@@ -208,10 +193,7 @@ class StarformerSeq2SeqModel(StarformerSeq2SeqPreTrainedModel):
     ) -> Seq2SeqModelOutput:
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                **kwargs,
+                input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
@@ -238,7 +220,7 @@ class StarformerSeq2SeqModel(StarformerSeq2SeqPreTrainedModel):
         )
 
 
-class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, GenerationMixin):
+class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, LMHead, GenerationMixin):
     """Encoder-decoder with a language-model head, for translation and summaries.
 
     With `labels` and without decoder ids, the decoder reads the labels shifted by one; labels of
@@ -261,17 +243,14 @@ class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, Gener
         torch.Size([1, 5])
     """
 
+    base_class = StarformerSeq2SeqModel
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _pp_plan = {}
 
     def __init__(self, config: ResolvedConfig) -> None:
         super().__init__(config)
-        self.model = StarformerSeq2SeqModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # a loss that does not shift the labels: the decoder's input is shifted already
         self.loss_type = "ForMaskedLM"
-        self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Shift labels to the right, behind the start token; -100 becomes padding.
@@ -321,16 +300,4 @@ class StarformerForConditionalGeneration(StarformerSeq2SeqPreTrainedModel, Gener
             **{CACHE: past_key_values},
             **kwargs,
         )
-        logits = self.lm_head(select_states(outputs.last_hidden_state, logits_to_keep))
-        loss = self._token_loss(logits, labels, **kwargs)
-        return Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-            **{CACHE: getattr(outputs, CACHE)},
-        )
+        return self._lm_output(Seq2SeqLMOutput, outputs, labels, logits_to_keep, **kwargs)

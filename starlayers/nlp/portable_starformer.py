@@ -6,7 +6,7 @@ starlayers is installed, its own layers are used instead of these.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,8 @@ class StarMLP(nn.Module):
 class StarBlock(nn.Module):
     """Residual block `x + post(mlp(pre(x)))`, as `starlayers.StarBlock`.
 
+    `options` are those of `StarMLP`.
+
     Shapes: (..., dim) -> (..., dim).
 
     Example:
@@ -142,25 +144,13 @@ class StarBlock(nn.Module):
         dim: int,
         *,
         expansion: float = 4,
-        act: str | None = "relu6",
         pre: nn.Module | None = None,
         post: nn.Module | None = None,
-        combine: str = "mul",
-        offset: float = 0.0,
-        rank: int = 1,
-        bias: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.pre = pre or nn.Identity()
-        self.mlp: nn.Module = StarMLP(
-            dim,
-            round(dim * expansion),
-            act=act,
-            combine=combine,
-            offset=offset,
-            rank=rank,
-            bias=bias,
-        )
+        self.mlp: nn.Module = StarMLP(dim, round(dim * expansion), **options)
         self.post = post or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

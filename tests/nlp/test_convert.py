@@ -236,8 +236,16 @@ def test_activations_are_the_cores():
 def test_defaults_are_the_cores(ours, theirs):
     core = {n: p.default for n, p in inspect.signature(ours).parameters.items()}
     for name, parameter in inspect.signature(theirs).parameters.items():
-        if name != "hidden":  # optional in the core
+        if name not in ("hidden", "options"):  # optional in the core; those of the MLP
             assert parameter.default == core[name], name
+
+
+def test_a_block_has_the_mlp_of_the_core():
+    ours, theirs = StarBlock(8).mlp, portable.StarBlock(8).mlp
+    for name in ("act", "combine", "offset", "rank"):
+        assert getattr(theirs, name) == getattr(ours, name), name
+    assert theirs.g.weight.shape == ours.g.weight.shape
+    assert [*theirs.state_dict()] == [*ours.state_dict()]
 
 
 @pytest.mark.parametrize("post", [None, torch.nn.Tanh()])
