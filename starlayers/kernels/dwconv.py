@@ -7,7 +7,7 @@ the residual is shaped like y. With `stats`, mean and var are mean and biased va
 channel, in float32, with gradients like any output.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,13 @@ from starlayers.kernels.registration import (
     tap_rows,
 )
 from starlayers.kernels.statistics import (
+    Outputs,
+    Upstream,
     empty_statistics,
     fake_statistics,
     merged_statistics,
-    statistics_gradient,
-    upstream,
+    save_inputs,
+    saved_inputs,
     with_statistics,
 )
 
@@ -43,34 +45,36 @@ WARPS = 4
 RESIDENT = 8  # programs of the kernel gradient per multiprocessor
 
 
-def _both_or_none(scale: Tensor | None, shift: Tensor | None) -> None:
-    if (scale is None) != (shift is None):
-        raise ValueError("dwconv: give both scale and shift, or neither")
+class Affine(NamedTuple):
+    """Affine map per channel before the convolution, `scale x + shift`; both `None` for none."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def checked(self) -> "Affine":
+        """Return itself; raise if one of both is missing."""
+        if (self.scale is None) != (self.shift is None):
+            raise ValueError("dwconv: give both scale and shift, or neither")
+        return self
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the map of `x`, in its dtype."""
+        scale, shift = self.checked()
+        if scale is None or shift is None:
+            return x
+        wide = x if x.dtype == torch.float64 else x.float()
+        return (wide * scale + shift).to(x.dtype)
 
 
 def _plain(
-    x: Tensor,
-    k: Tensor,
-    b: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    v = _affine(x, scale, shift).permute(0, 3, 1, 2)
+    x: Tensor, k: Tensor, b: Tensor | None, affine: Affine, residual: Tensor | None, stats: bool
+) -> Outputs:
+    v = affine.apply(x).permute(0, 3, 1, 2)
     b = None if b is None else b.to(x.dtype)
     y = F.conv2d(v, k.to(x.dtype), b, padding=k.shape[-1] // 2, groups=k.shape[0])
     y = y.permute(0, 2, 3, 1)
     y = (y if residual is None else y + residual).contiguous()
     return with_statistics(y, stats)
-
-
-def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    _both_or_none(scale, shift)
-    if scale is None or shift is None:
-        return x
-    wide = x if x.dtype == torch.float64 else x.float()
-    return (wide * scale + shift).to(x.dtype)
 
 
 def tile_shape(height: int, channels: int, among: tuple[int, ...] = ROWS) -> tuple[int, int, int]:
@@ -85,16 +89,10 @@ def tile_shape(height: int, channels: int, among: tuple[int, ...] = ROWS) -> tup
 
 
 def _kernel(
-    x: Tensor,
-    k: Tensor,
-    b: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, k: Tensor, b: Tensor | None, affine: Affine, residual: Tensor | None, stats: bool
+) -> Outputs:
     """Launch K6 forward; the module's docstring has arguments and results."""
-    _both_or_none(scale, shift)
+    scale, shift = affine.checked()
     reduce = "statistics" if stats else ""
     y, parts = _convolve(x, k, b=b, scale=scale, shift=shift, residual=residual, reduce=reduce)
     if not stats:
@@ -103,20 +101,11 @@ def _kernel(
 
 
 def _backward_kernel(
-    dy: Tensor,
-    z: Tensor | None,
-    mean: Tensor | None,
-    p: Tensor | None,
-    q: Tensor | None,
-    x: Tensor,
-    k: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    upstream: Upstream, x: Tensor, k: Tensor, affine: Affine
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch K6 backward; returns dx, dk, db, dscale, dshift.
-
-    `z` is the output of the forward and `mean` its mean; `p` and `q` as in `upstream`.
-    """
+    """Launch K6 backward; returns dx, dk, db, dscale, dshift."""
+    dy, z, mean, p, q = upstream
+    scale, shift = affine
     x, dy, z = x.contiguous(), dy.contiguous(), None if z is None else z.contiguous()
     reduce = "" if scale is None else "dot"
     dx, parts = _convolve(
@@ -194,14 +183,8 @@ def _convolve(
 
 
 def _fake(
-    x: Tensor,
-    k: Tensor,
-    b: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, k: Tensor, b: Tensor | None, affine: Affine, residual: Tensor | None, stats: bool
+) -> Outputs:
     return fake_statistics(x.new_empty(x.shape), stats)
 
 
@@ -209,18 +192,10 @@ dwconv = define_op("dwconv", _kernel, plain=_plain, fake=_fake)
 
 
 def _plain_backward(
-    dy: Tensor,
-    z: Tensor | None,
-    mean: Tensor | None,
-    p: Tensor | None,
-    q: Tensor | None,
-    x: Tensor,
-    k: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    upstream: Upstream, x: Tensor, k: Tensor, affine: Affine
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    g = upstream(dy, z, mean, p, q).permute(0, 3, 1, 2)
-    v = _affine(x, scale, shift).permute(0, 3, 1, 2)
+    g, scale = upstream.total().permute(0, 3, 1, 2), affine.scale
+    v = affine.apply(x).permute(0, 3, 1, 2)
     channels, pad = k.shape[0], k.shape[-1] // 2
     dv, dk, db = torch.ops.aten.convolution_backward(
         g, v, k.to(x.dtype), [channels], [1, 1], [pad, pad], [1, 1], False, [0, 0], channels,
@@ -241,27 +216,13 @@ def _plain_backward(
 
 
 def _fake_backward(
-    dy: Tensor,
-    z: Tensor | None,
-    mean: Tensor | None,
-    p: Tensor | None,
-    q: Tensor | None,
-    x: Tensor,
-    k: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    upstream: Upstream, x: Tensor, k: Tensor, affine: Affine
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    vector = x.new_empty(x.shape[-1], dtype=wide)
-    if scale is None:
-        return x.new_empty(x.shape), k.new_empty(k.shape), vector, *empty_statistics(x)
-    return (
-        x.new_empty(x.shape),
-        k.new_empty(k.shape),
-        vector,
-        torch.empty_like(vector),
-        torch.empty_like(vector),
-    )
+    db, dscale, dshift = (x.new_empty(x.shape[-1], dtype=wide) for _ in range(3))
+    if affine.scale is None:
+        dscale, dshift = empty_statistics(x)
+    return x.new_empty(x.shape), k.new_empty(k.shape), db, dscale, dshift
 
 
 dwconv_backward = define_op(
@@ -269,41 +230,23 @@ dwconv_backward = define_op(
 )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.stats = inputs
-    y, mean, _ = output
-    ctx.save_for_backward(*tensors, *((y, mean) if ctx.stats else ()))
-
-
 def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
-    inputs = list(saved[:6])
-    stats = ctx.stats
+    inputs, upstream = saved_inputs(ctx, dy, dmean, dvar)
+    (stats,) = ctx.options
     if torch.is_grad_enabled():
 
         def definition(*inputs: Any) -> Any:
-            outputs = _plain(*inputs, stats)  # type: ignore[call-arg]
+            outputs = dwconv.plain(*inputs, stats)
             return outputs if stats else outputs[0]
 
         grads = [dy, dmean, dvar] if stats else [dy]
         return *library_gradients(definition, inputs, ctx.needs_input_grad[:6], grads), None
-    x, k, b, scale, shift, residual = inputs
-    z = mean = p = q = None
-    if stats:
-        z, mean = saved[6:]
-        p, q = statistics_gradient(dmean, dvar, x[..., 0].numel())
-    with no_autocast(x):
-        dx, dk, db, dscale, dshift = dwconv_backward(dy, z, mean, p, q, x, k, scale, shift)
-        dresidual = upstream(dy, z, mean, p, q) if residual is not None else None
-    return (
-        dx,
-        dk,
-        None if b is None else db,
-        None if scale is None else dscale,
-        None if shift is None else dshift,
-        dresidual,
-        None,
-    )
+    x, k, _, scale, shift, residual = inputs
+    with no_autocast(dy):
+        computed = dwconv_backward(*upstream, x, k, scale, shift)
+        dresidual = None if residual is None else upstream.total()
+    present = (None if t is None else g for t, g in zip(inputs[:5], computed, strict=True))
+    return *present, dresidual, None
 
 
-dwconv.register_autograd(_backward, setup_context=_save)
+dwconv.register_autograd(_backward, setup_context=save_inputs)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +14,17 @@ __all__ = [
     "HAS_TRITON",
     "INTERPRET",
     "TRITON_ACTIVATIONS",
+    "MLPGradients",
+    "MLPWeights",
     "cast",
     "ceil_div",
     "define_op",
+    "flattened",
     "launch",
     "library_gradients",
     "multiprocessors",
     "no_autocast",
+    "opaque_op",
     "pointer",
     "precision",
     "tap_rows",
@@ -54,10 +58,68 @@ TRITON_ACTIVATIONS = frozenset(
 Impl = Callable[..., Any]
 
 
+class MLPWeights(NamedTuple):
+    """Parameters of a star MLP in the order of an op's arguments; a missing bias is `None`."""
+
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    w3: Tensor
+    b3: Tensor | None
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Channels of the input, of the product and of the result."""
+        return self.w1.shape[1], self.w1.shape[0], self.w3.shape[0]
+
+    def cast(self, dtype: torch.dtype) -> "MLPWeights":
+        """Return all parameters in `dtype`."""
+        return MLPWeights(*(cast(t, dtype) for t in self))
+
+
+#: gradients of x and of the six weights; a missing bias has one too, which nobody reads
+MLPGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def flattened(call: Impl) -> Impl:
+    """Return `call` with the fields of its NamedTuples as arguments of their own.
+
+    An op takes tensors and plain values; its implementation may group them.
+
+    Example:
+        >>> def hidden(weights: MLPWeights) -> int:
+        ...     return weights.sizes[1]
+        >>> list(inspect.signature(flattened(hidden)).parameters)
+        ['w1', 'b1', 'w2', 'b2', 'w3', 'b3']
+    """
+    signature = inspect.signature(call)
+    arguments: list[inspect.Parameter] = []
+    groups: list[tuple[int, int, Impl]] = []
+    for parameter in signature.parameters.values():
+        kind, first = parameter.annotation, len(arguments)
+        if not hasattr(kind, "_fields"):
+            arguments.append(parameter)
+            continue
+        fields = kind.__annotations__.items()
+        arguments += [parameter.replace(name=name, annotation=t) for name, t in fields]
+        groups.append((first, len(arguments), kind))
+
+    def flat(*args: Any) -> Any:
+        grouped = list(args)
+        for first, last, group in reversed(groups):
+            grouped[first:last] = [group(*args[first:last])]
+        return call(*grouped)
+
+    flat.__signature__ = signature.replace(parameters=arguments)  # type: ignore[attr-defined]
+    return flat
+
+
 def define_op(name: str, kernel: Impl, *, plain: Impl, fake: Impl, traced: bool = True) -> Any:
     """Register `starlayers::name` and return the op.
 
-    All three implementations have the signature of the op and write into no input.
+    All three implementations write into no input and have the signature of the op, in which the
+    fields of a NamedTuple are arguments of their own.
 
     Args:
         name: of the op in the namespace `starlayers`.
@@ -69,33 +131,41 @@ def define_op(name: str, kernel: Impl, *, plain: Impl, fake: Impl, traced: bool 
             over tensor descriptors, which a tracer cannot carry. The interpreter cannot run on
             fake tensors, so its ops are opaque too.
     """
-    schema = torch.library.infer_schema(plain, mutates_args=())
-    qualified = f"starlayers::{name}"
-    if not HAS_TRITON:
-        op: Any = torch.library.custom_op(qualified, plain, mutates_args=(), schema=schema)
-        op.register_fake(fake)
-    elif INTERPRET:
-        op = torch.library.custom_op(
-            qualified, _interpreted(kernel, plain, fake), mutates_args=(), schema=schema
-        )
-        op.register_fake(fake)
-    else:
+    kernel, plain, fake = flattened(kernel), flattened(plain), flattened(fake)
 
-        def on_gpu(*args: Any) -> Any:
-            first: Tensor = args[0]
-            # float64 is for checking; CPU tensors arrive here only while a compiler traces
-            if first.device.type == "cpu" or first.dtype == torch.float64:
-                return plain(*args)
-            with _device_of(first):
-                return kernel(*args)
+    def on_gpu(*args: Any) -> Any:
+        first: Tensor = args[0]
+        # float64 is for checking; CPU tensors arrive here only while a compiler traces
+        if first.device.type == "cpu" or first.dtype == torch.float64:
+            return plain(*args)
+        with _device_of(first):
+            return kernel(*args)
 
-        # up to about PyTorch 2.12 triton_op reads the signature even if it gets a schema
-        on_gpu.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
-        define = torch.library.triton_op if traced else torch.library.custom_op
-        op = define(qualified, on_gpu, mutates_args=(), schema=schema)
+    call = plain if not HAS_TRITON else _interpreted(kernel, plain, fake) if INTERPRET else on_gpu
+    visible = traced and call is on_gpu
+    define: Any = torch.library.triton_op if visible else torch.library.custom_op
+    op = _op(name, call, plain, fake, define)
+    if call is on_gpu:
         op.register_kernel("cpu")(plain)
-        op.register_fake(fake)  # tracing `plain` instead would fix the number of rows
     op.plain = plain
+    return op
+
+
+def opaque_op(name: str, call: Impl, *, fake: Impl) -> Any:
+    """Register `starlayers::name` with one implementation for all devices, and return the op.
+
+    A compiler does not look inside it. For `call` and `fake` see `define_op`.
+    """
+    call = flattened(call)
+    return _op(name, call, call, flattened(fake), torch.library.custom_op)
+
+
+def _op(name: str, call: Impl, signature: Impl, fake: Impl, define: Any) -> Any:
+    schema = torch.library.infer_schema(signature, mutates_args=())
+    # up to about PyTorch 2.12 triton_op reads the signature even if it gets a schema
+    call.__signature__ = inspect.signature(signature)  # type: ignore[attr-defined]
+    op = define(f"starlayers::{name}", call, mutates_args=(), schema=schema)
+    op.register_fake(fake)  # tracing the definition instead would fix the number of rows
     return op
 
 

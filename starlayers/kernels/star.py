@@ -8,7 +8,7 @@ again. A clamp is [] or [least, greatest].
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +29,14 @@ __all__ = ["star", "star_backward"]
 ELEMENTS = 2048  # per program: 16 a thread, two 16-byte loads of each bfloat16 operand
 WARPS = 4
 
-#: [] for none, or [least, greatest]
-Limits = list[float]
 
+class Options(NamedTuple):
+    """Plain values of a star; a clamp is [] for none, or [least, greatest]."""
 
-def _limits(clamp: Limits) -> tuple[float, float] | None:
-    return (clamp[0], clamp[1]) if clamp else None
+    act: str
+    offset: float
+    clamp1: list[float]
+    clamp2: list[float]
 
 
 def _branches(x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -46,13 +48,11 @@ def _branches(x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor]:
     return x1[..., :half], x1[..., half:]
 
 
-def _plain(
-    x1: Tensor, x2: Tensor | None, act: str, offset: float, clamp1: Limits, clamp2: Limits
-) -> Tensor:
+def _plain(x1: Tensor, x2: Tensor | None, options: Options) -> Tensor:
     a, b = _branches(x1, x2)
-    return star_reference(
-        a, b, act, offset=offset, clamp1=_limits(clamp1), clamp2=_limits(clamp2)
-    ).contiguous()
+    act, offset, *clamps = options
+    clamp1, clamp2 = ((c[0], c[1]) if c else None for c in clamps)
+    return star_reference(a, b, act, offset=offset, clamp1=clamp1, clamp2=clamp2).contiguous()
 
 
 def tile_shape(rows: int, cols: int) -> tuple[int, int]:
@@ -77,28 +77,20 @@ def _views(x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor]:
     return _matrix(x1), _matrix(x2)
 
 
-def _options(
-    act: str, offset: float, clamp1: list[float], clamp2: list[float], rows: int, cols: int
-) -> dict[str, object]:
+def _constants(options: Options, rows: int, cols: int) -> dict[str, object]:
+    """Return the keyword arguments of a launch."""
     br, bc = tile_shape(rows, cols)
-    mask1, low1, high1 = _bounds(clamp1)
-    mask2, low2, high2 = _bounds(clamp2)
+    mask1, low1, high1 = _bounds(options.clamp1)
+    mask2, low2, high2 = _bounds(options.clamp2)
     return {
-        "ACT": act,
-        "OFFSET": offset,
-        "CLAMP1": mask1,
-        "LOW1": low1,
-        "HIGH1": high1,
-        "CLAMP2": mask2,
-        "LOW2": low2,
-        "HIGH2": high2,
-        "BR": br,
-        "BC": bc,
-        "num_warps": WARPS,
-    }
+        "ACT": options.act, "OFFSET": options.offset,
+        "CLAMP1": mask1, "LOW1": low1, "HIGH1": high1,
+        "CLAMP2": mask2, "LOW2": low2, "HIGH2": high2,
+        "BR": br, "BC": bc, "num_warps": WARPS,
+    }  # fmt: skip
 
 
-def _bounds(clamp: Limits) -> tuple[int, float, float]:
+def _bounds(clamp: list[float]) -> tuple[int, float, float]:
     """Return the kernel's CLAMP mask and the limits; an infinite limit is none.
 
     The mask adds 1 for a lower and 2 for an upper limit. A limit that is not there is 0: Inductor
@@ -116,32 +108,22 @@ def _grid(rows: int, cols: int) -> tuple[int]:
     return (ceil_div(rows, br) * ceil_div(cols, bc),)
 
 
-def _kernel(
-    x1: Tensor, x2: Tensor | None, act: str, offset: float, clamp1: list[float], clamp2: list[float]
-) -> Tensor:
+def _kernel(x1: Tensor, x2: Tensor | None, options: Options) -> Tensor:
     y = x1.new_empty(_branches(x1, x2)[0].shape)
     if y.numel():
         from starlayers.kernels.device.star import star_forward
 
         a, b = _views(x1, x2)
         rows, cols = a.shape
-        options = _options(act, offset, clamp1, clamp2, rows, cols)
         launch(
             star_forward, _grid(rows, cols), a, b, y, rows, cols, a.stride(0), b.stride(0),
-            **options,
+            **_constants(options, rows, cols),
         )  # fmt: skip
     return y
 
 
 def _backward_kernel(
-    dy: Tensor,
-    x1: Tensor,
-    x2: Tensor | None,
-    act: str,
-    offset: float,
-    clamp1: list[float],
-    clamp2: list[float],
-    product: bool,
+    dy: Tensor, x1: Tensor, x2: Tensor | None, options: Options, product: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     d1 = x1.new_empty(x1.shape)
     d2 = x1.new_empty(0 if x2 is None else x2.shape)
@@ -157,17 +139,15 @@ def _backward_kernel(
             out1, out2 = packed[:, :cols], packed[:, cols:]
         else:
             out1, out2 = d1.view(rows, cols), d2.view(rows, cols)
-        options = _options(act, offset, clamp1, clamp2, rows, cols)
         launch(
             star_grad, _grid(rows, cols), g, a, b, out1, out2, s if product else d1, rows, cols,
-            g.stride(0), a.stride(0), b.stride(0), out1.stride(0), PRODUCT=product, **options,
+            g.stride(0), a.stride(0), b.stride(0), out1.stride(0), PRODUCT=product,
+            **_constants(options, rows, cols),
         )  # fmt: skip
     return d1, d2, s
 
 
-def _fake(
-    x1: Tensor, x2: Tensor | None, act: str, offset: float, clamp1: Limits, clamp2: Limits
-) -> Tensor:
+def _fake(x1: Tensor, x2: Tensor | None, options: Options) -> Tensor:
     return x1.new_empty(_branches(x1, x2)[0].shape)
 
 
@@ -175,19 +155,13 @@ star = define_op("star", _kernel, plain=_plain, fake=_fake)
 
 
 def _plain_backward(
-    dy: Tensor,
-    x1: Tensor,
-    x2: Tensor | None,
-    act: str,
-    offset: float,
-    clamp1: Limits,
-    clamp2: Limits,
-    product: bool,
+    dy: Tensor, x1: Tensor, x2: Tensor | None, options: Options, product: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    act, offset, clamp1, clamp2 = options
     activation = get_activation(act)
     a, b = _branches(x1, x2)
-    inner = a.clamp(*_limits(clamp1)) if clamp1 else a  # type: ignore[misc]
-    outer = b.clamp(*_limits(clamp2)) if clamp2 else b  # type: ignore[misc]
+    inner = a.clamp(clamp1[0], clamp1[1]) if clamp1 else a
+    outer = b.clamp(clamp2[0], clamp2[1]) if clamp2 else b
     slope = activation.derivative(inner)
     # 0 where the activation is flat, also for an infinite dy
     d1 = (dy * (outer + offset) * slope).where(slope != 0, 0)
@@ -204,14 +178,7 @@ def _plain_backward(
 
 
 def _fake_backward(
-    dy: Tensor,
-    x1: Tensor,
-    x2: Tensor | None,
-    act: str,
-    offset: float,
-    clamp1: Limits,
-    clamp2: Limits,
-    product: bool,
+    dy: Tensor, x1: Tensor, x2: Tensor | None, options: Options, product: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     d2 = x1.new_empty(0 if x2 is None else x2.shape)
     return x1.new_empty(x1.shape), d2, x1.new_empty(dy.shape if product else 0)
@@ -232,7 +199,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
 
         def definition(x1: Tensor, x2: Tensor | None) -> Tensor:
-            return _plain(x1, x2, *ctx.options)
+            return _plain(x1, x2, Options(*ctx.options))
 
         grads = library_gradients(definition, [x1, x2], ctx.needs_input_grad[:2], [dy])
         return *grads, None, None, None, None

@@ -9,7 +9,7 @@ The kernels need Hopper's tensor descriptors and 16-bit types. Elsewhere `plain`
 products of the vendor's library and K1. Neither op has a gradient; `star_mlp_wide` combines them.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,33 +26,30 @@ WARPS = 8
 STAGES = {"star_linear": 4, "dgated": 4}
 
 
+class Branches(NamedTuple):
+    """Parameters of both branches; a missing bias is `None`."""
+
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+
+
 def _plain(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    act: str,
-    offset: float,
-    save: bool,
+    x: Tensor, branches: Branches, act: str, offset: float, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    w1, b1, w2, b2 = branches
     h1, h2 = F.linear(x, w1, b1), F.linear(x, w2, b2)
     s = star(h1, h2, act, offset, [], [])
     return (s, h1, h2) if save else (s, x.new_empty(0), x.new_empty(0))
 
 
 def _kernel(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    act: str,
-    offset: float,
-    save: bool,
+    x: Tensor, branches: Branches, act: str, offset: float, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     from starlayers.kernels.device.star_linear import TensorDescriptor, star_linear
 
+    w1, b1, w2, b2 = branches
     x, w1, w2 = _aligned(x), _aligned(w1), _aligned(w2)
     m, k = x.shape
     n = w1.shape[0]
@@ -81,16 +78,9 @@ def _aligned(t: Tensor) -> Tensor:
 
 
 def _fake(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    act: str,
-    offset: float,
-    save: bool,
+    x: Tensor, branches: Branches, act: str, offset: float, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (x.shape[0], w1.shape[0])
+    shape = (x.shape[0], branches.w1.shape[0])
     saved = shape if save else (0,)
     return x.new_empty(shape), x.new_empty(saved), x.new_empty(saved)
 

@@ -13,13 +13,22 @@ import torch
 from torch import Tensor
 
 from starlayers.functional import star_mlp_reference
-from starlayers.kernels.registration import cast, define_op, library_gradients, no_autocast
+from starlayers.kernels.registration import (
+    MLPGradients,
+    MLPWeights,
+    cast,
+    define_op,
+    library_gradients,
+    no_autocast,
+)
 from starlayers.kernels.star_mlp_cpu import blocked_backward, blocked_forward
 from starlayers.kernels.star_mlp_launch import star_mlp_backward_kernel, star_mlp_kernel
 from starlayers.kernels.statistics import (
+    Outputs,
+    Upstream,
     fake_statistics,
-    statistics_gradient,
-    upstream,
+    save_inputs,
+    saved_inputs,
     with_statistics,
 )
 
@@ -27,80 +36,34 @@ __all__ = ["star_mlp", "star_mlp_backward"]
 
 
 def _plain(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
-    residual: Tensor | None,
-    act: str,
-    offset: float,
-    stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    b1, b2, b3 = (cast(b, x.dtype) for b in (b1, b2, b3))
-    y = blocked_forward(x, w1, b1, w2, b2, w3, b3, act, offset)
+    x: Tensor, weights: MLPWeights, residual: Tensor | None, act: str, offset: float, stats: bool
+) -> Outputs:
+    y = blocked_forward(x, weights.cast(x.dtype), act, offset)  # biases may be float32
     return with_statistics(y if residual is None else y + residual, stats)
 
 
 def _fake(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
-    residual: Tensor | None,
-    act: str,
-    offset: float,
-    stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_statistics(x.new_empty(x.shape[0], w3.shape[0]), stats)
+    x: Tensor, weights: MLPWeights, residual: Tensor | None, act: str, offset: float, stats: bool
+) -> Outputs:
+    return fake_statistics(x.new_empty(x.shape[0], weights.w3.shape[0]), stats)
 
 
 star_mlp = define_op("star_mlp", star_mlp_kernel, plain=_plain, fake=_fake)
 
 
 def _plain_backward(
-    dy: Tensor,
-    z: Tensor | None,
-    mean: Tensor | None,
-    p: Tensor | None,
-    q: Tensor | None,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor,
-    act: str,
-    offset: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    b1, b2 = cast(b1, x.dtype), cast(b2, x.dtype)
-    return blocked_backward(upstream(dy, z, mean, p, q), x, w1, b1, w2, b2, w3, act, offset)
+    upstream: Upstream, x: Tensor, weights: MLPWeights, act: str, offset: float
+) -> MLPGradients:
+    return blocked_backward(upstream.total(), x, weights.cast(x.dtype), act, offset)
 
 
 def _fake_backward(
-    dy: Tensor,
-    z: Tensor | None,
-    mean: Tensor | None,
-    p: Tensor | None,
-    q: Tensor | None,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor,
-    act: str,
-    offset: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    upstream: Upstream, x: Tensor, weights: MLPWeights, act: str, offset: float
+) -> MLPGradients:
+    w1, _, w2, _, w3, _ = weights
     hidden, out = w1.shape[0], w3.shape[0]
     shapes = (x.shape, w1.shape, (hidden,), w2.shape, (hidden,), w3.shape, (out,))
-    dx, dw1, db1, dw2, db2, dw3, db3 = (x.new_empty(shape) for shape in shapes)
-    return dx, dw1, db1, dw2, db2, dw3, db3
+    return tuple(x.new_empty(shape) for shape in shapes)  # type: ignore[return-value]
 
 
 star_mlp_backward = define_op(
@@ -108,43 +71,28 @@ star_mlp_backward = define_op(
 )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.act, ctx.offset, ctx.stats = inputs
-    y, mean, _ = output
-    ctx.save_for_backward(*tensors, *((y, mean) if ctx.stats else ()))
-
-
 def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
-    inputs = list(saved[:8])
+    inputs, upstream = saved_inputs(ctx, dy, dmean, dvar)
+    x, *weights, residual = inputs
+    act, offset, stats = ctx.options
     if torch.is_grad_enabled():
+
+        def definition(x: Tensor, *others: Tensor | None) -> Any:
+            *weights, residual = (cast(t, x.dtype) for t in others)  # biases may be float32
+            y = star_mlp_reference(x, *weights, act, offset=offset)  # type: ignore[misc]
+            y = y if residual is None else y + residual
+            return with_statistics(y, True) if stats else y
+
+        grads = [dy, dmean, dvar] if stats else [dy]
         needs = ctx.needs_input_grad[:8]
-        grads = [dy, dmean, dvar] if ctx.stats else [dy]
-        return *library_gradients(_definition(ctx), inputs, needs, grads), None, None, None
-    x, w1, b1, w2, b2, w3, _, residual = inputs
-    z = mean = p = q = None
-    if ctx.stats:
-        z, mean = saved[8:]
-        p, q = statistics_gradient(dmean, dvar, x.shape[0])
+        return *library_gradients(definition, inputs, needs, grads), None, None, None
     computed: tuple[Any, ...] = (None,) * 7
-    with no_autocast(x):
+    with no_autocast(dy):
         if any(ctx.needs_input_grad[:7]):  # else only the residual needs a gradient: skip K4
-            options = (ctx.act, ctx.offset)
-            computed = star_mlp_backward(dy, z, mean, p, q, x, w1, b1, w2, b2, w3, *options)
-        dresidual = upstream(dy, z, mean, p, q) if residual is not None else None
+            computed = star_mlp_backward(*upstream, x, *weights, act, offset)
+        dresidual = None if residual is None else upstream.total()
     present = (None if t is None else g for t, g in zip(inputs[:7], computed, strict=True))
     return *present, dresidual, None, None, None
 
 
-def _definition(ctx: Any) -> Any:
-    def definition(*inputs: Any) -> Any:
-        *weights, residual = inputs
-        weights = [cast(w, inputs[0].dtype) for w in weights]  # biases may be float32
-        y = star_mlp_reference(*weights, ctx.act, offset=ctx.offset)  # type: ignore[misc]
-        y = y if residual is None else y + residual
-        return with_statistics(y, True) if ctx.stats else y
-
-    return definition
-
-
-star_mlp.register_autograd(_backward, setup_context=_save)
+star_mlp.register_autograd(_backward, setup_context=save_inputs)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from starlayers.activations import get_activation
+from starlayers.kernels.registration import MLPGradients, MLPWeights
 
 __all__ = ["blocked_backward", "blocked_forward"]
 
@@ -19,18 +20,9 @@ def _block_rows(hidden: int, element_size: int) -> int:
     return max(64, BLOCK_BYTES // (hidden * element_size))
 
 
-def blocked_forward(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
-    act: str,
-    offset: float,
-) -> Tensor:
+def blocked_forward(x: Tensor, weights: MLPWeights, act: str, offset: float) -> Tensor:
     """Compute `star_mlp_reference` of `x` (rows, in); returns (rows, out)."""
+    w1, b1, w2, b2, w3, b3 = weights
     y = x.new_empty(x.shape[0], w3.shape[0])
     fn = get_activation(act).fn
     rows = min(_block_rows(w3.shape[1], x.element_size()), x.shape[0])
@@ -48,17 +40,10 @@ def blocked_forward(
 
 
 def blocked_backward(
-    dy: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor,
-    act: str,
-    offset: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Recompute the hidden blocks; return dx, dw1, db1, dw2, db2, dw3, db3."""
+    dy: Tensor, x: Tensor, weights: MLPWeights, act: str, offset: float
+) -> MLPGradients:
+    """Recompute the hidden blocks; return the gradients of x and of all weights."""
+    w1, b1, w2, b2, w3, _ = weights
     activation = get_activation(act)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dw1, dw2, dw3 = (

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from starlayers.kernels.registration import (
+    MLPGradients,
+    MLPWeights,
     ceil_div,
     launch,
     multiprocessors,
@@ -11,32 +13,19 @@ from starlayers.kernels.registration import (
     precision,
     unit_stride,
 )
-from starlayers.kernels.statistics import empty_statistics, merged_statistics
+from starlayers.kernels.statistics import Outputs, Upstream, empty_statistics, merged_statistics
 from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, Tile, mlp_tile, split_columns
 
 __all__ = ["star_mlp_backward_kernel", "star_mlp_kernel"]
 
-#: dx, dw1, db1, dw2, db2, dw3, db3
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
 
 def star_mlp_kernel(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
-    residual: Tensor | None,
-    act: str,
-    offset: float,
-    stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weights: MLPWeights, residual: Tensor | None, act: str, offset: float, stats: bool
+) -> Outputs:
     """Launch K3; `starlayers.kernels.star_mlp` documents arguments and results."""
+    w1, b1, w2, b2, w3, b3 = weights
     x, w1, w2, w3 = (unit_stride(t) for t in (x, w1, w2, w3))
-    rows, channels = x.shape
-    out, hidden = w3.shape
+    rows, (channels, hidden, out) = x.shape[0], weights.sizes
     y = x.new_empty(rows, out)
     c0, c1 = split_columns(channels)
     o0, o1 = split_columns(out)
@@ -67,32 +56,20 @@ def star_mlp_kernel(
 
 
 def star_mlp_backward_kernel(
-    dy: Tensor,
-    z: Tensor | None,
-    mean: Tensor | None,
-    p: Tensor | None,
-    q: Tensor | None,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor,
-    act: str,
-    offset: float,
-) -> Gradients:
-    """Launch K4; returns dx, dw1, db1, dw2, db2, dw3, db3.
+    upstream: Upstream, x: Tensor, weights: MLPWeights, act: str, offset: float
+) -> MLPGradients:
+    """Launch K4; returns the gradients of x and of all weights.
 
-    `z` is the output of the forward and `mean` its mean; `p` and `q` as in `upstream`. Narrow
-    layers take one pass ("all"), wider ones two ("dx" and "dw"). If no tile holds the weight
+    Narrow layers take one pass ("all"), wider ones two ("dx" and "dw"). If no tile holds the weight
     gradients, the first pass stores d1, d2 and s, and matrix products compute them.
     """
     from starlayers.kernels.device.star_mlp_backward import mlp_dw, mlp_dx
 
+    dy, z, mean, p, q = upstream
+    w1, b1, w2, b2, w3, _ = weights
     dy, x, w1, w2, w3 = (unit_stride(t) for t in (dy, x, w1, w2, w3))
     z = None if z is None else unit_stride(z)
-    rows, channels = x.shape
-    out, hidden = w3.shape
+    rows, (channels, hidden, out) = x.shape[0], weights.sizes
     c0, c1 = split_columns(channels)
     o0, o1 = split_columns(out)
     width = max(c0 + c1, o0 + o1)
@@ -155,7 +132,7 @@ def star_mlp_backward_kernel(
     return _typed(dx, (d1.t() @ x, db1, d2.t() @ x, db2, g.t() @ s, db3), w1)
 
 
-def _typed(dx: Tensor, grads: tuple[Tensor, ...], w: Tensor) -> Gradients:
+def _typed(dx: Tensor, grads: tuple[Tensor, ...], w: Tensor) -> MLPGradients:
     # copies, because outputs of an op may not share memory and these are views of the same sums
     dw1, db1, dw2, db2, dw3, db3 = (g.new_empty(g.shape, dtype=w.dtype).copy_(g) for g in grads)
     return dx, dw1, db1, dw2, db2, dw3, db3

@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from starlayers.functional import star_mlp_reference
-from starlayers.kernels.registration import library_gradients, no_autocast
+from starlayers.kernels.registration import (
+    MLPGradients,
+    MLPWeights,
+    library_gradients,
+    no_autocast,
+    opaque_op,
+)
 from starlayers.kernels.star_linear import dgated, star_linear
 
 __all__ = ["PROGRAMS", "star_mlp_wide"]
@@ -23,50 +29,40 @@ __all__ = ["PROGRAMS", "star_mlp_wide"]
 PROGRAMS = {"library": (star_linear.plain, dgated.plain), "triton": (star_linear, dgated)}
 
 
-@torch.library.custom_op("starlayers::star_mlp_wide", mutates_args=())
-def star_mlp_wide(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
-    act: str,
-    offset: float,
-    recompute: bool,
-    gemm: str,
+def _forward(
+    x: Tensor, weights: MLPWeights, act: str, offset: float, recompute: bool, gemm: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y (rows, out) and both branches (rows, hidden), or empty ones."""
+    w1, b1, w2, b2, w3, b3 = weights
     product, _ = PROGRAMS[gemm]
     s, h1, h2 = product(x, w1, b1, w2, b2, act, offset, not recompute)
     return F.linear(s, w3, b3), h1, h2
 
 
-@star_mlp_wide.register_fake
-def _(x, w1, b1, w2, b2, w3, b3, act, offset, recompute, gemm):  # type: ignore[no-untyped-def]
-    saved = 0 if recompute else (x.shape[0], w1.shape[0])
-    return x.new_empty(x.shape[0], w3.shape[0]), x.new_empty(saved), x.new_empty(saved)
+def _fake(
+    x: Tensor, weights: MLPWeights, act: str, offset: float, recompute: bool, gemm: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, (_, hidden, out) = x.shape[0], weights.sizes
+    saved = 0 if recompute else (rows, hidden)
+    return x.new_empty(rows, out), x.new_empty(saved), x.new_empty(saved)
 
 
-@torch.library.custom_op("starlayers::star_mlp_wide_backward", mutates_args=())
-def star_mlp_wide_backward(
+star_mlp_wide = opaque_op("star_mlp_wide", _forward, fake=_fake)
+
+
+def _gradients(
     dy: Tensor,
     x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    w3: Tensor,
-    b3: Tensor | None,
+    weights: MLPWeights,
     h1: Tensor,
     h2: Tensor,
     act: str,
     offset: float,
     recompute: bool,
     gemm: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, dw1, db1, dw2, db2, dw3, db3; a missing bias has an empty gradient."""
+) -> MLPGradients:
+    """Return the gradients of x and of all weights; a missing bias has an empty one."""
+    w1, b1, w2, b2, w3, b3 = weights
     product, gate = PROGRAMS[gemm]
     if recompute and gemm == "library":  # no star needed here: `gate` returns it
         h1, h2 = F.linear(x, w1, b1), F.linear(x, w2, b2)
@@ -89,11 +85,14 @@ def _sum(d: Tensor, b: Tensor | None) -> Tensor:
     return d.new_empty(0) if b is None else (d.new_ones(1, len(d)) @ d).view(-1)
 
 
-@star_mlp_wide_backward.register_fake
-def _(dy, x, w1, b1, w2, b2, w3, b3, h1, h2, *options):  # type: ignore[no-untyped-def]
-    biases = ((0,) if b is None else b.shape for b in (b1, b2, b3))
-    shapes = (x.shape, w1.shape, next(biases), w2.shape, next(biases), w3.shape, next(biases))
-    return tuple(x.new_empty(shape) for shape in shapes)
+def _fake_gradients(
+    dy: Tensor, x: Tensor, weights: MLPWeights, h1: Tensor, h2: Tensor, *options: Any
+) -> MLPGradients:
+    shapes = (x.shape, *((0,) if w is None else w.shape for w in weights))
+    return tuple(x.new_empty(shape) for shape in shapes)  # type: ignore[return-value]
+
+
+star_mlp_wide_backward = opaque_op("star_mlp_wide_backward", _gradients, fake=_fake_gradients)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -112,10 +111,9 @@ def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
             return star_mlp_reference(*inputs, ctx.act, offset=ctx.offset)  # type: ignore[misc]
 
         return *library_gradients(definition, inputs, ctx.needs_input_grad[:7], [dy]), *nothing
-    x, w1, b1, w2, b2, w3, b3 = inputs
-    with no_autocast(x):
+    with no_autocast(dy):
         grads = star_mlp_wide_backward(
-            dy, x, w1, b1, w2, b2, w3, b3, h1, h2, ctx.act, ctx.offset, ctx.recompute, ctx.gemm
+            dy, *inputs, h1, h2, ctx.act, ctx.offset, ctx.recompute, ctx.gemm
         )
     return *(None if t is None else g for t, g in zip(inputs, grads, strict=True)), *nothing
 

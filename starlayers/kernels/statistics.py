@@ -1,5 +1,7 @@
 """Mean and variance of an op's output as further outputs, and their gradients."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,13 +12,19 @@ TILES, CHANNELS = 1024, 4
 WARPS = 8
 
 __all__ = [
+    "Outputs",
+    "Upstream",
     "empty_statistics",
     "fake_statistics",
     "merged_statistics",
-    "statistics_gradient",
-    "upstream",
+    "save_inputs",
+    "saved_inputs",
     "with_statistics",
 ]
+
+
+#: output of an op, and mean and variance of it or empty tensors
+Outputs = tuple[Tensor, Tensor, Tensor]
 
 
 def empty_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +52,7 @@ def merged_statistics(parts: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def with_statistics(y: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+def with_statistics(y: Tensor, stats: bool) -> Outputs:
     """Return `y` and, with `stats`, mean and biased variance of its channels.
 
     Channels are the last dimension. Without `stats` both statistics are empty.
@@ -56,7 +64,7 @@ def with_statistics(y: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
     return y, mean, var
 
 
-def fake_statistics(y: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+def fake_statistics(y: Tensor, stats: bool) -> Outputs:
     """Return empty tensors of the shapes and dtypes of `with_statistics`."""
     if not stats:
         return y, *empty_statistics(y)
@@ -64,23 +72,46 @@ def fake_statistics(y: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
     return y, y.new_empty(y.shape[-1], dtype=dtype), y.new_empty(y.shape[-1], dtype=dtype)
 
 
-def upstream(
-    dy: Tensor, z: Tensor | None, mean: Tensor | None, p: Tensor | None, q: Tensor | None
-) -> Tensor:
-    """Return `dy + q + p (z - mean)`, the whole gradient that reaches an output `z`.
+class Upstream(NamedTuple):
+    """Gradients that reach an output `z`: its own, and those of its statistics.
 
-    `dy` is the gradient of `z` itself; `p` and `q` come from its statistics, see
-    `statistics_gradient`. Without statistics it is `dy`.
+    Together they are `dy + q + p (z - mean)`. All but `dy` are `None` without statistics.
     """
-    if z is None or mean is None or p is None or q is None:
-        return dy
-    wide = dy if dy.dtype == torch.float64 else dy.float()
-    return (wide + q + p * (z - mean)).to(dy.dtype)
+
+    dy: Tensor
+    z: Tensor | None = None
+    mean: Tensor | None = None
+    p: Tensor | None = None
+    q: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """Return the whole gradient of `z`, in the dtype of `dy`."""
+        dy, z, mean, p, q = self
+        if z is None or mean is None or p is None or q is None:
+            return dy
+        wide = dy if dy.dtype == torch.float64 else dy.float()
+        return (wide + q + p * (z - mean)).to(dy.dtype)
 
 
-def statistics_gradient(dmean: Tensor, dvar: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return p and q of `upstream` from the gradients of mean and variance.
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    """Save the inputs of an op whose last argument is `stats`; with it, also y and mean."""
+    ctx.tensors = sum(x is None or isinstance(x, Tensor) for x in inputs)
+    ctx.options = inputs[ctx.tensors :]
+    saved = output[:2] if ctx.options[-1] else ()
+    ctx.save_for_backward(*inputs[: ctx.tensors], *saved)
 
-    `count` is the number of rows that the statistics are over; the variance is biased.
+
+def saved_inputs(
+    ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor
+) -> tuple[list[Tensor | None], Upstream]:
+    """Return the inputs that `save_inputs` saved, and the gradients that reach the output.
+
+    With mean and variance over n rows, biased, p is `2 dvar / n` and q is `dmean / n`.
     """
-    return dvar * (2 / count), dmean / count
+    tensors = ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
+    inputs = list(tensors[: ctx.tensors])
+    if len(tensors) == ctx.tensors:
+        return inputs, Upstream(dy)
+    z, mean = tensors[ctx.tensors :]
+    count = dy[..., 0].numel()
+    return inputs, Upstream(dy, z, mean, dvar * (2 / count), dmean / count)

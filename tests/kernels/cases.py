@@ -165,11 +165,11 @@ def calls(*, dtype=torch.float32, device=None):
         "star_mlp bare": (star_mlp, (*training(bare), "relu6", 0.0, False)),
         "star_mlp_backward": (
             star_mlp_backward,
-            (*detached([dy, dy, mean, p, q, *full[:6]]), "silu", 1.0),
+            (*detached([dy, dy, mean, p, q, *full[:7]]), "silu", 1.0),
         ),
         "star_mlp_backward bare": (
             star_mlp_backward,
-            (*detached([dy, None, None, None, None, *bare[:6]]), "relu6", 0.0),
+            (*detached([dy, None, None, None, None, *bare[:7]]), "relu6", 0.0),
         ),
     }
     full = conv_tensors(2, 4, 3, 18, 3, dtype=dtype)

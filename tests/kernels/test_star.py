@@ -1,14 +1,16 @@
 """Element-wise star op and the statistics of its outputs, in torch code and in Triton."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from starlayers.kernels.star import ELEMENTS, star, tile_shape
 from starlayers.kernels.statistics import (
+    Upstream,
     empty_statistics,
     merged_statistics,
-    statistics_gradient,
-    upstream,
+    saved_inputs,
     with_statistics,
 )
 from tests.helpers import FORMULAS, assert_as_exact_as_eager, converted, pairwise, randn, results
@@ -383,11 +385,13 @@ def test_gradient_of_the_statistics_is_an_affine_map_of_the_output(dtype):
     outputs = with_statistics(y, True)
     dy, dmean, dvar = (randn(*t.shape, seed=i, dtype=t.dtype) for i, t in enumerate(outputs, 1))
     (expected,) = torch.autograd.grad(outputs, y, [dy, dmean, dvar])
-    p, q = statistics_gradient(dmean, dvar, 12)
-    actual = upstream(dy, y.detach(), outputs[1].detach(), p, q)
+    saved = SimpleNamespace(tensors=1, saved_tensors=(y, y.detach(), outputs[1].detach()))
+    inputs, upstream = saved_inputs(saved, dy, dmean, dvar)
+    actual = upstream.total()
     assert actual.dtype == dtype
     torch.testing.assert_close(actual, expected)
-    assert upstream(dy, None, None, None, None) is dy
+    assert inputs == [y]
+    assert Upstream(dy).total() is dy
 
 
 def test_statistics_are_empty_and_float32_unless_wanted():

@@ -421,12 +421,10 @@ def test_half_precision_gradients_survive_a_loss_scale_of_65536(sizes, stats):
 def test_a_mean_far_below_a_rounding_step_of_the_gradient_is_not_lost(hidden):
     """Check the dither: rounded to nearest, dy + q would be dy nearly everywhere."""
     rows, out, q = 1500, 24, 1e-4
-    x, w1, b1, w2, b2, w3, *_ = (
-        t.detach() for t in mlp_tensors(rows, 17, hidden, out, dtype=torch.float16)
-    )
+    tensors = [t.detach() for t in mlp_tensors(rows, 17, hidden, out, dtype=torch.float16)]
     dy = randn(rows, out, seed=7, dtype=torch.float16)
     zero = torch.zeros(out)
-    *_, db3 = star_mlp_backward(dy, dy, zero, zero, zero + q, x, w1, b1, w2, b2, w3, "silu", 0.0)
+    *_, db3 = star_mlp_backward(dy, dy, zero, zero, zero + q, *tensors[:7], "silu", 0.0)
     added = (db3.double() - dy.double().sum(0)).mean() / rows
     nearest = (dy.double() + q).half().double().mean() - dy.double().mean()
     assert nearest < 0.8 * q

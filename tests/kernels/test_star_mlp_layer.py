@@ -9,7 +9,8 @@ from starlayers import ACTIVATIONS, StarBlock, StarMLP, register_activation, use
 from starlayers.functional import star_mlp_reference
 from starlayers.kernels import star_linear as star_linear_module
 from starlayers.kernels import star_mlp_cpu
-from starlayers.kernels.star_linear import dgated, star_linear
+from starlayers.kernels.registration import MLPWeights
+from starlayers.kernels.star_linear import Branches, dgated, star_linear
 from starlayers.kernels.star_mlp_cpu import blocked_forward
 from starlayers.kernels.star_mlp_wide import PROGRAMS, star_mlp_wide, star_mlp_wide_backward
 from tests.helpers import (
@@ -203,7 +204,7 @@ def test_every_block_is_computed_in_the_same_buffers(rows, monkeypatch):
         linear(x, w, b, out=out)
 
     monkeypatch.setattr(star_mlp_cpu, "_linear", recorded)
-    y = blocked_forward(x, w1, None, w2, None, w3, None, "silu", 1.0)
+    y = blocked_forward(x, MLPWeights(w1, None, w2, None, w3, None), "silu", 1.0)
     expected = star_mlp_reference(x, w1, None, w2, None, w3, None, "silu", offset=1.0)
     torch.testing.assert_close(y, expected)
     assert len({address for address, width in buffers if width == 5}) == 2
@@ -302,13 +303,13 @@ def grids(monkeypatch):
 )
 def test_wide_products_launch_one_program_a_tile(grids, rows, channels, tiles):
     x, weight = randn(rows, 64), randn(channels, 64)
-    star_linear_module._kernel(x, weight, None, weight, None, "silu", 0.0, True)
+    star_linear_module._kernel(x, Branches(weight, None, weight, None), "silu", 0.0, True)
     assert grids == [(tiles,)]
 
 
 def test_wide_products_of_no_rows_launch_nothing(grids):
     weight = randn(64, 64)
     s, _, _ = star_linear_module._kernel(
-        randn(0, 64), weight, None, weight, None, "silu", 0.0, False
+        randn(0, 64), Branches(weight, None, weight, None), "silu", 0.0, False
     )
     assert (grids, s.shape) == ([], (0, 64))
