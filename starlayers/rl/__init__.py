@@ -18,9 +18,10 @@ from starlayers.rl.actor_critic import (
     StarPPOPolicy,
 )
 from starlayers.rl.critics import ProductTerm, ProductTrunk
-from starlayers.rl.describe import Description, Network, describe
+from starlayers.rl.describe import Description, describe
 from starlayers.rl.export import export_onnx
 from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor, StarExtractor
+from starlayers.rl.inspect import Network
 from starlayers.rl.off_policy import (
     StarDQNCnnPolicy,
     StarDQNMultiInputPolicy,

@@ -11,16 +11,6 @@ from starlayers.rl.spec import NetSpec
 from starlayers.rl.stack import StarStack
 from starlayers.rl.trunks import KeepsInit
 
-__all__ = [
-    "StarActorCriticCnnPolicy",
-    "StarActorCriticMultiInputPolicy",
-    "StarActorCriticPolicy",
-    "StarMlpExtractor",
-    "StarPPOCnnPolicy",
-    "StarPPOMultiInputPolicy",
-    "StarPPOPolicy",
-]
-
 
 class StarMlpExtractor(KeepsInit):
     """Trunks of policy and value, in the place of SB3's `MlpExtractor`.

@@ -16,16 +16,6 @@ from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor
 from starlayers.rl.spec import DEFAULT, NetSpec, default_widths, resolve_specs, uniform_widths
 from starlayers.rl.trunks import activation_factory, parse_activation
 
-__all__ = [
-    "LatentActor",
-    "OffPolicyActorCritic",
-    "StarNetwork",
-    "StarPolicy",
-    "build_critics",
-    "image_and_dict_policies",
-    "with_head",
-]
-
 
 class StarPolicy(BasePolicy):
     """Options of all star policies: their defaults, their checks, and saving them.

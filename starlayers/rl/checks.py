@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from starlayers.modules import StarOp
 from starlayers.rl.inspect import Inspector
 
-__all__ = ["CHECKS"]
-
 #: gains of SB3's orthogonal initialisation
 ORTHO_GAINS = (math.sqrt(2), 1.0, 0.01)
 

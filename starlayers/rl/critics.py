@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from starlayers.functional import star_product
 from starlayers.rl.trunks import NORMS, KeepsInit, build_trunk
 
-__all__ = ["ProductTerm", "ProductTrunk"]
-
 
 class ProductTrunk(KeepsInit):
     """Trunk of Q(s, a) that multiplies state and action.

@@ -7,8 +7,6 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from starlayers.rl.checks import CHECKS
 from starlayers.rl.inspect import Inspector, Network
 
-__all__ = ["Description", "Network", "describe"]
-
 COLUMNS = ("network", "class", "shared with", "parameters", "FLOPs", "optimizer", "lr", "trains")
 #: columns of numbers, aligned to the right
 NUMBERS = ("parameters", "FLOPs")

@@ -12,8 +12,6 @@ from stable_baselines3.common.vec_env import VecNormalize
 from starlayers.rl.onnx import DeterministicPolicy
 from starlayers.rl.parity import check_parity, random_inputs, to_tensors
 
-__all__ = ["export_onnx"]
-
 
 def export_onnx(
     model: BaseAlgorithm,

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from starlayers.modules import StarBlock, positive_int
 from starlayers.rl.trunks import KeepsInit, activation_name, build_trunk, zero_output
 
-__all__ = ["StarCnnExtractor", "StarCombinedExtractor", "StarExtractor"]
-
 
 class StarExtractor(KeepsInit, BaseFeaturesExtractor):
     """Features extractor of flat observations: a trunk of star layers.

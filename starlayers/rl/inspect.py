@@ -13,8 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from starlayers.backend import use_backend
 
-__all__ = ["Inspector", "Network"]
-
 
 @dataclass(frozen=True)
 class Network:

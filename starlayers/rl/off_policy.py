@@ -22,18 +22,6 @@ from starlayers.rl.base import (
     with_head,
 )
 
-__all__ = [
-    "StarDQNCnnPolicy",
-    "StarDQNMultiInputPolicy",
-    "StarDQNPolicy",
-    "StarSACCnnPolicy",
-    "StarSACMultiInputPolicy",
-    "StarSACPolicy",
-    "StarTD3CnnPolicy",
-    "StarTD3MultiInputPolicy",
-    "StarTD3Policy",
-]
-
 
 class StarSACActor(LatentActor, SACActor):  # type: ignore[misc]
     """Actor of SAC with a star trunk."""

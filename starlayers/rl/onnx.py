@@ -10,8 +10,6 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor, nn
 
-__all__ = ["DeterministicPolicy"]
-
 #: the value that sb3-contrib gives to masked logits
 MASKED = -1e8
 

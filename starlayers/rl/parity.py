@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from starlayers.rl.onnx import MASKED, DeterministicPolicy
 
-__all__ = ["check_parity", "random_inputs", "to_tensors"]
-
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
 

@@ -22,8 +22,6 @@ from starlayers.rl.trunks import (
     parse_activation,
 )
 
-__all__ = ["PRODUCT", "NetSpec", "default_widths", "resolve_specs", "uniform_widths"]
-
 #: name of the net that only critics of states and actions can have
 PRODUCT = "product"
 

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from starlayers.functional import star_packed, star_product, star_reference
 
-__all__ = ["PackedStar", "StarStack"]
-
 #: gain of the second branch under SB3's orthogonal initialisation: a star starts near an MLP
 GATE_GAIN = 0.1
 

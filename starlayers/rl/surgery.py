@@ -21,8 +21,6 @@ from starlayers.surgery.saving import apply_record, record_of
 from starlayers.surgery.site import join
 from starlayers.surgery.starify import revert as revert_module
 
-__all__ = ["Starified", "revert", "starified", "starify"]
-
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
 #: name of the parameter group of the optimizers that holds the added parameters

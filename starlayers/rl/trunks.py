@@ -13,14 +13,6 @@ from starlayers.modules import StarBlock, positive_int
 from starlayers.rl.stack import GATE_GAIN, PackedStar, StarStack
 from starlayers.surgery.recipes import recognise
 
-__all__ = [
-    "NETS",
-    "NORMS",
-    "Trunk",
-    "activation_name",
-    "build_trunk",
-]
-
 #: makes a norm over so many channels
 Norm = Callable[[int], nn.Module]
 #: name of an activation in `ACTIVATIONS`, or a module class as SB3 takes it

@@ -16,7 +16,7 @@ from torch import nn
 import starlayers.rl
 from starlayers.rl import StarCnnExtractor, StarCombinedExtractor, contrib
 from starlayers.rl.base import image_and_dict_policies
-from starlayers.rl.registration import NAMES, _policies
+from starlayers.rl.registration import ALIASES, star_policies
 from tests.rl.agents import (
     STEPS,
     Sampled,
@@ -210,7 +210,7 @@ def policy_class(name):
 
 
 def test_names_are_pinned():
-    assert NAMES == ("StarMlpPolicy", "StarCnnPolicy", "StarMultiInputPolicy")
+    assert tuple(ALIASES.values()) == ("StarMlpPolicy", "StarCnnPolicy", "StarMultiInputPolicy")
     twins = [name for name in starlayers.rl.__all__ if "Cnn" in name or "MultiInput" in name]
     assert len([name for name in twins if name.endswith("Policy")]) == 10
     assert len(contrib.__all__) == 14
@@ -270,7 +270,7 @@ def test_without_contrib_sb3_has_all_of_its_names(monkeypatch):
         "starlayers.rl.registration.find_spec",
         lambda name: None if "contrib" in name else spec(name),
     )
-    assert set(_policies()) == {PPO, A2C, SAC, TD3, DDPG, DQN}
+    assert set(star_policies()) == {PPO, A2C, SAC, TD3, DDPG, DQN}
 
 
 def test_stable_baselines3_is_all_that_it_needs():
