@@ -113,5 +113,5 @@ def saved_inputs(
     if len(tensors) == ctx.tensors:
         return inputs, Upstream(dy)
     z, mean = tensors[ctx.tensors :]
-    count = dy[..., 0].numel()
+    count = tensors[0][..., 0].numel()
     return inputs, Upstream(dy, z, mean, dvar * (2 / count), dmean / count)
