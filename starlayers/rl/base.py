@@ -1,6 +1,6 @@
 """Base classes of the star policies: their options, and networks with star trunks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, cast
 
 from stable_baselines3.common.policies import BaseModel, BasePolicy
@@ -14,7 +14,7 @@ from torch import nn
 
 from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor
 from starlayers.rl.spec import DEFAULT, NetSpec, default_widths, resolve_specs, uniform_widths
-from starlayers.rl.trunks import activation_factory, parse_activation
+from starlayers.rl.trunks import Norm, activation_factory, parse_activation
 
 
 class StarPolicy(BasePolicy):
@@ -110,49 +110,63 @@ class StarPolicy(BasePolicy):
 
 
 class StarNetwork(BaseModel):
-    """Network of SB3 with the layers that a spec asks for.
+    """Network of SB3 whose hidden layers are those that a spec asks for.
 
     Args:
         args, kwargs: those of the network of SB3.
         spec: what to build; where it is SB3's own network, that stays.
     """
 
+    #: attribute with the layers of the network
+    layers: ClassVar[str]
+
     def __init__(self, *args: Any, spec: NetSpec, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.spec = spec
         if not spec.is_stock:
-            self.replace_layers(kwargs)
+            self.replace_layers(kwargs["features_dim"], kwargs["net_arch"], self.renorm(kwargs))
 
-    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
-        """Put star layers in the place of SB3's; `kwargs` are the constructor's."""
-        raise NotImplementedError
+    def renorm(self, kwargs: Mapping[str, Any]) -> Norm | None:
+        """Return a maker of norms before linear layers, which only CrossQ has."""
+        return None
+
+    def replace_layers(self, features: int, net_arch: Sequence[int], renorm: Norm | None) -> None:
+        """Put a trunk over `features` channels in the place of SB3's hidden layers."""
+        trunk = self.spec.trunk(features, net_arch, renorm)
+        setattr(self, self.layers, with_trunk(getattr(self, self.layers), trunk, net_arch, renorm))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), "spec": self.spec}
 
 
 class LatentActor(StarNetwork):
-    """Actor with the trunk `latent_pi`, as those of SAC and TQC."""
+    """Actor that is a trunk `latent_pi` up to its heads, as those of SAC and TQC."""
 
-    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
-        self.latent_pi: Any = self.spec.trunk(kwargs["features_dim"], kwargs["net_arch"])
-
-
-def with_head(trunk: nn.Module, outputs: int, *last: nn.Module) -> nn.Sequential:
-    """Chain a trunk, a linear layer to `outputs` channels, and the modules `last`."""
-    width: Any = trunk.out_features
-    return nn.Sequential(trunk, nn.Linear(width, outputs), *last)
+    def replace_layers(self, features: int, net_arch: Sequence[int], renorm: Norm | None) -> None:
+        self.latent_pi: Any = self.spec.trunk(features, net_arch)
 
 
-def build_critics(critic: Any, kwargs: Mapping[str, Any], outputs: int) -> None:
-    """Replace the Q networks of a critic of SB3 by those of its spec."""
-    states, actions = kwargs["features_dim"], get_action_dim(critic.action_space)
-    critic.q_networks = []
-    for i in range(critic.n_critics):
-        trunk = critic.spec.critic_trunk(states, actions, kwargs["net_arch"])
-        q_network = with_head(trunk, outputs)
-        setattr(critic, f"qf{i}", q_network)
-        critic.q_networks.append(q_network)
+class StarCritics(StarNetwork):
+    """Critics `qf0`, `qf1`, ... of states and actions."""
+
+    def replace_layers(self, features: int, net_arch: Sequence[int], renorm: Norm | None) -> None:
+        actions = get_action_dim(self.action_space)
+        networks: list[nn.Module] = self.q_networks  # type: ignore[assignment]
+        for i, network in enumerate(networks):
+            trunk = self.spec.critic_trunk(features, actions, net_arch, renorm)
+            networks[i] = with_trunk(network, trunk, net_arch, renorm)
+            setattr(self, f"qf{i}", networks[i])
+
+
+def with_trunk(
+    network: Any, trunk: nn.Module, net_arch: Sequence[int], renorm: Norm | None = None
+) -> nn.Sequential:
+    """Put a trunk in the place of a network's linear layers, norms and activations per width."""
+    rest = network[(3 if renorm else 2) * len(net_arch) :]
+    for layer in rest:
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()  # what a seed gives depends on the order of the draws
+    return nn.Sequential(trunk, *rest)
 
 
 class OffPolicyActorCritic(StarPolicy):

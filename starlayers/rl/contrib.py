@@ -15,18 +15,17 @@ from sb3_contrib.qrdqn.policies import QRDQNPolicy, QuantileNetwork
 from sb3_contrib.tqc.policies import Actor as TQCActor
 from sb3_contrib.tqc.policies import Critic as TQCCritic
 from sb3_contrib.tqc.policies import TQCPolicy
-from stable_baselines3.common.preprocessing import get_action_dim
 from torch import nn
 
 from starlayers.rl.actor_critic import OnPolicyActorCritic
 from starlayers.rl.base import (
     LatentActor,
     OffPolicyActorCritic,
+    StarCritics,
     StarNetwork,
     StarPolicy,
-    build_critics,
     image_and_dict_policies,
-    with_head,
+    with_trunk,
 )
 from starlayers.rl.spec import DEFAULT, PRODUCT, default_widths, resolve_specs, uniform_widths
 from starlayers.rl.trunks import RESIDUAL, Norm, activation_factory, parse_activation
@@ -104,11 +103,8 @@ class StarTQCActor(LatentActor, TQCActor):  # type: ignore[misc]
     """Actor of TQC with a star trunk."""
 
 
-class StarTQCCritic(StarNetwork, TQCCritic):
+class StarTQCCritic(StarCritics, TQCCritic):
     """Quantile critics of TQC with star trunks."""
-
-    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
-        build_critics(self, kwargs, self.n_quantiles)
 
 
 class StarTQCPolicy(OffPolicyActorCritic, TQCPolicy):
@@ -129,45 +125,32 @@ class StarTQCPolicy(OffPolicyActorCritic, TQCPolicy):
     actor_class, critic_class = StarTQCActor, StarTQCCritic
 
 
-def make_renorm(kwargs: Mapping[str, Any]) -> Norm | None:
-    """Return a function that makes CrossQ's batch renormalisation, or `None` for none.
+class RenormNetwork(StarNetwork):
+    """Network of CrossQ, with a batch renormalisation before each linear layer.
 
-    `kwargs` are those of CrossQ's networks. The layer has to be sb3-contrib's own: CrossQ switches
-    between the statistics of the batch and the running ones by that class.
+    The layer has to be sb3-contrib's own: CrossQ switches between the statistics of the batch and
+    the running ones by that class.
     """
-    if not kwargs.get("batch_norm", True):
-        return None
-    return partial(
-        BatchRenorm1d,
-        momentum=kwargs.get("batch_norm_momentum", 0.01),
-        eps=kwargs.get("batch_norm_eps", 0.001),
-        warmup_steps=kwargs.get("renorm_warmup_steps", 100_000),
-    )
+
+    def renorm(self, kwargs: Mapping[str, Any]) -> Norm | None:
+        if not kwargs["batch_norm"]:
+            return None
+        return partial(
+            BatchRenorm1d,
+            momentum=kwargs["batch_norm_momentum"],
+            eps=kwargs["batch_norm_eps"],
+            warmup_steps=kwargs["renorm_warmup_steps"],
+        )
 
 
-class StarCrossQActor(StarNetwork, CrossQActor):
+class StarCrossQActor(RenormNetwork, CrossQActor):
     """Actor of CrossQ with a star trunk and batch renormalisations."""
 
-    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
-        renorm = make_renorm(kwargs)
-        trunk = self.spec.trunk(self.features_dim, self.net_arch, renorm)
-        last = [renorm(self.net_arch[-1])] if renorm and self.net_arch else []
-        self.latent_pi = nn.Sequential(trunk, *last)
+    layers = "latent_pi"
 
 
-class StarCrossQCritic(StarNetwork, CrossQCritic):
+class StarCrossQCritic(RenormNetwork, StarCritics, CrossQCritic):
     """Critics of CrossQ with star trunks and batch renormalisations."""
-
-    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
-        renorm, net_arch = make_renorm(kwargs), kwargs["net_arch"]
-        inputs = kwargs["features_dim"] + get_action_dim(self.action_space)
-        self.q_networks = []
-        for i in range(self.n_critics):
-            trunk: Any = self.spec.trunk(inputs, net_arch, renorm)
-            last = [renorm(trunk.out_features)] if renorm else []
-            q_network = nn.Sequential(trunk, *last, nn.Linear(trunk.out_features, 1))
-            setattr(self, f"qf{i}", q_network)
-            self.q_networks.append(q_network)
 
 
 class StarCrossQPolicy(OffPolicyActorCritic, CrossQPolicy):
@@ -205,9 +188,7 @@ class StarCrossQPolicy(OffPolicyActorCritic, CrossQPolicy):
 class StarQuantileNetwork(StarNetwork, QuantileNetwork):
     """Quantile network of QR-DQN with a star trunk."""
 
-    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
-        trunk = self.spec.trunk(self.features_dim, self.net_arch)
-        self.quantile_net = with_head(trunk, int(self.action_space.n) * self.n_quantiles)
+    layers = "quantile_net"
 
 
 class StarQRDQNPolicy(StarPolicy, QRDQNPolicy):
@@ -284,9 +265,7 @@ class StarARSPolicy(ARSPolicy):
         self.options = {"activation_fn": activation_fn, "net": net, "norm": norm}
         if not spec.is_stock:
             trunk = spec.trunk(self.features_dim, net_arch)
-            head: Any = self.action_net[-2 if isinstance(self.action_net[-1], nn.Tanh) else -1]
-            last = [nn.Tanh()] if self.squash_output else []
-            self.action_net = with_head(trunk, head.out_features, *last)
+            self.action_net = with_trunk(self.action_net, trunk, net_arch)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()

@@ -1,25 +1,22 @@
 """Star policies of SAC, TD3, DDPG and DQN."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from stable_baselines3.common.policies import ContinuousCritic
-from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from stable_baselines3.sac.policies import Actor as SACActor
 from stable_baselines3.sac.policies import SACPolicy
 from stable_baselines3.td3.policies import Actor as TD3Actor
 from stable_baselines3.td3.policies import TD3Policy
-from torch import nn
 
 from starlayers.rl.base import (
     LatentActor,
     OffPolicyActorCritic,
+    StarCritics,
     StarNetwork,
     StarPolicy,
-    build_critics,
     image_and_dict_policies,
-    with_head,
 )
 
 
@@ -30,24 +27,17 @@ class StarSACActor(LatentActor, SACActor):  # type: ignore[misc]
 class StarTD3Actor(StarNetwork, TD3Actor):
     """Actor of TD3 and DDPG with a star trunk."""
 
-    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
-        trunk = self.spec.trunk(self.features_dim, self.net_arch)
-        self.mu = with_head(trunk, get_action_dim(self.action_space), nn.Tanh())
+    layers = "mu"
 
 
-class StarCritic(StarNetwork, ContinuousCritic):  # type: ignore[misc]
+class StarCritic(StarCritics, ContinuousCritic):  # type: ignore[misc]
     """Critics of SAC, TD3 and DDPG with star trunks."""
-
-    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
-        build_critics(self, kwargs, 1)
 
 
 class StarQNetwork(StarNetwork, QNetwork):
     """Q network of DQN with a star trunk."""
 
-    def replace_layers(self, kwargs: Mapping[str, Any]) -> None:
-        trunk = self.spec.trunk(self.features_dim, self.net_arch)
-        self.q_net = with_head(trunk, int(self.action_space.n))
+    layers = "q_net"
 
 
 class StarSACPolicy(OffPolicyActorCritic, SACPolicy):

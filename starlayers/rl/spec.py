@@ -75,10 +75,12 @@ class NetSpec:
             self.net, in_features, net_arch, act=self.act, norm=self.norm, norm_before=norm_before
         )
 
-    def critic_trunk(self, states: int, actions: int, net_arch: Sequence[int]) -> nn.Module:
+    def critic_trunk(
+        self, states: int, actions: int, net_arch: Sequence[int], norm_before: Norm | None = None
+    ) -> nn.Module:
         """Build the trunk over states and actions, as SB3 concatenates them."""
         if self.net != PRODUCT:
-            return self.trunk(states + actions, net_arch)
+            return self.trunk(states + actions, net_arch, norm_before)
         return ProductTrunk(states, actions, net_arch, act=self.act_name, norm=self.norm or "layer")
 
 
