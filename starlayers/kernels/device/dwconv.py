@@ -55,36 +55,12 @@ def _row(
 
 @triton.jit
 def dw_convolve(
-    x,
-    z,
-    k,
-    b,
-    scale,
-    shift,
-    zmean,
-    zscale,
-    residual,
-    other,
-    factor,
-    y,
-    parts,
-    COLUMNS,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    FLIP: tl.constexpr,
-    SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
-    Z: tl.constexpr,
-    BIAS: tl.constexpr,
-    FACTOR: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    REDUCE: tl.constexpr,
-    TH: tl.constexpr,
-    BP: tl.constexpr,
-    BC: tl.constexpr,
-):
+    x, z, k, b, scale, shift, zmean, zscale, residual, other, factor, y, parts, COLUMNS,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, Z: tl.constexpr, BIAS: tl.constexpr,
+    FACTOR: tl.constexpr, RESIDUAL: tl.constexpr, REDUCE: tl.constexpr, TH: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
     """Compute y = factor (k * v + b) + residual, and sums over tiles named by REDUCE.
 
     k is (K K, C): channels side by side, so that a warp reads a tap in one go.
@@ -178,28 +154,10 @@ def dw_convolve(
 
 @triton.jit
 def dw_weights(
-    dy,
-    z,
-    x,
-    shift,
-    zmean,
-    zscale,
-    x_scale,
-    x_shift,
-    parts,
-    COLUMNS,
-    TILES,
-    PROGRAMS,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    Z: tl.constexpr,
-    AFFINE: tl.constexpr,
-    TH: tl.constexpr,
-    BP: tl.constexpr,
-    BC: tl.constexpr,
-):
+    dy, z, x, shift, zmean, zscale, x_scale, x_shift, parts, COLUMNS, TILES, PROGRAMS,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, K: tl.constexpr, Z: tl.constexpr,
+    AFFINE: tl.constexpr, TH: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
     """Sum v dy for one column of taps over every PROGRAMS-th tile.
 
     `parts` is (PROGRAMS, K K + 1, C); its last row is the bias gradient. The upstream gradient is

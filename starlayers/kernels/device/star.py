@@ -40,24 +40,11 @@ def _tile(rows, cols, BR: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def star_forward(
-    x1,
-    x2,
-    y,
-    rows,
-    cols,
-    stride1,
-    stride2,
-    ACT: tl.constexpr,
-    OFFSET: tl.constexpr,
-    CLAMP1: tl.constexpr,
-    LOW1: tl.constexpr,
-    HIGH1: tl.constexpr,
-    CLAMP2: tl.constexpr,
-    LOW2: tl.constexpr,
-    HIGH2: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-):
+    x1, x2, y, rows, cols, stride1, stride2,
+    ACT: tl.constexpr, OFFSET: tl.constexpr, CLAMP1: tl.constexpr, LOW1: tl.constexpr,
+    HIGH1: tl.constexpr, CLAMP2: tl.constexpr, LOW2: tl.constexpr, HIGH2: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
     r, c, live = _tile(rows, cols, BR, BC)
     a = tl.load(x1 + r * stride1 + c, mask=live, other=0.0).to(tl.float32)
     b = tl.load(x2 + r * stride2 + c, mask=live, other=0.0).to(tl.float32)
@@ -69,30 +56,11 @@ def star_forward(
 
 @triton.jit
 def star_grad(
-    dy,
-    x1,
-    x2,
-    d1,
-    d2,
-    s,
-    rows,
-    cols,
-    stride_dy,
-    stride1,
-    stride2,
-    stride_d,
-    ACT: tl.constexpr,
-    OFFSET: tl.constexpr,
-    CLAMP1: tl.constexpr,
-    LOW1: tl.constexpr,
-    HIGH1: tl.constexpr,
-    CLAMP2: tl.constexpr,
-    LOW2: tl.constexpr,
-    HIGH2: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-):
+    dy, x1, x2, d1, d2, s, rows, cols, stride_dy, stride1, stride2, stride_d,
+    ACT: tl.constexpr, OFFSET: tl.constexpr, CLAMP1: tl.constexpr, LOW1: tl.constexpr,
+    HIGH1: tl.constexpr, CLAMP2: tl.constexpr, LOW2: tl.constexpr, HIGH2: tl.constexpr,
+    PRODUCT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
     """Compute both gradients; with PRODUCT also the product, from the same loads."""
     r, c, live = _tile(rows, cols, BR, BC)
     g = tl.load(dy + r * stride_dy + c, mask=live, other=0.0).to(tl.float32)

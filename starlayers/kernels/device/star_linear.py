@@ -28,27 +28,10 @@ def _tile(rows_total, cols_total, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.
 
 @triton.jit
 def star_linear(
-    x,
-    w1,
-    b1,
-    w2,
-    b2,
-    y,
-    h1,
-    h2,
-    M,
-    N,
-    K,
-    ACT: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BIAS1: tl.constexpr,
-    BIAS2: tl.constexpr,
-    SAVE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    x, w1, b1, w2, b2, y, h1, h2, M, N, K,
+    ACT: tl.constexpr, OFFSET: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
+    SAVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """Compute act(x w1' + b1) * (OFFSET + x w2' + b2); with SAVE both branches too."""
     m, n = _tile(M, N, BM, BN, GROUP)
     a = tl.zeros([BM, BN], tl.float32)
@@ -82,23 +65,10 @@ def _gate(
 
 @triton.jit
 def dgated(
-    dy,
-    w3,
-    h1,
-    h2,
-    d1,
-    d2,
-    s,
-    M,
-    N,
-    K,
-    ACT: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    dy, w3, h1, h2, d1, d2, s, M, N, K,
+    ACT: tl.constexpr, OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr,
-):
+):  # fmt: skip
     """Compute d1, d2, s of the star from dy (M, K), w3 (K, N) and h1, h2 (M, N).
 
     The descriptors of the (M, N) tensors are BN / 2 wide: the epilogue runs in two halves, so that

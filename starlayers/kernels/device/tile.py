@@ -29,8 +29,8 @@ def load_rows(base, rows, live, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr
 
 @triton.jit
 def load_columns(
-    w, hidden, there, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr
-):
+    w, hidden, there, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     """Load [WIDTH, BH]: rows FIRST.. of w (N, hidden), at the columns `hidden`."""
     out = FIRST + tl.arange(0, WIDTH)
     at = w + out[:, None] * stride + hidden[None, :]
@@ -39,8 +39,8 @@ def load_columns(
 
 @triton.jit
 def store_rows(
-    base, tile, rows, live, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr
-):
+    base, tile, rows, live, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     """Store a tile where `load_rows` would read it; rounds to the type of the memory."""
     cols = FIRST + tl.arange(0, WIDTH)
     at = base + rows.to(tl.int64)[:, None] * stride + cols[None, :]
@@ -56,8 +56,8 @@ def load_vector(base, FIRST, WIDTH: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def store_statistics(
-    base, tile, live, count, part, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr
-):
+    base, tile, live, count, part, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     """Store count, mean and squared deviations of the live rows of a tile, per column.
 
     `base` is (parts, 3, N). Deviations from the tile's own mean do not cancel as a sum of
