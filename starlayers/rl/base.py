@@ -14,7 +14,7 @@ from torch import nn
 
 from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor
 from starlayers.rl.spec import DEFAULT, NetSpec, default_widths, resolve_specs, uniform_widths
-from starlayers.rl.trunks import Norm, activation_factory, parse_activation
+from starlayers.rl.trunks import Norm, activation_factory
 
 
 class StarPolicy(BasePolicy):
@@ -78,7 +78,7 @@ class StarPolicy(BasePolicy):
             action_space,
             lr_schedule,  # type: ignore[arg-type]
             net_arch=net_arch,  # type: ignore[call-arg]
-            activation_fn=activation_factory(parse_activation(act)),  # type: ignore[call-arg]
+            activation_fn=activation_factory(act),  # type: ignore[call-arg]
             **kwargs,
         )
 

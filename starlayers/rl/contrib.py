@@ -28,7 +28,7 @@ from starlayers.rl.base import (
     with_trunk,
 )
 from starlayers.rl.spec import DEFAULT, PRODUCT, default_widths, resolve_specs, uniform_widths
-from starlayers.rl.trunks import RESIDUAL, Norm, activation_factory, parse_activation
+from starlayers.rl.trunks import RESIDUAL, Norm, activation_factory
 
 __all__ = [
     "StarARSPolicy",
@@ -259,7 +259,7 @@ class StarARSPolicy(ARSPolicy):
             observation_space,
             action_space,
             net_arch,
-            activation_factory(parse_activation(act)),  # type: ignore[arg-type]
+            activation_factory(act),  # type: ignore[arg-type]
             squash_output=squash_output,
         )
         self.options = {"activation_fn": activation_fn, "net": net, "norm": norm}

@@ -10,7 +10,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from torch import Tensor, nn
 
 from starlayers.modules import StarBlock, positive_int
-from starlayers.rl.trunks import KeepsInit, activation_name, build_trunk, zero_output
+from starlayers.rl.trunks import KeepsInit, activation_name, build_trunk, star_residual
 
 
 class StarExtractor(KeepsInit, BaseFeaturesExtractor):
@@ -181,16 +181,14 @@ class ChannelsLastConv(nn.Module):
         return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
 
 
+def _depthwise(dim: int) -> ChannelsLastConv:
+    return ChannelsLastConv(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))
+
+
 def _star_block(dim: int, act: str) -> StarBlock:
     """Make a depthwise star block over (N, H, W, C), at first the identity."""
-
-    def depthwise() -> ChannelsLastConv:
-        return ChannelsLastConv(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))
-
-    pre = nn.Sequential(depthwise(), nn.LayerNorm(dim))
-    block = StarBlock(dim, expansion=2, act=act, offset=1.0, pre=pre, post=depthwise())
-    zero_output(block)
-    return block
+    pre = nn.Sequential(_depthwise(dim), nn.LayerNorm(dim))
+    return star_residual(dim, act, pre, _depthwise(dim))
 
 
 class StarCombinedExtractor(KeepsInit, CombinedExtractor):

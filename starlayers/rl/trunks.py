@@ -1,6 +1,6 @@
 """Trunks of policies and critics: star layers and the nets they compete with."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -157,80 +157,34 @@ class ActivationLayer(nn.Module):
         return repr(self.act)
 
 
+def star_residual(dim: int, act: str, pre: nn.Module, post: nn.Module | None = None) -> StarBlock:
+    """Make a residual star block that is the identity at first."""
+    block = StarBlock(dim, expansion=2, act=act, offset=1.0, pre=pre, post=post)
+    zero_output(block)
+    return block
+
+
 def zero_output(block: StarBlock) -> None:
     """Zero the last layer of a residual star block, which makes it the identity."""
     nn.init.zeros_(block.mlp.g.weight)
     nn.init.zeros_(block.mlp.g.bias)
 
 
-Layers = Iterator[nn.Module]
+def _star(dim: int, width: int, act: Any, norms: Sequence[Norm]) -> list[nn.Module]:
+    return [PackedStar(dim, width, act=act), *(norm(width) for norm in norms)]
 
 
-def _star(
-    dim: int, widths: Sequence[int], act: Any, norm: Norm | None, norm_before: Norm | None
-) -> Layers:
-    for width in widths:
-        if norm_before:
-            yield norm_before(dim)
-        yield PackedStar(dim, width, act=act)
-        if norm:
-            yield norm(width)
-        dim = width
+def _dense(dim: int, width: int, act: Any, norms: Sequence[Norm]) -> list[nn.Module]:
+    return [nn.Linear(dim, width), *(norm(width) for norm in norms), activation_module(act)]
 
 
-def _mlp(
-    dim: int, widths: Sequence[int], act: Any, norm: Norm | None, norm_before: Norm | None
-) -> Layers:
-    for width in widths:
-        if norm_before:
-            yield norm_before(dim)
-        yield nn.Linear(dim, width)
-        if norm:
-            yield norm(width)
-        yield activation_module(act)
-        dim = width
-
-
-def _d2rl(
-    dim: int, widths: Sequence[int], act: Any, norm: Norm | None, norm_before: Norm | None
-) -> Layers:
-    inputs = dim
-    for width in widths:
-        yield Dense(*_mlp(inputs, [width], act, norm, norm_before))
-        inputs = width + dim
-
-
-def _residual(
-    dim: int,
-    widths: Sequence[int],
-    act: Any,
-    norm: Norm | None,
-    norm_before: Norm | None,
-    *,
-    star: bool,
-) -> Layers:
-    """Make the layout of SimBa: a linear embedding, a block per entry, and a norm."""
-    width, norm = widths[0], norm or nn.LayerNorm
-    if norm_before:
-        yield norm_before(dim)
-    yield nn.Linear(dim, width)
-    for _ in widths:
-        if star:
-            block = StarBlock(width, expansion=2, act=act, offset=1.0, pre=norm(width))
-            zero_output(block)
-            yield block
-        else:
-            yield SimBaBlock(width, act, norm)
-    yield norm(width)
-
-
-#: name of a net -> the layers of its trunk
-NETS: dict[str, Callable[..., Layers]] = {
+#: name of a net -> its layer, or the residual block behind its first layer
+NETS: dict[str, Callable[..., Any]] = {
     "star": _star,
-    "star_residual": partial(_residual, star=True),
-    "mlp": _mlp,
-    "d2rl": _d2rl,
-    "simba": partial(_residual, star=False),
+    "star_residual": lambda width, act, norm: star_residual(width, act, norm(width)),
+    "mlp": _dense,
+    "d2rl": _dense,
+    "simba": SimBaBlock,
 }
 RESIDUAL = ("star_residual", "simba")
 
@@ -278,9 +232,18 @@ def build_trunk(
     widths = [positive_int(net, f"net_arch[{i}]", width) for i, width in enumerate(net_arch)]
     if net in RESIDUAL and len(set(widths)) > 1:
         raise ValueError(f"net={net!r} has residual blocks: net_arch={widths} needs equal widths")
+    before, norms = [norm_before] if norm_before else [], [NORMS[norm]] if norm else []
     layers: list[nn.Module] = []
-    if widths:
-        layers = list(NETS[net](in_features, widths, act, norm and NORMS[norm], norm_before))
+    if net in RESIDUAL and widths:
+        width, make_norm = widths[0], NORMS[norm or "layer"]
+        layers = [*(make(in_features) for make in before), nn.Linear(in_features, width)]
+        layers += [NETS[net](width, act, make_norm) for _ in widths]
+        layers += [make_norm(width)]
+    else:
+        again = in_features if net == "d2rl" else 0
+        for dim, width in zip([in_features, *(width + again for width in widths)], widths):
+            layer = [*(make(dim) for make in before), *NETS[net](dim, width, act, norms)]
+            layers += [Dense(*layer)] if again else layer
     trunk_class = D2RLTrunk if net == "d2rl" else Trunk
     return trunk_class(layers, in_features, widths[-1] if widths else in_features)
 
@@ -307,22 +270,18 @@ def parse_activation(activation_fn: str | type[nn.Module] | None) -> Activation:
 
 
 def activation_module(act: Activation) -> nn.Module:
-    """Make a module of an activation's name or class.
-
-    Example:
-        >>> activation_module(nn.ELU), activation_module("relu6")
-        (ELU(alpha=1.0), ActivationLayer('relu6'))
-    """
+    """Make a module of an activation's name or class; pickled policies refer to this function."""
     return act() if isinstance(act, type) else ActivationLayer(act)
 
 
-def activation_factory(act: Activation) -> Callable[[], nn.Module]:
+def activation_factory(activation_fn: str | type[nn.Module] | None) -> Callable[[], nn.Module]:
     """Return a function without arguments that makes the activation, as SB3 calls it.
 
     Example:
         >>> activation_factory("relu6")(), activation_factory(nn.ELU)()
         (ActivationLayer('relu6'), ELU(alpha=1.0))
     """
+    act = parse_activation(activation_fn)
     return act if isinstance(act, type) else partial(activation_module, act)
 
 
