@@ -82,57 +82,40 @@ def different_targets(model: Inspector) -> Iterator[str]:
             )
 
 
-def log_density(model: Inspector) -> Tensor:
-    """Sum the log-probabilities of the likeliest actions on two observations.
+def trpo_skips(model: Inspector) -> Iterator[str]:
+    """Find parameters that TRPO leaves out, by their names or because actor and critic share them.
 
-    Its gradient tells the actor's parameters from the critic's.
+    The gradients of a log-probability and of a value tell which parameters the two depend on.
     """
-    distribution = model.distribution(model.observations(2), 2)
-    density: Tensor = distribution.log_prob(distribution.get_actions(deterministic=True)).sum()
-    return density
-
-
-def trpo_skips_actor(model: Inspector) -> Iterator[str]:
-    """Find parameters of the actor that TRPO takes for the critic's, by their names."""
     if not model.is_algorithm("TRPO"):
         return
-    named = {n: p for n, p in model.policy.named_parameters() if p.requires_grad and "value" in n}
-    density = log_density(model)
-    if not named or not density.requires_grad:
-        return
-    grads = torch.autograd.grad(density, list(named.values()), allow_unused=True)
-    skipped = [name for name, grad in zip(named, grads) if grad is not None]
+    observations = model.observations(2)
+    distribution = model.distribution(observations, 2)
+    density = distribution.log_prob(distribution.get_actions(deterministic=True)).sum()
+    acting = used(model, density)
+    judging = used(model, model.policy.predict_values(observations).sum())
+    skipped = [name for name in acting if "value" in name]
     if skipped:
         yield (
             f"the policy update of TRPO skips {first_three(skipped)}: it takes every parameter "
             "with 'value' in its name for the critic's; rename it"
         )
-
-
-def trpo_skips_critic(model: Inspector) -> Iterator[str]:
-    """Find tensors of trunks that TRPO takes for the actor's, because both use them."""
-    if not model.is_algorithm("TRPO"):
-        return
-    named = {n: p for n, p in model.policy.mlp_extractor.named_parameters() if p.requires_grad}
-    density, value = (
-        log_density(model),
-        model.policy.predict_values(model.observations(2)).sum(),
-    )
-    if not (named and density.requires_grad and value.requires_grad):
-        return
-    grads = [
-        torch.autograd.grad(y, list(named.values()), allow_unused=True) for y in (density, value)
-    ]
-    both = [
-        f"mlp_extractor.{name}"
-        for name, of_density, of_value in zip(named, *grads)
-        if of_density is not None and of_value is not None
-    ]
+    # a shared features extractor is what SB3's own policies have
+    both = [name for name in acting if name in judging and name.startswith("mlp_extractor.")]
     if both:
         yield (
             f"the value updates of TRPO skip {first_three(both)}, which the actor uses too: give "
             "the critic separate tensors, as StarActorCriticPolicy does"
         )
+
+
+def used(model: Inspector, y: Tensor) -> list[str]:
+    """Return the names of the parameters that a sum depends on and training could change."""
+    named = {name: p for name, p in model.policy.named_parameters() if p.requires_grad}
+    if not y.requires_grad:
+        return []
+    grads = torch.autograd.grad(y, list(named.values()), allow_unused=True)
+    return [name for name, grad in zip(named, grads) if grad is not None]
 
 
 def unsaved_options(model: Inspector) -> Iterator[str]:
@@ -177,25 +160,18 @@ def is_orthogonal(weight: Tensor) -> bool:
 
 def train_eval_differences(model: Inspector) -> Iterator[str]:
     """Find layers that compute differently when acting and when learning."""
-    statistics = model.running_statistics()
-    modules = dict(model.policy.named_modules())
-    names = {name.rpartition(".")[0] for name in statistics}
-    if model.actor_critic:
-        names |= {
-            name
-            for name, m in modules.items()
-            if getattr(m, "p", 0) and "Dropout" in type(m).__name__
-        }
+    changed = {name.rpartition(".")[0] for name in model.running_statistics()}
     algorithm = type(model.model).__name__
-    for name in (name for name in modules if name in names):
-        kind = type(modules[name]).__name__
-        if model.actor_critic:
+    for name, module in model.policy.named_modules():
+        kind = type(module).__name__
+        dropout = getattr(module, "p", 0) and "Dropout" in kind
+        if model.actor_critic and (name in changed or dropout):
             yield (
                 f"{name} ({kind}) differs between evaluation mode, in which {algorithm} collects, "
                 "and training mode, in which it updates: it updates another policy than the one "
                 "that acted; use LayerNorm, or VecNormalize for observations"
             )
-        elif model.is_algorithm("CrossQ") and kind != "BatchRenorm1d":
+        elif model.is_algorithm("CrossQ") and name in changed and kind != "BatchRenorm1d":
             yield (
                 f"{name} ({kind}) always uses the statistics of the batch while CrossQ trains: it "
                 "switches only BatchRenorm1d of sb3-contrib"
@@ -221,8 +197,7 @@ CHECKS: tuple[Callable[[Inspector], Iterator[str]], ...] = (
     removed_tensors,
     stale_references,
     different_targets,
-    trpo_skips_actor,
-    trpo_skips_critic,
+    trpo_skips,
     unsaved_options,
     reinitialised_stars,
     train_eval_differences,

@@ -126,11 +126,9 @@ class Inspector:
         """Run actor, critics and targets on `n` random observations."""
         obs = self.observations(n)
         with torch.no_grad():
-            if self.actor_critic and not self.lstm_state(n):
-                self.policy(obs)
-            elif self.actor_critic:
+            if state := self.lstm_state(n):
                 self.distribution(obs, n)
-                self.policy.predict_values(obs, *self.lstm_state(n))
+                self.policy.predict_values(obs, *state)
             elif not self.parts:
                 self.policy(obs)
             for name, part in self.parts.items():
@@ -181,16 +179,10 @@ class Inspector:
         """Return each network with all of its names, by its id."""
         named: dict[int, tuple[Any, list[str]]] = {}
         for path, net in self._paths():
-            # a module or parameter of a policy may be `None`
-            if net is not None:
+            of_module = isinstance(net, nn.Module) and "features_extractor" not in path
+            if not of_module or any(True for _ in net.parameters()):
                 named.setdefault(id(net), (net, []))[1].append(path)
-        return {
-            key: (net, names)
-            for key, (net, names) in named.items()
-            if "features_extractor" in names[0]
-            or not isinstance(net, nn.Module)
-            or any(True for _ in net.parameters())
-        }
+        return named
 
     def _paths(self) -> Iterator[tuple[str, Any]]:
         """Yield path and module (or parameter) of everything that counts as a network."""
@@ -205,8 +197,7 @@ class Inspector:
             elif name not in skipped:
                 yield name, net
         for prefix, part in self.parts.items():
-            for name, net in _members(part):
-                yield f"{prefix}.{name}", net
+            yield from ((f"{prefix}.{name}", net) for name, net in _members(part))
 
     def flops(self, networks: list[Any]) -> dict[int, int]:
         """Count the FLOPs of each network for one observation, by its id."""
@@ -236,23 +227,20 @@ class Inspector:
 
     def running_statistics(self) -> list[str]:
         """Return the names of the buffers that a forward pass in training mode changes."""
-        buffers = {name: (b, b.clone()) for name, b in self.policy.named_buffers()}
+        before = {name: buffer.clone() for name, buffer in self.policy.named_buffers()}
         online = [part for name, part in self.parts.items() if not name.endswith("_target")]
-        for part in online or [self.policy]:
-            part.train(True)
-        self.run(4)
-        for part in online or [self.policy]:
-            part.train(False)
-        changed = [
-            name
-            for name, (buffer, value) in buffers.items()
-            if buffer.is_floating_point() and not torch.equal(buffer, value)
-        ]
-        for buffer, value in buffers.values():
-            buffer.copy_(value)
-        return changed
+        with self.evaluation_mode():
+            for part in online or [self.policy]:
+                part.train(True)
+            self.run(4)
+            return [
+                name
+                for name, buffer in self.policy.named_buffers()
+                if buffer.is_floating_point() and not torch.equal(buffer, before[name])
+            ]
 
 
 def _members(module: nn.Module) -> list[tuple[str, Any]]:
-    """Return children and own parameters of a module by name; some are `None`."""
-    return [*module._modules.items(), *module._parameters.items()]
+    """Return children and own parameters of a module by name, under all of their names."""
+    members = [*module._modules.items(), *module._parameters.items()]
+    return [(name, member) for name, member in members if member is not None]
