@@ -9,6 +9,7 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
+from starlayers.rl.inspect import Inspector
 from starlayers.rl.onnx import DeterministicPolicy
 from starlayers.rl.parity import check_parity, random_inputs, to_tensors
 
@@ -82,11 +83,9 @@ def export_onnx(
         ) from error
 
     stats = model.get_vec_normalize_env() if vec_normalize is None else vec_normalize
-    path, policy = Path(path), model.policy
-    modes = [(module, module.training) for module in policy.modules()]
-    policy.set_training_mode(False)
-    try:
-        graph = DeterministicPolicy(policy, stats)
+    path = Path(path)
+    with Inspector(model).evaluation_mode():
+        graph = DeterministicPolicy(model.policy, stats)
         graph.training = False
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             temporary = Path(folder) / path.name
@@ -94,24 +93,20 @@ def export_onnx(
             session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
             check_parity(model, graph, session, stats)
             os.replace(temporary, path)
-    finally:
-        for module, training in modes:
-            module.training = training
     return path
 
 
 def _write(graph: DeterministicPolicy, path: Path, opset: int) -> None:
     """Write the graph to an ONNX file, with a free batch size."""
-    inputs = [*graph.inputs, *graph.extra_inputs()]
     outputs = ["action"] + ["next_hidden", "next_cell"] * graph.recurrent
-    names = inputs + outputs
+    names = graph.names + outputs
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(
             f"export_onnx: rename the observation {repeated}, which the graph also needs"
         )
     batch = torch.export.Dim("batch")
-    shapes = [{1 if name in ("hidden", "cell") else 0: batch} for name in inputs]
+    shapes = [{1 if name in ("hidden", "cell") else 0: batch} for name in graph.names]
     args = to_tensors(graph, next(random_inputs(graph, (2,))))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -119,7 +114,7 @@ def _write(graph: DeterministicPolicy, path: Path, opset: int) -> None:
             graph,
             args,
             path,
-            input_names=inputs,
+            input_names=graph.names,
             output_names=outputs,
             dynamic_shapes={"args": tuple(shapes)},
             # the tracing exporter would record fused kernels, which ONNX does not have

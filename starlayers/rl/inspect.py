@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,7 +203,7 @@ class Inspector:
         """Count the FLOPs of each network for one observation, by its id."""
         started: dict[int, int] = {}
         counts: dict[int, int] = {}
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, ExitStack() as hooks:
 
             def before(module: nn.Module, _: Any) -> None:
                 started[id(module)] = counter.get_total_flops()
@@ -215,14 +215,10 @@ class Inspector:
                     flops = 2 * sum(p.numel() for p in weights)
                 counts.setdefault(id(module), flops)
 
-            modules = [net for net in networks if isinstance(net, nn.Module)]
-            handles = [m.register_forward_pre_hook(before) for m in modules]
-            handles += [m.register_forward_hook(after) for m in modules]
-            try:
-                self.run()
-            finally:
-                for handle in handles:
-                    handle.remove()
+            for module in (net for net in networks if isinstance(net, nn.Module)):
+                hooks.enter_context(module.register_forward_pre_hook(before))
+                hooks.enter_context(module.register_forward_hook(after))
+            self.run()
         return counts
 
     def running_statistics(self) -> list[str]:

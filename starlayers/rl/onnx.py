@@ -71,8 +71,12 @@ class DeterministicPolicy(nn.Module):
         actor = getattr(policy, "actor", policy)
         stochastic = hasattr(policy, "mlp_extractor") or hasattr(actor, "get_action_dist_params")
         self.tanh = stochastic and policy.squash_output
-        self.inputs = dict(policy.observation_space.spaces) if self.is_dict else {}
-        self.inputs = self.inputs or {"obs": policy.observation_space}
+        space = policy.observation_space
+        self.is_dict = isinstance(space, spaces.Dict)
+        self.inputs = dict(space.spaces) if self.is_dict else {"obs": space}
+        lstm = ["hidden", "cell", "episode_start"] if self.recurrent else []
+        #: names of all inputs
+        self.names = [*self.inputs, *(["action_masks"] if self.maskable else []), *lstm]
         self.statistics = self._check_statistics(stats)
         self.normalise = nn.ModuleList(
             NormaliseObservation(rms, stats, self.inputs[key].dtype)  # type: ignore[arg-type]
@@ -92,11 +96,6 @@ class DeterministicPolicy(nn.Module):
             self.register_buffer("high", torch.as_tensor(self.space.high.astype(dtype)))
         self.to(policy.device)
 
-    @property
-    def is_dict(self) -> bool:
-        """True if observations are dictionaries."""
-        return isinstance(self.policy.observation_space, spaces.Dict)
-
     def _check_statistics(self, stats: VecNormalize | None) -> dict[str, Any]:
         """Return the running statistics by name of the input."""
         if stats is None or not stats.norm_obs:
@@ -112,11 +111,6 @@ class DeterministicPolicy(nn.Module):
                     "belongs inside VecNormalize"
                 )
         return statistics
-
-    def extra_inputs(self) -> list[str]:
-        """Return the names of the inputs that are no observations."""
-        masks = ["action_masks"] if self.maskable else []
-        return masks + (["hidden", "cell", "episode_start"] if self.recurrent else [])
 
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
         scores, state = self.scores(*args)
@@ -136,7 +130,7 @@ class DeterministicPolicy(nn.Module):
 
     def scores(self, *args: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Compute mean action before tanh, or score per choice, and next LSTM state."""
-        named = dict(zip([*self.inputs, *self.extra_inputs()], args, strict=True))
+        named = dict(zip(self.names, args, strict=True))
         observations = {key: named[key] for key in self.inputs}
         for key, normalise in zip(self.statistics, self.normalise):
             observations[key] = normalise(observations[key])
@@ -146,7 +140,10 @@ class DeterministicPolicy(nn.Module):
         if hasattr(policy, "mlp_extractor"):
             latent = BaseModel.extract_features(policy, obs, policy.pi_features_extractor)
             if self.recurrent:
-                latent, state = self._lstm(latent, named)
+                keep = 1.0 - named["episode_start"].reshape(1, -1, 1)  # 0 where an episode starts
+                state = (keep * named["hidden"], keep * named["cell"])
+                latent, state = policy.lstm_actor(latent.unsqueeze(0), state)
+                latent = latent.squeeze(0)
             scores = policy.action_net(policy.mlp_extractor.forward_actor(latent))
         elif hasattr(policy, "actor"):
             params = getattr(policy.actor, "get_action_dist_params", None)
@@ -170,12 +167,3 @@ class DeterministicPolicy(nn.Module):
             # the logit of a binary action is that of 1 against 0
             scores = torch.stack([torch.zeros_like(scores), scores], -1).flatten(1)
         return scores, state
-
-    def _lstm(
-        self, latent: Tensor, named: dict[str, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Run one step of the actor's LSTM, from zero where an episode starts."""
-        keep = 1.0 - named["episode_start"].reshape(1, -1, 1)
-        state = (keep * named["hidden"], keep * named["cell"])
-        latent, state = self.policy.lstm_actor(latent.unsqueeze(0), state)
-        return latent.squeeze(0), state

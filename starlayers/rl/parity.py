@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -72,13 +73,10 @@ def _scores_and_largest(
         if isinstance(output, Tensor) and output.is_floating_point():
             largest.append(float(output.abs().max()))
 
-    handles = [module.register_forward_hook(record) for module in graph.policy.modules()]
-    try:
-        with torch.no_grad():
-            return graph.scores(*args)[0].cpu().numpy(), max(largest)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), ExitStack() as hooks:
+        for module in graph.policy.modules():
+            hooks.enter_context(module.register_forward_hook(record))
+        return graph.scores(*args)[0].cpu().numpy(), max(largest)
 
 
 def _difference(

@@ -35,8 +35,7 @@ def graph_of(model):
 
 @torch.no_grad()
 def run(graph, inputs):
-    names = [*graph.inputs, *graph.extra_inputs()]
-    return [y.numpy() for y in graph(*(torch.as_tensor(inputs[name]) for name in names))]
+    return [y.numpy() for y in graph(*(torch.as_tensor(inputs[name]) for name in graph.names))]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +57,7 @@ def test_the_graph_acts_as_predict_does(name, norm):
 def test_masked_actions_are_not_taken(action, sizes):
     model = build(contrib.MaskablePPO, BOX, action, "StarMlpPolicy")
     graph = graph_of(model)
-    assert (graph.choices, graph.extra_inputs()) == (sizes, ["action_masks"])
+    assert (graph.choices, graph.names) == (sizes, ["obs", "action_masks"])
     obs = np.stack([BOX.sample() for _ in range(16)])
     masks = np.ones((16, sum(sizes)), dtype=bool)
     (free,) = run(graph, {"obs": obs, "action_masks": masks})
@@ -76,7 +75,7 @@ def test_lstm_states_go_in_and_out(layers):
     kwargs = {"lstm_hidden_size": 8, "n_lstm_layers": layers}
     model = build(contrib.RecurrentPPO, BOX, BOX, "StarMlpPolicy", policy_kwargs=kwargs)
     graph = graph_of(model)
-    assert graph.extra_inputs() == ["hidden", "cell", "episode_start"]
+    assert graph.names == ["obs", "hidden", "cell", "episode_start"]
     hidden = cell = np.zeros((layers, 3, 8), dtype=np.float32)
     state, start = None, np.ones(3, dtype=bool)
     rng = np.random.default_rng(0)
