@@ -1,6 +1,5 @@
 """Inspection of a model of SB3: networks, optimizers, a forward pass."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.vector.utils import batch_space
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -114,13 +114,9 @@ class Inspector:
 
     def observations(self, n: int) -> Any:
         """Sample `n` observations as tensors, as the policy takes them."""
-        space = copy.deepcopy(self.model.observation_space)
+        space = batch_space(self.model.observation_space, n)
         space.seed(0)
-        samples = [space.sample() for _ in range(n)]
-        if not hasattr(space, "spaces"):
-            return self.policy.obs_to_tensor(np.stack([np.asarray(s) for s in samples]))[0]
-        stacked = {k: np.stack([np.asarray(s[k]) for s in samples]) for k in space.spaces}
-        return self.policy.obs_to_tensor(stacked)[0]
+        return self.policy.obs_to_tensor(space.sample())[0]
 
     def run(self, n: int = 1) -> None:
         """Run actor, critics and targets on `n` random observations."""

@@ -87,20 +87,16 @@ def starify(
     existing = set(_layers(policy))
     for mlp in plain:
         install_plain(policy.get_submodule(mlp.owner), mlp.site, gate)
-    for _, online, target in _target_pairs(policy):
+    for online, target in _target_pairs(policy):
         _copy_gates(online, target)
     _add_products(policy, product)
     _update_targets_and_optimizers(policy, existing)
     if not isinstance(policy, Starified):
         policy.__class__ = starified(type(policy))
-        vars(policy)["made_with"] = model.policy_kwargs
     width = model.policy_kwargs.get("surgery", {}).get("product") or product
-    surgery = {"gates": record_of(policy), "product": width}
-    model.policy_class = type(policy)
-    model.policy_kwargs = {**model.policy_kwargs, "surgery": surgery}
-    vars(policy)["made_with"] = {**vars(policy)["made_with"], "surgery": surgery}
-    _refresh_vector(model)
-    return model
+    surgery = {"surgery": {"gates": record_of(policy), "product": width}}
+    vars(policy)["made_with"] = vars(policy).get("made_with", model.policy_kwargs) | surgery
+    return _with_kwargs(model, model.policy_kwargs | surgery)
 
 
 def revert(model: Algorithm) -> Algorithm:
@@ -146,10 +142,7 @@ def revert(model: Algorithm) -> Algorithm:
     _update_targets_and_optimizers(policy, set())
     policy.__class__ = type(policy).__bases__[1]
     del policy.made_with
-    model.policy_class = type(policy)
-    model.policy_kwargs = {k: v for k, v in model.policy_kwargs.items() if k != "surgery"}
-    _refresh_vector(model)
-    return model
+    return _with_kwargs(model, {k: v for k, v in model.policy_kwargs.items() if k != "surgery"})
 
 
 class Starified(BasePolicy):
@@ -229,25 +222,20 @@ def _plain_mlps(
     policy: BasePolicy, include: Patterns, exclude: Patterns
 ) -> tuple[list[Finding], list[str]]:
     """Return the MLPs outside of targets to gate, and reasons why others are not."""
-    targets = {name for name, _, _ in _target_pairs(policy)}
     mlps = [
         mlp
         for mlp in find_mlps(policy, include=include, exclude=exclude)
-        if mlp.path.split(".")[0] not in targets
+        if not mlp.path.split(".")[0].endswith("_target")
     ]
     plain = [mlp for mlp in mlps if mlp.reason is None and mlp.site.form == "plain"]
     reasons = dict.fromkeys(f"{mlp.path}: {mlp.reason}" for mlp in mlps[:3] if mlp.reason)
     return plain, list(reasons)
 
 
-def _target_pairs(policy: BasePolicy) -> list[tuple[str, nn.Module, nn.Module]]:
-    """Return name, online network and target network of every target."""
+def _target_pairs(policy: BasePolicy) -> list[tuple[nn.Module, nn.Module]]:
+    """Return online network and target network of every target."""
     children = dict(policy.named_children())
-    return [
-        (name, children[name.removesuffix("_target")], target)
-        for name, target in children.items()
-        if name.endswith("_target") and name.removesuffix("_target") in children
-    ]
+    return [(m, children[f"{n}_target"]) for n, m in children.items() if f"{n}_target" in children]
 
 
 def _critics(policy: BasePolicy) -> list[Any]:
@@ -287,13 +275,9 @@ def _replace_network(critic: Any, i: int, network: nn.Module) -> None:
 
 def _copy_gates(online: nn.Module, target: nn.Module) -> None:
     """Install in a target network the gates that only its online network has."""
-    present = {name_of(path, star) for path, _, star in installed(target)}
-    record = record_of(online)
-    missing = [
-        entry
-        for entry in record.get("layers", ())
-        if join(entry["owner"], entry["site"]["inp"]) not in present
-    ]
+    record, present = record_of(online), {name_of(path, m) for path, _, m in installed(target)}
+    layers = record.get("layers", [])
+    missing = [e for e in layers if join(e["owner"], e["site"]["inp"]) not in present]
     if missing:
         apply_record(target, {**record, "layers": missing})
 
@@ -306,7 +290,7 @@ def _update_targets_and_optimizers(policy: BasePolicy, existing: set[StarLayer])
     it holds.
     """
     settle_fast_paths(policy)
-    for _, online, target in _target_pairs(policy):
+    for online, target in _target_pairs(policy):
         for source, copied in zip(_layers(online), _layers(target), strict=True):
             if copied not in existing:
                 for p, q in zip(_parameters(source)[1], _parameters(copied)[1], strict=True):
@@ -332,8 +316,10 @@ def _regroup(optimizer: Optimizer, layers: list[StarLayer]) -> None:
         del optimizer.state[p]
 
 
-def _refresh_vector(model: Any) -> None:
-    """Renew the vector in which ARS keeps all parameters of its policy."""
+def _with_kwargs(model: Algorithm, policy_kwargs: dict[str, Any]) -> Algorithm:
+    """Match class, arguments and (in ARS) vector of parameters of a model to its policy."""
+    model.policy_class, model.policy_kwargs = type(model.policy), policy_kwargs
     if hasattr(model, "n_params"):
-        model.weights = parameters_to_vector(model.policy.parameters()).detach()
-        model.n_params = len(model.weights)
+        model.weights = parameters_to_vector(model.policy.parameters()).detach()  # type: ignore
+        model.n_params = len(model.weights)  # type: ignore
+    return model
