@@ -19,7 +19,7 @@ LAYER_TYPES = {
     "full_attention": "full_attention",
     "star_conv": "conv",
     "conv": "conv",
-    "linear_attention": "conv",  # name of "conv" in transformers before 5.18
+    "linear_attention": "conv",  # in files that transformers 5.17 wrote
 }
 
 _TP_ATTENTION = {
@@ -151,6 +151,12 @@ class StarformerConfig(PreTrainedConfig):
             # a branch is laid out (rank, intermediate), so a block of its rows is no whole product
             self._remove_from_tp_plan("ffn")
         super().__post_init__(**kwargs)
+
+    def validate_layer_type(self) -> None:
+        """Check the layer types and keep their names: transformers 5.17 renames "conv"."""
+        layer_types = self.layer_types
+        super().validate_layer_type()
+        self.layer_types = layer_types
 
     def _remove_from_tp_plan(self, part: str) -> None:
         """Set a plan on this instance without the modules whose name contains `part`."""

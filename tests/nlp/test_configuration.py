@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -138,6 +139,9 @@ def test_names_of_layer_types():
     names = ["attention", "full_attention", "star_conv", "conv", "linear_attention"]
     made = config(num_hidden_layers=5, layer_types=names)
     assert made.layer_types == ["full_attention"] * 2 + ["conv"] * 3
+    made.num_hidden_layers = 4
+    with pytest.raises(ValueError, match="equal to the number of `layer_types`"):
+        made.validate()
 
 
 # --- checks
@@ -226,6 +230,10 @@ STAR_PLAN = PLAIN_PLAN | {"layers.*.ffn.mlp.f2": "colwise"}
 
 @pytest.mark.parametrize("build", [config, encoder_config])
 def test_tensor_parallel_plan(build):
+    # transformers 5.17 adds "embed_tokens" where embeddings are tied
+    tied = build().base_model_tp_plan
+    assert set(tied) - {"embed_tokens"} == set(ATTENTION_PLAN | STAR_PLAN)
+    build = partial(build, tie_word_embeddings=False)
     assert build().base_model_tp_plan == ATTENTION_PLAN | STAR_PLAN
     assert build(attention_gate="head").base_model_tp_plan == (
         ATTENTION_PLAN | GATE_PLAN | STAR_PLAN
@@ -248,7 +256,7 @@ def test_tensor_parallel_plan_of_an_encoder_decoder():
         embeddings = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
         return sides | cross | dict.fromkeys(embeddings, "embedding_rowwise")
 
-    build = seq2seq_config
+    build = partial(seq2seq_config, tie_word_embeddings=False)
     assert build().base_model_tp_plan == both_sides(ATTENTION_PLAN, STAR_PLAN)
     assert build(attention_gate="head", mlp_rank=2).base_model_tp_plan == both_sides(
         ATTENTION_PLAN | GATE_PLAN, {}
