@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from starlayers import nlp
 from starlayers.nlp.configuration_starformer import StarformerConfig
@@ -140,7 +141,7 @@ def test_names_of_layer_types():
     made = config(num_hidden_layers=5, layer_types=names)
     assert made.layer_types == ["full_attention"] * 2 + ["conv"] * 3
     made.num_hidden_layers = 4
-    with pytest.raises(ValueError, match="equal to the number of `layer_types`"):
+    with pytest.raises(StrictDataclassError, match="equal to the number of `layer_types`"):
         made.validate()
 
 
