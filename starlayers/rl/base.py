@@ -60,27 +60,36 @@ class StarPolicy(BasePolicy):
         depth: int | None = None,
         **kwargs: Any,
     ) -> None:
-        name = type(self).__name__
-        self.options: dict[str, Any] = {"net": net, "norm": norm, "activation_fn": activation_fn}
-        self.specs = resolve_specs(
-            name, self.sides, net, norm, activation_fn, sb3_activation=self.base_activation
-        )
         extractor = kwargs.setdefault("features_extractor_class", self.base_extractor)
-        net_arch = uniform_widths(name, width, depth, net_arch) or net_arch
-        if net_arch is None:
-            net_arch = self._default_arch(extractor)
+        layers = self._resolve(net_arch, activation_fn, net, norm, width, depth, extractor)
         if kwargs.get("features_extractor_kwargs") is not None:
             # a copy, because SB3 writes into the dictionary that it gets
             kwargs["features_extractor_kwargs"] = dict(kwargs["features_extractor_kwargs"])
-        act: Any = self.base_activation if activation_fn == DEFAULT else activation_fn
-        super().__init__(
-            observation_space,
-            action_space,
-            lr_schedule,  # type: ignore[arg-type]
-            net_arch=net_arch,  # type: ignore[call-arg]
-            activation_fn=activation_factory(act),  # type: ignore[call-arg]
-            **kwargs,
+        super().__init__(observation_space, action_space, lr_schedule, **layers, **kwargs)
+
+    def _resolve(
+        self,
+        net_arch: Any,
+        activation_fn: str | type[nn.Module] | None,
+        net: str | Mapping[str, str],
+        norm: str | None,
+        width: int | None,
+        depth: int | None,
+        extractor: type[BaseFeaturesExtractor],
+    ) -> dict[str, Any]:
+        """Set `options` and `specs`; return widths and activation of SB3's own layers."""
+        name, default = type(self).__name__, self.base_activation
+        self.options = {"net": net, "norm": norm, "activation_fn": activation_fn}
+        self.specs = resolve_specs(
+            name, self.sides, net, norm, activation_fn, sb3_activation=default
         )
+        net_arch = uniform_widths(name, width, depth, net_arch) or net_arch
+        return {
+            "net_arch": self._default_arch(extractor) if net_arch is None else net_arch,
+            "activation_fn": activation_factory(
+                default if activation_fn == DEFAULT else activation_fn
+            ),
+        }
 
     def _default_arch(self, extractor: type[BaseFeaturesExtractor]) -> Any:
         """Return the widths at which the networks have about the parameters of SB3's."""

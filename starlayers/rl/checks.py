@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -72,8 +73,7 @@ def different_targets(model: Inspector) -> Iterator[str]:
         online, copied = (
             [f"{k} {tuple(p.shape)}" for k, p in net.named_parameters()] for net in (part, target)
         )
-        longest = max(len(online), len(copied))
-        pairs = zip(*(x + ["nothing"] * (longest - len(x)) for x in (online, copied)))
+        pairs = zip_longest(online, copied, fillvalue="nothing")
         different = [f"{a} against {b}" for a, b in pairs if a != b]
         if different:
             yield (

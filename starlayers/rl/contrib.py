@@ -27,8 +27,8 @@ from starlayers.rl.base import (
     image_and_dict_policies,
     with_trunk,
 )
-from starlayers.rl.spec import DEFAULT, PRODUCT, default_widths, resolve_specs, uniform_widths
-from starlayers.rl.trunks import RESIDUAL, Norm, activation_factory
+from starlayers.rl.spec import DEFAULT, PRODUCT
+from starlayers.rl.trunks import RESIDUAL, Norm
 
 __all__ = [
     "StarARSPolicy",
@@ -215,7 +215,7 @@ class StarQRDQNPolicy(StarPolicy, QRDQNPolicy):
         return StarQuantileNetwork(**kwargs, spec=self.specs["q"]).to(self.device)
 
 
-class StarARSPolicy(ARSPolicy):
+class StarARSPolicy(StarPolicy, ARSPolicy):
     """Star policy of ARS, which searches over all parameters as one vector.
 
     Args:
@@ -235,6 +235,9 @@ class StarARSPolicy(ARSPolicy):
         True
     """
 
+    sides = ("pi",)
+    base_arch: ClassVar[Mapping[str, list[int]]] = {"pi": [64, 64]}
+
     def __init__(
         self,
         observation_space: spaces.Space[Any],
@@ -248,28 +251,18 @@ class StarARSPolicy(ARSPolicy):
         width: int | None = None,
         depth: int | None = None,
     ) -> None:
-        name = type(self).__name__
-        specs = resolve_specs(name, ("pi",), net, norm, activation_fn, sb3_activation=nn.ReLU)
-        spec = specs["pi"]
-        net_arch = uniform_widths(name, width, depth, net_arch) or net_arch
-        if net_arch is None:
-            net_arch = default_widths(spec.net, [64, 64])
-        act: Any = nn.ReLU if activation_fn == DEFAULT else activation_fn
-        super().__init__(
-            observation_space,
-            action_space,
-            net_arch,
-            activation_factory(act),  # type: ignore[arg-type]
-            squash_output=squash_output,
+        layers = self._resolve(
+            net_arch, activation_fn, net, norm, width, depth, self.base_extractor
         )
-        self.options = {"activation_fn": activation_fn, "net": net, "norm": norm}
-        if not spec.is_stock:
-            trunk = spec.trunk(self.features_dim, net_arch)
-            self.action_net = with_trunk(self.action_net, trunk, net_arch)
+        ARSPolicy.__init__(
+            self, observation_space, action_space, squash_output=squash_output, **layers
+        )
+        if not self.specs["pi"].is_stock:
+            trunk = self.specs["pi"].trunk(self.features_dim, self.net_arch)
+            self.action_net = with_trunk(self.action_net, trunk, self.net_arch)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        return {**data, **self.options, "squash_output": self.squash_output}
+        return {**super()._get_constructor_parameters(), "squash_output": self.squash_output}
 
 
 StarMaskableCnnPolicy, StarMaskableMultiInputPolicy = image_and_dict_policies(

@@ -65,7 +65,7 @@ class ProductTrunk(KeepsInit):
         self.action = nn.Linear(actions, first)
         self.both = nn.Linear(states + actions, first)
         self.state_norm, self.action_norm = make_norm(first), make_norm(first)
-        self.tail = build_trunk("star", first, rest, act=act, norm=None if norm == "none" else norm)
+        self.tail = build_trunk("star", first, rest, act=act, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
         s, a = torch.split(x, self.sizes, -1)

@@ -6,7 +6,11 @@ from typing import Any
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+)
 from torch import Tensor, nn
 
 from starlayers.modules import StarBlock, positive_int
@@ -224,23 +228,17 @@ class StarCombinedExtractor(KeepsInit, CombinedExtractor):
     ) -> None:
         if not isinstance(observation_space, spaces.Dict):
             raise ValueError(f"StarCombinedExtractor expects a Dict space, got {observation_space}")
-        sizes = {
-            key: cnn_output_dim
+        extractors = {
+            key: StarCnnExtractor(space, cnn_output_dim, normalized_image, **kwargs)
             if is_image_space(space, normalized_image=normalized_image)
-            else get_flattened_obs_dim(space)
+            else FlattenExtractor(space)
             for key, space in observation_space.spaces.items()
         }
+        features_dim = sum(extractor.features_dim for extractor in extractors.values())
         # subclasses of SB3's extractor are told by SB3 when images are floats already; its
         # constructor is skipped, because it would build networks of its own
-        BaseFeaturesExtractor.__init__(self, observation_space, sum(sizes.values()))
-        self.extractors = nn.ModuleDict(
-            {
-                key: StarCnnExtractor(space, cnn_output_dim, normalized_image, **kwargs)
-                if is_image_space(space, normalized_image=normalized_image)
-                else nn.Flatten()
-                for key, space in observation_space.spaces.items()
-            }
-        )
+        BaseFeaturesExtractor.__init__(self, observation_space, features_dim)
+        self.extractors = nn.ModuleDict(extractors)
 
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
         parts = [extractor(observations[key]) for key, extractor in self.extractors.items()]

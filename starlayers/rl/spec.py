@@ -122,27 +122,25 @@ def resolve_specs(
         )
     if not isinstance(net, (str, Mapping)):
         raise TypeError(f"{policy}: net must be a name or one per side, got {net!r}")
-    if not isinstance(net, str):
-        unknown = sorted(set(net) - set(sides))
-        if unknown:
-            raise ValueError(
-                f"{policy} has the sides {', '.join(sides)}; net={dict(net)} names {unknown[0]!r}"
-            )
+    if net == PRODUCT and "qf" in sides:
+        net = {"qf": PRODUCT}  # only the critic takes actions; the actor is a star
+    nets = dict.fromkeys(sides, net if isinstance(net, str) else "star")
+    if isinstance(net, Mapping):
+        nets.update(net)
+    if unknown := sorted(set(nets) - set(sides)):
+        raise ValueError(
+            f"{policy} has the sides {', '.join(sides)}; net={net} names {unknown[0]!r}"
+        )
     specs = {}
-    for side in sides:
-        name = net if isinstance(net, str) else net.get(side, "star")
+    for side, name in nets.items():
         choices = [*NETS, PRODUCT] if side == "qf" else [*NETS]
-        if name == PRODUCT and isinstance(net, str) and "qf" in sides:
-            # only the critic takes actions; the actor is a star
-            name = PRODUCT if side == "qf" else "star"
-        elif name not in choices:
+        if name not in choices:
             raise ValueError(
                 f"{policy}: unknown net {name!r} for {side!r}, choose one of {', '.join(choices)}"
             )
-        act = activation_fn
-        if act == DEFAULT:
-            act = DEFAULT_ACTS.get(name, sb3_activation)
-        specs[side] = NetSpec(name, parse_activation(act), norm)
+        default = DEFAULT_ACTS.get(name, sb3_activation)
+        act = parse_activation(default if activation_fn == DEFAULT else activation_fn)
+        specs[side] = NetSpec(name, act, norm)
     return specs
 
 

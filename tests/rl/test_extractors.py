@@ -198,7 +198,8 @@ def test_dictionaries():
     net = StarCombinedExtractor(OBSERVATIONS["dict"], cnn_output_dim=16, dims=(8,), depths=(1,))
     assert net.features_dim == 3 + 16 + 3
     kinds = {key: type(e).__name__ for key, e in net.extractors.items()}
-    assert kinds == {"vector": "Flatten", "image": "StarCnnExtractor", "kind": "Flatten"}
+    flat = "FlattenExtractor"
+    assert kinds == {"vector": flat, "image": "StarCnnExtractor", "kind": flat}
     x = {"vector": torch.randn(2, 3), "image": torch.rand(2, 1, 20, 20), "kind": torch.eye(3)[:2]}
     parts = [x["vector"], net.extractors["image"](x["image"]), x["kind"]]
     order = {"image": 1, "kind": 2, "vector": 0}
