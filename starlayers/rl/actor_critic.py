@@ -23,15 +23,6 @@ class StarMlpExtractor(KeepsInit):
         specs: the spec of each side, "pi" and "vf".
         share: one trunk for both sides.
         use_stack: compute two plain star trunks of the same widths as one `StarStack`.
-
-    Raises:
-        ValueError: `share` with different sides.
-
-    Example:
-        >>> spec = NetSpec("star", "tanh")
-        >>> trunks = StarMlpExtractor(4, [32, 16], {"pi": spec, "vf": spec})
-        >>> [tuple(y.shape) for y in trunks(torch.randn(2, 4))]
-        [(2, 16), (2, 16)]
     """
 
     def __init__(

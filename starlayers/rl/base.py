@@ -230,9 +230,6 @@ def image_and_dict_policies(
         algorithm: one that takes it, for the examples: "stable_baselines3.PPO".
         discrete: True if the example has discrete actions.
         replay: True if the algorithm has a replay buffer.
-
-    Returns:
-        The class for images and the class for dictionaries.
     """
     made = []
     for part, (extractor, observations, env) in _OBSERVATIONS.items():

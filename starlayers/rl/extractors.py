@@ -167,15 +167,7 @@ class StarCnnExtractor(KeepsInit, BaseFeaturesExtractor):
 
 
 class ChannelsLastConv(nn.Module):
-    """Convolution over (N, H, W, C) tensors.
-
-    Args:
-        conv: the convolution, over (N, C, H, W).
-
-    Example:
-        >>> ChannelsLastConv(nn.Conv2d(3, 8, 3, stride=2, padding=1))(torch.ones(2, 9, 9, 3)).shape
-        torch.Size([2, 5, 5, 8])
-    """
+    """Convolution over (N, H, W, C) tensors."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()

@@ -62,11 +62,7 @@ class Network:
 
 
 class Inspector:
-    """Access to the parts of a model by name, and ways to run them.
-
-    Args:
-        model: an algorithm of stable-baselines3 or sb3-contrib.
-    """
+    """Access to the parts of a model by name, and ways to run them."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

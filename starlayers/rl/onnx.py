@@ -53,9 +53,6 @@ class DeterministicPolicy(nn.Module):
     Args:
         policy: a policy of stable-baselines3 or sb3-contrib.
         stats: statistics of the observations, or `None` for none.
-
-    Raises:
-        ValueError: statistics of another shape than the observations.
     """
 
     low: Tensor

@@ -28,11 +28,7 @@ LARGE = 1e3
 def check_parity(
     model: Any, graph: DeterministicPolicy, session: Any, stats: VecNormalize | None
 ) -> None:
-    """Compare an onnxruntime session with `predict` on random observations.
-
-    Raises:
-        RuntimeError: they differ by more than `TOLERANCE`.
-    """
+    """Raise a RuntimeError if an onnxruntime session differs from `predict`."""
     for inputs in random_inputs(graph, BATCHES):
         obs: Any = {key: inputs[key] for key in graph.inputs}
         obs = obs if graph.is_dict else obs["obs"]

@@ -42,10 +42,6 @@ class NetSpec:
         net: a name in `NETS`, or "product" for a critic of states and actions.
         act: a name in `ACTIVATIONS`, or a module class where the net has no star.
         norm: "layer", "rms", "none", or `None` for the net's own default.
-
-    Example:
-        >>> NetSpec("star", "tanh").trunk(4, [32, 16]).out_features
-        16
     """
 
     net: str
@@ -102,19 +98,6 @@ def resolve_specs(
         norm: "layer", "rms", "none" or `None`.
         activation_fn: a name, a module class, `None` for the identity, or "default".
         sb3_activation: SB3's default, for nets without a default of their own.
-
-    Raises:
-        TypeError: `net` is neither a name nor a mapping, or `activation_fn` has the wrong type.
-        ValueError: an unknown net, norm, side or activation, or "product" for a side that takes
-            no action.
-
-    Example:
-        >>> net = {"vf": "simba"}
-        >>> specs = resolve_specs(
-        ...     "StarPPOPolicy", ("pi", "vf"), net, None, "default", sb3_activation=nn.Tanh
-        ... )
-        >>> specs["pi"], specs["vf"]
-        (NetSpec(net='star', act='tanh', norm=None), NetSpec(net='simba', act='relu', norm=None))
     """
     if norm not in (None, "none", *NORMS):
         raise ValueError(
@@ -150,10 +133,6 @@ def default_widths(net: str, base: Sequence[int]) -> list[int]:
     A star layer has two branches, so its width is that of the MLP over the square root of two. One
     residual block holds eight (SimBa) or six (star) times the square of its width. Widths are
     multiples of four: others cost a CPU up to a tenth more.
-
-    Example:
-        >>> default_widths("star", [64, 64]), default_widths("simba", [256, 256])
-        ([44, 44], [92])
     """
     if not base:
         return []
@@ -172,16 +151,7 @@ def _multiple_of_four(width: float) -> int:
 def uniform_widths(
     policy: str, width: int | None, depth: int | None, net_arch: Any
 ) -> list[int] | None:
-    """Return `[width] * depth`, or `None` if neither was passed.
-
-    Raises:
-        TypeError: `width` or `depth` is no integer.
-        ValueError: only one of the two, one below 1, or `net_arch` as well.
-
-    Example:
-        >>> uniform_widths("StarPPOPolicy", 32, 2, None)
-        [32, 32]
-    """
+    """Return `[width] * depth`, or `None` if neither was passed."""
     if width is None and depth is None:
         return None
     if net_arch is not None:

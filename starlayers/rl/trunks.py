@@ -28,13 +28,6 @@ class KeepsInit(nn.Module):
     On-policy algorithms re-initialise every `nn.Linear` of a policy through `Module.apply`
     (`ortho_init=True`, the default). A residual branch that began at zero is then no longer zero.
     Here `reset_star(gain)` runs after that and initialises the star layers again.
-
-    Example:
-        >>> from functools import partial
-        >>> block = build_trunk("star_residual", 4, [8])
-        >>> _ = block.apply(partial(BasePolicy.init_weights, gain=2**0.5))
-        >>> block[1].mlp.g.weight.abs().max().item()
-        0.0
     """
 
     def apply(self, fn: Callable[[nn.Module], Any]) -> "KeepsInit":
@@ -59,16 +52,6 @@ class Trunk(nn.Sequential, KeepsInit):
     """Layers in sequence, one per entry of SB3's `net_arch`.
 
     Shapes: (batch, in_features) -> (batch, out_features).
-
-    Args:
-        layers: the modules, in order.
-        in_features: channels of the input.
-        out_features: channels of the output.
-
-    Example:
-        >>> trunk = build_trunk("star", 4, [32, 16])
-        >>> trunk(torch.randn(8, 4)).shape, trunk.out_features
-        (torch.Size([8, 16]), 16)
     """
 
     def __init__(self, layers: Sequence[nn.Module], in_features: int, out_features: int) -> None:
@@ -86,10 +69,6 @@ class D2RLTrunk(Trunk):
     Shapes: (batch, in_features) -> (batch, out_features).
     Source: Sinha et al., "D2RL: Deep Dense Architectures in Reinforcement Learning", 2020,
     arXiv 2010.09163.
-
-    Example:
-        >>> build_trunk("d2rl", 4, [32, 32])[1][0].in_features
-        36
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,16 +85,6 @@ class SimBaBlock(nn.Module):
     Source: Lee et al., "SimBa: Simplicity Bias for Scaling Up Parameters in Deep Reinforcement
     Learning", ICLR 2025, arXiv 2410.09754. Its running norm of observations is left to
     `VecNormalize`.
-
-    Args:
-        dim: channels of input and output.
-        act: name in `ACTIVATIONS`, or a module class.
-        norm: makes the norm, from its channels.
-
-    Example:
-        >>> block = SimBaBlock(8, "relu", nn.LayerNorm)
-        >>> block(torch.randn(2, 8)).shape, block.inp.out_features
-        (torch.Size([2, 8]), 32)
     """
 
     def __init__(self, dim: int, act: Activation, norm: Norm) -> None:
@@ -136,15 +105,7 @@ class SimBaBlock(nn.Module):
 
 
 class ActivationLayer(nn.Module):
-    """Activation of `ACTIVATIONS` as a module.
-
-    Args:
-        act: its name.
-
-    Example:
-        >>> ActivationLayer("relu6")(torch.tensor([7.0]))
-        tensor([6.])
-    """
+    """Activation of `ACTIVATIONS` as a module."""
 
     def __init__(self, act: str) -> None:
         super().__init__()
@@ -209,19 +170,6 @@ def build_trunk(
             linear layer, and before a residual block (which always has one, "layer" by default);
             "none" or `None` for none.
         norm_before: makes one more norm in front of each layer, from its channels.
-
-    Raises:
-        ValueError: an unknown net or norm, a width below 1, unequal widths of a residual net.
-        TypeError: a width that is no integer.
-
-    Example:
-        >>> build_trunk("star", 4, [32], act="tanh")
-        Trunk(
-          (0): PackedStar(
-            4, 32, act='tanh'
-            (proj): Linear(in_features=4, out_features=64, bias=True)
-          )
-        )
     """
     if net not in NETS:
         raise ValueError(f"unknown net {net!r}, choose one of {', '.join(NETS)}")
@@ -249,16 +197,7 @@ def build_trunk(
 
 
 def parse_activation(activation_fn: str | type[nn.Module] | None) -> Activation:
-    """Return the name in `ACTIVATIONS`, or the module class, that a user passed.
-
-    Raises:
-        TypeError: neither a string, a module class, nor `None`.
-        ValueError: an unknown name.
-
-    Example:
-        >>> parse_activation("swiglu"), parse_activation(None), parse_activation(nn.ELU)
-        ('silu', 'identity', <class 'torch.nn.modules.activation.ELU'>)
-    """
+    """Return the name in `ACTIVATIONS`, or the module class, that a user passed."""
     if activation_fn is None or isinstance(activation_fn, str):
         return get_activation(activation_fn).name
     if not (isinstance(activation_fn, type) and issubclass(activation_fn, nn.Module)):
@@ -275,27 +214,13 @@ def activation_module(act: Activation) -> nn.Module:
 
 
 def activation_factory(activation_fn: str | type[nn.Module] | None) -> Callable[[], nn.Module]:
-    """Return a function without arguments that makes the activation, as SB3 calls it.
-
-    Example:
-        >>> activation_factory("relu6")(), activation_factory(nn.ELU)()
-        (ActivationLayer('relu6'), ELU(alpha=1.0))
-    """
+    """Return a function without arguments that makes the activation, as SB3 calls it."""
     act = parse_activation(activation_fn)
     return act if isinstance(act, type) else partial(activation_module, act)
 
 
 def activation_name(activation_fn: str | type[nn.Module] | None) -> str:
-    """Return the name in `ACTIVATIONS` of an activation passed by name or by class.
-
-    Raises:
-        TypeError: neither a name nor a module class.
-        ValueError: an unknown name, or a class whose function is not in `ACTIVATIONS`.
-
-    Example:
-        >>> activation_name(nn.Tanh), activation_name("gelu"), activation_name(None)
-        ('tanh', 'gelu', 'identity')
-    """
+    """Return the name in `ACTIVATIONS` of an activation passed by name or by class."""
     act = parse_activation(activation_fn)
     if isinstance(act, str):
         return act
