@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.deprecation import deprecate_kwarg
 
-__all__ = ["CACHE", "takes_cache"]
-
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"

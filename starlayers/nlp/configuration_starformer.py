@@ -5,8 +5,6 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-__all__ = ["StarformerConfig", "StarformerEncoderConfig", "StarformerSeq2SeqConfig"]
-
 #: a configuration after `__post_init__`: optional fields have values, so `Any` instead of a union
 ResolvedConfig = Any
 

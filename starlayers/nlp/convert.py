@@ -14,8 +14,6 @@ from starlayers.activations import get_activation
 from starlayers.nlp.configuration_starformer import ResolvedConfig, StarformerConfig
 from starlayers.nlp.modeling_starformer import StarformerForCausalLM
 
-__all__ = ["from_llama", "to_llama"]
-
 #: name in a Llama layer -> name in a Starformer layer; attention and input norm have equal names
 PARAMETER_NAMES = {
     "mlp.gate_proj": "ffn.mlp.f1",

@@ -27,56 +27,18 @@ try:
 except ImportError:  # loaded from a folder that `save_with_code` wrote, without starlayers
     from .portable_starformer import StarBlock, get_activation, star_product  # type: ignore[assignment]
 
-__all__ = [
-    "StarConv",
-    "StarformerAttention",
-    "StarformerLayer",
-    "StarformerRMSNorm",
-    "StarformerRotaryEmbedding",
-]
-
 #: cosines and sines of the rotation angles, each (batch, length, head_dim)
 Rotation = tuple[Tensor, Tensor]
 
 
-class StarformerRMSNorm(LlamaRMSNorm):
-    """RMSNorm over the last dimension: `weight * x / sqrt(mean(x^2) + eps)`.
-
-    The mean and the quotient are computed in float32. The quotient is rounded to the dtype of the
-    input before the multiplication with `weight`, as in Llama: converted models agree bit for bit.
-
-    Shapes: (..., dim) -> (..., dim).
-
-    Example:
-        >>> StarformerRMSNorm(2)(torch.tensor([3.0, 4.0]))
-        tensor([0.8485, 1.1314], grad_fn=<MulBackward0>)
-    """
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
-
-
 class StarformerRotaryEmbedding(LlamaRotaryEmbedding):
-    """Cosines and sines of rotary positions, with the scalings of transformers.
+    """Cosines and sines of rotary positions (RoFormer, arXiv 2104.09864), as in Llama.
 
     The angle of position p and pair i is `p * theta^(-2i / head_dim)`, changed by the scaling that
-    `config.rope_parameters["rope_type"]` names.
-
-    Shapes: positions (batch, length) -> cosines and sines, each (batch, length, head_dim), in the
-    dtype of `x`.
-
-    Source: Su et al., "RoFormer", arXiv 2104.09864.
-
-    Example:
-        >>> from starlayers.nlp import StarformerConfig
-        >>> config = StarformerConfig(hidden_size=8, num_attention_heads=2)
-        >>> rotary = StarformerRotaryEmbedding(config)
-        >>> cos, sin = rotary(torch.ones(1), torch.arange(3)[None])
-        >>> sin[0, 1]  # position 1 and frequencies 1 and 0.01
-        tensor([0.8415, 0.0100, 0.8415, 0.0100])
+    `config.rope_parameters["rope_type"]` names. Without the matrix product of transformers 5.17,
+    which TF32 would round.
     """
 
-    # transformers 5.17 has a matrix product here, which TF32 would round
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> Rotation:
@@ -310,13 +272,13 @@ class StarformerLayer(GradientCheckpointingLayer):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.layer_type = layer_type
-        self.input_layernorm = StarformerRMSNorm(size, eps)
+        self.input_layernorm = LlamaRMSNorm(size, eps)
         if layer_type == "full_attention":
             self.self_attn = StarformerAttention(config, layer_idx, causal=causal)
         else:
             self.conv = StarConv(config, layer_idx, causal=causal)
         if cross_attention:
-            self.cross_attn_layernorm = StarformerRMSNorm(size, eps)
+            self.cross_attn_layernorm = LlamaRMSNorm(size, eps)
             self.cross_attn = StarformerAttention(config, layer_idx, causal=False)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.ffn = StarBlock(
@@ -324,7 +286,7 @@ class StarformerLayer(GradientCheckpointingLayer):
             expansion=config.intermediate_size / size,
             act=config.hidden_act,
             # Trainer excludes parameters with "norm" in their name from weight decay
-            pre=nn.Sequential(OrderedDict(norm=StarformerRMSNorm(size, eps))),
+            pre=nn.Sequential(OrderedDict(norm=LlamaRMSNorm(size, eps))),
             # without `post` the block passes its residual to the MLP, which adds it in its kernel
             post=nn.Dropout(config.hidden_dropout) if config.hidden_dropout else None,
             combine="sum" if config.mlp_type == "sum" else "mul",

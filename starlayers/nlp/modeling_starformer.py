@@ -1,22 +1,19 @@
 """Starformer decoder: language model, classification and question-answering heads."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_recurrent_attention_mask,
-    find_packed_sequence_indices,
-)
+from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -24,21 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_starformer import CACHE, takes_cache
 from .configuration_starformer import ResolvedConfig, StarformerConfig
-from .layers_starformer import (
-    StarformerAttention,
-    StarformerLayer,
-    StarformerRMSNorm,
-    StarformerRotaryEmbedding,
-)
-
-__all__ = [
-    "StarformerForCausalLM",
-    "StarformerForQuestionAnswering",
-    "StarformerForSequenceClassification",
-    "StarformerForTokenClassification",
-    "StarformerModel",
-    "StarformerPreTrainedModel",
-]
+from .layers_starformer import StarformerAttention, StarformerLayer, StarformerRotaryEmbedding
 
 
 class StarformerPreTrainedModel(PreTrainedModel):
@@ -95,7 +78,7 @@ class StarformerPreTrainedModel(PreTrainedModel):
             StarformerLayer(config, i, layer_type, causal=causal, cross_attention=cross_attention)
             for i, layer_type in enumerate(layer_types)
         )
-        self.norm = StarformerRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = StarformerRotaryEmbedding(config)
         self.gradient_checkpointing = False
 
@@ -130,20 +113,38 @@ class StarformerPreTrainedModel(PreTrainedModel):
         return self.norm(hidden_states)
 
 
-class LMHead(StarformerPreTrainedModel):
-    """Base class of models with a linear layer from hidden states to logits."""
+class Head:
+    """Mixin for models with a head: `base_class` makes the base model, `add_head` the head.
+
+    Its constructor replaces that of transformers' generic heads, which makes the base model by
+    AutoModel: classes loaded from a folder with code are not registered there.
+    """
 
     base_class: type[PreTrainedModel]
+
+    def __init__(self: Any, config: ResolvedConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = self.base_class(config)
+        self.add_head(config)
+        self.post_init()
+
+    def add_head(self, config: ResolvedConfig) -> None:
+        """Create a linear classifier and the dropout before it."""
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+
+
+class LMHead(Head, StarformerPreTrainedModel):
+    """Base class of models with a linear layer from hidden states to logits."""
+
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
-    def __init__(self, config: ResolvedConfig) -> None:
-        super().__init__(config)
-        self.model = self.base_class(config)
+    def add_head(self, config: ResolvedConfig) -> None:
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     def _lm_output(
         self,
@@ -163,33 +164,17 @@ class LMHead(StarformerPreTrainedModel):
         return output_class(loss=loss, logits=logits, **states)
 
 
-class TokenHead(GenericForTokenClassification):
+class TokenHead(Head, GenericForTokenClassification):
     """Base class of models with a linear classifier on each token."""
 
-    base_class: type[PreTrainedModel]
     accepts_loss_kwargs = False  # the loss is a mean and ignores num_items_in_batch
 
-    # replaces the __init__ of transformers' generic head, which makes the base model by AutoModel:
-    # classes loaded from a folder with code are not registered there
-    def __init__(self, config: ResolvedConfig) -> None:
-        super(GenericForTokenClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.model = self.base_class(config)
-        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
-
-class SpanHead(GenericForQuestionAnswering):
+class SpanHead(Head, GenericForQuestionAnswering):
     """Base class of models with a start and an end score for each token."""
 
-    base_class: type[PreTrainedModel]
-
-    def __init__(self, config: ResolvedConfig) -> None:  # without AutoModel, as in `TokenHead`
-        super(GenericForQuestionAnswering, self).__init__(config)
-        self.model = self.base_class(config)
+    def add_head(self, config: ResolvedConfig) -> None:
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.post_init()
 
 
 class StarformerModel(StarformerPreTrainedModel):
@@ -232,8 +217,9 @@ class StarformerModel(StarformerPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         documents = None
+        has_star_conv = any(layer.layer_type == "conv" for layer in self.layers)
         may_be_packed = attention_mask is None and past_key_values is None
-        if position_ids is not None and may_be_packed and has_star_conv(self.config):
+        if position_ids is not None and may_be_packed and has_star_conv:
             # the condition under which create_causal_mask separates packed texts
             documents = find_packed_sequence_indices(position_ids)
         position_ids = resolve_positions(hidden_states, position_ids, past_key_values)
@@ -250,11 +236,6 @@ class StarformerModel(StarformerPreTrainedModel):
             **kwargs,
         )
         return BaseModelOutputWithPast(hidden_states, past_key_values)
-
-
-def has_star_conv(config: ResolvedConfig) -> bool:
-    """Return True if the decoder has star_conv layers."""
-    return any(layer_type != "full_attention" for layer_type in config.layer_types)
 
 
 def resolve_positions(x: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
@@ -275,28 +256,16 @@ def causal_masks(
     """Return the mask of each layer type, made here or before by `generate`."""
     if isinstance(attention_mask, dict):
         return attention_mask
-    kwargs = {
-        "config": config,
-        "inputs_embeds": hidden_states,
-        "attention_mask": attention_mask,
-        CACHE: cache,
-        "position_ids": position_ids,
-    }
-    padding = create_recurrent_attention_mask(**kwargs) if has_star_conv(config) else None
-    masks = dict.fromkeys(config.layer_types, padding)
-    return {**masks, "full_attention": create_causal_mask(**kwargs)}
+    masks = create_masks_for_generate(config, hidden_states, attention_mask, cache, position_ids)
+    return cast(dict[str, Tensor | None], masks)
 
 
 def select_states(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """Return the hidden states whose logits are to be computed.
 
+    `logits_to_keep` is the number of last positions (0 for all), positions (n,) for all samples or
+    (batch, n) a sample, or a boolean mask (batch, length), with which the batch dimension vanishes.
     Same as `slice_logits_to_keep` of transformers, which 5.17 does not have.
-
-    Args:
-        hidden_states: (batch, length, hidden_size).
-        logits_to_keep: number of last positions, 0 for all; or positions (n,) for all samples or
-            (batch, n), one list a sample; or a boolean mask (batch, length), with which the result
-            is (number of True, hidden_size).
     """
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
@@ -355,7 +324,7 @@ class StarformerForCausalLM(LMHead, GenerationMixin):
 
 
 class StarformerForSequenceClassification(
-    GenericForSequenceClassification, StarformerPreTrainedModel
+    Head, GenericForSequenceClassification, StarformerPreTrainedModel
 ):
     """Decoder with a linear classifier on the last token that is not padding.
 
@@ -373,14 +342,11 @@ class StarformerForSequenceClassification(
         (torch.Size([1, 3]), True)
     """
 
+    base_class = StarformerModel
     accepts_loss_kwargs = False
 
-    def __init__(self, config: ResolvedConfig) -> None:  # without AutoModel, as in `TokenHead`
-        super(GenericForSequenceClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.model = StarformerModel(config)
+    def add_head(self, config: ResolvedConfig) -> None:
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
 
 
 class StarformerForTokenClassification(TokenHead, StarformerPreTrainedModel):

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 from transformers.processing_utils import Unpack
@@ -13,21 +13,13 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_starformer import ResolvedConfig, StarformerEncoderConfig
 from .modeling_starformer import (
+    Head,
     LMHead,
     SpanHead,
     StarformerPreTrainedModel,
     TokenHead,
     resolve_positions,
 )
-
-__all__ = [
-    "StarformerEncoderForQuestionAnswering",
-    "StarformerEncoderForSequenceClassification",
-    "StarformerEncoderForTokenClassification",
-    "StarformerEncoderModel",
-    "StarformerEncoderPreTrainedModel",
-    "StarformerForMaskedLM",
-]
 
 
 class StarformerEncoderPreTrainedModel(StarformerPreTrainedModel):
@@ -113,7 +105,7 @@ class StarformerForMaskedLM(StarformerEncoderPreTrainedModel, LMHead):
         return self._lm_output(MaskedLMOutput, outputs, labels, **kwargs)
 
 
-class StarformerEncoderForSequenceClassification(StarformerEncoderPreTrainedModel):
+class StarformerEncoderForSequenceClassification(Head, StarformerEncoderPreTrainedModel):
     """Encoder with a classifier of whole texts; a regression if `num_labels=1`.
 
     The head reads the mean over the tokens that are not padding or, with
@@ -133,15 +125,8 @@ class StarformerEncoderForSequenceClassification(StarformerEncoderPreTrainedMode
         (torch.Size([1, 3]), True)
     """
 
-    accepts_loss_kwargs = False  # the loss is a mean and ignores num_items_in_batch
-
-    def __init__(self, config: ResolvedConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = StarformerEncoderModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    base_class = StarformerEncoderModel
+    accepts_loss_kwargs = False
 
     @can_return_tuple
     def forward(

@@ -23,12 +23,6 @@ from .layers_starformer import StarformerAttention, StarformerLayer
 from .modeling_starformer import LMHead, StarformerPreTrainedModel, causal_masks, resolve_positions
 from .modeling_starformer_encoder import StarformerEncoderModel
 
-__all__ = [
-    "StarformerForConditionalGeneration",
-    "StarformerSeq2SeqModel",
-    "StarformerSeq2SeqPreTrainedModel",
-]
-
 
 class StarformerSeq2SeqPreTrainedModel(StarformerPreTrainedModel):
     """Base class of the encoder-decoder models."""

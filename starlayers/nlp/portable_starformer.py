@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Activation", "StarBlock", "StarMLP", "get_activation", "star_product"]
-
 _FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
     "relu": F.relu,
@@ -41,28 +39,14 @@ _ALIASES = {
 
 
 class Activation(NamedTuple):
-    """Activation function and its name in `starlayers.ACTIVATIONS`.
-
-    Example:
-        >>> relu = Activation("relu", F.relu)
-        >>> relu.name, relu.fn(torch.tensor([-1.0, 2.0]))
-        ('relu', tensor([0., 2.]))
-    """
+    """Activation function and its name in `starlayers.ACTIVATIONS`."""
 
     name: str | None
     fn: Callable[[Tensor], Tensor]
 
 
 def get_activation(act: str | None) -> Activation:
-    """Look up an activation by its name, an alias, or `None` for the identity.
-
-    Raises:
-        ValueError: an activation that is not in this file, such as one that was registered.
-
-    Example:
-        >>> get_activation("swiglu").name, get_activation(None).fn(3)
-        ('silu', 3)
-    """
+    """Look up an activation by its name, an alias, or `None` for the identity."""
     name = _ALIASES.get(act, act) if act is not None else None
     if name not in _FUNCTIONS:
         raise ValueError(
@@ -72,15 +56,7 @@ def get_activation(act: str | None) -> Activation:
 
 
 def star_product(x1: Tensor, x2: Tensor, act: str | None) -> Tensor:
-    """Compute `act(x1) * x2`.
-
-    Raises:
-        ValueError: an activation that is not in this file.
-
-    Example:
-        >>> star_product(torch.tensor([2.0]), torch.tensor([3.0]), "relu6")
-        tensor([6.])
-    """
+    """Compute `act(x1) * x2`."""
     return get_activation(act).fn(x1) * x2
 
 
@@ -89,14 +65,6 @@ class StarMLP(nn.Module):
 
     With `combine="sum"` it is `g(act(f1(x)) + f2(x))`. With `rank > 1` each hidden feature is a sum
     of `rank` products.
-
-    Shapes: (..., dim) -> (..., dim).
-
-    Example:
-        >>> mlp = StarMLP(4, 8, act="silu", bias=False)
-        >>> x = torch.randn(2, 4)
-        >>> torch.allclose(mlp(x), mlp.g(F.silu(mlp.f1(x)) * mlp.f2(x)))
-        True
     """
 
     def __init__(
@@ -126,18 +94,7 @@ class StarMLP(nn.Module):
 
 
 class StarBlock(nn.Module):
-    """Residual block `x + post(mlp(pre(x)))`, as `starlayers.StarBlock`.
-
-    `options` are those of `StarMLP`.
-
-    Shapes: (..., dim) -> (..., dim).
-
-    Example:
-        >>> block = StarBlock(4, expansion=2, pre=nn.LayerNorm(4))
-        >>> x = torch.randn(2, 4)
-        >>> torch.equal(block(x), x + block.mlp(block.pre(x)))
-        True
-    """
+    """Residual block `x + post(mlp(pre(x)))`, as `starlayers.StarBlock`; `options` of `StarMLP`."""
 
     def __init__(
         self,

@@ -6,8 +6,6 @@ from transformers import PreTrainedModel
 
 from starlayers.nlp.auto import AUTO_CLASSES
 
-__all__ = ["save_with_code"]
-
 
 def save_with_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
     """Save a Starformer together with the Python files that compute it.

@@ -14,7 +14,6 @@ from starlayers.nlp.layers_starformer import (
     StarConv,
     StarformerAttention,
     StarformerLayer,
-    StarformerRMSNorm,
 )
 from tests.nlp.tiny import (
     SIZES,
@@ -110,7 +109,6 @@ def test_defaults_of_the_layers():
         parameters = inspect.signature(function).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not empty}
 
-    assert defaults(StarformerRMSNorm) == {"eps": 1e-6}
     assert defaults(StarformerAttention) == {"causal": True}
     assert defaults(StarConv) == {"causal": True}
     assert defaults(StarformerLayer) == {"causal": True, "cross_attention": False}

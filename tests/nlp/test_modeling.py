@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from starlayers import nlp
 from starlayers.nlp import cache_starformer, modeling_starformer
 from starlayers.nlp.cache_starformer import CACHE
-from starlayers.nlp.modeling_starformer import has_star_conv, resolve_positions, select_states
+from starlayers.nlp.modeling_starformer import resolve_positions, select_states
 from starlayers.nlp.modeling_starformer_seq2seq import use_attention_layers
 from tests.nlp.tiny import VARIANTS, config, decoder, encoder_config, ids, seq2seq, seq2seq_config
 
@@ -87,12 +87,6 @@ def test_documents_are_for_star_conv_and_position_ids(monkeypatch):
     assert not calls
     decoder("hybrid")(tokens, use_cache=False, position_ids=positions)
     assert len(calls) == 1
-
-
-def test_has_star_conv():
-    assert not has_star_conv(config())
-    assert has_star_conv(config(layer_types=["star_conv", "attention"]))
-    assert has_star_conv(config(layer_types=["attention", "star_conv"]))
 
 
 # --- masks
