@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
-from starlayers.rl.base import StarPolicy, image_and_dict_policies
+from starlayers.rl.base import StarPolicy, image_and_dict
 from starlayers.rl.spec import NetSpec
 from starlayers.rl.stack import StarStack
 from starlayers.rl.trunks import KeepsInit
@@ -85,9 +85,8 @@ class OnPolicyActorCritic(StarPolicy):
     #: True if policy and value may be slices of the same parameter tensors
     use_stack: ClassVar[bool] = False
 
-    sides = ("pi", "vf")
     base_arch: ClassVar[Mapping[str, list[int]]] = {"pi": [64, 64], "vf": [64, 64]}
-    cnn_arch: ClassVar[Mapping[str, list[int]]] = {"pi": [], "vf": []}
+    layers_behind_cnn = False
     base_activation = nn.Tanh
 
     def __init__(self, *args: Any, share_trunk: bool = False, **kwargs: Any) -> None:
@@ -154,9 +153,7 @@ class StarPPOPolicy(StarActorCriticPolicy):
     use_stack = True
 
 
-StarActorCriticCnnPolicy, StarActorCriticMultiInputPolicy = image_and_dict_policies(
+StarActorCriticCnnPolicy, StarActorCriticMultiInputPolicy = image_and_dict(
     StarActorCriticPolicy, "sb3_contrib.TRPO"
 )
-StarPPOCnnPolicy, StarPPOMultiInputPolicy = image_and_dict_policies(
-    StarPPOPolicy, "stable_baselines3.PPO"
-)
+StarPPOCnnPolicy, StarPPOMultiInputPolicy = image_and_dict(StarPPOPolicy, "stable_baselines3.PPO")

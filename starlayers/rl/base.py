@@ -38,11 +38,10 @@ class StarPolicy(BasePolicy):
         ValueError: an option out of range; the message names it.
     """
 
-    #: networks that options can differ for: "pi" is the actor, "vf", "qf" or "q" are critics
-    sides: ClassVar[tuple[str, ...]] = ("pi", "qf")
-    #: SB3's own default widths, and those behind a convolutional extractor
+    #: SB3's own default widths, by side: "pi" is the actor, "vf", "qf" or "q" are critics
     base_arch: ClassVar[Mapping[str, list[int]]] = {"pi": [256, 256], "qf": [256, 256]}
-    cnn_arch: ClassVar[Mapping[str, list[int]]] = base_arch
+    #: True if a convolutional extractor has these layers behind it by default
+    layers_behind_cnn: ClassVar[bool] = True
     base_activation: ClassVar[type[nn.Module]] = nn.ReLU
     base_extractor: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
 
@@ -61,7 +60,8 @@ class StarPolicy(BasePolicy):
         **kwargs: Any,
     ) -> None:
         extractor = kwargs.setdefault("features_extractor_class", self.base_extractor)
-        layers = self._resolve(net_arch, activation_fn, net, norm, width, depth, extractor)
+        options = {"net": net, "norm": norm, "activation_fn": activation_fn}
+        layers = self._resolve(extractor, net_arch, width, depth, options)
         if kwargs.get("features_extractor_kwargs") is not None:
             # a copy, because SB3 writes into the dictionary that it gets
             kwargs["features_extractor_kwargs"] = dict(kwargs["features_extractor_kwargs"])
@@ -69,45 +69,41 @@ class StarPolicy(BasePolicy):
 
     def _resolve(
         self,
+        extractor: type[BaseFeaturesExtractor],
         net_arch: Any,
-        activation_fn: str | type[nn.Module] | None,
-        net: str | Mapping[str, str],
-        norm: str | None,
         width: int | None,
         depth: int | None,
-        extractor: type[BaseFeaturesExtractor],
+        options: dict[str, Any],
     ) -> dict[str, Any]:
         """Set `options` and `specs`; return widths and activation of SB3's own layers."""
-        name, default = type(self).__name__, self.base_activation
-        self.options = {"net": net, "norm": norm, "activation_fn": activation_fn}
-        self.specs = resolve_specs(
-            name, self.sides, net, norm, activation_fn, sb3_activation=default
-        )
+        name, act = type(self).__name__, options["activation_fn"]
+        self.options = options
+        self.specs = resolve_specs(name, self.base_arch, self.base_activation, **options)
         net_arch = uniform_widths(name, width, depth, net_arch) or net_arch
         return {
             "net_arch": self._default_arch(extractor) if net_arch is None else net_arch,
-            "activation_fn": activation_factory(
-                default if activation_fn == DEFAULT else activation_fn
-            ),
+            "activation_fn": activation_factory(self.base_activation if act == DEFAULT else act),
         }
 
     def _default_arch(self, extractor: type[BaseFeaturesExtractor]) -> Any:
         """Return the widths at which the networks have about the parameters of SB3's."""
-        convolutional = issubclass(extractor, (NatureCNN, StarCnnExtractor))
-        base = self.cnn_arch if convolutional else self.base_arch
+        empty = not self.layers_behind_cnn and issubclass(extractor, (NatureCNN, StarCnnExtractor))
         without_effect = [
             f"{option}={value!r}"
             for option, value in self.options.items()
             if value not in ("star", "mlp", None, DEFAULT)
         ]
-        if without_effect and not any(base.values()):
+        if without_effect and empty:
             raise ValueError(
                 f"{type(self).__name__}: behind a convolutional extractor there is no layer by "
                 f"default, and {', '.join(without_effect)} would shape none; give net_arch=[64], "
                 "or leave it out"
             )
-        widths = {side: default_widths(self.specs[side].net, base[side]) for side in self.sides}
-        return widths if len(self.sides) > 1 else widths[self.sides[0]]
+        widths = {
+            side: default_widths(self.specs[side].net, [] if empty else base)
+            for side, base in self.base_arch.items()
+        }
+        return widths if len(widths) > 1 else next(iter(widths.values()))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -195,30 +191,8 @@ class OffPolicyActorCritic(StarPolicy):
 
 P = TypeVar("P", bound=StarPolicy)
 
-#: part of a policy's name -> extractor, observations, and an environment that has them
-_OBSERVATIONS: dict[str, tuple[type[BaseFeaturesExtractor], str, str]] = {
-    "Cnn": (StarCnnExtractor, "images", "FakeImageEnv(screen_height=36, screen_width=36, {})"),
-    "MultiInput": (StarCombinedExtractor, "dictionaries", "SimpleMultiObsEnv({})"),
-}
 
-_DOC = """`{policy}` for {observations}, behind a `{extractor}`.
-
-Options are those of `{policy}`.
-
-Example:
-    >>> from {package} import {algorithm}
-    >>> from stable_baselines3.common.envs import {env_class}
-    >>> env = {env}
-    >>> model = {algorithm}("Star{part}Policy", env, {settings}device="cpu")
-    >>> action, _ = model.predict(env.observation_space.sample())
-    >>> env.action_space.contains(action)
-    True
-"""
-
-
-def image_and_dict_policies(
-    policy: type[P], algorithm: str, *, discrete: bool = True, replay: bool = False
-) -> tuple[type[P], type[P]]:
+def image_and_dict(policy: type[P], algorithm: str) -> tuple[type[P], type[P]]:
     """Make the subclasses of a policy for images and for dictionaries of observations.
 
     Both differ from `policy` in their default features extractor. Assign them to the names
@@ -228,25 +202,31 @@ def image_and_dict_policies(
     Args:
         policy: class for flat observations, named `Star...Policy`.
         algorithm: one that takes it, for the examples: "stable_baselines3.PPO".
-        discrete: True if the example has discrete actions.
-        replay: True if the algorithm has a replay buffer.
     """
+    package, _, name = algorithm.rpartition(".")
+    discrete = "qf" not in policy.base_arch
+    settings = "" if "vf" in policy.base_arch else "buffer_size=100, "
+    images = f"FakeImageEnv(screen_height=36, screen_width=36, discrete={discrete})"
+    dictionaries = f"SimpleMultiObsEnv(discrete_actions={discrete})"
     made = []
-    for part, (extractor, observations, env) in _OBSERVATIONS.items():
-        name = f"{policy.__name__.removesuffix('Policy')}{part}Policy"
-        package, _, algorithm_class = algorithm.rpartition(".")
-        option = "discrete" if part == "Cnn" else "discrete_actions"
-        doc = _DOC.format(
-            policy=policy.__name__,
-            observations=observations,
-            extractor=extractor.__name__,
-            package=package,
-            algorithm=algorithm_class,
-            env_class=env.partition("(")[0],
-            env=env.format(f"{option}={discrete}"),
-            part=part,
-            settings="buffer_size=100, " if replay else "",
-        )
+    for part, observations, extractor, env in (
+        ("Cnn", "images", StarCnnExtractor, images),
+        ("MultiInput", "dictionaries", StarCombinedExtractor, dictionaries),
+    ):
+        doc = f"""`{policy.__name__}` for {observations}, behind a `{extractor.__name__}`.
+
+        Options are those of `{policy.__name__}`.
+
+        Example:
+            >>> from {package} import {name}
+            >>> from stable_baselines3.common.envs import {env.partition("(")[0]}
+            >>> env = {env}
+            >>> model = {name}("Star{part}Policy", env, {settings}device="cpu")
+            >>> action, _ = model.predict(env.observation_space.sample())
+            >>> env.action_space.contains(action)
+            True
+        """
         namespace = {"__module__": policy.__module__, "__doc__": doc, "base_extractor": extractor}
-        made.append(cast(type[P], type(name, (policy,), namespace)))
+        class_name = f"{policy.__name__.removesuffix('Policy')}{part}Policy"
+        made.append(cast(type[P], type(class_name, (policy,), namespace)))
     return made[0], made[1]

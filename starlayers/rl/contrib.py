@@ -9,12 +9,9 @@ from sb3_contrib.ars.policies import ARSPolicy
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.torch_layers import BatchRenorm1d
-from sb3_contrib.crossq.policies import Actor as CrossQActor
-from sb3_contrib.crossq.policies import CrossQCritic, CrossQPolicy
-from sb3_contrib.qrdqn.policies import QRDQNPolicy, QuantileNetwork
-from sb3_contrib.tqc.policies import Actor as TQCActor
-from sb3_contrib.tqc.policies import Critic as TQCCritic
-from sb3_contrib.tqc.policies import TQCPolicy
+from sb3_contrib.crossq import policies as crossq
+from sb3_contrib.qrdqn import policies as qrdqn
+from sb3_contrib.tqc import policies as tqc
 from torch import nn
 
 from starlayers.rl.actor_critic import OnPolicyActorCritic
@@ -24,7 +21,7 @@ from starlayers.rl.base import (
     StarCritics,
     StarNetwork,
     StarPolicy,
-    image_and_dict_policies,
+    image_and_dict,
     with_trunk,
 )
 from starlayers.rl.spec import DEFAULT, PRODUCT
@@ -99,15 +96,15 @@ class StarRecurrentPolicy(OnPolicyActorCritic, RecurrentActorCriticPolicy):  # t
         return {**super()._get_constructor_parameters(), **lstm}
 
 
-class StarTQCActor(LatentActor, TQCActor):  # type: ignore[misc]
+class StarTQCActor(LatentActor, tqc.Actor):  # type: ignore[misc]
     """Actor of TQC with a star trunk."""
 
 
-class StarTQCCritic(StarCritics, TQCCritic):
+class StarTQCCritic(StarCritics, tqc.Critic):
     """Quantile critics of TQC with star trunks."""
 
 
-class StarTQCPolicy(OffPolicyActorCritic, TQCPolicy):
+class StarTQCPolicy(OffPolicyActorCritic, tqc.TQCPolicy):
     """Star policy of TQC, with the options of `StarSACPolicy`.
 
     Raises:
@@ -143,17 +140,17 @@ class RenormNetwork(StarNetwork):
         )
 
 
-class StarCrossQActor(RenormNetwork, CrossQActor):
+class StarCrossQActor(RenormNetwork, crossq.Actor):
     """Actor of CrossQ with a star trunk and batch renormalisations."""
 
     layers = "latent_pi"
 
 
-class StarCrossQCritic(RenormNetwork, StarCritics, CrossQCritic):
+class StarCrossQCritic(RenormNetwork, StarCritics, crossq.CrossQCritic):
     """Critics of CrossQ with star trunks and batch renormalisations."""
 
 
-class StarCrossQPolicy(OffPolicyActorCritic, CrossQPolicy):
+class StarCrossQPolicy(OffPolicyActorCritic, crossq.CrossQPolicy):
     """Star policy of CrossQ, with batch renormalisation before each layer.
 
     Options as for `StarSACPolicy`, without the product critic and the residual nets, which have
@@ -185,13 +182,13 @@ class StarCrossQPolicy(OffPolicyActorCritic, CrossQPolicy):
         super().__init__(*args, **kwargs)
 
 
-class StarQuantileNetwork(StarNetwork, QuantileNetwork):
+class StarQuantileNetwork(StarNetwork, qrdqn.QuantileNetwork):
     """Quantile network of QR-DQN with a star trunk."""
 
     layers = "quantile_net"
 
 
-class StarQRDQNPolicy(StarPolicy, QRDQNPolicy):
+class StarQRDQNPolicy(StarPolicy, qrdqn.QRDQNPolicy):
     """Star policy of QR-DQN, with the options of `StarDQNPolicy`.
 
     Raises:
@@ -206,11 +203,10 @@ class StarQRDQNPolicy(StarPolicy, QRDQNPolicy):
         Linear(in_features=8, out_features=50, bias=True)
     """
 
-    sides = ("q",)
     base_arch: ClassVar[Mapping[str, list[int]]] = {"q": [64, 64]}
-    cnn_arch: ClassVar[Mapping[str, list[int]]] = {"q": []}
+    layers_behind_cnn = False
 
-    def make_quantile_net(self) -> QuantileNetwork:
+    def make_quantile_net(self) -> qrdqn.QuantileNetwork:
         kwargs = self._update_features_extractor(self.net_args, features_extractor=None)
         return StarQuantileNetwork(**kwargs, spec=self.specs["q"]).to(self.device)
 
@@ -235,7 +231,6 @@ class StarARSPolicy(StarPolicy, ARSPolicy):
         True
     """
 
-    sides = ("pi",)
     base_arch: ClassVar[Mapping[str, list[int]]] = {"pi": [64, 64]}
 
     def __init__(
@@ -251,9 +246,8 @@ class StarARSPolicy(StarPolicy, ARSPolicy):
         width: int | None = None,
         depth: int | None = None,
     ) -> None:
-        layers = self._resolve(
-            net_arch, activation_fn, net, norm, width, depth, self.base_extractor
-        )
+        options = {"net": net, "norm": norm, "activation_fn": activation_fn}
+        layers = self._resolve(self.base_extractor, net_arch, width, depth, options)
         ARSPolicy.__init__(
             self, observation_space, action_space, squash_output=squash_output, **layers
         )
@@ -265,15 +259,11 @@ class StarARSPolicy(StarPolicy, ARSPolicy):
         return {**super()._get_constructor_parameters(), "squash_output": self.squash_output}
 
 
-StarMaskableCnnPolicy, StarMaskableMultiInputPolicy = image_and_dict_policies(
+StarMaskableCnnPolicy, StarMaskableMultiInputPolicy = image_and_dict(
     StarMaskablePolicy, "sb3_contrib.MaskablePPO"
 )
-StarRecurrentCnnPolicy, StarRecurrentMultiInputPolicy = image_and_dict_policies(
+StarRecurrentCnnPolicy, StarRecurrentMultiInputPolicy = image_and_dict(
     StarRecurrentPolicy, "sb3_contrib.RecurrentPPO"
 )
-StarTQCCnnPolicy, StarTQCMultiInputPolicy = image_and_dict_policies(
-    StarTQCPolicy, "sb3_contrib.TQC", discrete=False, replay=True
-)
-StarQRDQNCnnPolicy, StarQRDQNMultiInputPolicy = image_and_dict_policies(
-    StarQRDQNPolicy, "sb3_contrib.QRDQN", replay=True
-)
+StarTQCCnnPolicy, StarTQCMultiInputPolicy = image_and_dict(StarTQCPolicy, "sb3_contrib.TQC")
+StarQRDQNCnnPolicy, StarQRDQNMultiInputPolicy = image_and_dict(StarQRDQNPolicy, "sb3_contrib.QRDQN")

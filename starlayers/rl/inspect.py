@@ -146,7 +146,11 @@ class Inspector:
 
     def networks(self) -> Iterator[Network]:
         """Yield a `Network` for each network, under its first name."""
-        named = self.named_networks()
+        named: dict[int, tuple[Any, list[str]]] = {}
+        for path, net in self._paths():
+            of_module = isinstance(net, nn.Module) and "features_extractor" not in path
+            if not of_module or any(True for _ in net.parameters()):
+                named.setdefault(id(net), (net, []))[1].append(path)
         flops = self.flops([net for net, _ in named.values()])
         for key, (net, (name, *shared)) in named.items():
             parameters = list(net.parameters()) if isinstance(net, nn.Module) else [net]
@@ -166,15 +170,6 @@ class Inspector:
                 tuple(dict.fromkeys(name for name, _ in holders)),
                 tuple(dict.fromkeys(rate for _, rate in holders)),
             )
-
-    def named_networks(self) -> dict[int, tuple[Any, list[str]]]:
-        """Return each network with all of its names, by its id."""
-        named: dict[int, tuple[Any, list[str]]] = {}
-        for path, net in self._paths():
-            of_module = isinstance(net, nn.Module) and "features_extractor" not in path
-            if not of_module or any(True for _ in net.parameters()):
-                named.setdefault(id(net), (net, []))[1].append(path)
-        return named
 
     def _paths(self) -> Iterator[tuple[str, Any]]:
         """Yield path and module (or parameter) of everything that counts as a network."""

@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from stable_baselines3.common.policies import ContinuousCritic
-from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
-from stable_baselines3.sac.policies import Actor as SACActor
-from stable_baselines3.sac.policies import SACPolicy
-from stable_baselines3.td3.policies import Actor as TD3Actor
-from stable_baselines3.td3.policies import TD3Policy
+from stable_baselines3.dqn import policies as dqn
+from stable_baselines3.sac import policies as sac
+from stable_baselines3.td3 import policies as td3
 
 from starlayers.rl.base import (
     LatentActor,
@@ -16,15 +14,15 @@ from starlayers.rl.base import (
     StarCritics,
     StarNetwork,
     StarPolicy,
-    image_and_dict_policies,
+    image_and_dict,
 )
 
 
-class StarSACActor(LatentActor, SACActor):  # type: ignore[misc]
+class StarSACActor(LatentActor, sac.Actor):  # type: ignore[misc]
     """Actor of SAC with a star trunk."""
 
 
-class StarTD3Actor(StarNetwork, TD3Actor):
+class StarTD3Actor(StarNetwork, td3.Actor):
     """Actor of TD3 and DDPG with a star trunk."""
 
     layers = "mu"
@@ -34,13 +32,13 @@ class StarCritic(StarCritics, ContinuousCritic):  # type: ignore[misc]
     """Critics of SAC, TD3 and DDPG with star trunks."""
 
 
-class StarQNetwork(StarNetwork, QNetwork):
+class StarQNetwork(StarNetwork, dqn.QNetwork):
     """Q network of DQN with a star trunk."""
 
     layers = "q_net"
 
 
-class StarSACPolicy(OffPolicyActorCritic, SACPolicy):
+class StarSACPolicy(OffPolicyActorCritic, sac.SACPolicy):
     """Star policy of SAC: `SAC("StarMlpPolicy", env, policy_kwargs=...)`.
 
     SB3's `SACPolicy` with star layers in actor and critics; `net=dict(pi="star", qf="product")`
@@ -65,7 +63,7 @@ class StarSACPolicy(OffPolicyActorCritic, SACPolicy):
     actor_class, critic_class = StarSACActor, StarCritic
 
 
-class StarTD3Policy(OffPolicyActorCritic, TD3Policy):
+class StarTD3Policy(OffPolicyActorCritic, td3.TD3Policy):
     """Star policy of TD3 and DDPG: `TD3("StarMlpPolicy", env, policy_kwargs=...)`.
 
     SB3's `TD3Policy` with star layers in actor and critics, and the options of `StarSACPolicy`.
@@ -85,7 +83,7 @@ class StarTD3Policy(OffPolicyActorCritic, TD3Policy):
     actor_class, critic_class = StarTD3Actor, StarCritic
 
 
-class StarDQNPolicy(StarPolicy, DQNPolicy):
+class StarDQNPolicy(StarPolicy, dqn.DQNPolicy):
     """Star policy of DQN: `DQN("StarMlpPolicy", env, policy_kwargs=...)`.
 
     SB3's `DQNPolicy` with a star trunk. Its one network, the side "q", takes no action, so that
@@ -103,21 +101,14 @@ class StarDQNPolicy(StarPolicy, DQNPolicy):
         [44, 44]
     """
 
-    sides = ("q",)
     base_arch: ClassVar[Mapping[str, list[int]]] = {"q": [64, 64]}
-    cnn_arch: ClassVar[Mapping[str, list[int]]] = {"q": []}
+    layers_behind_cnn = False
 
-    def make_q_net(self) -> QNetwork:
+    def make_q_net(self) -> dqn.QNetwork:
         kwargs = self._update_features_extractor(self.net_args, features_extractor=None)
         return StarQNetwork(**kwargs, spec=self.specs["q"]).to(self.device)
 
 
-StarSACCnnPolicy, StarSACMultiInputPolicy = image_and_dict_policies(
-    StarSACPolicy, "stable_baselines3.SAC", discrete=False, replay=True
-)
-StarTD3CnnPolicy, StarTD3MultiInputPolicy = image_and_dict_policies(
-    StarTD3Policy, "stable_baselines3.TD3", discrete=False, replay=True
-)
-StarDQNCnnPolicy, StarDQNMultiInputPolicy = image_and_dict_policies(
-    StarDQNPolicy, "stable_baselines3.DQN", replay=True
-)
+StarSACCnnPolicy, StarSACMultiInputPolicy = image_and_dict(StarSACPolicy, "stable_baselines3.SAC")
+StarTD3CnnPolicy, StarTD3MultiInputPolicy = image_and_dict(StarTD3Policy, "stable_baselines3.TD3")
+StarDQNCnnPolicy, StarDQNMultiInputPolicy = image_and_dict(StarDQNPolicy, "stable_baselines3.DQN")

@@ -1,7 +1,7 @@
 """Specifications of a policy's networks, made from `policy_kwargs`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import mul
 from typing import Any
@@ -82,22 +82,22 @@ class NetSpec:
 
 def resolve_specs(
     policy: str,
-    sides: Sequence[str],
+    sides: Iterable[str],
+    sb3_activation: type[nn.Module],
+    *,
     net: str | Mapping[str, str],
     norm: str | None,
     activation_fn: Activation | None,
-    *,
-    sb3_activation: type[nn.Module],
 ) -> dict[str, NetSpec]:
     """Make the spec of each side of a policy from the options a user passed.
 
     Args:
         policy: name of the policy class, for messages.
         sides: keys of the result, such as ("pi", "vf").
+        sb3_activation: SB3's default, for nets without a default of their own.
         net: a name for all sides, or a mapping from side to name; sides left out are stars.
         norm: "layer", "rms", "none" or `None`.
         activation_fn: a name, a module class, `None` for the identity, or "default".
-        sb3_activation: SB3's default, for nets without a default of their own.
     """
     if norm not in (None, "none", *NORMS):
         raise ValueError(

@@ -249,7 +249,9 @@ ACTOR_CRITIC, OFF_POLICY, Q_NETWORK = ("pi", "vf"), ("pi", "qf"), ("q",)
 
 
 def resolved(sides, net="star", norm=None, activation_fn="default", sb3_activation=nn.Tanh):
-    specs = resolve_specs("P", sides, net, norm, activation_fn, sb3_activation=sb3_activation)
+    specs = resolve_specs(
+        "P", sides, sb3_activation, net=net, norm=norm, activation_fn=activation_fn
+    )
     return {side: (spec.net, spec.act, spec.norm) for side, spec in specs.items()}
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import starlayers.rl
 from starlayers.rl import StarCnnExtractor, StarCombinedExtractor, contrib
-from starlayers.rl.base import image_and_dict_policies
+from starlayers.rl.base import image_and_dict
 from starlayers.rl.registration import ALIASES, star_policies
 from tests.rl.agents import (
     STEPS,
@@ -242,21 +242,28 @@ def test_every_algorithm_knows_its_policies_by_name(algorithm):
 
 
 def test_the_classes_of_a_users_own_policy():
-    class StarMinePolicy(starlayers.rl.StarPPOPolicy):
+    class StarMinePolicy(starlayers.rl.StarDQNPolicy):
         pass
 
-    images, dictionaries = image_and_dict_policies(StarMinePolicy, "mine.PPO", replay=True)
+    images, dictionaries = image_and_dict(StarMinePolicy, "mine.DQN")
     assert [p.__name__ for p in (images, dictionaries)] == [
         "StarMineCnnPolicy",
         "StarMineMultiInputPolicy",
     ]
     assert images.__module__ == __name__
-    assert "from mine import PPO\n" in images.__doc__
-    assert "discrete=True" in images.__doc__
-    assert "buffer_size=100, " in dictionaries.__doc__
-    (other, _) = image_and_dict_policies(StarMinePolicy, "mine.PPO", discrete=False)
-    assert "discrete=False" in other.__doc__
-    assert "buffer_size" not in other.__doc__
+    assert "from mine import DQN\n" in images.__doc__
+
+
+@pytest.mark.parametrize(
+    ("policy", "discrete", "buffer"),
+    [("StarPPOPolicy", True, False), ("StarSACPolicy", False, True), ("StarDQNPolicy", True, True)],
+)
+def test_examples_have_actions_and_settings_of_the_algorithm(policy, discrete, buffer):
+    images, dictionaries = image_and_dict(getattr(starlayers.rl, policy), "mine.Algorithm")
+    assert f"discrete={discrete})" in images.__doc__
+    assert f"discrete_actions={discrete})" in dictionaries.__doc__
+    for twin in (images, dictionaries):
+        assert ("env, buffer_size=100, device" in twin.__doc__) is buffer
 
 
 def test_each_algorithm_has_a_table_of_its_own():
