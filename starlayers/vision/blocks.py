@@ -10,10 +10,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from starlayers.modules import StarBlock, positive_int
 from starlayers.vision.fused_block import fused_block, fused_block_blocker
-from starlayers.vision.layout import OnChannelsLast
 
-# OnChannelsLast stays importable from here: networks pickled as a whole refer to this path
-__all__ = ["ConvNorm", "StarBlock2d"]
+# importable from here as well: networks pickled as a whole refer to this path
+from starlayers.vision.layout import OnChannelsLast
 
 
 class ConvNorm(nn.Sequential):
@@ -165,17 +164,7 @@ class StarBlock2d(StarBlock):
 
 
 def check_images(layer_name: str, x: Tensor, channels: int) -> None:
-    """Check that `x` is a floating tensor of shape (N, channels, H, W).
-
-    Raises:
-        ValueError: another number of dimensions or channels.
-        TypeError: an integer or boolean tensor.
-
-    Example:
-        >>> check_images("StarNet", torch.ones(1, 4, 8, 8), channels=3)
-        Traceback (most recent call last):
-        ValueError: StarNet expects (N, 3, H, W), got shape (1, 4, 8, 8)
-    """
+    """Check that `x` is a floating tensor of shape (N, channels, H, W)."""
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"{layer_name} expects (N, {channels}, H, W), got shape {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -185,16 +174,7 @@ def check_images(layer_name: str, x: Tensor, channels: int) -> None:
 
 
 def same_padding(kernel_size: int) -> int:
-    """Return the padding on each side that keeps the size at stride 1.
-
-    Raises:
-        TypeError: `kernel_size` is not an integer.
-        ValueError: `kernel_size` is even or below 1.
-
-    Example:
-        >>> same_padding(7)
-        3
-    """
+    """Return the padding on each side that keeps the size at stride 1."""
     if positive_int("convolution", "kernel_size", kernel_size) % 2 == 0:
         raise ValueError(f"kernel_size must be odd, got {kernel_size}")
     return kernel_size // 2

@@ -2,19 +2,21 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from starlayers.vision.starnet import StarNet
 
-__all__ = ["LoadReport", "load_checkpoint", "to_timm_state_dict"]
-
-# our name -> name in timm's and in the authors' checkpoints
-_BLOCK_KEYS = {
+#: our name of a part (of a block: without the block's name) -> timm's and the authors' name
+_TIMM_NAMES = {
+    "stem.conv": "stem.0.conv",
+    "stem.bn": "stem.0.bn",
     "pre.conv": "dwconv.conv",
     "pre.bn": "dwconv.bn",
     "mlp.f1": "f1.conv",
@@ -23,14 +25,8 @@ _BLOCK_KEYS = {
     "post.bn": "g.bn",
     "post.conv": "dwconv2.conv",
 }
-_OURS_TO_TIMM = [(re.compile(r"^stem\.(conv|bn)\."), r"stem.0.\1.")] + [
-    (re.compile(rf"^(stages\.\d+\.\d+)\.{re.escape(ours)}\."), rf"\1.{timm}.")
-    for ours, timm in _BLOCK_KEYS.items()
-]
-_TIMM_TO_OURS = [(re.compile(r"^stem\.0\.(conv|bn)\."), r"stem.\1.")] + [
-    (re.compile(rf"^(stages\.\d+\.\d+)\.{re.escape(timm)}\."), rf"\1.{ours}.")
-    for ours, timm in _BLOCK_KEYS.items()
-]
+_OUR_NAMES = {timm: ours for ours, timm in _TIMM_NAMES.items()}
+_BLOCK = re.compile(r"stages\.\d+\.\d+\.")
 _POINTWISE = re.compile(r"\.(mlp\.(f1|f2|g)|(f1|f2|g)\.conv)\.weight$")
 
 
@@ -89,7 +85,7 @@ def load_checkpoint(
     state = _unwrap(raw)
     timm_names = any(key.startswith("stem.0.") for key in state)
     if timm_names:
-        state = {_rename(key, _TIMM_TO_OURS): value for key, value in state.items()}
+        state = {_rename(key, _OUR_NAMES): value for key, value in state.items()}
     target = model.state_dict()
     if "stem.bn.weight" in state and "stem.bn.weight" not in target:
         raise ValueError("the model is fused: load the checkpoint first, then call fuse()")
@@ -125,23 +121,13 @@ def to_timm_state_dict(model: StarNet) -> dict[str, Tensor]:
     if "stem.bn.weight" not in state:
         raise ValueError("the model is fused: timm's StarNet has BatchNorms; export before fuse()")
     return {
-        _rename(key, _OURS_TO_TIMM): value[..., None, None] if _POINTWISE.search(key) else value
+        _rename(key, _TIMM_NAMES): value[..., None, None] if _POINTWISE.search(key) else value
         for key, value in state.items()
     }
 
 
 def pretrained_path(name: str, hub_id: str | None) -> Path:
-    """Return the local file of a StarNet's ImageNet weights, downloaded if necessary.
-
-    Args:
-        name: name of the model, for errors.
-        hub_id: repository on the Hugging Face hub; `None` if there is none.
-
-    Raises:
-        ValueError: `hub_id` is `None`.
-        ImportError: huggingface_hub is not installed.
-        ConnectionError: the hub cannot be reached and the file is not in its cache.
-    """
+    """Return the local file of the ImageNet weights in `hub_id`, downloaded if necessary."""
     if hub_id is None:
         raise ValueError(f"{name} has no published weights; starnet_s1 to starnet_s4 have")
     try:
@@ -166,11 +152,16 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, object]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
-    load = _load_safetensors if path.suffix == ".safetensors" else _load_torch
+    load: Callable[[Path], Any] = partial(torch.load, map_location="cpu", weights_only=True)
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file as load
+        except ImportError as error:
+            raise ImportError(
+                f"{path.name} needs safetensors: pip install 'starlayers[vision]'"
+            ) from error
     try:
         loaded = load(path)
-    except ImportError:
-        raise
     except Exception as error:  # torch and safetensors raise many kinds for a broken file
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is truncated or no checkpoint: {error}"
@@ -180,27 +171,10 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, object]:
     return loaded
 
 
-def _load_torch(path: Path) -> object:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _load_safetensors(path: Path) -> object:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(
-            f"{path.name} needs safetensors: pip install 'starlayers[vision]'"
-        ) from error
-    return load_file(path)
-
-
-def _unwrap(raw: Mapping[str, object]) -> dict[str, Tensor]:
+def _unwrap(raw: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the state dict inside `raw`, without prefixes of model wrappers."""
-    for wrapper in ("state_dict", "model"):
-        inner = raw.get(wrapper)
-        if isinstance(inner, Mapping):
-            raw = inner
-            break
+    inner = (raw[key] for key in ("state_dict", "model") if isinstance(raw.get(key), Mapping))
+    raw = next(inner, raw)
     prefixes = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
     state = {}
     for key, value in raw.items():
@@ -214,11 +188,12 @@ def _unwrap(raw: Mapping[str, object]) -> dict[str, Tensor]:
     return state
 
 
-def _rename(key: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
-    for pattern, replacement in rules:
-        key, n = pattern.subn(replacement, key)
-        if n:
-            break
+def _rename(key: str, names: dict[str, str]) -> str:
+    block = _BLOCK.match(key)
+    start = block.end() if block else 0
+    for old, new in names.items():
+        if key.startswith(f"{old}.", start):
+            return key[:start] + new + key[start + len(old) :]
     return key
 
 

@@ -7,8 +7,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from starlayers.backend import use_backend
 
-__all__ = ["multiply_adds"]
-
 
 def multiply_adds(model: nn.Module, shape: tuple[int, ...] = (3, 224, 224)) -> int:
     """Count the multiply-adds of one forward pass in eval mode.
@@ -16,13 +14,7 @@ def multiply_adds(model: nn.Module, shape: tuple[int, ...] = (3, 224, 224)) -> i
     Those of convolutions and linear layers, and two per output element of a BatchNorm: fvcore's
     rule, by which the published StarNet figures were counted.
 
-    Args:
-        model: any network of images; its mode is restored.
-        shape: (C, H, W) of the one image.
-
-    Example:
-        >>> multiply_adds(nn.Conv2d(3, 8, 1), (3, 10, 10))
-        2400
+    `shape` is (C, H, W) of the one image; the mode of `model` is restored.
     """
     norm_macs = 0
 

@@ -10,8 +10,6 @@ from starlayers.modules import StarBlock, positive_int, probability
 from starlayers.vision.blocks import check_images
 from starlayers.vision.layout import to_channels_last
 
-__all__ = ["DemoNet"]
-
 
 class _Depthwise(nn.Conv2d):
     """Depthwise convolution on (N, H, W, C)."""

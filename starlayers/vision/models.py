@@ -5,18 +5,6 @@ from typing import Any, NamedTuple, Protocol
 from starlayers.vision.checkpoints import load_checkpoint, pretrained_path
 from starlayers.vision.starnet import StarNet
 
-__all__ = [
-    "MODELS",
-    "STARNETS",
-    "starnet_s050",
-    "starnet_s1",
-    "starnet_s2",
-    "starnet_s3",
-    "starnet_s4",
-    "starnet_s100",
-    "starnet_s150",
-]
-
 
 class Variant(NamedTuple):
     """Shape of a published StarNet, and the hub repository of its ImageNet weights."""
@@ -65,17 +53,12 @@ Example:
 
 
 def _factory(name: str, size: str, note: str = "") -> Factory:
-    variant = STARNETS[name]
-
     def build(pretrained: bool = False, **kwargs: Any) -> StarNet:
-        shape = {
-            "base_dim": variant.base_dim,
-            "depths": variant.depths,
-            "mlp_ratio": variant.mlp_ratio,
-        }
-        model = StarNet(**{**shape, **kwargs})
+        shape = STARNETS[name]._asdict()
+        hub_id = shape.pop("hub_id")
+        model = StarNet(**shape | kwargs)
         if pretrained:
-            load_checkpoint(model, pretrained_path(name, variant.hub_id))
+            load_checkpoint(model, pretrained_path(name, hub_id))
         return model
 
     build.__name__ = build.__qualname__ = name
@@ -93,12 +76,4 @@ starnet_s100 = _factory("starnet_s100", "1.04 M parameters, 187 M MACs")
 starnet_s150 = _factory("starnet_s150", "1.56 M parameters, 229 M MACs")
 
 #: name -> function that builds the model.
-MODELS: dict[str, Factory] = {
-    "starnet_s1": starnet_s1,
-    "starnet_s2": starnet_s2,
-    "starnet_s3": starnet_s3,
-    "starnet_s4": starnet_s4,
-    "starnet_s050": starnet_s050,
-    "starnet_s100": starnet_s100,
-    "starnet_s150": starnet_s150,
-}
+MODELS: dict[str, Factory] = {name: globals()[name] for name in STARNETS}

@@ -7,20 +7,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from starlayers.backend import recomputed
 
-__all__ = ["recompute"]
-
 
 def recompute(module: nn.Module, x: Tensor) -> Tensor:
     """Call `module(x)`, save only `x`, and run `module` again in the backward.
 
     Values, gradients and running statistics are those of a plain call: the second run leaves the
     statistics alone.
-
-    Example:
-        >>> layers, x = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), torch.randn(4, 3)
-        >>> recompute(layers, x.requires_grad_()).sum().backward()
-        >>> int(layers[1].num_batches_tracked)
-        1
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

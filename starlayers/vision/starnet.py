@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from starlayers.activations import get_activation
 from starlayers.modules import StarOp, positive_int, probability
@@ -13,28 +14,14 @@ from starlayers.vision.blocks import ConvNorm, StarBlock2d, check_images
 from starlayers.vision.layout import to_channels_last
 from starlayers.vision.recompute import recompute
 
-__all__ = ["StarNet"]
-
 STEM_CHANNELS = 32
-
-
-def _avg_pool(x: Tensor) -> Tensor:
-    return F.adaptive_avg_pool2d(x, 1).flatten(1)
-
-
-def _max_pool(x: Tensor) -> Tensor:
-    return F.adaptive_max_pool2d(x, 1).flatten(1)
-
-
-def _avgmax_pool(x: Tensor) -> Tensor:
-    return 0.5 * (_avg_pool(x) + _max_pool(x))
 
 
 #: name in `global_pool` -> function from features (N, C, h, w) to (N, C)
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "avg": _avg_pool,
-    "max": _max_pool,
-    "avgmax": _avgmax_pool,
+    "avg": lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1),
+    "max": lambda x: F.adaptive_max_pool2d(x, 1).flatten(1),
+    "avgmax": lambda x: 0.5 * (POOLS["avg"](x) + POOLS["max"](x)),
     "": lambda x: x,
 }
 
@@ -343,15 +330,9 @@ class StarNet(nn.Module):
         return self
 
 
-@torch.no_grad()
 def _norm_as_conv(bn: nn.BatchNorm2d) -> nn.Conv2d:
     """Return a 1x1 depthwise convolution that computes `bn` in eval mode."""
-    assert bn.running_mean is not None
-    assert bn.running_var is not None
-    n = bn.num_features
-    conv = nn.Conv2d(n, n, 1, groups=n, device=bn.weight.device, dtype=bn.weight.dtype)
-    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-    conv.weight.copy_(scale.view(n, 1, 1, 1))
-    assert conv.bias is not None
-    conv.bias.copy_(bn.bias - bn.running_mean * scale)
-    return conv.eval()
+    n, like = bn.num_features, bn.weight
+    conv = nn.Conv2d(n, n, 1, groups=n, bias=False, device=like.device, dtype=like.dtype)
+    nn.init.ones_(conv.weight)
+    return fuse_conv_bn_eval(conv.eval(), bn)

@@ -6,8 +6,6 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["TrainData"]
-
 
 class TrainData(Protocol):
     """Image classification data: any object with these attributes.

@@ -33,8 +33,6 @@ from starlayers.vision.training.data import TrainData
 from starlayers.vision.training.recipe import TrainConfig, ema_model, lr_scheduler, param_groups
 from starlayers.vision.training.rundir import RunDir, process_state
 
-__all__ = ["TrainResult", "train"]
-
 VALIDATION_BATCH = 512
 
 

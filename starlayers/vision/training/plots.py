@@ -7,28 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["plot_confusion", "plot_curves"]
-
 
 def plot_curves(history: list[dict[str, Any]], file: Path) -> None:
-    """Draw loss and accuracy of training and test against the epoch into `file` (PNG).
-
-    Args:
-        history: metrics of each epoch, as in `TrainResult.history`.
-        file: where to write.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-
-    Example:
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "curves.png"
-        >>> metrics = {"train_loss": 1.2, "test_loss": 1.3, "train_accuracy": 0.6,
-        ...            "test_accuracy": 0.5}
-        >>> plot_curves([{"epoch": 1, **metrics}], file)
-        >>> file.is_file()
-        True
-    """
+    """Draw loss and accuracy of training and test against the epoch into `file` (PNG)."""
     figure = _new_figure("curves.png", figsize=(9, 3.5))
     epochs = [line["epoch"] for line in history]
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
@@ -44,20 +25,7 @@ def plot_curves(history: list[dict[str, Any]], file: Path) -> None:
 def plot_confusion(confusion: Tensor, classes: Sequence[str], file: Path) -> None:
     """Draw the share of predictions in each true class into `file` (PNG).
 
-    Args:
-        confusion: counts (true class, predicted class).
-        classes: names of the classes.
-        file: where to write.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-
-    Example:
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "confusion.png"
-        >>> plot_confusion(torch.tensor([[9, 1], [3, 7]]), ("cat", "dog"), file)
-        >>> file.is_file()
-        True
+    `confusion` counts (true class, predicted class).
     """
     n = len(classes)
     side = min(4 + 0.4 * n, 24)

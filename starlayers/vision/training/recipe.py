@@ -9,8 +9,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["TrainConfig", "ema_model", "lr_scheduler", "param_groups"]
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -83,15 +81,7 @@ class TrainConfig:
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Group parameters for the optimizer by whether they decay.
-
-    Weight matrices and kernels (two dimensions or more) decay; norms, biases and layer scales do
-    not.
-
-    Example:
-        >>> [(len(g["params"]), g["weight_decay"]) for g in param_groups(nn.Linear(2, 2), 0.1)]
-        [(1, 0.1), (1, 0.0)]
-    """
+    """Group parameters: matrices and kernels decay; norms, biases and layer scales do not."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
@@ -103,14 +93,7 @@ def lr_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, total: i
     """Return the learning rate schedule over `total` steps.
 
     "cosine" rises linearly over the first `warmup` of the steps and then falls along half a
-    cosine to 0. "onecycle" is PyTorch's `OneCycleLR` with that fraction of rising steps. Step it
-    after every step of the optimizer.
-
-    Example:
-        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        >>> schedule = lr_scheduler(optimizer, TrainConfig(warmup=0.5), total=4)
-        >>> schedule.get_last_lr()
-        [0.5]
+    cosine to 0. "onecycle" is PyTorch's `OneCycleLR` with that fraction of rising steps.
     """
     if config.schedule == "onecycle":
         total = max(total, 3)  # OneCycleLR needs a step to rise, one to fall and one between
@@ -130,13 +113,6 @@ def ema_model(model: nn.Module, decay: float) -> AveragedModel:
 
     The decay of update `n` is `min(decay, (1 + n) / (10 + n))`, so that the average of a short run
     is not still at the start weights.
-
-    Example:
-        >>> model = nn.Linear(1, 1)
-        >>> ema = ema_model(model, 0.9)
-        >>> ema.update_parameters(model)
-        >>> torch.equal(ema.module.weight, model.weight)
-        True
     """
 
     @torch.no_grad()

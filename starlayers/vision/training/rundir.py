@@ -16,8 +16,6 @@ from torch import Tensor
 
 from starlayers.vision.training.plots import plot_confusion, plot_curves
 
-__all__ = ["RunDir", "process_state"]
-
 
 class RunDir:
     """Folder of a run, in which every file under its final name is complete.
@@ -168,12 +166,5 @@ class RunDir:
 
 
 def process_state() -> PartialState:
-    """Return accelerate's state of the processes of this run.
-
-    It also serves several processes on a CPU, which accelerate's default does not.
-
-    Example:
-        >>> process_state().num_processes
-        1
-    """
+    """Return accelerate's state of the processes, which may be several on a CPU too."""
     return PartialState(cpu=not torch.accelerator.is_available())
