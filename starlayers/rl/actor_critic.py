@@ -75,12 +75,7 @@ class StarMlpExtractor(KeepsInit):
 
 
 class OnPolicyActorCritic(StarPolicy):
-    """Star options of on-policy algorithms, over an actor-critic policy of SB3.
-
-    Args:
-        args, kwargs: those of `StarPolicy`.
-        share_trunk: one trunk for policy and value.
-    """
+    """Star options of on-policy algorithms, over an actor-critic policy of SB3."""
 
     #: True if policy and value may be slices of the same parameter tensors
     use_stack: ClassVar[bool] = False
@@ -117,8 +112,7 @@ class StarActorCriticPolicy(OnPolicyActorCritic, ActorCriticPolicy):  # type: ig
     separate parameter tensors, as TRPO needs.
 
     Raises:
-        TypeError: an option of the wrong type.
-        ValueError: an option out of range; the message names it.
+        TypeError, ValueError: an option of the wrong type, or out of range.
 
     Example:
         >>> from sb3_contrib import TRPO
@@ -140,8 +134,7 @@ class StarPPOPolicy(StarActorCriticPolicy):
     out every tensor that the actor uses.
 
     Raises:
-        TypeError: an option of the wrong type.
-        ValueError: an option out of range; the message names it.
+        TypeError, ValueError: an option of the wrong type, or out of range.
 
     Example:
         >>> from stable_baselines3 import PPO

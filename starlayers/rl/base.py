@@ -5,11 +5,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from stable_baselines3.common.policies import BaseModel, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.torch_layers import (
-    BaseFeaturesExtractor,
-    FlattenExtractor,
-    NatureCNN,
-)
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
 from torch import nn
 
 from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor
@@ -115,12 +111,7 @@ class StarPolicy(BasePolicy):
 
 
 class StarNetwork(BaseModel):
-    """Network of SB3 whose hidden layers are those that a spec asks for.
-
-    Args:
-        args, kwargs: those of the network of SB3.
-        spec: what to build; where it is SB3's own network, that stays.
-    """
+    """Network of SB3 whose hidden layers are those that a spec asks for."""
 
     #: attribute with the layers of the network
     layers: ClassVar[str]

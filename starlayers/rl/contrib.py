@@ -51,8 +51,7 @@ class StarMaskablePolicy(OnPolicyActorCritic, MaskableActorCriticPolicy):  # typ
     Two plain star trunks of the same widths are one `StarStack`, as in `StarPPOPolicy`.
 
     Raises:
-        TypeError: an option of the wrong type.
-        ValueError: an option out of range; the message names it.
+        TypeError, ValueError: an option of the wrong type, or out of range.
 
     Example:
         >>> from sb3_contrib import MaskablePPO
@@ -73,8 +72,7 @@ class StarRecurrentPolicy(OnPolicyActorCritic, RecurrentActorCriticPolicy):  # t
     Options as for `StarActorCriticPolicy`, and those of sb3-contrib's policy for the LSTMs.
 
     Raises:
-        TypeError: an option of the wrong type.
-        ValueError: an option out of range; the message names it.
+        TypeError, ValueError: an option of the wrong type, or out of range.
 
     Example:
         >>> from sb3_contrib import RecurrentPPO
@@ -108,8 +106,7 @@ class StarTQCPolicy(OffPolicyActorCritic, tqc.TQCPolicy):
     """Star policy of TQC, with the options of `StarSACPolicy`.
 
     Raises:
-        TypeError: an option of the wrong type.
-        ValueError: an option out of range; the message names it.
+        TypeError, ValueError: an option of the wrong type, or out of range.
 
     Example:
         >>> from sb3_contrib import TQC
@@ -157,8 +154,7 @@ class StarCrossQPolicy(OffPolicyActorCritic, crossq.CrossQPolicy):
     norms of their own.
 
     Raises:
-        TypeError: an option of the wrong type.
-        ValueError: an option out of range; the message names it.
+        TypeError, ValueError: an option of the wrong type, or out of range.
 
     Example:
         >>> from sb3_contrib import CrossQ
@@ -192,8 +188,7 @@ class StarQRDQNPolicy(StarPolicy, qrdqn.QRDQNPolicy):
     """Star policy of QR-DQN, with the options of `StarDQNPolicy`.
 
     Raises:
-        TypeError: an option of the wrong type.
-        ValueError: an option out of range; the message names it.
+        TypeError, ValueError: an option of the wrong type, or out of range.
 
     Example:
         >>> from sb3_contrib import QRDQN
@@ -220,8 +215,7 @@ class StarARSPolicy(StarPolicy, ARSPolicy):
         squash_output: True if continuous actions end in a tanh.
 
     Raises:
-        TypeError: an option of the wrong type.
-        ValueError: an option out of range; the message names it.
+        TypeError, ValueError: an option of the wrong type, or out of range.
 
     Example:
         >>> from sb3_contrib import ARS

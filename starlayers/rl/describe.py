@@ -85,12 +85,7 @@ def describe(model: BaseAlgorithm, *, strict: bool = False) -> Description:
         PPO with ActorCriticPolicy: 107 parameters, 107 trained; ...
         no problems found
     """
-    if not isinstance(model, BaseAlgorithm):
-        raise TypeError(
-            "describe takes a model of stable-baselines3 or sb3-contrib, such as PPO, "
-            f"got {type(model).__name__}"
-        )
-    inspector = Inspector(model)
+    inspector = Inspector(model, "describe")
     with inspector.evaluation_mode():
         description = Description(
             type(model).__name__,

@@ -64,11 +64,7 @@ def export_onnx(
         >>> bool(session.run(["action"], {"obs": obs})[0] == action)
         True
     """
-    if not isinstance(model, BaseAlgorithm):
-        raise TypeError(
-            "export_onnx takes a model of stable-baselines3 or sb3-contrib, such as PPO, "
-            f"got {type(model).__name__}"
-        )
+    inspector = Inspector(model, "export_onnx")
     if vec_normalize is not None and not isinstance(vec_normalize, VecNormalize):
         raise TypeError(
             f"export_onnx: vec_normalize must be a VecNormalize, got {type(vec_normalize).__name__}"
@@ -84,7 +80,7 @@ def export_onnx(
 
     stats = model.get_vec_normalize_env() if vec_normalize is None else vec_normalize
     path = Path(path)
-    with Inspector(model).evaluation_mode():
+    with inspector.evaluation_mode():
         graph = DeterministicPolicy(model.policy, stats)
         graph.training = False
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:

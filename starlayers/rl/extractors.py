@@ -231,7 +231,3 @@ class StarCombinedExtractor(KeepsInit, CombinedExtractor):
         # constructor is skipped, because it would build networks of its own
         BaseFeaturesExtractor.__init__(self, observation_space, features_dim)
         self.extractors = nn.ModuleDict(extractors)
-
-    def forward(self, observations: dict[str, Tensor]) -> Tensor:
-        parts = [extractor(observations[key]) for key, extractor in self.extractors.items()]
-        return torch.cat(parts, dim=1)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.vector.utils import batch_space
+from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -62,12 +63,17 @@ class Network:
 
 
 class Inspector:
-    """Access to the parts of a model by name, and ways to run them."""
+    """Access to the parts of a model by name, and ways to run them, for the function `caller`."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, caller: str = "Inspector") -> None:
+        if not isinstance(model, BaseAlgorithm):
+            raise TypeError(
+                f"{caller} takes a model of stable-baselines3 or sb3-contrib, such as PPO, "
+                f"got {type(model).__name__}"
+            )
+        self.model: Any = model
         # a compiled policy wraps the one that was built
-        self.policy = getattr(model.policy, "_orig_mod", model.policy)
+        self.policy: Any = getattr(model.policy, "_orig_mod", model.policy)
         #: parts with a forward of their own: the actor, critics, Q networks and their targets
         self.parts = {
             name: part
@@ -188,24 +194,23 @@ class Inspector:
 
     def flops(self, networks: list[Any]) -> dict[int, int]:
         """Count the FLOPs of each network for one observation, by its id."""
-        started: dict[int, int] = {}
-        counts: dict[int, int] = {}
-        with FlopCounterMode(display=False) as counter, ExitStack() as hooks:
+        calls: dict[nn.Module, tuple[Any, Any]] = {}
 
-            def before(module: nn.Module, _: Any) -> None:
-                started[id(module)] = counter.get_total_flops()
+        def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.setdefault(module, (args, kwargs))
 
-            def after(module: nn.Module, _: Any, __: Any) -> None:
-                flops = counter.get_total_flops() - started[id(module)]
-                if isinstance(module, nn.RNNBase):  # runs as one operation, which is not counted
-                    weights = [p for n, p in module.named_parameters() if "weight" in n]
-                    flops = 2 * sum(p.numel() for p in weights)
-                counts.setdefault(id(module), flops)
-
+        with ExitStack() as hooks:
             for module in (net for net in networks if isinstance(net, nn.Module)):
-                hooks.enter_context(module.register_forward_pre_hook(before))
-                hooks.enter_context(module.register_forward_hook(after))
+                hooks.enter_context(module.register_forward_pre_hook(record, with_kwargs=True))
             self.run()
+        counts = {}
+        for module, (args, kwargs) in calls.items():
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                module(*args, **kwargs)
+            counts[id(module)] = counter.get_total_flops()
+            if isinstance(module, nn.RNNBase):  # runs as one operation, which is not counted
+                weights = [p for n, p in module.named_parameters() if "weight" in n]
+                counts[id(module)] = 2 * sum(p.numel() for p in weights)
         return counts
 
     def running_statistics(self) -> list[str]:

@@ -46,8 +46,7 @@ class StarSACPolicy(OffPolicyActorCritic, sac.SACPolicy):
     addition `net`, `norm`, `width`, `depth` and names for `activation_fn` (docs/rl.md).
 
     Raises:
-        TypeError: an option of the wrong type.
-        ValueError: an option out of range; the message names it.
+        TypeError, ValueError: an option of the wrong type, or out of range.
 
     Example:
         >>> from stable_baselines3 import SAC
@@ -69,8 +68,7 @@ class StarTD3Policy(OffPolicyActorCritic, td3.TD3Policy):
     SB3's `TD3Policy` with star layers in actor and critics, and the options of `StarSACPolicy`.
 
     Raises:
-        TypeError: an option of the wrong type.
-        ValueError: an option out of range; the message names it.
+        TypeError, ValueError: an option of the wrong type, or out of range.
 
     Example:
         >>> from stable_baselines3 import TD3
@@ -91,8 +89,7 @@ class StarDQNPolicy(StarPolicy, dqn.DQNPolicy):
     `width`, `depth` and names for `activation_fn` (docs/rl.md).
 
     Raises:
-        TypeError: an option of the wrong type.
-        ValueError: an option out of range; the message names it.
+        TypeError, ValueError: an option of the wrong type, or out of range.
 
     Example:
         >>> from stable_baselines3 import DQN

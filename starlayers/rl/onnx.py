@@ -19,16 +19,8 @@ class NormaliseObservation(nn.Module):
 
     It computes in single precision where the observation fits, as accelerators need it, and
     subtracts the mean in two parts: with a mean of 1e6 the digits of a spread of 1 are kept.
-
-    Args:
-        rms: running mean and variance of the observation.
-        stats: the wrapper that holds `epsilon` and the bound of the clip.
-        dtype: of the observation; float64 and integers of 4 bytes or more are kept in float64.
+    Observations in float64 or integers of 4 bytes or more are kept in float64.
     """
-
-    mean_high: Tensor
-    mean_low: Tensor
-    std: Tensor
 
     def __init__(self, rms: RunningMeanStd, stats: VecNormalize, dtype: np.dtype[Any]) -> None:
         super().__init__()
@@ -36,9 +28,9 @@ class NormaliseObservation(nn.Module):
         mean = torch.as_tensor(rms.mean, dtype=torch.float64)
         high = mean.float() if single else mean
         self.clip = float(stats.clip_obs)
-        self.register_buffer("mean_high", high)
-        self.register_buffer("mean_low", (mean - high.double()).to(high.dtype))
-        self.register_buffer("std", torch.as_tensor(rms.var + stats.epsilon).sqrt().to(high.dtype))
+        self.mean_high = nn.Buffer(high)
+        self.mean_low = nn.Buffer((mean - high.double()).to(high.dtype))
+        self.std = nn.Buffer(torch.as_tensor(rms.var + stats.epsilon).sqrt().to(high.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x.to(self.std.dtype) - self.mean_high - self.mean_low) / self.std
@@ -49,14 +41,7 @@ class DeterministicPolicy(nn.Module):
     """Module that computes `predict(deterministic=True)` from an observation.
 
     It makes no distributions: their checks depend on data, which an exporter cannot follow.
-
-    Args:
-        policy: a policy of stable-baselines3 or sb3-contrib.
-        stats: statistics of the observations, or `None` for none.
     """
-
-    low: Tensor
-    high: Tensor
 
     def __init__(self, policy: Any, stats: VecNormalize | None) -> None:
         super().__init__()
@@ -89,8 +74,8 @@ class DeterministicPolicy(nn.Module):
             self.choices = [2] * int(np.prod(self.space.shape))
         else:
             dtype = np.result_type(np.float32, self.space.dtype)
-            self.register_buffer("low", torch.as_tensor(self.space.low.astype(dtype)))
-            self.register_buffer("high", torch.as_tensor(self.space.high.astype(dtype)))
+            self.low = nn.Buffer(torch.as_tensor(self.space.low.astype(dtype)))
+            self.high = nn.Buffer(torch.as_tensor(self.space.high.astype(dtype)))
         self.to(policy.device)
 
     def _check_statistics(self, stats: VecNormalize | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from starlayers.modules import positive_int
 from starlayers.rl.critics import ProductTerm
-from starlayers.surgery.find import Finding, Patterns, find_mlps
+from starlayers.surgery.find import Patterns, find_mlps
 from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import install_plain, installed, settle_fast_paths
 from starlayers.surgery.projection import StarProjection, parse_gate
@@ -77,8 +77,14 @@ def starify(
             f"starify: product={product} needs critics of states and actions, as SAC, TD3, DDPG, "
             f"TQC and CrossQ have; the {type(policy).__name__} of {type(model).__name__} has none"
         )
-    plain, reasons = _plain_mlps(policy, include, exclude)
+    mlps = [
+        mlp
+        for mlp in find_mlps(policy, include=include, exclude=exclude)
+        if not mlp.path.split(".")[0].endswith("_target")
+    ]
+    plain = [mlp for mlp in mlps if mlp.reason is None and mlp.site.form == "plain"]
     if not (plain or product or _layers(policy)):
+        reasons = dict.fromkeys(f"{mlp.path}: {mlp.reason}" for mlp in mlps[:3] if mlp.reason)
         raise ValueError(
             f"starify found no plain MLP in this {type(policy).__name__}: "
             + ("; ".join(reasons) or "no activation is directly between two of its linear layers")
@@ -148,11 +154,8 @@ def revert(model: Algorithm) -> Algorithm:
 class Starified(BasePolicy):
     """Policy that rebuilds its gates and product terms when it is constructed.
 
-    Base of the classes that `starified(base)` makes; `type(model.policy)` is one after `starify`.
-
-    Args:
-        args, kwargs: those of the policy class `base`.
-        surgery: the entry "surgery" of `model.policy_kwargs`, which `starify` writes.
+    Base of the classes that `starified(base)` makes; `type(model.policy)` is one after `starify`,
+    which writes the argument `surgery` into `model.policy_kwargs`.
     """
 
     def __init__(self, *args: Any, surgery: dict[str, Any], **kwargs: Any) -> None:
@@ -216,20 +219,6 @@ def _policy_of(model: BaseAlgorithm, verb: str) -> BasePolicy:
             f"policy of stable-baselines3; {verb} after it is set up, and before it is compiled"
         )
     return policy
-
-
-def _plain_mlps(
-    policy: BasePolicy, include: Patterns, exclude: Patterns
-) -> tuple[list[Finding], list[str]]:
-    """Return the MLPs outside of targets to gate, and reasons why others are not."""
-    mlps = [
-        mlp
-        for mlp in find_mlps(policy, include=include, exclude=exclude)
-        if not mlp.path.split(".")[0].endswith("_target")
-    ]
-    plain = [mlp for mlp in mlps if mlp.reason is None and mlp.site.form == "plain"]
-    reasons = dict.fromkeys(f"{mlp.path}: {mlp.reason}" for mlp in mlps[:3] if mlp.reason)
-    return plain, list(reasons)
 
 
 def _target_pairs(policy: BasePolicy) -> list[tuple[nn.Module, nn.Module]]:
@@ -305,7 +294,7 @@ def _regroup(optimizer: Optimizer, layers: list[StarLayer]) -> None:
     """Renew an optimizer's group of added parameters; drop unused states."""
     groups = [group for group in optimizer.param_groups if group.get("name") != GROUP]
     held = {id(p) for group in groups for p in group["params"]}
-    split = [_parameters(layer) for layer in layers]
+    split = map(_parameters, layers)
     added = [p for own, new in split if any(id(p) in held for p in own) for p in new]
     # one group in the order of the layers, as a policy has it that is built from its record
     optimizer.param_groups[:] = groups
