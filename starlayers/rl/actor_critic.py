@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from starlayers.rl.base import StarPolicy, image_and_dict
 from starlayers.rl.spec import NetSpec
 from starlayers.rl.stack import StarStack
-from starlayers.rl.trunks import KeepsInit
+from starlayers.rl.trunks import KeepsInit, activation_name
 
 
 class StarMlpExtractor(KeepsInit):
@@ -46,7 +46,7 @@ class StarMlpExtractor(KeepsInit):
         self.share = share
         self.stack = None
         if use_stack and equal and not share and pi and specs["pi"].is_plain_star:
-            self.stack = StarStack(2, features_dim, pi, act=specs["pi"].act_name)
+            self.stack = StarStack(2, features_dim, pi, act=activation_name(specs["pi"].act))
             self.latent_dim_pi = self.latent_dim_vf = pi[-1]
             return
         # names as in SB3: TRPO tells the critic's parameters by "value" in their names

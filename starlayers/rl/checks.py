@@ -74,8 +74,7 @@ def different_targets(model: Inspector) -> Iterator[str]:
             [f"{k} {tuple(p.shape)}" for k, p in net.named_parameters()] for net in (part, target)
         )
         pairs = zip_longest(online, copied, fillvalue="nothing")
-        different = [f"{a} against {b}" for a, b in pairs if a != b]
-        if different:
+        if different := [f"{a} against {b}" for a, b in pairs if a != b]:
             yield (
                 f"{name} and {name}_target differ, and target updates go by position: "
                 f"{first_three(different)}"
@@ -94,8 +93,7 @@ def trpo_skips(model: Inspector) -> Iterator[str]:
     density = distribution.log_prob(distribution.get_actions(deterministic=True)).sum()
     acting = used(model, density)
     judging = used(model, model.policy.predict_values(observations).sum())
-    skipped = [name for name in acting if "value" in name]
-    if skipped:
+    if skipped := [name for name in acting if "value" in name]:
         yield (
             f"the policy update of TRPO skips {first_three(skipped)}: it takes every parameter "
             "with 'value' in its name for the critic's; rename it"

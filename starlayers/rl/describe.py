@@ -94,6 +94,5 @@ def describe(model: BaseAlgorithm, *, strict: bool = False) -> Description:
             tuple(problem for check in CHECKS for problem in check(inspector)),
         )
     if strict and description.problems:
-        problems = [f"- {problem}" for problem in description.problems]
-        raise ValueError("\n".join([f"{description.algorithm}:", *problems]))
+        raise ValueError("\n- ".join([f"{description.algorithm}:", *description.problems]))
     return description

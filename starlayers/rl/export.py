@@ -96,8 +96,7 @@ def _write(graph: DeterministicPolicy, path: Path, opset: int) -> None:
     """Write the graph to an ONNX file, with a free batch size."""
     outputs = ["action"] + ["next_hidden", "next_cell"] * graph.recurrent
     names = graph.names + outputs
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
             f"export_onnx: rename the observation {repeated}, which the graph also needs"
         )

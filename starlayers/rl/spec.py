@@ -54,11 +54,6 @@ class NetSpec:
         return self.net == "mlp" and self.norm in (None, "none")
 
     @property
-    def act_name(self) -> str:
-        """Name of the activation in `ACTIVATIONS`."""
-        return activation_name(self.act)
-
-    @property
     def is_plain_star(self) -> bool:
         """True if the trunk has star layers and nothing else."""
         return self.net == "star" and self.norm in (None, "none")
@@ -77,7 +72,8 @@ class NetSpec:
         """Build the trunk over states and actions, as SB3 concatenates them."""
         if self.net != PRODUCT:
             return self.trunk(states + actions, net_arch, norm_before)
-        return ProductTrunk(states, actions, net_arch, act=self.act_name, norm=self.norm or "layer")
+        act = activation_name(self.act)
+        return ProductTrunk(states, actions, net_arch, act=act, norm=self.norm or "layer")
 
 
 def resolve_specs(
@@ -134,18 +130,14 @@ def default_widths(net: str, base: Sequence[int]) -> list[int]:
     residual block holds eight (SimBa) or six (star) times the square of its width. Widths are
     multiples of four: others cost a CPU up to a tenth more.
     """
-    if not base:
-        return []
-    if net in RESIDUAL:
+    if net in RESIDUAL and base:
         products = sum(map(mul, base, base[1:])) or base[0] ** 2
-        return [_multiple_of_four(math.sqrt(products / (8 if net == "simba" else 6)))]
-    if net in ("star", PRODUCT):
-        return [_multiple_of_four(width / math.sqrt(2)) for width in base]
-    return list(base)
-
-
-def _multiple_of_four(width: float) -> int:
-    return max(4, 4 * round(width / 4))
+        widths = [math.sqrt(products / (8 if net == "simba" else 6))]
+    elif net in ("star", PRODUCT):
+        widths = [width / math.sqrt(2) for width in base]
+    else:
+        return list(base)
+    return [max(4, 4 * round(width / 4)) for width in widths]
 
 
 def uniform_widths(

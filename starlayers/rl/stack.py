@@ -22,11 +22,6 @@ class PackedStar(nn.Module):
 
     Shapes: (..., in_features) -> (..., out_features).
 
-    Args:
-        in_features: channels of the input.
-        out_features: channels of the output.
-        act: name of the activation in `ACTIVATIONS`.
-
     Example:
         >>> from starlayers import StarOp
         >>> layer, op = PackedStar(4, 8, act="tanh"), StarOp(4, 8, act="tanh", offset=1)
@@ -76,12 +71,6 @@ class StarStack(nn.Module):
     tensors of an actor and a critic differently, as TRPO does, needs separate networks.
 
     Shapes: (batch, in_features) -> (nets, batch, out_features).
-
-    Args:
-        nets: number of networks.
-        in_features: channels of the input.
-        net_arch: widths of the layers, at least one.
-        act: name of the activation in `ACTIVATIONS`.
 
     Example:
         >>> stack = StarStack(2, 4, [32, 16], act="tanh")

@@ -357,7 +357,6 @@ def test_stock_networks_and_plain_stars(net, norm, stock, plain_star):
 
 def test_a_spec_builds_its_trunks():
     spec = NetSpec("star", nn.ReLU, "layer")
-    assert spec.act_name == "relu"
     trunk = spec.trunk(3, [8, 4], nn.RMSNorm)
     assert [type(m) for m in trunk] == [nn.RMSNorm, PackedStar, nn.LayerNorm] * 2
     assert (trunk.in_features, trunk.out_features, trunk[1].act) == (3, 4, "relu")
