@@ -1,6 +1,6 @@
 """Search space of coefficients, and its values applied to a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 
 from starlayers.coefficients.optional import require
 from starlayers.coefficients.scaling import ProductScaler, star_layers
+from starlayers.modules import positive_int
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
 __all__ = ["apply_initialisation", "coefficient_space"]
 
 LAYER_SCALE = "layer_scale_"
+
+#: choices of `method`: a sampler of Optuna, the package that it needs, and its settings. Optuna's
+#: own population of 50 would be half of a usual search
+METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tpe": ("TPESampler", "optuna", {}),
+    "gp": ("GPSampler", "scipy", {}),
+    "cma": ("CmaEsSampler", "cmaes", {"warn_independent_sampling": False}),
+    "nsga2": ("NSGAIISampler", "optuna", {"population_size": 20}),
+    "random": ("RandomSampler", "optuna", {}),
+}
 
 Space = Mapping[str, "BaseDistribution"]
 
@@ -115,12 +126,36 @@ def apply_initialisation(model: nn.Module, values: Mapping[str, Any]) -> nn.Modu
     return model
 
 
-def check_space(owner: str, method: str, space: Any) -> None:
-    """Raise an error if a search by `method` cannot draw from the space."""
-    from optuna.distributions import BaseDistribution, CategoricalDistribution
+def search_settings(
+    owner: str, method: str, seed: int, directions: str | Sequence[str], space: Any, trials: int
+) -> dict[str, Any]:
+    """Return the settings of a study; raise an error that names a wrong one."""
+    directions = [directions] if isinstance(directions, str) else list(directions)
+    if method not in METHODS:
+        raise ValueError(f"{owner}: unknown method {method!r}, choose one of {', '.join(METHODS)}")
+    for d in directions:
+        if d not in ("maximize", "minimize"):
+            raise ValueError(f"{owner}: unknown direction {d!r}, choose maximize or minimize")
+    if not directions or (method == "cma" and len(directions) > 1):
+        raise ValueError(
+            f"{owner}: method {method!r} needs at least one direction, 'cma' only one (use 'nsga2' "
+            f"for several), got {directions}"
+        )
+    positive_int(owner, "trials", trials)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{owner}: seed must be an integer, got {seed!r}")
+    if seed < 0:
+        raise ValueError(f"{owner}: seed must be at least 0, got {seed}")
+    for package in ("optuna", METHODS[method][1]):
+        require(owner, package)
+    settings = {"method": method, "seed": seed, "directions": directions}
+    return settings if space is None else {**settings, "space": _space_json(owner, method, space)}
 
-    if space is None:
-        return
+
+def _space_json(owner: str, method: str, space: Any) -> dict[str, str]:
+    """Return a space in Optuna's JSON; raise an error if `method` cannot draw from it."""
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, distribution_to_json
+
     if not isinstance(space, Mapping):
         wanted = "a dict of name -> Optuna distribution"
         raise TypeError(f"{owner}: space must be {wanted}, got {space!r}")
@@ -139,3 +174,4 @@ def check_space(owner: str, method: str, space: Any) -> None:
             f"{owner}: method 'cma' needs at least two numbers that vary, and the space has "
             f"{len(numbers)} ({', '.join(numbers) or 'none'}): use 'tpe' or 'gp'"
         )
+    return {key: distribution_to_json(distribution) for key, distribution in space.items()}

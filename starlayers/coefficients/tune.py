@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from starlayers.coefficients.optional import require
 from starlayers.coefficients.scaling import ProductScaler, star_layers
-from starlayers.coefficients.search import SearchResult
-from starlayers.coefficients.study import check_settings, open_study, run_trials
+from starlayers.coefficients.search import SearchResult, run_search
+from starlayers.coefficients.space import search_settings
 from starlayers.modules import positive_int
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ def tune_coefficients(
     }
     # a logarithmic range, so that CMA-ES begins in its middle, a factor of 1
     space = {key: FloatDistribution(1 / width, width, log=True) for key in groups_by_key}
-    settings = {"method": method, "seed": seed, "directions": [direction]}
-    check_settings(owner, settings, space, trials)
+    settings = search_settings(owner, method, seed, [direction], space, trials)
     start = _checked(owner, metric(model))
     no_change = dict.fromkeys(space, 1.0)
 
@@ -147,9 +146,8 @@ def tune_coefficients(
 
     try:
         settings["weights"] = _digest(scalers)
-        study = open_study(owner, settings, space, storage, name, no_change)
-        run_trials(study, objective, space, trials, progress=progress)
-        result = SearchResult(study)
+        own = (objective, space, trials, storage, name, no_change, progress)
+        result = run_search(owner, settings, *own)
         scales = factors(result.best)
         write(scales)
         value = _checked(owner, metric(model))

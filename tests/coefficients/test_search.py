@@ -19,8 +19,8 @@ import pytest
 import sqlalchemy
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from starlayers.coefficients.search import search
-from starlayers.coefficients.study import METHODS, open_storage, quiet
+from starlayers.coefficients.search import open_storage, quiet, search
+from starlayers.coefficients.space import METHODS
 from tests.coefficients import objectives
 from tests.coefficients.objectives import SPACE, hill
 

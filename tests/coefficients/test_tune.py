@@ -12,8 +12,7 @@ from torch import nn
 
 from starlayers import StarBlock, StarMLP, StarOp
 from starlayers.coefficients.search import search
-from starlayers.coefficients.space import apply_initialisation, coefficient_space
-from starlayers.coefficients.study import METHODS
+from starlayers.coefficients.space import METHODS, apply_initialisation, coefficient_space
 from starlayers.coefficients.tune import tune_coefficients
 from starlayers.datasets.images import load_images
 from tests.helpers import FORMULAS, randn, star_op_formula
