@@ -1,6 +1,6 @@
 """Gradient checkpointing that updates BatchNorm statistics once."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,11 +14,8 @@ def recompute(module: nn.Module, x: Tensor) -> Tensor:
     Values, gradients and running statistics are those of a plain call: the second run leaves the
     statistics alone.
     """
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _FrozenStatistics(module)
-
-    y: Tensor = recomputed(module, x, context_fn=contexts)
+    contexts = nullcontext(), _FrozenStatistics(module)
+    y: Tensor = recomputed(module, x, context_fn=lambda: contexts)
     return y
 
 

@@ -106,13 +106,8 @@ class StarNet(nn.Module):
         self.feature_info: list[dict[str, Any]] = []
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        self.stem = ConvNorm(
-            in_chans,
-            STEM_CHANNELS,
-            3,
-            stride=positive_int("StarNet", "stem_stride", stem_stride),
-            **factory,
-        )
+        stem_stride = positive_int("StarNet", "stem_stride", stem_stride)
+        self.stem = ConvNorm(in_chans, STEM_CHANNELS, 3, stride=stem_stride, **factory)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         chans, reduction = STEM_CHANNELS, stem_stride
         stages = []

@@ -110,19 +110,6 @@ def _ignore_interrupts(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _Progress:
-    """Number of finished epochs, steps and seconds; saved with the state of a run."""
-
-    def __init__(self) -> None:
-        self.epoch, self.step, self.seconds = 0, 0, 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
-
 class _Run:
     """One call of `train`: model, optimizer, data loaders, metrics and progress."""
 
@@ -174,11 +161,18 @@ class _Run:
         for metric in (self.loss, self.accuracy):
             metric.persistent(True)  # an epoch resumed half way reports its first half too
         self.ema = ema_model(self.accelerator.unwrap_model(self.model), config.ema)
-        self.progress = _Progress()
-        state = (self.scheduler, self.progress, self.loss, self.accuracy)
+        self.epoch, self.step, self.seconds = 0, 0, 0.0
+        state = (self.scheduler, self, self.loss, self.accuracy)
         self.accelerator.register_for_checkpointing(*state, *([self.ema] if config.ema else []))
         self.history: list[dict[str, Any]] = []
-        self.interrupted = self.stop = False
+        self.interrupted = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the finished epochs, steps and seconds, which are saved with the state."""
+        return {"epoch": self.epoch, "step": self.step, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
     def _train_loader(self) -> Any:
         c, data = self.config, self.data
@@ -207,20 +201,19 @@ class _Run:
     def run(self) -> TrainResult:
         if self.run_dir:
             self.run_dir.load(self.accelerator)
-            self.history = self.run_dir.metrics(up_to_step=self.progress.step)
+            self.history = self.run_dir.metrics(up_to_step=self.step)
         with self._finish_step_on_interrupt():
-            for epoch in range(self.progress.epoch, self.config.epochs):
+            for epoch in range(self.epoch, self.config.epochs):
                 if not self._train_epoch(epoch):
                     break
                 self._end_epoch()
-                self._agree_on_stop()
-                if self.stop:
+                if self._agree_on_stop():
                     break
-        finished = self.progress.epoch == self.config.epochs
+        finished = self.epoch == self.config.epochs
         if finished and not self.confusion.update_called:  # resumed after the last epoch
             self._validate()
         confusion = self.confusion.compute().cpu() if self.confusion.update_called else None
-        result = TrainResult(self.history, confusion, finished, self.progress.seconds)
+        result = TrainResult(self.history, confusion, finished, self.seconds)
         if self.run_dir and finished and self.accelerator.is_main_process:
             weights = self._validated_model().state_dict()
             self.run_dir.finish(weights, self.history, confusion, self.data.classes)
@@ -233,30 +226,30 @@ class _Run:
         self.train_loader.set_epoch(epoch)
         self.model.train()
         steps = len(self.train_loader)
-        done = self.progress.step - epoch * steps
+        done = self.step - epoch * steps
         label = f"epoch {epoch + 1}/{self.config.epochs}"
-        bar = tqdm(
-            total=steps, initial=done, desc=label, disable=not self.show_progress, unit="step"
-        )
         began = time.perf_counter()
-        with bar:
+        with tqdm(
+            total=steps, initial=done, desc=label, disable=not self.show_progress, unit="step"
+        ) as bar:
             for images, labels in self.train_loader:
                 self._step(images, labels)
                 seconds, began = time.perf_counter() - began, time.perf_counter()
-                self.progress.seconds += seconds
+                self.seconds += seconds
                 bar.update()
                 self._show(bar, len(images) / seconds)
-                at_end = self.progress.step == (epoch + 1) * steps
-                self._agree_on_stop()
-                if not at_end and (self.stop or self.progress.step % self.config.save_every == 0):
+                stop = self._agree_on_stop()
+                if self.step == (epoch + 1) * steps:
+                    continue  # last step: saved after the validation
+                if stop or self.step % self.config.save_every == 0:
                     self._save()
-                if self.stop and not at_end:
+                if stop:
                     return False
         return True
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         c = self.config
-        seed = mix_seeds(c.seed, self.progress.step, self.accelerator.process_index)
+        seed = mix_seeds(c.seed, self.step, self.accelerator.process_index)
         torch.manual_seed(seed)
         images, targets = self._normalise(images), labels
         if self.mix:
@@ -274,19 +267,19 @@ class _Run:
             self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
         self.loss.update(loss.detach())
         self.accuracy.update(logits.detach().float(), labels)
-        self.progress.step += 1
+        self.step += 1
 
     def _end_epoch(self) -> None:
         test = self._validate()
-        self.progress.epoch += 1
+        self.epoch += 1
         metrics = {
-            "epoch": self.progress.epoch,
-            "step": self.progress.step,
+            "epoch": self.epoch,
+            "step": self.step,
             "lr": self.scheduler.get_last_lr()[0],
             "train_loss": self._mean_over_processes(self.loss),
             "train_accuracy": self._mean_over_processes(self.accuracy),
             **test,
-            "seconds": round(self.progress.seconds, 2),
+            "seconds": round(self.seconds, 2),
         }
         self.loss.reset()
         self.accuracy.reset()
@@ -331,21 +324,21 @@ class _Run:
 
     def _save(self) -> None:
         if self.run_dir:
-            self.run_dir.save(self.accelerator, self.progress.step)
+            self.run_dir.save(self.accelerator, self.step)
 
     def _show(self, bar: Any, images_per_second: float) -> None:
-        if self.show_progress and self.progress.step % 10 == 0:
+        if self.show_progress and self.step % 10 == 0:
             rate = images_per_second * self.accelerator.num_processes
             loss, accuracy = self.loss.compute(), self.accuracy.compute()
             bar.set_postfix_str(f"loss {loss:.3f}, acc {accuracy:.1%}, {rate:.0f} images/s")
 
-    def _agree_on_stop(self) -> None:
+    def _agree_on_stop(self) -> bool:
         # all processes must leave the loop at the same step, or the others would wait forever
-        self.stop = self.interrupted
-        if self.accelerator.num_processes > 1:
-            if self.interrupted:
-                self.accelerator.set_trigger()
-            self.stop = self.accelerator.check_trigger()
+        if self.accelerator.num_processes == 1:
+            return self.interrupted
+        if self.interrupted:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()  # type: ignore[no-any-return]
 
     @contextmanager
     def _finish_step_on_interrupt(self) -> Iterator[None]:
