@@ -81,7 +81,7 @@ class OnPolicyActorCritic(StarPolicy):
     use_stack: ClassVar[bool] = False
 
     base_arch: ClassVar[Mapping[str, list[int]]] = {"pi": [64, 64], "vf": [64, 64]}
-    layers_behind_cnn = False
+    cnn_arch: ClassVar[Mapping[str, list[int]]] = {"pi": [], "vf": []}
     base_activation = nn.Tanh
 
     def __init__(self, *args: Any, share_trunk: bool = False, **kwargs: Any) -> None:

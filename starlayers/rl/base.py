@@ -34,10 +34,10 @@ class StarPolicy(BasePolicy):
         ValueError: an option out of range; the message names it.
     """
 
-    #: SB3's own default widths, by side: "pi" is the actor, "vf", "qf" or "q" are critics
+    #: SB3's own default widths, and those behind a convolutional extractor, by side: "pi" is the
+    #: actor, "vf", "qf" or "q" are critics
     base_arch: ClassVar[Mapping[str, list[int]]] = {"pi": [256, 256], "qf": [256, 256]}
-    #: True if a convolutional extractor has these layers behind it by default
-    layers_behind_cnn: ClassVar[bool] = True
+    cnn_arch: ClassVar[Mapping[str, list[int]]] = base_arch
     base_activation: ClassVar[type[nn.Module]] = nn.ReLU
     base_extractor: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
 
@@ -83,22 +83,20 @@ class StarPolicy(BasePolicy):
 
     def _default_arch(self, extractor: type[BaseFeaturesExtractor]) -> Any:
         """Return the widths at which the networks have about the parameters of SB3's."""
-        empty = not self.layers_behind_cnn and issubclass(extractor, (NatureCNN, StarCnnExtractor))
+        convolutional = issubclass(extractor, (NatureCNN, StarCnnExtractor))
+        base = self.cnn_arch if convolutional else self.base_arch
         without_effect = [
             f"{option}={value!r}"
             for option, value in self.options.items()
             if value not in ("star", "mlp", None, DEFAULT)
         ]
-        if without_effect and empty:
+        if without_effect and not any(base.values()):
             raise ValueError(
                 f"{type(self).__name__}: behind a convolutional extractor there is no layer by "
                 f"default, and {', '.join(without_effect)} would shape none; give net_arch=[64], "
                 "or leave it out"
             )
-        widths = {
-            side: default_widths(self.specs[side].net, [] if empty else base)
-            for side, base in self.base_arch.items()
-        }
+        widths = {side: default_widths(spec.net, base[side]) for side, spec in self.specs.items()}
         return widths if len(widths) > 1 else next(iter(widths.values()))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

@@ -199,7 +199,7 @@ class StarQRDQNPolicy(StarPolicy, qrdqn.QRDQNPolicy):
     """
 
     base_arch: ClassVar[Mapping[str, list[int]]] = {"q": [64, 64]}
-    layers_behind_cnn = False
+    cnn_arch: ClassVar[Mapping[str, list[int]]] = {"q": []}
 
     def make_quantile_net(self) -> qrdqn.QuantileNetwork:
         kwargs = self._update_features_extractor(self.net_args, features_extractor=None)

@@ -99,7 +99,7 @@ class StarDQNPolicy(StarPolicy, dqn.DQNPolicy):
     """
 
     base_arch: ClassVar[Mapping[str, list[int]]] = {"q": [64, 64]}
-    layers_behind_cnn = False
+    cnn_arch: ClassVar[Mapping[str, list[int]]] = {"q": []}
 
     def make_q_net(self) -> dqn.QNetwork:
         kwargs = self._update_features_extractor(self.net_args, features_extractor=None)

@@ -186,11 +186,16 @@ def test_default_widths_are_pinned(name, widths):
 
 @pytest.mark.parametrize(
     ("name", "widths"),
-    [("PPO", {"pi": [], "vf": []}), ("DQN", []), ("SAC", {"pi": [180, 180], "qf": [180, 180]})],
+    [
+        ("PPO", {"pi": [], "vf": []}),
+        ("DQN", []),
+        ("SAC", {"pi": [180, 180], "qf": [180, 180]}),
+        ("TD3", {"pi": [180, 180], "qf": [180, 180]}),  # without images 400 and 300 over sqrt(2)
+    ],
 )
 def test_widths_behind_convolutions(name, widths):
     mlp = agent(name, "image", policy_kwargs={"net": "mlp", "activation_fn": "default"})
-    base = {"pi": [256, 256], "qf": [256, 256]} if name == "SAC" else widths
+    base = {"pi": [256, 256], "qf": [256, 256]} if name in ("SAC", "TD3") else widths
     assert mlp.policy.net_arch == base
     assert agent(name, "image").policy.net_arch == widths
     stock = {"policy": "StarMlpPolicy", "policy_kwargs": {"features_extractor_class": NatureCNN}}
