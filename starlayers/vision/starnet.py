@@ -181,15 +181,13 @@ class StarNet(nn.Module):
                 f"StarNet: num_classes={num_classes} needs a global_pool; without one use "
                 "num_classes=0"
             )
-        reference = self.stem.conv.weight
-        factory: dict[str, Any] = {"device": reference.device, "dtype": reference.dtype}
         self.global_pool, self.num_classes = pool, num_classes
         self.head: nn.Module = nn.Identity()
         if num_classes:
-            self.head = nn.Linear(self.num_features, num_classes, **factory)
-            with torch.no_grad():
-                nn.init.trunc_normal_(self.head.weight, std=0.02)
-                nn.init.zeros_(self.head.bias)
+            like = self.stem.conv.weight
+            self.head = nn.Linear(self.num_features, num_classes, True, like.device, like.dtype)
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
         self.head.train(self.training)
 
     def get_classifier(self) -> nn.Module:
@@ -255,13 +253,9 @@ class StarNet(nn.Module):
     def _stage_indices(self, indices: int | Sequence[int] | None) -> set[int]:
         """Return the stage numbers that `indices` of `forward_intermediates` asks for."""
         n = len(self.stages)
-        if indices is None:
-            return set(range(n))
-        listed: Sequence[int] = ()
-        if not isinstance(indices, int):
-            listed = indices
-        elif 0 < indices <= n:
-            listed = range(n - indices, n)
+        listed = range(n) if indices is None else indices
+        if isinstance(listed, int):
+            listed = range(n - listed, n) if 0 < listed <= n else ()
         wanted = {i + n if i < 0 else i for i in listed}
         if not wanted or not wanted <= set(range(n)):
             raise ValueError(

@@ -5,9 +5,10 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -130,6 +131,9 @@ class _Run:
             mixed_precision="bf16" if config.amp else "no",
             dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True),
         )
+        self.loader: Callable[..., DataLoader[Any]] = partial(
+            DataLoader, num_workers=config.workers, worker_init_fn=_ignore_interrupts
+        )
         self.show_progress = progress and self.accelerator.is_main_process
         device = self.accelerator.device
         if config.compile:
@@ -144,7 +148,7 @@ class _Run:
             )
         # not through prepare(), which would save the position of a validation with the state
         self.test_loader = prepare_data_loader(
-            self._loader(data.test, VALIDATION_BATCH), device, put_on_device=True
+            self.loader(data.test, VALIDATION_BATCH), device, put_on_device=True
         )
         steps = config.epochs * len(self.train_loader)
         self.scheduler = lr_scheduler(self.optimizer.optimizer, config, steps)
@@ -187,16 +191,7 @@ class _Run:
         )
         self.augmented = Augmented(images, transform, c.seed) if transform else None
         sampler = ShuffleSampler(len(images), c.seed)
-        return self._loader(self.augmented or images, c.batch_size, sampler=sampler, drop_last=True)
-
-    def _loader(self, images: Any, batch_size: int, **options: Any) -> DataLoader[Any]:
-        return DataLoader(
-            images,
-            batch_size,
-            num_workers=self.config.workers,
-            worker_init_fn=_ignore_interrupts,
-            **options,
-        )
+        return self.loader(self.augmented or images, c.batch_size, sampler=sampler, drop_last=True)
 
     def run(self) -> TrainResult:
         if self.run_dir:
