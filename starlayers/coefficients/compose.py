@@ -6,6 +6,7 @@ The products of the star become functions of the model's input, and its outputs 
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +23,13 @@ SCALES = (1e-3, 1.0, 1e3, 1e6)
 CHUNK_BYTES = 1 << 26
 
 
-@dataclass(frozen=True)
-class Outline:
+class Outline(NamedTuple):
     """Affine layers, a star, affine layers, and the shape of one input."""
 
     before: Layers
     star: StarOp
     after: Layers
     shape: tuple[int, ...]
-
-    @property
-    def products(self) -> int:
-        """Number of products of the star."""
-        return int(self.star.f1.out_features)
 
 
 @dataclass(frozen=True)
@@ -104,8 +99,7 @@ def compose(owner: str, model: Outline) -> Products:
             f"vector of {star.in_features} features is needed; pass shape=, that of one input"
         )
     tail = [("g", star.g.requires_grad_(False)), *after] if isinstance(star, StarMLP) else after
-    channels = model.products // star.rank
-    outputs = _affine_output_shape(owner, tail, (channels,))
+    outputs = _affine_output_shape(owner, tail, (star.f1.out_features // star.rank,))
     branches: list[Tensor] = []
     for vectors in branch_vectors(star):
         rows = vectors.detach().flatten(0, 1)

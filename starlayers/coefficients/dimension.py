@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from starlayers.coefficients.form import check_bytes
 from starlayers.modules import StarOp, positive_int
 
 __all__ = ["empirical_rank", "implicit_dimension"]
-
-MAX_BYTES = 2**30
 
 
 def implicit_dimension(d: int, layers: int = 1, *, exact: bool = True) -> int | float:
@@ -102,12 +101,8 @@ def empirical_rank(
         rows = positive_int("empirical_rank", "samples", rows)
         if rows < outputs:
             raise ValueError(f"empirical_rank: {rows} samples are too few for {outputs} outputs")
-        if (size := 8 * rows * outputs) > MAX_BYTES:
-            raise ValueError(
-                f"empirical_rank: a matrix of {rows} samples and {outputs} outputs takes "
-                f"{size / 2**30:.1f} GiB, more than {MAX_BYTES / 2**30:g} GiB; take a smaller d, "
-                "fewer outputs or samples="
-            )
+        matrix = f"empirical_rank: a matrix of {rows} samples and {outputs} outputs takes"
+        check_bytes(8 * rows * outputs, matrix, "take a smaller d, fewer outputs or samples=")
         x = torch.randn(rows, d, generator=draw, dtype=torch.float64)
         y = call(x).reshape(rows, -1)
         if not y.isfinite().all():

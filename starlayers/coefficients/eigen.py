@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from starlayers.coefficients.compose import Products, compose, outline
+from starlayers.coefficients.form import check_bytes
 from starlayers.modules import StarMLP, positive_int
 
 __all__ = ["Attribution", "Eigenfeatures", "attribute", "eigenfeatures"]
@@ -18,7 +19,6 @@ Basis = tuple[Tensor, Tensor]
 
 #: rows of the largest matrix whose eigenvectors are computed; twice as many take 8 times as long
 MAX_ORDER = 4097
-MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,8 @@ def eigenfeatures(
     parts = outline("eigenfeatures", model, None if shape is None else tuple(shape))
     features = torch.Size(parts.shape).numel() + 1
     # an output of a StarOp has products of its own
-    mixed = bool(parts.after) or isinstance(parts.star, StarMLP) or isinstance(output, Tensor)
-    separate = not mixed
-    used = parts.star.rank if separate else parts.products
+    separate = not (parts.after or isinstance(parts.star, StarMLP) or isinstance(output, Tensor))
+    used = parts.star.rank if separate else parts.star.f1.out_features
     order = min(features, 2 * used + 1)
     if order > MAX_ORDER:
         raise ValueError(
@@ -143,13 +142,9 @@ def eigenfeatures(
     products = compose("eigenfeatures", parts)
     outputs = products.outputs if output is None else 1
     kept = order if k is None else min(order, positive_int("eigenfeatures", "k", k))
-    size = 8 * outputs * kept * features
-    if size > MAX_BYTES:
-        raise ValueError(
-            f"eigenfeatures of {outputs:,} outputs with {kept:,} eigenvectors of "
-            f"{features:,} coordinates each would take {size / 2**30:.1f} GiB; ask for single "
-            "outputs (output=) or for fewer eigenvectors (k=)"
-        )
+    content = f"{outputs:,} outputs with {kept:,} eigenvectors of {features:,} coordinates each"
+    remedy = "ask for single outputs (output=) or for fewer eigenvectors (k=)"
+    check_bytes(8 * outputs * kept * features, f"eigenfeatures of {content} would take", remedy)
     shared = None if separate or order == features else _basis(products.first, products.second)
     results = []
     for number, direction in _directions("eigenfeatures", products.outputs, output):

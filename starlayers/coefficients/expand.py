@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING
 
 import torch
@@ -141,12 +142,8 @@ def expand(
 
 def _terms(q: list[list[float]], names: tuple[str, ...]) -> dict[tuple[str, ...], float]:
     d = len(names)
-    terms: dict[tuple[str, ...], float] = {}
-    for i in range(d):
-        terms[names[i], names[i]] = q[i][i]
-        for j in range(i + 1, d):
-            terms[names[i], names[j]] = 2 * q[i][j]
-    for i in range(d):
-        terms[names[i],] = 2 * q[i][d]
-    terms[()] = q[d][d]
-    return terms
+    pairs = combinations_with_replacement(range(d + 1), 2)  # d is the constant coordinate
+    return {
+        tuple(names[n] for n in (i, j) if n < d): q[i][j] if i == j else 2 * q[i][j]
+        for i, j in sorted(pairs, key=lambda pair: pair.count(d))
+    }

@@ -144,19 +144,15 @@ def quadratic_form(
     check_form("quadratic_form", op)
     chosen = _outputs(op, outputs)
     side = op.in_features + 1
-    needed = len(chosen) * side * side * _itemsize(op)
-    if needed > MAX_BYTES:
-        raise ValueError(
-            f"quadratic_form: {len(chosen)} matrices of {side} x {side} take "
-            f"{needed / 2**30:.1f} GiB, more than {MAX_BYTES / 2**30:g} GiB; choose some of the "
-            f"{op.out_features} outputs by outputs=, go through them in chunks by "
-            "iter_quadratic_forms, or work with the factors from branch_vectors"
-        )
-    size = (
-        _chunk(op, CHUNK_BYTES) if chunk is None else positive_int("quadratic_form", "chunk", chunk)
+    check_bytes(
+        len(chosen) * side * side * _itemsize(op),
+        f"quadratic_form: {len(chosen)} matrices of {side} x {side} take",
+        f"choose some of the {op.out_features} outputs by outputs=, go through them in chunks by "
+        "iter_quadratic_forms, or work with the factors from branch_vectors",
     )
-    factors = _factors(op)
-    parts = [_dense(factors, chosen[i : i + size]) for i in range(0, max(1, len(chosen)), size)]
+    size = _chunk(op, CHUNK_BYTES)
+    size = size if chunk is None else positive_int("quadratic_form", "chunk", chunk)
+    parts = [q for _, q in _matrices(op, chosen, size)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -185,21 +181,36 @@ def iter_quadratic_forms(
     """
     check_form("iter_quadratic_forms", op)
     side = op.in_features + 1
-    if (needed := side * side * _itemsize(op)) > MAX_BYTES:
-        raise ValueError(
-            f"iter_quadratic_forms: a single matrix of {side} x {side} takes "
-            f"{needed / 2**30:.1f} GiB, more than {MAX_BYTES / 2**30:g} GiB; work with the factors "
-            "from branch_vectors"
-        )
+    what = f"iter_quadratic_forms: a single matrix of {side} x {side} takes"
+    check_bytes(side * side * _itemsize(op), what, "work with the factors from branch_vectors")
     size = _chunk(op, positive_int("iter_quadratic_forms", "chunk_bytes", chunk_bytes))
-    return _chunks(op, size)
+    forms = _matrices(op, range(op.out_features), size)
+    return ((slice(outputs[0], outputs[-1] + 1), q) for outputs, q in forms)
 
 
-def _chunks(op: StarOp, size: int) -> Iterator[tuple[slice, Tensor]]:
-    factors = _factors(op)
-    for start in range(0, op.out_features, size):
-        stop = min(start + size, op.out_features)
-        yield slice(start, stop), _dense(factors, list(range(start, stop)))
+def _matrices(
+    op: StarOp, outputs: Sequence[int], size: int
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Yield outputs and their matrices, `size` at a time."""
+    w1, w2 = branch_vectors(op)
+    if isinstance(op, StarMLP):
+        w1, w2 = w1.flatten(0, 1), w2.flatten(0, 1)
+        g = _augmented("g", op.g)
+        weights, bias = g[:, :-1].repeat_interleave(op.rank, 1), g[:, -1]
+    for start in range(0, max(1, len(outputs)), size):
+        part = list(outputs[start : start + size])
+        if isinstance(op, StarMLP):
+            constant = nn.functional.pad(bias[part][:, None, None], (op.in_features, 0) * 2)
+            yield part, dense(weights[part][:, :, None] * w1, w2) + constant
+        else:
+            yield part, dense(w1[part], w2[part])
+
+
+def check_bytes(needed: int, what: str, remedy: str) -> None:
+    """Raise an error if a tensor takes more than `MAX_BYTES`."""
+    if needed > MAX_BYTES:
+        limit = f"{needed / 2**30:.1f} GiB, more than {MAX_BYTES / 2**30:g} GiB"
+        raise ValueError(f"{what} {limit}; {remedy}")
 
 
 def check_form(owner: str, op: object) -> None:
@@ -236,33 +247,6 @@ def _chunk(op: StarOp, size: int) -> int:
     # a StarMLP also needs the factors of all its products, weighted for each output
     products = op.f1.out_features if isinstance(op, StarMLP) else op.rank
     return max(1, size // (_itemsize(op) * side * max(side, products)))
-
-
-#: both vectors of each product, and for a StarMLP the weights and the bias of g
-_Factors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-
-
-def _factors(op: StarOp) -> _Factors:
-    w1, w2 = branch_vectors(op)
-    if not isinstance(op, StarMLP):
-        return w1, w2, None, None
-    weight = _augmented("g", op.g)
-    return (
-        w1.flatten(0, 1),
-        w2.flatten(0, 1),
-        weight[:, :-1].repeat_interleave(op.rank, 1),
-        weight[:, -1],
-    )
-
-
-def _dense(factors: _Factors, outputs: list[int]) -> Tensor:
-    w1, w2, weights, bias = factors
-    if weights is None:
-        return dense(w1[outputs], w2[outputs])
-    q = dense(weights[outputs][:, :, None] * w1, w2)
-    if bias is not None:
-        q = q + nn.functional.pad(bias[outputs][:, None, None], (w1.shape[-1] - 1, 0) * 2)
-    return q
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:

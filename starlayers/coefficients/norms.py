@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from starlayers.backend import needs_gradients, recomputed
-from starlayers.coefficients.form import CHUNK_BYTES, MAX_BYTES, dense, no_autocast
+from starlayers.coefficients.form import CHUNK_BYTES, check_bytes, dense, no_autocast
 
 
 def squares(w1: Tensor, w2: Tensor) -> Tensor:
@@ -97,13 +97,13 @@ def entropies(w1: Tensor, w2: Tensor) -> Tensor:
 
     It is `-sum p log p`, and takes `D^2` operations.
     """
+    return in_chunks(_entropies, w1, w2, matrix_bytes(w1))
 
-    def entropy(w1: Tensor, w2: Tensor) -> Tensor:
-        q = dense(w1, w2).square()
-        terms: Tensor = torch.special.entr(q / positive(q.sum((1, 2), keepdim=True)))
-        return terms.sum((1, 2))
 
-    return in_chunks(entropy, w1, w2, matrix_bytes(w1))
+def _entropies(w1: Tensor, w2: Tensor) -> Tensor:
+    q = dense(w1, w2).square()
+    terms: Tensor = torch.special.entr(q / positive(q.sum((1, 2), keepdim=True)))
+    return terms.sum((1, 2))
 
 
 def eigenvalues(w1: Tensor, w2: Tensor) -> Tensor:
@@ -139,12 +139,9 @@ def matrix_bytes(w: Tensor) -> int:
         ValueError: the matrix takes more than `MAX_BYTES`.
     """
     side = w.shape[2]
-    if (needed := side * side * w.element_size()) > MAX_BYTES:
-        raise ValueError(
-            f"a single matrix of {side} x {side} takes {needed / 2**30:.1f} GiB, more than "
-            f"{MAX_BYTES / 2**30:g} GiB; leave out what needs it: bound=True for a penalty, "
-            "entropy=False for a spectrum"
-        )
+    needed = side * side * w.element_size()
+    remedy = "leave out what needs it: bound=True for a penalty, entropy=False for a spectrum"
+    check_bytes(needed, f"a single matrix of {side} x {side} takes", remedy)
     return 4 * needed
 
 

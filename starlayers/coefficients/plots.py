@@ -114,16 +114,12 @@ def _draw_kinds(ax: Any, spectra: list[Spectrum]) -> None:
 
 
 def _draw_spread(ax: Any, spectra: list[Spectrum]) -> None:
-    measures: dict[str, list[Tensor]] = {
-        "participation": [s.participation for s in spectra],
-        "sparsity (Hoyer)": [s.sparsity for s in spectra],
-    }
-    entropies = [s.entropy for s in spectra if s.entropy is not None]
-    if len(entropies) == len(spectra):
-        measures["entropy"] = entropies
-    layers = range(len(spectra))
-    for i, (name, values) in enumerate(measures.items()):
-        q = torch.tensor(QUANTILES, dtype=torch.float64)
+    layers, q = range(len(spectra)), torch.tensor(QUANTILES, dtype=torch.float64)
+    measures = {"participation": "participation", "sparsity": "sparsity (Hoyer)"}
+    if all(s.entropy is not None for s in spectra):
+        measures["entropy"] = "entropy"
+    for i, (measure, name) in enumerate(measures.items()):
+        values = [getattr(s, measure) for s in spectra]
         quantiles = torch.stack([v.double().cpu().quantile(q) for v in values], 1)
         low, middle, high = quantiles.numpy()
         style = {"color": f"C{i}", "lw": 1}

@@ -1,13 +1,13 @@
 """Factors for the products of star layers, written into their weights."""
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from starlayers.coefficients.form import find_stars
 from starlayers.modules import StarOp
+from starlayers.surgery.find import matches
 
 
 def star_layers(
@@ -26,21 +26,16 @@ def star_layers(
             f"{owner}: {type(model).__name__} has no star layers with factors of their own "
             "(StarOp, StarMLP)"
         )
-    if layers is None:
-        return {name: ProductScaler(owner, name, m) for name, m in stars.items()}
+    layers = "*" if layers is None else layers
     patterns = [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
-        if not any(_matches(name, pattern) for name in stars):
+        if not any(matches(name, [pattern]) for name in stars):
             raise ValueError(
                 f"{owner}: layers={pattern!r} matches none of the {len(stars)} star layers, "
                 f"{', '.join(map(repr, stars))}"
             )
-    chosen = [name for name in stars if any(_matches(name, p) for p in patterns)]
+    chosen = [name for name in stars if matches(name, patterns)]
     return {name: ProductScaler(owner, name, stars[name]) for name in chosen}
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 class ProductScaler:
@@ -100,16 +95,8 @@ class ProductScaler:
         for parameter, initial in self._initial:
             parameter.copy_(initial)
 
-    def sizes(self) -> Tensor:
-        """Return `|w1| |w2|` of each product, (products,)."""
-        first, second = (f.weight.detach().norm(dim=1) for f in (self.op.f1, self.op.f2))
-        return first * second  # type: ignore[no-any-return]
-
     def groups(self, count: int | None) -> list[Tensor]:
-        """Split the products into `count` groups of similar size, the largest first.
-
-        Returns:
-            Indices of the products of each group; one product a group for `None`.
-        """
-        order = self.sizes().argsort(descending=True, stable=True).cpu()
+        """Return the products in groups of similar `|w1| |w2|`; `None` for one each."""
+        first, second = (f.weight.detach().norm(dim=1) for f in (self.op.f1, self.op.f2))
+        order = (first * second).argsort(descending=True, stable=True).cpu()
         return list(order.tensor_split(min(count or self.products, self.products)))

@@ -128,32 +128,28 @@ def tune_coefficients(
     start = _checked(owner, metric(model))
     no_change = dict.fromkeys(space, 1.0)
 
-    def factors(values: Mapping[str, float]) -> dict[str, Tensor]:
+    def write(values: Mapping[str, float]) -> dict[str, Tensor]:
         scales = {k: torch.ones(s.products, dtype=torch.float64) for k, s in scalers.items()}
         for key, (layer, products) in groups_by_key.items():
             scales[layer][products] = values[key]
-        return scales
-
-    def write(scales: dict[str, Tensor]) -> None:
         for layer, scaler in scalers.items():
             scaler.write(scales[layer])
+        return scales
 
     def objective(trial: "optuna.Trial") -> float:
         if trial.number == 0:  # the start
             return start
-        write(factors(trial.params))
+        write(trial.params)
         return metric(model)
 
     try:
         settings["weights"] = _digest(scalers)
         own = (objective, space, trials, storage, name, no_change, progress)
         result = run_search(owner, settings, *own)
-        scales = factors(result.best)
-        write(scales)
+        scales = write(result.best)
         value = _checked(owner, metric(model))
         if value != start and (value > start) != (direction == "maximize"):
-            scales, value = factors(no_change), start
-            write(scales)
+            scales, value = write(no_change), start
     except BaseException:
         for scaler in scalers.values():
             scaler.restore()

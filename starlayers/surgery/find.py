@@ -121,14 +121,14 @@ class NameFilter:
         self.exclude = [] if exclude is None else _as_list(exclude)
 
     def __contains__(self, name: str) -> bool:
-        included = self.include is None or _matches(name, self.include)
-        return included and not _matches(name, self.exclude)
+        included = self.include is None or matches(name, self.include)
+        return included and not matches(name, self.exclude)
 
     def check(self, names: list[str]) -> None:
         """Raise a ValueError for a pattern that matches none of `names`."""
         for kind, patterns in (("include", self.include or []), ("exclude", self.exclude)):
             for pattern in patterns:
-                if not any(_matches(name, [pattern]) for name in names):
+                if not any(matches(name, [pattern]) for name in names):
                     raise ValueError(
                         f"{kind} pattern {pattern!r} matches none of the {len(names)} MLPs found"
                         + (f", the first of which is {names[0]}" if names else "")
@@ -139,6 +139,6 @@ def _as_list(patterns: str | Sequence[str]) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
-def _matches(name: str, patterns: list[str]) -> bool:
+def matches(name: str, patterns: list[str]) -> bool:
     """Return True if a pattern matches a name or that of a module above it."""
     return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns)

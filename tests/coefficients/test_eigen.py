@@ -14,8 +14,8 @@ from starlayers.coefficients import (
     TruncationCurve,
     attribute,
     compose,
-    eigen,
     eigenfeatures,
+    form,
     plot_eigenfeatures,
     quadratic_form,
     truncate,
@@ -351,7 +351,7 @@ def test_what_is_too_large_is_refused_before_anything_is_computed(monkeypatch):
     large = StarMLP(8192, 8192, act=None, device="meta")
     with pytest.raises(ValueError, match="8,193 x 8,193 matrices, the most is 4,097"):
         eigenfeatures(large, 0)
-    monkeypatch.setattr(eigen, "MAX_BYTES", 8 * 3 * 6 * 6 - 1)
+    monkeypatch.setattr(form, "MAX_BYTES", 8 * 3 * 6 * 6 - 1)
     with pytest.raises(ValueError, match="eigenfeatures of 3 outputs with 6 eigenvectors of 6 "):
         eigenfeatures(mlp(5, 8, 3))
     assert len(eigenfeatures(mlp(5, 8, 3), k=5)) == 3

@@ -14,9 +14,9 @@ from starlayers.coefficients import (
     CoefficientPenalty,
     Polynomial,
     branch_vectors,
-    dimension,
     empirical_rank,
     expand,
+    form,
     implicit_dimension,
     iter_quadratic_forms,
     quadratic_form,
@@ -343,6 +343,6 @@ def test_ranks_that_cannot_be_measured(call, words):
 
 
 def test_a_matrix_that_is_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr(dimension, "MAX_BYTES", 8 * 40 * 20 - 1)
+    monkeypatch.setattr(form, "MAX_BYTES", 8 * 40 * 20 - 1)
     with pytest.raises(ValueError, match="40 samples and 20 outputs"):
         empirical_rank(StarOp(3, 20, act=None))
