@@ -29,8 +29,7 @@ _TIMM_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 def _entry_point(name: str, factory: Factory) -> Any:
     def create(pretrained: bool = False, **kwargs: Any) -> StarNet:
-        for key in _TIMM_ONLY:
-            kwargs.pop(key, None)
+        kwargs = {k: v for k, v in kwargs.items() if k not in _TIMM_ONLY}
         if kwargs.pop("features_only", False):
             raise ValueError(
                 f"{create.__name__} has no features_only; call model.forward_intermediates(x)"

@@ -93,8 +93,7 @@ class RunDir:
         file = Path(path) / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"no run to resume in {path} (no config.json)")
-        config: dict[str, Any] = json.loads(file.read_text())
-        return config
+        return dict(json.loads(file.read_text()))
 
     def save(self, accelerator: Accelerator, step: int) -> None:
         """Save the state of all processes after `step`, then delete older states."""
