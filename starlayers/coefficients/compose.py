@@ -55,12 +55,7 @@ class Products:
 
 
 def outline(owner: str, model: nn.Module, shape: tuple[int, ...] | None) -> Outline:
-    """Find the star of `model` and the layers before and after it; copy nothing.
-
-    Raises:
-        ValueError: there is not exactly one star, it is not a quadratic form, a layer is in
-            training mode, or the shape of an input is unknown.
-    """
+    """Find the star of `model` and the layers before and after it; copy nothing."""
     layers = list(_layers(model))
     stars = [i for i, (_, layer) in enumerate(layers) if isinstance(layer, StarOp)]
     if len(stars) != 1:
@@ -83,11 +78,7 @@ def outline(owner: str, model: nn.Module, shape: tuple[int, ...] | None) -> Outl
 
 
 def compose(owner: str, model: Outline) -> Products:
-    """Return the products of a model as functions of the model's input.
-
-    Raises:
-        ValueError: a layer is not affine, or inputs of that shape do not fit.
-    """
+    """Return the products of a model as functions of the model's input."""
     before, star, after = copy.deepcopy((model.before, model.star, model.after))
     star.cpu().double()
     for _, layer in before + after:

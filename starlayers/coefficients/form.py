@@ -63,13 +63,6 @@ def find_stars(owner: str, model: nn.Module) -> dict[str, nn.Module]:
     These are `StarOp` and `StarMLP` with `combine="mul"`, and layers of other classes that have a
     method `star_vectors()`, which returns a list of pairs as `branch_vectors` does. The name of the
     model itself is "".
-
-    Raises:
-        ValueError: there is none.
-
-    Example:
-        >>> list(find_stars("spectrum", nn.Sequential(nn.Linear(4, 4), StarOp(4, 8))))
-        ['1']
     """
     layers = {
         name: layer

@@ -93,10 +93,7 @@ def _signed(v: Tensor, below: Tensor, upto: Tensor) -> Tensor:
 
 
 def entropies(w1: Tensor, w2: Tensor) -> Tensor:
-    """Return the entropy of the shares `Q_ij^2 / |Q|_F^2`, (channels,).
-
-    It is `-sum p log p`, and takes `D^2` operations.
-    """
+    """Return `-sum p log p`, `p = Q_ij^2 / |Q|_F^2`, (channels,), in `D^2` operations."""
     return in_chunks(_entropies, w1, w2, matrix_bytes(w1))
 
 
@@ -123,21 +120,14 @@ def eigenvalues(w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def diagonals(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the diagonal of Q and its last column without the corner.
-
-    These are (channels, D) and (channels, D - 1).
-    """
+    """Return the diagonal of Q (channels, D), and its last column without the corner."""
     last1, last2 = w1[:, :, -1:], w2[:, :, -1:]
     edge = (w1[:, :, :-1] * last2 + w2[:, :, :-1] * last1).sum(1) / 2
     return (w1 * w2).sum(1), edge
 
 
 def matrix_bytes(w: Tensor) -> int:
-    """Return the bytes needed to sum over the matrix of a channel.
-
-    Raises:
-        ValueError: the matrix takes more than `MAX_BYTES`.
-    """
+    """Return the bytes needed to sum over the matrix of a channel, if not too many."""
     side = w.shape[2]
     needed = side * side * w.element_size()
     remedy = "leave out what needs it: bound=True for a penalty, entropy=False for a spectrum"

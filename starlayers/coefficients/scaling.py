@@ -16,9 +16,6 @@ def star_layers(
     """Return a scaler for each star layer of a model, by the layer's name.
 
     `layers` are names, or patterns as in `fnmatch`, of layers or of modules above them.
-
-    Raises:
-        ValueError: the model has no star layers, or a pattern matches none.
     """
     stars = {n: m for n, m in find_stars(owner, model).items() if isinstance(m, StarOp)}
     if not stars:
@@ -44,9 +41,6 @@ class ProductScaler:
     The layer has `products = rank * out_features` of them, one for each output of its branches. A
     factor `s` is written into the second branch, `s * (offset + h2)`, or into the layer's own
     `scale` if it has one, and so changes only the size of the product.
-
-    Raises:
-        ValueError: the second branch is not a plain linear layer, or has no bias and an offset.
 
     Example:
         >>> op, x = StarOp(4, 3), torch.randn(2, 4)

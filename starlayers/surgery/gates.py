@@ -101,8 +101,5 @@ def gate_of(star: StarProjection | GatedMLP) -> nn.Module | None:
 
 
 def name_of(path: str, star: StarProjection | GatedMLP) -> str:
-    """Return the name of a star layer's first linear layer.
-
-    `path` is the name of the layer's owner.
-    """
+    """Return the name of a star layer's first linear layer; `path` is its owner's."""
     return join(path, role_of(star).site.inp)

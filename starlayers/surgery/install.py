@@ -1,6 +1,7 @@
 """Put star layers into a model, list them, and take them out."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,14 +19,10 @@ def identity(x: Tensor) -> Tensor:
 def install_plain(
     owner: nn.Module, site: Site, spec: str, *, fused: bool = False, recompute: bool = False
 ) -> StarProjection:
-    """Replace first layer and activation of a plain MLP by a star projection.
-
-    `spec` is the gate, as in `parse_gate`; `fused` and `recompute` are options of `StarProjection`.
-    """
+    """Replace first layer and activation of a plain MLP by a star projection."""
     inp, act = attribute(owner, site.inp), attribute(owner, site.act)
-    flags: dict[str, bool] = {"fused": fused, "recompute": recompute}
-    gate, act_name = make_gate(spec, inp), recognise(act)
-    star = StarProjection(inp, act, gate, site, spec=spec, act_name=act_name, **flags)
+    options: dict[str, Any] = {"act_name": recognise(act), "fused": fused, "recompute": recompute}
+    star = StarProjection(inp, act, make_gate(spec, inp), site, spec=spec, **options)
     put(owner, site.inp, star)
     put(owner, site.act, nn.Identity() if isinstance(act, nn.Module) else identity)
     if isinstance(owner, nn.TransformerEncoderLayer):
@@ -35,19 +32,23 @@ def install_plain(
     return star
 
 
-def install_gated(
+def install(
     owner: nn.Module,
     site: Site,
-    between: tuple[str, ...],
     *,
-    fused: bool = True,
+    gate: str = "full",
+    between: tuple[str, ...] = (),
+    fused: bool = False,
     recompute: bool = False,
     rank: int = 0,
-) -> GatedMLP:
-    """Change the class of a gated MLP to `GatedMLP`, and add `rank` products per channel.
+) -> StarProjection | GatedMLP:
+    """Put a star layer in the place of an MLP: a projection, or a `GatedMLP`.
 
-    `between`, `fused` and `recompute` are as for `Role`.
+    A plain MLP gets a `gate`, a gated one `rank` products per channel; `between`, `fused` and
+    `recompute` are as for `Role`.
     """
+    if site.form == "plain":
+        return install_plain(owner, site, gate, fused=fused, recompute=recompute)
     act_name = recognise(attribute(owner, site.act))
     star = adopt(owner, Role(site, type(owner), act_name, between, fused, recompute))
     if rank:
@@ -61,11 +62,7 @@ def role_of(star: StarProjection | GatedMLP) -> StarProjection | Role:
 
 
 def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, StarProjection | GatedMLP]]:
-    """Yield every star layer that starify has put into a model.
-
-    Yields:
-        Name of the owner, owner, star layer; a layer shared by several owners once.
-    """
+    """Yield name of the owner, owner and star layer, for each star layer once."""
     seen: set[int] = set()
     for path, star in list(model.named_modules(remove_duplicate=False)):
         if id(star) in seen or not isinstance(star, (StarProjection, GatedMLP)):

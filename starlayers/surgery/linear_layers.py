@@ -8,10 +8,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 
 class Projection(NamedTuple):
-    """Sizes of a linear map over channels.
-
-    Channels lie in the last dimension, or in dimension 1 if `channels_first`.
-    """
+    """Sizes of a linear map over the last dimension, or 1 if `channels_first`."""
 
     in_features: int
     out_features: int
@@ -24,12 +21,6 @@ def projection(module: nn.Module | None) -> Projection | None:
     Linear layers are those with "Linear" in the name of their class or of a base class,
     `Conv1D` of transformers, and convolutions with a kernel of 1x1, stride 1, one group and no
     padding. A layer that PEFT has wrapped counts as the layer inside the wrapper.
-
-    Example:
-        >>> projection(nn.Linear(2, 3))
-        Projection(in_features=2, out_features=3, channels_first=False)
-        >>> projection(nn.Conv2d(2, 3, 3)) is None
-        True
     """
     base = base_layer(module)
     if isinstance(base, nn.Conv2d):

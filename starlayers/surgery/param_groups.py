@@ -47,13 +47,8 @@ def param_groups(
     """
     gate_lr = lr if gate_lr is None else gate_lr
     gate_weight_decay = weight_decay if gate_weight_decay is None else gate_weight_decay
-    numbers = {
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "gate_lr": gate_lr,
-        "gate_weight_decay": gate_weight_decay,
-    }
-    for name, value in numbers.items():
+    numbers = (lr, weight_decay, gate_lr, gate_weight_decay)
+    for name, value in zip(("lr", "weight_decay", "gate_lr", "gate_weight_decay"), numbers):
         if value < 0:
             raise ValueError(f"param_groups: {name} must be at least 0, got {value}")
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -22,12 +22,10 @@ class ScaleGate(nn.Module):
     Shapes: any -> (hidden,), or (hidden, 1, 1) for channels-first layers.
     """
 
-    def __init__(
-        self, sizes: Projection, *, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
+    def __init__(self, sizes: Projection, **factory: Any) -> None:
         super().__init__()
         shape = (sizes.out_features, 1, 1) if sizes.channels_first else (sizes.out_features,)
-        self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+        self.weight = nn.Parameter(torch.zeros(shape, **factory))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight
@@ -42,39 +40,31 @@ class LowRankGate(nn.Module):
     Shapes: (..., in) -> (..., hidden), or with channels in dimension 1.
     """
 
-    def __init__(
-        self, sizes: Projection, rank: int, *, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
+    def __init__(self, sizes: Projection, rank: int, **factory: Any) -> None:
         super().__init__()
         n, f, first = sizes
-        self.down = _linear(Projection(n, rank, first), zero=False, dtype=dtype, device=device)
-        self.up = _linear(Projection(rank, f, first), zero=True, dtype=dtype, device=device)
+        self.down = _linear(Projection(n, rank, first), zero=False, **factory)
+        self.up = _linear(Projection(rank, f, first), zero=True, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))  # type: ignore[no-any-return]
 
 
-def _linear(
-    sizes: Projection, *, zero: bool, dtype: torch.dtype, device: torch.device | str
-) -> nn.Module:
+def _linear(sizes: Projection, *, zero: bool, **factory: Any) -> nn.Module:
     """Return a linear layer: zeros with a bias, or random without one."""
     n, f, channels_first = sizes
     kind: Any = nn.Conv2d if channels_first else nn.Linear
     # skip_init: a zero layer must draw no random number, or starify would change the user's seeds
     make = partial(skip_init, kind) if zero else kind
     kernel_size = (1,) if channels_first else ()
-    layer: nn.Module = make(n, f, *kernel_size, bias=zero, dtype=dtype, device=device)
+    layer: nn.Module = make(n, f, *kernel_size, bias=zero, **factory)
     if zero:
         zero_(layer)
     return layer
 
 
 def parse_gate(spec: str) -> tuple[str, int]:
-    """Return the kind of a gate and its rank, 0 for the kinds without one.
-
-    Raises:
-        TypeError, ValueError: `spec` is not "full", "scale" or "low_rank=r" with r of at least 1.
-    """
+    """Return the kind of a gate and its rank, 0 for the kinds without one."""
     if not isinstance(spec, str):
         raise TypeError(f"gate must be 'full', 'scale' or 'low_rank=r', got {spec!r}")
     kind, _, rank = spec.partition("=")
@@ -89,21 +79,17 @@ def parse_gate(spec: str) -> tuple[str, int]:
 
 
 def make_gate(spec: str, inp: nn.Module) -> nn.Module:
-    """Return a zero gate for the linear layer `inp`, of its dtype and on its device.
-
-    Raises:
-        TypeError, ValueError: `spec` is no gate (see `parse_gate`), or `inp` is not linear.
-    """
+    """Return a zero gate for the linear layer `inp`, of its dtype and on its device."""
     kind, rank = parse_gate(spec)
     sizes = projection(inp)
     if sizes is None:
         raise ValueError(f"{type(inp).__name__} is no linear layer or 1x1 convolution")
-    dtype, device = dtype_and_device(inp)
+    factory = dict(zip(("dtype", "device"), dtype_and_device(inp)))
     if kind == "scale":
-        return ScaleGate(sizes, dtype=dtype, device=device)
+        return ScaleGate(sizes, **factory)
     if kind == "low_rank":
-        return LowRankGate(sizes, rank, dtype=dtype, device=device)
-    return _linear(sizes, zero=True, dtype=dtype, device=device)
+        return LowRankGate(sizes, rank, **factory)
+    return _linear(sizes, zero=True, **factory)
 
 
 def zero_(gate: nn.Module) -> None:
@@ -208,6 +194,5 @@ class StarProjection(nn.Module):
         zero_(self.gate)
 
     def extra_repr(self) -> str:
-        extras = [f"gate={self.spec!r}"]
-        extras += [name for name in ("fused", "recompute") if getattr(self, name)]
-        return ", ".join(extras)
+        flags = [name for name in ("fused", "recompute") if getattr(self, name)]
+        return ", ".join([f"gate={self.spec!r}", *flags])

@@ -87,17 +87,25 @@ class Report:
     def __str__(self) -> str:
         head = ("MLP", "recipe", "form", "state", "detail", "parameters", "FLOPs")
         lines = [
-            (r.name, r.recipe, r.form, r.state, r.detail, _signed(r.parameters), _signed(r.flops))
-            for r in self.rows
+            head,
+            *(
+                (
+                    r.name,
+                    r.recipe,
+                    r.form,
+                    r.state,
+                    r.detail,
+                    *map(_signed, (r.parameters, r.flops)),
+                )
+                for r in self.rows
+            ),
         ]
-        widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-        table = [
-            "  ".join(
-                cell.rjust(width) if i > 4 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths))
-            ).rstrip()
-            for line in [head, *lines]
+        columns = [(max(map(len, column)), column) for column in zip(*lines)]
+        padded = [
+            [cell.rjust(width) if i > 4 else cell.ljust(width) for cell in column]
+            for i, (width, column) in enumerate(columns)
         ]
+        table = ["  ".join(line).rstrip() for line in zip(*padded)]
         share = 100 * self.parameters_added / max(1, self.parameters)
         total = (
             f"{len(self.replaced)} replaced, {len(self.ready)} ready, {len(self.skipped)} skipped; "

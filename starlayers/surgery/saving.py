@@ -8,13 +8,7 @@ from torch import nn
 
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_parameters
-from starlayers.surgery.install import (
-    install_gated,
-    install_plain,
-    installed,
-    role_of,
-    settle_fast_paths,
-)
+from starlayers.surgery.install import install, installed, role_of, settle_fast_paths
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.site import Site
 
@@ -30,14 +24,7 @@ READABLE = (1, 2)
 GUARD = "starlayers (load this model with starlayers.from_pretrained, or its gates are lost)"
 
 #: arguments of `from_pretrained` that choose which file of a hub or cache is read
-HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-)
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def record_of(model: nn.Module) -> dict[str, Any]:
@@ -102,12 +89,9 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
     for layer in record["layers"]:
         owner = model.get_submodule(_resolved(layer["owner"], names, prefix, type(model)))
         site = Site(**layer["site"])
-        flags = {"fused": layer["fused"], "recompute": layer["recompute"]}
-        if site.form == "plain":
-            install_plain(owner, site, layer["gate"], **flags)
-        else:
-            between = tuple(layer["between"])
-            install_gated(owner, site, between, rank=layer["grow"], **flags)
+        options = {name: layer[name] for name in ("fused", "recompute", "gate") if name in layer}
+        between, rank = tuple(layer.get("between", ())), layer.get("grow", 0)
+        install(owner, site, between=between, rank=rank, **options)
     settle_fast_paths(model)
     return model
 
@@ -138,11 +122,8 @@ def _resolved(path: str, names: set[str], prefix: str, kind: type[nn.Module]) ->
 def note_in_config(model: nn.Module) -> None:
     """Write the record of a model into its config, if transformers made it.
 
-    The config of a model without gates has no record; an old one is removed.
-
-    Parts of the model that have a config of their own and can be saved by themselves get records
-    of their own. A model whose MLPs were only fused has no record, as its weights are those of the
-    plain model.
+    Parts that can be saved by themselves get records of their own. Without gates there is no
+    record: the weights of a model whose MLPs were only fused are those of the plain model.
     """
     seen: set[int] = set()
     for part in model.modules():
@@ -156,12 +137,8 @@ def note_in_config(model: nn.Module) -> None:
 def _write_record(model: nn.Module, config: Any) -> None:
     record = record_of(model)
     has_gates = any(layer.get("gate") or layer.get("grow") for layer in record.get("layers", ()))
-    fusions = _other_fusions(config)
-    values = {
-        "star_mlp": record if has_gates else None,
-        "fusion_config": {**fusions, GUARD: True} if has_gates else fusions,
-    }
-    for name, value in values.items():
+    fusions = _other_fusions(config) | ({GUARD: True} if has_gates else {})
+    for name, value in (("star_mlp", has_gates and record), ("fusion_config", fusions)):
         if value:
             setattr(config, name, value)
         elif hasattr(config, name):
@@ -214,7 +191,7 @@ def from_pretrained(auto_class: Any, path: str | PathLike[str], **kwargs: Any) -
 
     config = kwargs.pop("config", None)
     if config is None:
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         trusted = kwargs.get("trust_remote_code")
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted, **hub)
     record = getattr(config, "star_mlp", None)

@@ -1,6 +1,7 @@
 """`starify` turns the MLPs of a model into star MLPs, `revert` turns them back."""
 
 import warnings
+from typing import Any
 
 from torch import nn
 
@@ -9,14 +10,7 @@ from starlayers.surgery.find import Finding, NameFilter, Patterns, find_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gated import grow as grow_mlp
 from starlayers.surgery.gates import gate_size, name_of
-from starlayers.surgery.install import (
-    install_gated,
-    install_plain,
-    installed,
-    role_of,
-    settle_fast_paths,
-    uninstall,
-)
+from starlayers.surgery.install import install, installed, role_of, settle_fast_paths, uninstall
 from starlayers.surgery.projection import StarProjection, parse_gate
 from starlayers.surgery.saving import note_in_config
 from starlayers.surgery.site import Site
@@ -86,13 +80,10 @@ def starify(
     ready = [f for f in findings if f.reason is None and _applies(mode, grow, f.site)]
     if not ready and not existing:
         raise ValueError(_no_mlp_message(model, mode, findings))
-    for finding in ready:
-        owner, site = model.get_submodule(finding.owner), finding.site
-        if site.form == "plain":
-            install_plain(owner, site, gate, recompute=recompute)
-        else:
-            fused = mode == "fuse"
-            install_gated(owner, site, finding.between, fused=fused, recompute=recompute, rank=grow)
+    for f in ready:
+        owner, fused = model.get_submodule(f.owner), mode == "fuse"
+        options: dict[str, Any] = {"gate": gate, "recompute": recompute, "rank": grow}
+        install(owner, f.site, between=f.between, fused=fused, **options)
     for path, _, star in existing:
         if name_of(path, star) in selected:
             _update(star, mode, recompute=recompute, rank=grow)
@@ -132,10 +123,7 @@ def _applies(mode: str, grow: int, site: Site) -> bool:
 
 
 def _update(star: StarProjection | GatedMLP, mode: str, *, recompute: bool, rank: int) -> None:
-    """Add options to a star layer of an earlier call.
-
-    Its gate stays as it is, and it grows only once.
-    """
+    """Add options to a star layer of an earlier call, which grows only once."""
     role = role_of(star)
     role.fused = role.fused or mode == "fuse"
     role.recompute = role.recompute or recompute

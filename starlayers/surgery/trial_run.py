@@ -21,10 +21,7 @@ class CannotRunError(MismatchError):
 
 
 class Call(NamedTuple):
-    """Call of a part, with copies of its input and output.
-
-    They are empty tensors if the part takes or returns anything else.
-    """
+    """Call of a part, with copies of its input and output (empty if no tensors)."""
 
     name: str
     input: Tensor
@@ -48,9 +45,6 @@ def run(body: nn.Module, x: Tensor, *, train: bool = False, log: CallLog | None 
 
     If the forward needs more arguments, they are all `None` or, if that fails, all `x`. `log`
     records this run; it is emptied before each attempt. Hooks of `body` itself are not called.
-
-    Raises:
-        CannotRunError: the module raised an error.
     """
     body.train(train)
     needed = _required_after_first(body.forward)

@@ -51,12 +51,9 @@ def verify(owner: nn.Module, site: Site, caller: tuple[nn.Module, str] | None = 
     A copy without hooks is run, so the model, its buffers and all random generators stay as they
     are. Of a module on the meta device the copy has random weights and is on the CPU.
 
-    Args:
-        owner: the module that contains the MLP.
-        site: names of the MLP's parts, as a recipe claims them.
-        caller: for an MLP in an `nn.Sequential`, the module that calls the sequence, and the name
-            of the sequence in it. A caller may call layers of the sequence one by one, so if it
-            runs by itself on the MLP's input its output must stay the same, too.
+    `caller` is, for an MLP in an `nn.Sequential`, the module that calls the sequence, and the name
+    of the sequence in it. It may call layers of the sequence one by one, so if it runs by itself
+    on the MLP's input its output must stay the same, too.
     """
     reasons = []
     for variant in site.variants():
@@ -130,14 +127,7 @@ def _relative(name: str | None, prefix: str) -> str | None:
 
 
 def _compare(body: nn.Module, site: Site) -> tuple[str, ...]:
-    """Compare a module that contains an MLP with itself after the MLP is replaced.
-
-    Returns:
-        Names of the modules between the product of a gated MLP and its last layer.
-
-    Raises:
-        MismatchError: the outputs differ, or the module does not have the structure of the site.
-    """
+    """Compare a module with itself after its MLP is replaced; return its `between`."""
     if "forward" in vars(body):
         raise MismatchError("its forward is replaced on the instance: starify before that")
     x = _random_input(attribute(body, site.inp))

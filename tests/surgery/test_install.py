@@ -16,7 +16,7 @@ from starlayers.surgery import (
 )
 from starlayers.surgery.install import (
     identity,
-    install_gated,
+    install,
     install_plain,
     installed,
     role_of,
@@ -63,7 +63,7 @@ def test_a_function_is_replaced_by_the_identity_function(x):
 
 def test_install_gated():
     mlp = Gated()
-    star = install_gated(mlp, GATED, ("drop",), fused=False, recompute=True, rank=3)
+    star = install(mlp, GATED, between=("drop",), fused=False, recompute=True, rank=3)
     assert star is mlp
     role = role_of(star)
     assert role is star.star
@@ -74,7 +74,7 @@ def test_install_gated():
 
 
 def test_install_gated_defaults():
-    role = install_gated(Gated(act=nn.Mish()), GATED, ()).star
+    role = install(Gated(act=nn.Mish()), GATED, fused=True).star
     assert (role.fused, role.recompute, role.grown, role.act_name) == (True, False, 0, None)
 
 
