@@ -127,13 +127,13 @@ class RenormNetwork(StarNetwork):
     """
 
     def renorm(self, kwargs: Mapping[str, Any]) -> Norm | None:
-        if not kwargs["batch_norm"]:
+        if not kwargs.get("batch_norm", True):
             return None
         return partial(
             BatchRenorm1d,
-            momentum=kwargs["batch_norm_momentum"],
-            eps=kwargs["batch_norm_eps"],
-            warmup_steps=kwargs["renorm_warmup_steps"],
+            momentum=kwargs.get("batch_norm_momentum", 0.01),
+            eps=kwargs.get("batch_norm_eps", 0.001),
+            warmup_steps=kwargs.get("renorm_warmup_steps", 100_000),
         )
 
 

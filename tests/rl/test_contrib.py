@@ -112,6 +112,15 @@ def test_heads_have_an_output_for_each_choice():
     assert (td3[1].out_features, type(td3[2])) == (2, nn.Tanh)
 
 
+@pytest.mark.parametrize("name", ["SAC", "TD3", "CrossQ"])
+def test_an_actor_is_saved_by_itself(name, tmp_path):
+    actor = agent(name, policy_kwargs={"net_arch": [8]}).policy.actor
+    actor.save(tmp_path / "actor.pt")
+    loaded = type(actor).load(tmp_path / "actor.pt", device="cpu")
+    assert (loaded.spec, list(loaded.state_dict())) == (actor.spec, list(actor.state_dict()))
+    assert all(torch.equal(v, actor.state_dict()[k]) for k, v in loaded.state_dict().items())
+
+
 # --- star policies of sb3-contrib: LSTMs, ARS, and the norms of CrossQ
 
 
