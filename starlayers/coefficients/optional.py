@@ -8,11 +8,6 @@ def require(caller: str, module: str, package: str = "", *, extra: str = "coeffi
 
     `caller` is the public function that needs it; it is part of `package`, by default the package
     of that name.
-
-    Example:
-        >>> require("plot_spectrum", "no_such_module.figure", extra="plots")
-        Traceback (most recent call last):
-        ImportError: plot_spectrum needs no_such_module: pip install 'starlayers[plots]'
     """
     try:
         import_module(module)

@@ -77,9 +77,7 @@ def _draw_eigenvalues(ax: Any, spectra: list[Spectrum]) -> None:
         ax.boxplot(boxes, sym="", whis=(5, 95), **options, **style)
         ax.plot([], [], color=colour, label=name)
     ax.axhline(0, color="k", lw=0.5)
-    ax.set_title("eigenvalues of channels", fontsize=9)
-    ax.set_ylabel("eigenvalue (box: quartiles, line: 5 to 95 %)", fontsize=7)
-    ax.legend(fontsize=7, frameon=False)
+    _label(ax, "eigenvalues of channels", "eigenvalue (box: quartiles, line: 5 to 95 %)")
 
 
 def _draw_norms(ax: Any, spectra: list[Spectrum], layers: list[str]) -> None:
@@ -107,10 +105,8 @@ def _draw_kinds(ax: Any, spectra: list[Spectrum]) -> None:
         heights = [float(getattr(s, kind).mean()) for s in spectra]
         ax.bar(range(len(spectra)), heights, bottom=bottom, color=colour, width=0.7, label=kind)
         bottom = [b + h for b, h in zip(bottom, heights)]
-    ax.set_title("kinds of coefficients", fontsize=9)
-    ax.set_ylabel("share of |Q|$^2$, mean", fontsize=7)
     ax.set_ylim(0, 1.25)
-    ax.legend(fontsize=7, frameon=False, ncols=4, loc="upper center")
+    _label(ax, "kinds of coefficients", "share of |Q|$^2$, mean", ncols=4, loc="upper center")
 
 
 def _draw_spread(ax: Any, spectra: list[Spectrum]) -> None:
@@ -125,9 +121,14 @@ def _draw_spread(ax: Any, spectra: list[Spectrum]) -> None:
         style = {"color": f"C{i}", "lw": 1}
         ax.plot(layers, middle, marker="o", ms=3, label=name, **style)
         ax.errorbar(layers, middle, (middle - low, high - middle), fmt="none", **style)
-    ax.set_title("how evenly coefficients are spread", fontsize=9)
     ax.set_ylim(0, 1.25)
-    ax.legend(fontsize=7, frameon=False, ncols=3, loc="upper center")
+    _label(ax, "how evenly coefficients are spread", ncols=3, loc="upper center")
+
+
+def _label(ax: Any, title: str, ylabel: str = "", **legend: Any) -> None:
+    ax.set_title(title, fontsize=9)
+    ax.set_ylabel(ylabel, fontsize=7)
+    ax.legend(fontsize=7, frameon=False, **legend)
 
 
 def plot_eigenfeatures(

@@ -41,16 +41,6 @@ class ProductScaler:
     The layer has `products = rank * out_features` of them, one for each output of its branches. A
     factor `s` is written into the second branch, `s * (offset + h2)`, or into the layer's own
     `scale` if it has one, and so changes only the size of the product.
-
-    Example:
-        >>> op, x = StarOp(4, 3), torch.randn(2, 4)
-        >>> before, scaler = op(x), ProductScaler("tune", "", op)
-        >>> scaler.write(torch.tensor([1.0, 2.0, 0.0]))
-        >>> torch.allclose(op(x), before * torch.tensor([1.0, 2.0, 0.0]))
-        True
-        >>> scaler.restore()
-        >>> torch.equal(op(x), before)
-        True
     """
 
     def __init__(self, owner: str, name: str, op: StarOp) -> None:

@@ -46,12 +46,7 @@ class SpectrumLogger:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        writer: Any = None,
-        every: int = 100,
-        *,
-        entropy: bool = False,
+        self, model: nn.Module, writer: Any = None, every: int = 100, *, entropy: bool = False
     ) -> None:
         self.every = positive_int("SpectrumLogger", "every", every)
         self.model, self.entropy = model, entropy

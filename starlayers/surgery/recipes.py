@@ -81,14 +81,10 @@ def recognise(act: Any) -> str | None:
     It is recognised by its values at 257 points from -8 to 8, to 1e-6.
     """
     x = torch.linspace(-8, 8, 257, device="cpu")
-    y = _applied(act, x)
-    if y is None:
+    if (y := _applied(act, x)) is None:
         return None
-    for name, activation in ACTIVATIONS.items():
-        is_alias = name != activation.name
-        if not is_alias and torch.allclose(activation.fn(x), y, rtol=1e-6, atol=1e-6):
-            return activation.name
-    return None
+    close = (a for a in ACTIVATIONS.values() if torch.allclose(a.fn(x), y, rtol=1e-6, atol=1e-6))
+    return next((activation.name for activation in close), None)
 
 
 def _applied(f: Any, x: Tensor) -> Tensor | None:

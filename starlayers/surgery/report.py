@@ -1,6 +1,6 @@
 """Table of the MLPs of a model: replaced, ready, or skipped and why."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -86,26 +86,12 @@ class Report:
 
     def __str__(self) -> str:
         head = ("MLP", "recipe", "form", "state", "detail", "parameters", "FLOPs")
-        lines = [
-            head,
-            *(
-                (
-                    r.name,
-                    r.recipe,
-                    r.form,
-                    r.state,
-                    r.detail,
-                    *map(_signed, (r.parameters, r.flops)),
-                )
-                for r in self.rows
-            ),
+        rows = [[v if isinstance(v, str) else _signed(v) for v in astuple(r)] for r in self.rows]
+        widths = [max(map(len, column)) for column in zip(head, *rows)]
+        cells = [zip(line, "<<<<<>>", widths) for line in (head, *rows)]
+        table = [
+            "  ".join(f"{c:{side}{width}}" for c, side, width in line).rstrip() for line in cells
         ]
-        columns = [(max(map(len, column)), column) for column in zip(*lines)]
-        padded = [
-            [cell.rjust(width) if i > 4 else cell.ljust(width) for cell in column]
-            for i, (width, column) in enumerate(columns)
-        ]
-        table = ["  ".join(line).rstrip() for line in zip(*padded)]
         share = 100 * self.parameters_added / max(1, self.parameters)
         total = (
             f"{len(self.replaced)} replaced, {len(self.ready)} ready, {len(self.skipped)} skipped; "

@@ -96,12 +96,13 @@ def recorded(body: nn.Module, names: list[str]) -> Iterator[CallLog]:
     with ExitStack() as undo:
         for name in names:
             part = attribute(body, name)
-            if isinstance(part, nn.Module):
-                for handle in _record_module(part, name, log):
-                    undo.callback(handle.remove)
-            else:
-                put(body, name, _recording(part, name, log))
+            if not isinstance(part, nn.Module):
                 undo.callback(put, body, name, part)
+                function, part = part, nn.Module()  # a module, because these have hooks
+                part.forward = function
+                put(body, name, part)
+            for handle in _record_module(part, name, log):
+                undo.callback(handle.remove)
         yield log
 
 
@@ -117,20 +118,6 @@ def _record_module(part: nn.Module, name: str, log: CallLog) -> list[Any]:
         log.calls.append(Call(name, inputs.pop(), _copy(y)))
 
     return [part.register_forward_pre_hook(before), part.register_forward_hook(after)]
-
-
-def _recording(
-    f: Callable[[Tensor], Tensor], name: str, log: CallLog
-) -> Callable[[Tensor], Tensor]:
-    """Return a function that calls `f` and logs the call."""
-
-    def call(x: Tensor) -> Tensor:
-        before = x.clone()
-        y = f(x)
-        log.calls.append(Call(name, before, y.clone()))
-        return y
-
-    return call
 
 
 def _copy(value: Any) -> Tensor:
