@@ -135,7 +135,11 @@ def quadratic_form(
         True
     """
     check_form("quadratic_form", op)
-    chosen = _outputs(op, outputs)
+    outputs = range(op.out_features) if outputs is None else outputs
+    chosen = [int(i) for i in ([outputs] if isinstance(outputs, int) else outputs)]
+    for i in chosen:
+        if not -op.out_features <= i < op.out_features:
+            raise ValueError(f"quadratic_form: there is no output {i} among {op.out_features}")
     side = op.in_features + 1
     check_bytes(
         len(chosen) * side * side * _itemsize(op),
@@ -218,16 +222,6 @@ def check_form(owner: str, op: object) -> None:
         raise ValueError(
             f"{owner} needs coefficients that do not depend on the input, got 'dynamic'"
         )
-
-
-def _outputs(op: StarOp, outputs: int | Sequence[int] | None) -> list[int]:
-    if outputs is None:
-        return list(range(op.out_features))
-    chosen = [int(i) for i in ([outputs] if isinstance(outputs, int) else outputs)]
-    for i in chosen:
-        if not -op.out_features <= i < op.out_features:
-            raise ValueError(f"quadratic_form: there is no output {i} among {op.out_features}")
-    return [i % op.out_features for i in chosen]
 
 
 def _itemsize(op: StarOp) -> int:

@@ -49,7 +49,13 @@ def star_kernel(op: StarOp, x: Any, y: Any = None, *, analytic: bool = False) ->
     first = _checked(op, "x", x)
     second = first if y is None else _checked(op, "y", y)
     if analytic:
-        return _expected_kernel(op, first, second)
+        check_form("star_kernel(analytic=True)", op)
+        products = first @ second.T
+        expected = torch.full_like(products, op.rank)
+        for vectors in branch_vectors(op):
+            squares = vectors.detach().double().cpu().square().flatten(0, 1).mean(0)
+            expected *= squares[:-1].mean() * products + squares[-1]
+        return expected
     exact = copy.deepcopy(op).cpu().double()
     features = exact._combined  # not `forward`: that of a StarMLP applies g
     with torch.no_grad():
@@ -65,14 +71,3 @@ def _checked(op: StarOp, name: str, inputs: Any) -> Tensor:
             f"star_kernel: {name} must be (n, {op.in_features}) for this op, got {tuple(x.shape)}"
         )
     return x
-
-
-def _expected_kernel(op: StarOp, x: Tensor, y: Tensor) -> Tensor:
-    check_form("star_kernel(analytic=True)", op)
-    products = x @ y.T
-    expected = torch.full_like(products, op.rank)
-    with torch.no_grad():
-        for vectors in branch_vectors(op):
-            squares = vectors.double().cpu().square().flatten(0, 1).mean(0)
-            expected *= squares[:-1].mean() * products + squares[-1]
-    return expected

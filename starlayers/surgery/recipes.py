@@ -160,10 +160,10 @@ def _first_layers(linears: dict[str, Projection], last: str, branches: int = 1) 
 def chain(owner: nn.Module) -> Iterator[Site]:
     """Claim two linear layers and an activation: fc1/fc2, c_fc/c_proj, wi/wo."""
     linears = _own_projections(owner)
-    order = list(linears)
-    for last in linears:
+    names = list(linears)
+    for i, last in enumerate(names):
         # of two square layers, the one that was defined first comes first
-        firsts = [n for n in _first_layers(linears, last) if order.index(n) < order.index(last)]
+        firsts = [name for name in _first_layers(linears, last) if name in names[:i]]
         if len(firsts) == 1 and _widens(linears[firsts[0]], linears[last]):
             for act in activations(owner):
                 yield Site("chain", "plain", firsts[0], act, last)

@@ -150,9 +150,8 @@ def _installed_row(name: str, star: StarProjection | GatedMLP) -> Row:
         detail = role.spec + (", fused" if role.fused else "")
     else:
         detail = (role.act_name or "") + (f", grown by {role.grown}" if role.grown else "")
-    site = role.site
-    state = "star" if gate is not None else "fused"
-    return Row(name, site.recipe, site.form, state, detail, count, _flops(star))
+    state = "fused" if gate is None else "star"
+    return Row(name, role.site.recipe, role.site.form, state, detail, count, _flops(star))
 
 
 def _flops(star: StarProjection | GatedMLP) -> int:

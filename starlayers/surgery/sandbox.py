@@ -14,6 +14,7 @@ SEED = 0x57A4
 
 #: attributes of `nn.Module` that `sandbox_copy` copies entry by entry
 CONTAINERS = ("_parameters", "_buffers", "_modules")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def sandbox_copy(
@@ -34,7 +35,9 @@ def sandbox_copy(
     state = copy.__dict__
     for name, value in vars(module).items():
         if name not in CONTAINERS:
-            state[name] = type(value)() if _holds_hooks(name, value) else _copied(value, memo)
+            hooks = name.endswith("_hooks") or name.startswith(HOOKS)
+            empty = hooks and isinstance(value, dict)
+            state[name] = type(value)() if empty else _copied(value, memo)
     parameters, buffers = module._parameters, module._buffers
     state["_parameters"] = {k: p if share else _copied(p, memo) for k, p in parameters.items()}
     state["_buffers"] = {k: _copied(b, memo) for k, b in buffers.items()}
@@ -43,11 +46,6 @@ def sandbox_copy(
         for k, child in module._modules.items()
     }
     return copy
-
-
-def _holds_hooks(name: str, value: Any) -> bool:
-    is_name = name.endswith("_hooks") or name.startswith(("_forward_hooks", "_forward_pre_hooks"))
-    return is_name and isinstance(value, dict)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -13,7 +13,6 @@ from starlayers.surgery.gates import gate_size, name_of
 from starlayers.surgery.install import install, installed, role_of, settle_fast_paths, uninstall
 from starlayers.surgery.projection import StarProjection, parse_gate
 from starlayers.surgery.saving import note_in_config
-from starlayers.surgery.site import Site
 
 __all__ = ["revert", "starify"]
 
@@ -77,7 +76,9 @@ def starify(
     selected = NameFilter(include, exclude)
     existing = list(installed(model))
     findings = find_mlps(model, include=include, exclude=exclude)
-    ready = [f for f in findings if f.reason is None and _applies(mode, grow, f.site)]
+    verified = [f for f in findings if f.reason is None]
+    plain, gated = mode == "star", mode == "fuse" or grow > 0  # the forms that the options change
+    ready = [f for f in verified if (plain if f.site.form == "plain" else gated)]
     if not ready and not existing:
         raise ValueError(_no_mlp_message(model, mode, findings))
     for f in ready:
@@ -115,11 +116,6 @@ def _check(model: nn.Module, mode: str, gate: str, grow: int) -> None:
         positive_int("starify", "grow", grow)
     if mode == "fuse" and (grow or kind != "full"):
         raise ValueError(f"starify: gate={gate!r}, grow={grow} need mode='star', got mode='fuse'")
-
-
-def _applies(mode: str, grow: int, site: Site) -> bool:
-    """Return True if the options ask for a change of MLPs of a site's form."""
-    return mode == "star" if site.form == "plain" else mode == "fuse" or grow > 0
 
 
 def _update(star: StarProjection | GatedMLP, mode: str, *, recompute: bool, rank: int) -> None:

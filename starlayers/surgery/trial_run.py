@@ -1,8 +1,9 @@
 """Run a module by itself on random input, and record the calls of its parts."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -28,12 +29,12 @@ class Call(NamedTuple):
     output: Tensor
 
 
+@dataclass
 class CallLog:
     """Calls of a module's parts in the order of their returns, and its output."""
 
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self.output: Any = None
+    calls: list[Call] = field(default_factory=list)
+    output: Any = None
 
     def of(self, name: str) -> list[Call]:
         """Return the calls of the part with a dotted name."""
@@ -47,7 +48,9 @@ def run(body: nn.Module, x: Tensor, *, train: bool = False, log: CallLog | None 
     records this run; it is emptied before each attempt. Hooks of `body` itself are not called.
     """
     body.train(train)
-    needed = _required_after_first(body.forward)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    others = list(inspect.signature(body.forward).parameters.values())[1:]
+    needed = [p.name for p in others if p.default is p.empty and p.kind not in variadic]
     error: Exception | None = None
     for value in (None, x) if needed else (None,):
         seed_generators(x.device)
@@ -63,16 +66,6 @@ def run(body: nn.Module, x: Tensor, *, train: bool = False, log: CallLog | None 
             log.output = y
         return y
     raise CannotRunError(f"{type(body).__name__} does not run by itself: {first_line(error)}")
-
-
-def _required_after_first(forward: Callable[..., Any]) -> list[str]:
-    """Return the names of the arguments without a default, from the second on."""
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    return [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
 
 
 @contextmanager

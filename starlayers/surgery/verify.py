@@ -106,8 +106,11 @@ def _runnable_part(owner: nn.Module, site: Site) -> tuple[nn.Module, Site]:
         part = nn.Sequential(layers).train(owner.training)  # type: ignore[arg-type]
         return sandbox_copy(part), replace(site, out=None)
     prefix = _deepest_common_module(owner, site)
-    local = {part: _relative(getattr(site, part), prefix) for part in ("inp", "act", "out", "up")}
-    return sandbox_copy(owner.get_submodule(prefix)), replace(site, **local)  # type: ignore[arg-type]
+    base = f"{prefix}." if prefix else ""
+    parts: dict[str, Any] = {key: getattr(site, key) for key in ("inp", "act", "out", "up")}
+    for key, name in parts.items():  # a part that lies outside of the module is None
+        parts[key] = name[len(base) :] if name and name.startswith(base) else None
+    return sandbox_copy(owner.get_submodule(prefix)), replace(site, **parts)
 
 
 def _deepest_common_module(owner: nn.Module, site: Site) -> str:
@@ -117,13 +120,6 @@ def _deepest_common_module(owner: nn.Module, site: Site) -> str:
     while shared and not runs(owner.get_submodule(".".join(shared))):
         shared.pop()
     return ".".join(shared)
-
-
-def _relative(name: str | None, prefix: str) -> str | None:
-    """Return a name relative to the module `prefix`, `None` if it lies outside."""
-    if name is None or not prefix:
-        return name
-    return name.removeprefix(prefix + ".") if name.startswith(prefix + ".") else None
 
 
 def _compare(body: nn.Module, site: Site) -> tuple[str, ...]:
