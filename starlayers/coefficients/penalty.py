@@ -77,12 +77,11 @@ class CoefficientPenalty:
 
     def _layer(self, w1: Tensor, w2: Tensor, share: float) -> Tensor:
         term = w1.new_zeros(())
-        if self.p == 2:
-            sizes = norms.squares(w1, w2)
-            term = sizes.mean() * share if self.normalise else sizes.sum()
-        elif self.p == 1:
-            sizes = (norms.absolutes_bound if self.bound else norms.absolutes)(w1, w2)
-            term = sizes.mean() * (share / w1.shape[2]) if self.normalise else sizes.sum()
+        if self.p is not None:
+            absolutes = norms.absolutes_bound if self.bound else norms.absolutes
+            sizes = (norms.squares if self.p == 2 else absolutes)(w1, w2)
+            weight = share / (1 if self.p == 2 else w1.shape[2])
+            term = sizes.mean() * weight if self.normalise else sizes.sum()
         if self.balance:
             term = term + self.balance * share * imbalance(w1, w2)
         return term

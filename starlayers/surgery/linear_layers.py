@@ -50,10 +50,8 @@ def weight_of(module: nn.Module) -> Any:
     """
     base: Any = base_layer(module)
     if is_parametrized(base, "weight"):
-        parametrization = base.parametrizations.weight
-        if hasattr(parametrization, "original"):
-            return parametrization.original
-        return parametrization.original1  # of several tensors, as weight_norm has
+        tensors = base.parametrizations.weight  # of several, as weight_norm has, the first
+        return tensors.original if hasattr(tensors, "original") else tensors.original1
     return getattr(base, "weight", None)
 
 

@@ -39,6 +39,7 @@ class Row:
     flops: int = 0
 
 
+@dataclass(repr=False, eq=False)
 class Report:
     """Table of the MLPs of a model, one row each; made by `report(model)`.
 
@@ -55,9 +56,8 @@ class Report:
         1 replaced, 0 ready, 0 skipped; +40 parameters (53 %), +88 FLOPs per position
     """
 
-    def __init__(self, rows: list[Row], parameters: int) -> None:
-        self.rows = rows
-        self.parameters = parameters
+    rows: list[Row]
+    parameters: int
 
     @property
     def replaced(self) -> list[Row]:

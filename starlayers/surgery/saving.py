@@ -84,7 +84,13 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
             f"reads versions {' and '.join(map(str, READABLE))}: install the starlayers that wrote "
             "it, or a newer one"
         )
-    _check_activations(record)
+    if annealed := [layer for layer in record["layers"] if layer.get("anneal")]:
+        raise ValueError(
+            f"{len(annealed)} activations of this record are annealed, that of "
+            f"{annealed[0]['owner']!r} to t={annealed[0]['anneal']:g}; this starlayers does not "
+            "compute (1 - t) * act(x) + t * x any more: load the model with the starlayers that "
+            "wrote it"
+        )
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for layer in record["layers"]:
         owner = model.get_submodule(_resolved(layer["owner"], names, prefix, type(model)))
@@ -94,18 +100,6 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
         install(owner, site, between=between, rank=rank, **options)
     settle_fast_paths(model)
     return model
-
-
-def _check_activations(record: dict[str, Any]) -> None:
-    """Raise a ValueError if a record of an earlier version has an annealed activation."""
-    annealed = [layer for layer in record["layers"] if layer.get("anneal")]
-    if annealed:
-        first = annealed[0]
-        raise ValueError(
-            f"{len(annealed)} activations of this record are annealed, that of {first['owner']!r} "
-            f"to t={first['anneal']:g}; this starlayers does not compute (1 - t) * act(x) + t * x "
-            "any more: load the model with the starlayers that wrote it"
-        )
 
 
 def _resolved(path: str, names: set[str], prefix: str, kind: type[nn.Module]) -> str:
