@@ -15,6 +15,7 @@ from torch import Tensor
 
 from starlayers.kernels.registration import (
     ceil_div,
+    define_gradient,
     define_op,
     launch,
     library_gradients,
@@ -249,4 +250,4 @@ def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, .
     return *present, dresidual, None
 
 
-dwconv.register_autograd(_backward, setup_context=save_inputs)
+define_gradient(dwconv, _backward, save_inputs)

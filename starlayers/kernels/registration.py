@@ -18,13 +18,13 @@ __all__ = [
     "MLPWeights",
     "cast",
     "ceil_div",
+    "define_gradient",
     "define_op",
     "flattened",
     "launch",
     "library_gradients",
     "multiprocessors",
     "no_autocast",
-    "opaque_op",
     "pointer",
     "precision",
     "tap_rows",
@@ -115,58 +115,56 @@ def flattened(call: Impl) -> Impl:
     return flat
 
 
-def define_op(name: str, kernel: Impl, *, plain: Impl, fake: Impl, traced: bool = True) -> Any:
+#: ops are defined and implemented one level below `torch.library.custom_op`, whose first call
+#: imports the compiler: 900 modules, a second. A compiler sees each op as one opaque call.
+LIBRARY = torch.library.Library("starlayers", "FRAGMENT")
+
+
+def define_op(name: str, kernel: Impl | None, *, plain: Impl, fake: Impl) -> Any:
     """Register `starlayers::name` and return the op.
 
-    All three implementations write into no input and have the signature of the op, in which the
-    fields of a NamedTuple are arguments of their own.
+    The implementations write into no input and have the signature of the op, in which the fields
+    of a NamedTuple are arguments of their own.
 
     Args:
         name: of the op in the namespace `starlayers`.
-        kernel: launches Triton kernels, on GPUs and under TRITON_INTERPRET=1 on CPUs.
+        kernel: launches Triton kernels, on GPUs and under TRITON_INTERPRET=1 on CPUs; `None` for an
+            op that consists of others and runs `plain` everywhere.
         plain: the definition in torch ops, for any device and dtype. It runs on CPUs, for float64
             and without Triton, and remains available as `op.plain`.
         fake: empty outputs of the right shapes and dtypes.
-        traced: show the Triton kernels themselves to a compiler (`triton_op`). False for kernels
-            over tensor descriptors, which a tracer cannot carry. The interpreter cannot run on
-            fake tensors, so its ops are opaque too.
     """
-    kernel, plain, fake = flattened(kernel), flattened(plain), flattened(fake)
-
-    def on_gpu(*args: Any) -> Any:
-        first: Tensor = args[0]
-        # float64 is for checking; CPU tensors arrive here only while a compiler traces
-        if first.device.type == "cpu" or first.dtype == torch.float64:
-            return plain(*args)
-        with _device_of(first):
-            return kernel(*args)
-
-    call = plain if not HAS_TRITON else _interpreted(kernel, plain, fake) if INTERPRET else on_gpu
-    visible = traced and call is on_gpu
-    define: Any = torch.library.triton_op if visible else torch.library.custom_op
-    op = _op(name, call, plain, fake, define)
-    if call is on_gpu:
-        op.register_kernel("cpu")(plain)
+    plain, fake = flattened(plain), flattened(fake)
+    schema = torch.library.infer_schema(plain, mutates_args=(), op_name=name)
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
+    if kernel is not None and HAS_TRITON:
+        kernel = flattened(kernel)
+        call = _interpreted(kernel, plain, fake) if INTERPRET else _on_gpu(kernel, plain)
+        LIBRARY.impl(name, call, "CPU" if INTERPRET else "CUDA")
+    # tracing the definition instead would fix the number of rows
+    torch.library.register_fake(f"starlayers::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.starlayers, name).default
     op.plain = plain
     return op
 
 
-def opaque_op(name: str, call: Impl, *, fake: Impl) -> Any:
-    """Register `starlayers::name` with one implementation for all devices, and return the op.
-
-    A compiler does not look inside it. For `call` and `fake` see `define_op`.
-    """
-    call = flattened(call)
-    return _op(name, call, call, flattened(fake), torch.library.custom_op)
+def define_gradient(op: Any, backward: Impl, save: Impl) -> None:
+    """Register the backward of an op: `backward(ctx, *grads)` after `save(ctx, inputs, output)`."""
+    torch.library.register_autograd(op.name(), backward, setup_context=save, lib=LIBRARY)
 
 
-def _op(name: str, call: Impl, signature: Impl, fake: Impl, define: Any) -> Any:
-    schema = torch.library.infer_schema(signature, mutates_args=())
-    # up to about PyTorch 2.12 triton_op reads the signature even if it gets a schema
-    call.__signature__ = inspect.signature(signature)  # type: ignore[attr-defined]
-    op = define(f"starlayers::{name}", call, mutates_args=(), schema=schema)
-    op.register_fake(fake)  # tracing the definition instead would fix the number of rows
-    return op
+def _on_gpu(kernel: Impl, plain: Impl) -> Impl:
+    """Return `kernel` on the device of its first argument, or `plain` for float64."""
+
+    def on_gpu(*args: Any) -> Any:
+        first: Tensor = args[0]
+        if first.dtype == torch.float64:  # for checking
+            return plain(*args)
+        with _device_of(first):
+            return kernel(*args)
+
+    return on_gpu
 
 
 def _interpreted(kernel: Impl, plain: Impl, fake: Impl) -> Impl:
@@ -195,9 +193,9 @@ def _widened(t: Tensor) -> Tensor:
     return t.float() if t.dtype == torch.bfloat16 else t
 
 
-def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **options: Any) -> None:
-    """Launch a Triton kernel so that a tracing compiler can see it."""
-    torch.library.wrap_triton(kernel)[grid](*args, **options)
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a Triton kernel on a grid of programs."""
+    kernel[grid](*args, **options)
 
 
 @contextmanager

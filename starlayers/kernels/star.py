@@ -17,6 +17,7 @@ from starlayers.activations import get_activation
 from starlayers.functional import star_reference
 from starlayers.kernels.registration import (
     ceil_div,
+    define_gradient,
     define_op,
     launch,
     library_gradients,
@@ -208,4 +209,4 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return d1, (None if x2 is None else d2), None, None, None, None
 
 
-star.register_autograd(_backward, setup_context=_save)
+define_gradient(star, _backward, _save)

@@ -85,7 +85,7 @@ def _fake(
     return x.new_empty(shape), x.new_empty(saved), x.new_empty(saved)
 
 
-star_linear = define_op("star_linear", _kernel, plain=_plain, fake=_fake, traced=False)
+star_linear = define_op("star_linear", _kernel, plain=_plain, fake=_fake)
 
 
 def _plain_dgated(
@@ -120,4 +120,4 @@ def _fake_dgated(
     return torch.empty_like(h1), torch.empty_like(h1), torch.empty_like(h1)
 
 
-dgated = define_op("dgated", _dgated_kernel, plain=_plain_dgated, fake=_fake_dgated, traced=False)
+dgated = define_op("dgated", _dgated_kernel, plain=_plain_dgated, fake=_fake_dgated)

@@ -17,6 +17,7 @@ from starlayers.kernels.registration import (
     MLPGradients,
     MLPWeights,
     cast,
+    define_gradient,
     define_op,
     library_gradients,
     no_autocast,
@@ -95,4 +96,4 @@ def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, .
     return *present, dresidual, None, None, None
 
 
-star_mlp.register_autograd(_backward, setup_context=save_inputs)
+define_gradient(star_mlp, _backward, save_inputs)

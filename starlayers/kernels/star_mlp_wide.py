@@ -16,9 +16,10 @@ from starlayers.functional import star_mlp_reference
 from starlayers.kernels.registration import (
     MLPGradients,
     MLPWeights,
+    define_gradient,
+    define_op,
     library_gradients,
     no_autocast,
-    opaque_op,
 )
 from starlayers.kernels.star_linear import dgated, star_linear
 
@@ -47,7 +48,7 @@ def _fake(
     return x.new_empty(rows, out), x.new_empty(saved), x.new_empty(saved)
 
 
-star_mlp_wide = opaque_op("star_mlp_wide", _forward, fake=_fake)
+star_mlp_wide = define_op("star_mlp_wide", None, plain=_forward, fake=_fake)
 
 
 def _gradients(
@@ -92,7 +93,9 @@ def _fake_gradients(
     return tuple(x.new_empty(shape) for shape in shapes)  # type: ignore[return-value]
 
 
-star_mlp_wide_backward = opaque_op("star_mlp_wide_backward", _gradients, fake=_fake_gradients)
+star_mlp_wide_backward = define_op(
+    "star_mlp_wide_backward", None, plain=_gradients, fake=_fake_gradients
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -118,4 +121,4 @@ def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     return *(None if t is None else g for t, g in zip(inputs, grads, strict=True)), *nothing
 
 
-star_mlp_wide.register_autograd(_backward, setup_context=_save)
+define_gradient(star_mlp_wide, _backward, _save)
