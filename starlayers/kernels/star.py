@@ -1,6 +1,6 @@
 """Element-wise star as library ops, over two tensors or one packed tensor (K1).
 
-`starlayers::star(x1, x2, act, offset, clamp1, clamp2)` is `functional.star_reference`. With
+`starlayers::star(x1, x2, act, offset, clamp1, clamp2)` is `reference.star_reference`. With
 `x2=None`, `x1` holds both branches in the halves of its last dimension, and so does its gradient.
 Nothing is written in place, and only the inputs are saved for the backward.
 `starlayers::star_backward(dy, x1, x2, ..., product)` returns d1, d2 and, with `product`, the star
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from starlayers.activations import get_activation
-from starlayers.functional import star_reference
 from starlayers.kernels.registration import (
     ceil_div,
     define_gradient,
@@ -24,6 +23,7 @@ from starlayers.kernels.registration import (
     no_autocast,
     unit_stride,
 )
+from starlayers.reference import star_reference
 
 __all__ = ["star", "star_backward"]
 

@@ -1,7 +1,7 @@
 """Fused star MLP as a library op; the hidden activation is never stored whole.
 
 `starlayers::star_mlp(x, w1, b1, w2, b2, w3, b3, residual, act, offset, stats)` returns
-`(y, mean, var)`: y is `functional.star_mlp_reference` of x (rows, in) plus the residual
+`(y, mean, var)`: y is `reference.star_mlp_reference` of x (rows, in) plus the residual
 (rows, out). With `stats`, mean and var are mean and biased variance of y over its rows, (out) in
 float32, with gradients like any output: a BatchNorm after y is then an affine map. The backward
 recomputes the hidden activation, so only the inputs and, with `stats`, y are saved.
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starlayers.functional import star_mlp_reference
 from starlayers.kernels.registration import (
     MLPGradients,
     MLPWeights,
@@ -32,6 +31,7 @@ from starlayers.kernels.statistics import (
     saved_inputs,
     with_statistics,
 )
+from starlayers.reference import star_mlp_reference
 
 __all__ = ["star_mlp", "star_mlp_backward"]
 

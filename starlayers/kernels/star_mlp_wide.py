@@ -1,7 +1,7 @@
 """Star MLP too wide to stay on chip: matrix products and K1, or K2 and K5.
 
 `starlayers::star_mlp_wide(x, w1, b1, w2, b2, w3, b3, act, offset, recompute, gemm)` returns
-`(y, h1, h2)`: y is `functional.star_mlp_reference`. The branches h1 and h2 are kept for the
+`(y, h1, h2)`: y is `reference.star_mlp_reference`. The branches h1 and h2 are kept for the
 backward; with `recompute` they are empty, and the backward computes them again. Their product is
 never kept. `gemm` is "library" (cuBLAS, then K1) or "triton" (K2 and K5).
 """
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from starlayers.functional import star_mlp_reference
 from starlayers.kernels.registration import (
     MLPGradients,
     MLPWeights,
@@ -22,6 +21,7 @@ from starlayers.kernels.registration import (
     no_autocast,
 )
 from starlayers.kernels.star_linear import dgated, star_linear
+from starlayers.reference import star_mlp_reference
 
 __all__ = ["PROGRAMS", "star_mlp_wide"]
 
