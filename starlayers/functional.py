@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from starlayers.activations import get_activation
-from starlayers.backend import star_blocker
+from starlayers.dispatch import plan_star
+from starlayers.kernels.star import star as star_op
 from starlayers.reference import Limits, star_mlp_reference, star_reference, sum_reference
 
 __all__ = [
@@ -36,7 +37,7 @@ def star_product(
         >>> star_product(torch.tensor([2.0]), torch.tensor([3.0]), "relu6")
         tensor([6.])
     """
-    if star_blocker(x1, x2, act) is not None:
+    if not plan_star(x1, x2, act).fused:
         return star_reference(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
     if x1.ndim == 4 and not x1.is_contiguous() and _channels_last(x1) and _channels_last(x2):
         x1, x2 = x1.permute(0, 2, 3, 1), x2.permute(0, 2, 3, 1)
@@ -52,10 +53,8 @@ def _fused_star(
     clamp1: Limits | None,
     clamp2: Limits | None,
 ) -> Tensor:
-    from starlayers.kernels.star import star as op  # the first call registers the op
-
     limits = [list(clamp1 or ()), list(clamp2 or ())]
-    return op(x1, x2, get_activation(act).name, float(offset), *limits)  # type: ignore[no-any-return]
+    return star_op(x1, x2, get_activation(act).name, float(offset), *limits)  # type: ignore[no-any-return]
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -146,7 +145,7 @@ def star_packed(
         raise TypeError(f"star_packed expects a floating tensor, got {h.dtype}; use .float()")
     _check_limits(clamp1=clamp1, clamp2=clamp2)
     x1, x2 = h.chunk(2, -1)
-    if star_blocker(x1, x2, act) is not None:
+    if not plan_star(x1, x2, act).fused:
         return star_reference(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
     return _fused_star(h, None, act, offset, clamp1, clamp2)
 

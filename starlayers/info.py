@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from starlayers.backend import backend_name, fused_mlp_blocker
+from starlayers.backend import backend_name
 from starlayers.modules import StarMLP
 
 __all__ = ["collect", "main"]
@@ -154,7 +154,7 @@ def _code_path(device: str, dim: int, rows: int, gradients: bool) -> dict[str, A
     layer = StarMLP(dim, device=device, dtype=kind)
     with torch.set_grad_enabled(gradients):
         try:
-            reason = fused_mlp_blocker(layer, torch.empty(rows, dim, device=device, dtype=kind))
+            reason = layer.plan(torch.empty(rows, dim, device=device, dtype=kind)).reason or None
         except (RuntimeError, ValueError) as error:  # the backend asked for cannot serve
             reason = str(error)
     return {

@@ -1,15 +1,26 @@
 """Star layers over stock `nn.Linear` branches: StarOp, StarMLP, StarBlock."""
 
 import math
-import operator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from starlayers.activations import get_activation
-from starlayers.backend import fused_mlp_blocker, is_plain, recomputed
+from starlayers.backend import recomputed
+from starlayers.checks import one_of, positive_int, probability
+from starlayers.dispatch import (
+    NOT_LINEAR,
+    Plan,
+    declined,
+    is_plain,
+    is_small,
+    plain_weights,
+    plan_mlp,
+)
 from starlayers.functional import COMBINE
+from starlayers.kernels.layer import run_mlp
+from starlayers.kernels.registration import MLPWeights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -77,17 +88,10 @@ class StarOp(nn.Module):
         self.in_features = positive_int(layer, "in_features", in_features)
         self.out_features = positive_int(layer, "out_features", out_features)
         self.rank = positive_int(layer, "rank", rank)
-        if combine not in COMBINE:
-            raise ValueError(
-                f"{layer}: unknown combine {combine!r}, choose one of {', '.join(COMBINE)}"
-            )
+        one_of(layer, "combine", combine, COMBINE)
+        one_of(layer, "coefficients", coefficients, COEFFICIENTS)
         if combine != "mul" and offset:
             raise ValueError(f"{layer}: offset={offset} needs combine='mul', got {combine!r}")
-        if coefficients not in COEFFICIENTS:
-            names = ", ".join(COEFFICIENTS)
-            raise ValueError(
-                f"{layer}: unknown coefficients {coefficients!r}, choose one of {names}"
-            )
         if combine != "mul" and coefficients != "fixed":
             raise ValueError(
                 f"{layer}: coefficients={coefficients!r} needs combine='mul', got {combine!r}"
@@ -272,15 +276,40 @@ class StarMLP(StarOp):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self.check_input(x)
-        if fused_mlp_blocker(self, x, residual) is None:
-            from starlayers.kernels.layer import fused_star_mlp  # the first call registers the ops
-
-            return fused_star_mlp(self, x, residual)
+        if not is_small(x, self.hidden_features):
+            plan = self.plan(x, residual)
+            if plan.weights is not None:
+                options = (self.act, self.offset, residual)
+                return run_mlp(plan.path, x, plan.weights, *options, recompute=self.recompute)
         if self.recompute and torch.is_grad_enabled():
             y = recomputed(self._eager, x)
         else:
             y = self._eager(x)
         return y if residual is None else residual + y
+
+    def plan(self, x: Tensor, residual: Tensor | None = None) -> Plan:
+        """Return the plan for a call: what runs, or why it is the definition.
+
+        Raises:
+            RuntimeError: the backend is "triton" or "cpu" and cannot serve the call.
+
+        Example:
+            >>> StarMLP(4, rank=2).plan(torch.ones(1, 4)).reason
+            "combine='mul', rank=2 (needs 'mul', 1)"
+        """
+        weights = self.fusable()
+        if isinstance(weights, str):
+            return declined(weights, "this StarMLP")
+        return plan_mlp(x, weights, self.act, residual, recompute=self.recompute)
+
+    def fusable(self) -> MLPWeights | str:
+        """Return the weights for a fused op, or the reason why none computes this layer."""
+        if self.combine != "mul" or self.rank != 1:
+            return f"combine={self.combine!r}, rank={self.rank} (needs 'mul', 1)"
+        if self.coefficients != "fixed":
+            advice = "; fold() makes it" if self.coefficients == "scale" else ""
+            return f"coefficients={self.coefficients!r} (needs 'fixed'{advice})"
+        return plain_weights(self.f1, self.f2, self.g) or NOT_LINEAR
 
     def _eager(self, x: Tensor) -> Tensor:
         return self.g(self._combined(x))  # type: ignore[no-any-return]
@@ -417,33 +446,3 @@ class StarBlock(nn.Module):
             and is_plain(self.drop_path, nn.Identity)
             and is_plain(self.mlp, StarMLP)
         )
-
-
-def positive_int(layer: str, name: str, value: int) -> int:
-    """Return `value` as an int; raise if it is not an integer of at least 1.
-
-    `layer` and `name` say whose argument it is in the message.
-
-    Raises:
-        TypeError: `value` is not an integer.
-        ValueError: `value` is below 1.
-    """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{layer}: {name} must be an integer, got {value!r}")
-    value = operator.index(value)
-    if value < 1:
-        raise ValueError(f"{layer}: {name} must be at least 1, got {value}")
-    return value
-
-
-def probability(layer: str, name: str, value: float) -> float:
-    """Return `value` as a float; raise if it lies outside of [0, 1).
-
-    `layer` and `name` say whose argument it is in the message.
-
-    Raises:
-        ValueError: `value` is outside of [0, 1).
-    """
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{layer}: {name} must be in [0, 1), got {value}")
-    return float(value)

@@ -6,20 +6,24 @@ import sys
 import pytest
 import torch
 
-from starlayers import backend
+from starlayers import backend, dispatch
 from starlayers.kernels import star_mlp_cpu
 
 
 @pytest.fixture(autouse=True)
 def _own_backend(monkeypatch):
+    """Start without a forced backend; forget plans, which a test's own thresholds may have made."""
     monkeypatch.delenv(backend.ENV_VAR, raising=False)
+    dispatch.forget_plans()
+    yield
+    dispatch.forget_plans()
 
 
 @pytest.fixture
 def fuse_everything(monkeypatch):
     """Let the fused op take activations of any size."""
-    monkeypatch.setattr(backend, "MIN_HIDDEN_BYTES_INFERENCE", 0)
-    monkeypatch.setattr(backend, "MIN_HIDDEN_BYTES_TRAINING", 0)
+    monkeypatch.setattr(dispatch, "MIN_HIDDEN_BYTES_INFERENCE", 0)
+    monkeypatch.setattr(dispatch, "MIN_HIDDEN_BYTES_TRAINING", 0)
 
 
 @pytest.fixture

@@ -9,18 +9,23 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from starlayers import ACTIVATIONS, StarMLP, backend, backend_name, register_activation, use_backend
+from starlayers import (
+    ACTIVATIONS,
+    StarMLP,
+    backend_name,
+    dispatch,
+    register_activation,
+    use_backend,
+)
 from starlayers.backend import (
     BACKENDS,
     ENV_VAR,
-    fused_mlp_blocker,
-    is_plain,
-    is_plain_linear,
-    needs_gradients,
     recomputed,
     with_this_backend,
 )
+from starlayers.dispatch import is_plain, plain_weights
 from starlayers.kernels import registration
+from starlayers.kernels.registration import needs_gradients
 from tests.helpers import RecordOps, randn, star_mlp_formula
 
 
@@ -72,7 +77,7 @@ def test_environment_is_read_at_call_time_and_a_block_wins(monkeypatch, name):
 def test_bad_environment_is_named_where_it_is_used(monkeypatch):
     monkeypatch.setenv(ENV_VAR, "cuda")
     mlp, x = StarMLP(4), randn(2, 4)
-    words = "STARLAYERS_BACKEND: unknown backend 'cuda', choose one of auto, eager, triton"
+    words = "STARLAYERS_BACKEND: unknown backend 'cuda', choose one of auto, eager, cpu, triton"
     for call in (backend_name, lambda: mlp(x)):
         with pytest.raises(ValueError, match=words):
             call()
@@ -189,15 +194,15 @@ BLOCKED = [
     ("make", "x", "context", "words"), [row[1:] for row in BLOCKED], ids=[r[0] for r in BLOCKED]
 )
 def test_reason_is_silent_on_auto_and_aloud_on_triton(make, x, context, words):
-    assert fused_mlp_blocker(PLAIN(), X) is None
+    assert PLAIN().plan(X).reason == ""
     mlp = make()
     with context():
-        assert re.search(words, fused_mlp_blocker(mlp, x))
+        assert re.search(words, mlp.plan(x).reason)
         aloud = f"triton backend cannot serve this StarMLP: .*({words}|no Triton kernel for device)"
         with use_backend("triton"), pytest.raises(RuntimeError, match=aloud):
             mlp(x)
         with use_backend("eager"):
-            assert fused_mlp_blocker(mlp, x) == "the eager backend was asked for"
+            assert mlp.plan(x).reason == "the eager backend was asked for"
 
 
 @pytest.mark.usefixtures("eligible")
@@ -224,14 +229,14 @@ def test_functional_transforms_run_eager(transform):
     mlp, reasons = StarMLP(4, act="tanh").requires_grad_(False), []
 
     def watched(x):
-        reasons.append(fused_mlp_blocker(mlp, x))
+        reasons.append(mlp.plan(x).reason)
         return mlp(x)
 
     y = transform(watched)
     torch.testing.assert_close(y, transform(lambda x: star_mlp_formula(mlp, x)))
     assert all(re.search("transform or tracer|input is a", reason) for reason in reasons)
     assert reasons
-    assert fused_mlp_blocker(mlp, X) is None
+    assert mlp.plan(X).reason == ""
 
 
 @pytest.mark.usefixtures("eligible")
@@ -246,7 +251,7 @@ def test_compiler_fuses_the_plain_definition(fresh_compiler):
     torch.testing.assert_close(y, star_mlp_formula(mlp, X))
     assert seen
     assert not any("starlayers" in target for target in seen)
-    reason = torch.compile(lambda x: (x, fused_mlp_blocker(mlp, x)), backend="eager")(X)[1]
+    reason = torch.compile(lambda x: (x, mlp.plan(x).reason), backend="eager")(X)[1]
     assert reason == "being compiled or exported"
 
 
@@ -264,15 +269,16 @@ SIZES = [
 @pytest.mark.parametrize(("call", "kind"), [row[1:] for row in SIZES], ids=[r[0] for r in SIZES])
 def test_small_layers_run_eager(monkeypatch, call, kind):
     for limit, expected in ((BYTES, 1), (BYTES + 1, 0)):
-        monkeypatch.setattr(backend, f"MIN_HIDDEN_BYTES_{kind}", limit)
+        monkeypatch.setattr(dispatch, f"MIN_HIDDEN_BYTES_{kind}", limit)
+        dispatch.forget_plans()
         mlp = StarMLP(4)
         with RecordOps() as ops:
             y = call(mlp, X.clone())
         torch.testing.assert_close(y.detach(), star_mlp_formula(mlp, X).detach())
         assert ops.counts.get("starlayers::star_mlp", 0) == expected
-    monkeypatch.setattr(backend, "MIN_HIDDEN_BYTES_INFERENCE", BYTES + 1)
-    monkeypatch.setattr(backend, "MIN_HIDDEN_BYTES_TRAINING", BYTES + 1)
-    assert f"hidden activation of {BYTES} bytes" in fused_mlp_blocker(StarMLP(4), X)
+    monkeypatch.setattr(dispatch, "MIN_HIDDEN_BYTES_INFERENCE", BYTES + 1)
+    monkeypatch.setattr(dispatch, "MIN_HIDDEN_BYTES_TRAINING", BYTES + 1)
+    assert f"hidden activation of {BYTES} bytes" in StarMLP(4).plan(X).reason
 
 
 MIB = 2**20
@@ -284,16 +290,16 @@ def test_hidden_bytes_from_which_a_cpu_runs_fused(training, limit):
     for rows, fused in ((limit // 32, True), (limit // 32 - 1, False)):
         x = torch.zeros(1, 4).expand(rows, 4)
         small = f"hidden activation of {32 * rows} bytes is small enough for eager"
-        assert fused_mlp_blocker(mlp, x) == (None if fused else small)
+        assert mlp.plan(x).reason == ("" if fused else small)
     x = torch.zeros(1, 4, dtype=torch.float64).expand(2 * MIB // 64, 4)  # 64 bytes a row
-    assert "small enough" not in fused_mlp_blocker(mlp, x)
+    assert "small enough" not in mlp.plan(x).reason
 
 
 @pytest.mark.usefixtures("eligible")
 def test_an_activation_without_a_derivative_has_no_fused_op():
     register_activation("sine", torch.sin)
     try:
-        reason = fused_mlp_blocker(StarMLP(4, act="sine"), X)
+        reason = StarMLP(4, act="sine").plan(X).reason
         assert reason == "activation 'sine' was registered without a derivative"
     finally:
         del ACTIVATIONS["sine"]
@@ -302,12 +308,12 @@ def test_an_activation_without_a_derivative_has_no_fused_op():
 @pytest.mark.usefixtures("eligible")
 def test_the_interpreter_replaces_the_cpus_own_op(monkeypatch):
     monkeypatch.setattr(registration, "INTERPRET", True)
-    assert "interpreter replaces" in fused_mlp_blocker(StarMLP(4), X)
+    assert "interpreter replaces" in StarMLP(4).plan(X).reason
     with use_backend("triton"):  # where the conditions are those of a GPU
-        assert fused_mlp_blocker(StarMLP(4), X) is None
-        assert fused_mlp_blocker(StarMLP(4), X, torch.zeros(4)) is None
+        assert StarMLP(4).plan(X).reason == ""
+        assert StarMLP(4).plan(X, torch.zeros(4)).reason == ""
         with pytest.raises(RuntimeError, match="residual is a Wrapped on cpu"):
-            fused_mlp_blocker(StarMLP(4), X, torch.zeros(4).as_subclass(Wrapped))
+            StarMLP(4).plan(X, torch.zeros(4).as_subclass(Wrapped))
 
 
 def test_gradients_are_needed_by_any_tensor_while_they_are_recorded():
@@ -364,11 +370,19 @@ LINEARS = [
 @pytest.mark.parametrize(
     ("module", "plain"), [row[1:] for row in LINEARS], ids=[r[0] for r in LINEARS]
 )
-def test_is_plain_linear(module, plain):
-    assert is_plain_linear(module) is plain
+def test_weights_are_those_of_three_plain_linear_layers(module, plain):
+    linear = nn.Linear(4, 4)
+    for i in range(3):
+        layers = [linear] * 3
+        layers[i] = module
+        weights = plain_weights(*layers)
+        assert (weights is not None) is plain
+        if weights is not None:
+            expected = [p for m in layers for p in (m.weight, m.bias)]
+            assert [id(w) for w in weights] == [id(p) for p in expected]
 
 
 def test_no_linear_is_plain_under_a_global_hook():
     with global_hook():
-        assert is_plain_linear(nn.Linear(4, 4)) is False
-    assert is_plain_linear(nn.Linear(4, 4)) is True
+        assert plain_weights(*[nn.Linear(4, 4)] * 3) is None
+    assert plain_weights(*[nn.Linear(4, 4)] * 3) is not None

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starlayers import ACTIVATIONS, functional, star
+from starlayers.dispatch import Plan
 from starlayers.functional import (
     COMBINE,
     star_mlp_reference,
@@ -113,11 +114,9 @@ def test_every_option_changes_the_value_as_documented(options, value):
 @pytest.fixture
 def fused(monkeypatch):
     """Record the calls of the fused op, which computes its definition on a CPU."""
-    from starlayers.kernels import star as module
-
-    calls, op = [], module.star
-    monkeypatch.setattr(functional, "star_blocker", lambda x1, x2, act: None)
-    monkeypatch.setattr(module, "star", lambda *args: calls.append(args) or op(*args))
+    calls, op = [], functional.star_op
+    monkeypatch.setattr(functional, "plan_star", lambda x1, x2, act: Plan("star"))
+    monkeypatch.setattr(functional, "star_op", lambda *args: calls.append(args) or op(*args))
     return calls
 
 

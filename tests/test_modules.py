@@ -10,7 +10,8 @@ from timm.layers import DropPath as TimmDropPath
 from torch import nn
 
 from starlayers import ACTIVATIONS, DropPath, StarBlock, StarMLP, StarOp, modules, use_backend
-from starlayers.modules import COEFFICIENTS, positive_int, probability
+from starlayers.checks import positive_int, probability
+from starlayers.modules import COEFFICIENTS
 from tests.helpers import FORMULAS, properties, randn, star_mlp_formula, star_op_formula
 
 DOUBLE = torch.float64
@@ -335,7 +336,12 @@ REJECTED = [
         ValueError,
         "offset=1.5 .*'sum'",
     ),
-    ("backend", lambda: use_backend("cuda").__enter__(), ValueError, "'cuda'.*auto, eager, triton"),
+    (
+        "backend",
+        lambda: use_backend("cuda").__enter__(),
+        ValueError,
+        "'cuda'.*auto, eager, cpu, triton",
+    ),
     ("backend-none", lambda: use_backend(None).__enter__(), ValueError, "None"),
     (
         "drop-negative",

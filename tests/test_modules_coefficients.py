@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from starlayers import StarBlock, StarMLP, StarOp, param_groups, use_backend
-from starlayers.backend import fused_mlp_blocker
 from tests.helpers import (
     FORMULAS,
     RecordOps,
@@ -338,8 +337,8 @@ def test_fused_paths_say_why_they_stand_back(coefficients, recompute):
     mlp = build(StarMLP, coefficients, recompute=recompute)
     x = randn(70, 4)
     words = f"coefficients='{coefficients}' (needs 'fixed'"
-    assert words in fused_mlp_blocker(mlp, x)
-    assert ("fold()" in fused_mlp_blocker(mlp, x)) is (coefficients == "scale")
+    assert words in mlp.plan(x).reason
+    assert ("fold()" in mlp.plan(x).reason) is (coefficients == "scale")
     expected = mlp.g(formula(mlp, x))
     with RecordOps() as ops:
         y = mlp(x)

@@ -159,8 +159,8 @@ print(torch.cuda.is_initialized())
 print(starlayers.star(torch.tensor([2.0]), torch.tensor([3.0])).tolist())
 
 warnings.resetwarnings()
-from starlayers import StarMLP, backend, use_backend
-backend.MIN_HIDDEN_BYTES_INFERENCE = backend.MIN_HIDDEN_BYTES_TRAINING = 0
+from starlayers import StarMLP, dispatch, use_backend
+dispatch.MIN_HIDDEN_BYTES_INFERENCE = dispatch.MIN_HIDDEN_BYTES_TRAINING = 0
 mlp, x = StarMLP(2), torch.ones(1, 2)
 with use_backend("eager"):
     expected = mlp(x)

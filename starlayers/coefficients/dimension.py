@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from starlayers.checks import positive_int
 from starlayers.coefficients.form import check_bytes
-from starlayers.modules import StarOp, positive_int
+from starlayers.modules import StarOp
 
 __all__ = ["empirical_rank", "implicit_dimension"]
 

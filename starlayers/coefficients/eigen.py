@@ -8,9 +8,10 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
+from starlayers.checks import positive_int
 from starlayers.coefficients.compose import Products, compose, outline
 from starlayers.coefficients.form import check_bytes
-from starlayers.modules import StarMLP, positive_int
+from starlayers.modules import StarMLP
 
 __all__ = ["Attribution", "Eigenfeatures", "attribute", "eigenfeatures"]
 

@@ -6,7 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from starlayers.modules import StarMLP, StarOp, positive_int
+from starlayers.checks import positive_int
+from starlayers.modules import StarMLP, StarOp
 
 __all__ = ["branch_vectors", "iter_quadratic_forms", "quadratic_form"]
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from starlayers.backend import needs_gradients, recomputed
+from starlayers.backend import recomputed
 from starlayers.coefficients.form import CHUNK_BYTES, check_bytes, dense, no_autocast
+from starlayers.kernels.registration import needs_gradients
 
 
 def squares(w1: Tensor, w2: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from starlayers.checks import positive_int
 from starlayers.coefficients.eigen import Eigenfeatures
 from starlayers.coefficients.optional import require
 from starlayers.coefficients.spectrum import Spectrum, spectrum
-from starlayers.modules import positive_int
 
 if TYPE_CHECKING:
     import optuna

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from starlayers.checks import positive_int
 from starlayers.coefficients.optional import require
 from starlayers.coefficients.scaling import ProductScaler, star_layers
-from starlayers.modules import positive_int
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

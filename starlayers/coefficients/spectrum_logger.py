@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from starlayers.checks import positive_int
 from starlayers.coefficients.optional import require
 from starlayers.coefficients.spectrum import spectrum
-from starlayers.modules import positive_int
 
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback

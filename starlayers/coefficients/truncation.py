@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from starlayers.checks import positive_int
 from starlayers.coefficients.eigen import Eigenfeatures, flat, need_all
-from starlayers.modules import StarOp, positive_int
+from starlayers.modules import StarOp
 
 __all__ = ["TruncationCurve", "truncate", "truncation_curve"]
 

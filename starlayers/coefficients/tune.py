@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from starlayers.checks import positive_int
 from starlayers.coefficients.optional import require
 from starlayers.coefficients.scaling import ProductScaler, star_layers
 from starlayers.coefficients.search import SearchResult, run_search
 from starlayers.coefficients.space import search_settings
-from starlayers.modules import positive_int
 
 if TYPE_CHECKING:
     import optuna

@@ -16,14 +16,17 @@ __all__ = [
     "TRITON_ACTIVATIONS",
     "MLPGradients",
     "MLPWeights",
+    "autocasts",
     "cast",
     "ceil_div",
+    "compute_dtype",
     "define_gradient",
     "define_op",
     "flattened",
     "launch",
     "library_gradients",
     "multiprocessors",
+    "needs_gradients",
     "no_autocast",
     "pointer",
     "precision",
@@ -211,7 +214,7 @@ def _device_of(x: Tensor) -> Iterator[None]:
 @contextmanager
 def no_autocast(x: Tensor) -> Iterator[None]:
     """Switch autocast off on the device of `x`, inside the `with` block."""
-    if torch.is_autocast_enabled(x.device.type):  # else a traced graph would hold a useless switch
+    if autocasts(x):  # else a traced graph would hold a useless switch
         with torch.autocast(x.device.type, enabled=False):
             yield
     else:
@@ -272,6 +275,33 @@ def precision(x: Tensor) -> str:
 def cast(t: Tensor | None, dtype: torch.dtype) -> Any:
     """Return `t` in `dtype`; the same object if it has that dtype or is None."""
     return t if t is None or t.dtype == dtype else t.to(dtype)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Return True if autocast is on for the device of `x`; "meta" has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer computes `x`: autocast's if it is on.
+
+    Example:
+        >>> compute_dtype(torch.ones(2))
+        torch.float32
+    """
+    if x.dtype != torch.float64 and autocasts(x):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Return True if autograd needs a gradient through any of these tensors.
+
+    Example:
+        >>> needs_gradients(torch.ones(1), None), needs_gradients(torch.ones(1, requires_grad=True))
+        (False, True)
+    """
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def pointer(t: Tensor | None, other: Tensor) -> Tensor:

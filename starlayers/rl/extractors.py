@@ -13,7 +13,8 @@ from stable_baselines3.common.torch_layers import (
 )
 from torch import Tensor, nn
 
-from starlayers.modules import StarBlock, positive_int
+from starlayers.checks import positive_int
+from starlayers.modules import StarBlock
 from starlayers.rl.trunks import KeepsInit, activation_name, build_trunk, star_residual
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from starlayers.modules import positive_int
+from starlayers.checks import positive_int
 from starlayers.rl.critics import ProductTrunk
 from starlayers.rl.trunks import (
     NETS,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
-from starlayers.modules import positive_int
+from starlayers.checks import positive_int
 from starlayers.rl.critics import ProductTerm
 from starlayers.surgery.find import Patterns, find_mlps
 from starlayers.surgery.gates import name_of

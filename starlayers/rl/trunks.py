@@ -9,7 +9,8 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 
 from starlayers.activations import get_activation
-from starlayers.modules import StarBlock, positive_int
+from starlayers.checks import positive_int
+from starlayers.modules import StarBlock
 from starlayers.rl.stack import GATE_GAIN, PackedStar, StarStack
 from starlayers.surgery.recipes import recognise
 

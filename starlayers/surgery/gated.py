@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from starlayers.backend import fused_mlp_blocker, recomputed, star_blocker
+from starlayers.backend import recomputed
+from starlayers.dispatch import NOT_LINEAR, Plan, declined, plain_weights, plan_mlp, plan_star
 from starlayers.functional import star_packed, star_product
-from starlayers.modules import StarMLP
+from starlayers.kernels.layer import run_mlp
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
 from starlayers.surgery.site import Site, attribute, with_new_names
 
@@ -41,27 +42,6 @@ class Role:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(with_new_names(state))
-
-
-@dataclass
-class _FusedView:
-    """Layers and sizes of a gated MLP under the names that the fused ops read.
-
-    Made anew for each call, because layers may be replaced at any time.
-    """
-
-    f1: nn.Linear
-    f2: nn.Linear
-    g: nn.Linear
-    act: str
-    in_features: int
-    hidden_features: int
-    out_features: int
-    recompute: bool
-    combine: str = "mul"
-    rank: int = 1
-    offset: float = 0.0
-    coefficients: str = "fixed"
 
 
 class GatedMLP(nn.Module):
@@ -102,11 +82,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = (*args, *kwargs.values())  # the model may pass its MLP's input by keyword
-        view = self._star_view()
-        if view is not None and fused_mlp_blocker(view, x) is None:
-            from starlayers.kernels.layer import fused_star_mlp  # defines the ops, on first use
-
-            return fused_star_mlp(view, x, None)
+        plan, role = self._star_plan(x), self.star
+        if plan is not None and plan.weights is not None:
+            act, recompute = role.act_name, role.recompute
+            return run_mlp(plan.path, x, plan.weights, act, 0.0, recompute=recompute)
         if self.star.recompute and torch.is_grad_enabled():
             return recomputed(self._star_eager, x)
         return self._star_eager(x)
@@ -118,16 +97,18 @@ class GatedMLP(nn.Module):
         out = projection(attribute(self, site.out or "")) or Projection(0, 0)
         return inp.in_features, out.in_features, out.out_features
 
-    def _star_view(self) -> StarMLP | None:
-        """Return the MLP for one fused op, `None` if that cannot compute it."""
+    def _star_plan(self, x: Tensor) -> Plan | None:
+        """Return the plan for one fused op, `None` if none can compute the MLP."""
         role, site = self.star, self.star.site
         if not role.fused or role.act_name is None or role.grown or site.form != "gated":
             return None
         if self.training and any(_is_active_dropout(attribute(self, n)) for n in role.between):
             return None
-        n, f, out = self.star_sizes()
-        f1, f2, g = (attribute(self, name) for name in (site.inp, site.up or "", site.out or ""))
-        return cast(StarMLP, _FusedView(f1, f2, g, role.act_name, n, f, out, role.recompute))
+        layers = (attribute(self, name) for name in (site.inp, site.up or "", site.out or ""))
+        weights = plain_weights(*layers)
+        if weights is None:
+            return declined(NOT_LINEAR, "this GatedMLP")
+        return plan_mlp(x, weights, role.act_name, recompute=role.recompute)
 
     def _star_eager(self, x: Tensor) -> Tensor:
         h = self._star_product(x)
@@ -149,7 +130,7 @@ class GatedMLP(nn.Module):
         else:
             a, b = h, attribute(self, site.up)(x)
         packed = act_name is not None and site.up is None and not site.gate_last
-        if packed and star_blocker(a, b, act_name) is None:
+        if packed and plan_star(a, b, act_name).fused:
             y = star_packed(h, act_name)
         else:
             y = _product(a, b, act, act_name)
@@ -173,7 +154,7 @@ def split_packed(h: Tensor, *, gate_last: bool) -> tuple[Tensor, Tensor]:
 
 def _product(a: Tensor, b: Tensor, act: Callable[[Tensor], Tensor], act_name: str | None) -> Tensor:
     """Return `act(a) * b`, by a kernel if `act_name` is given and a kernel can run."""
-    if act_name is not None and star_blocker(a, b, act_name) is None:
+    if act_name is not None and plan_star(a, b, act_name).fused:
         return star_product(a, b, act_name)
     return act(a) * b
 

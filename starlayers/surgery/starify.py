@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from starlayers.modules import positive_int
+from starlayers.checks import positive_int
 from starlayers.surgery.find import Finding, NameFilter, Patterns, find_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gated import grow as grow_mlp

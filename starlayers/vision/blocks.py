@@ -8,8 +8,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from starlayers.modules import StarBlock, positive_int
-from starlayers.vision.fused_block import fused_block, fused_block_blocker
+from starlayers.checks import positive_int
+from starlayers.modules import StarBlock
+from starlayers.vision.fused_block import fused_block, plan
 
 # importable from here as well: networks pickled as a whole refer to this path
 from starlayers.vision.layout import OnChannelsLast
@@ -142,10 +143,7 @@ class StarBlock2d(StarBlock):
     def forward(self, x: Tensor) -> Tensor:
         check_images(type(self).__name__, x, self.dim)
         x_nhwc = rearrange(x, "n c h w -> n h w c").contiguous()
-        if fused_block_blocker(self, x_nhwc) is None:
-            y = fused_block(self, x_nhwc)
-        else:
-            y = super().forward(x_nhwc)
+        y = fused_block(self, x_nhwc) if plan(self, x_nhwc).fused else super().forward(x_nhwc)
         return rearrange(y, "n h w c -> n c h w")
 
     def fuse(self) -> None:

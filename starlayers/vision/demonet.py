@@ -6,7 +6,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from starlayers.modules import StarBlock, positive_int, probability
+from starlayers.checks import positive_int, probability
+from starlayers.modules import StarBlock
 from starlayers.vision.blocks import check_images
 from starlayers.vision.layout import to_channels_last
 

@@ -13,67 +13,37 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from starlayers.backend import (
-    backend_name,
-    checked_reason,
-    compute_dtype,
-    definition_blocker,
-    exporting,
-    is_plain,
-    kernel_blocker,
-    needs_gradients,
-)
+from starlayers.backend import backend_name
+from starlayers.dispatch import ON_CPU, Plan, declined, exporting, is_plain, plan_block
+from starlayers.kernels.dwconv import dwconv
+from starlayers.kernels.registration import compute_dtype, no_autocast
+from starlayers.kernels.star_mlp import star_mlp
 from starlayers.modules import DropPath, StarMLP
 from starlayers.vision.layout import OnChannelsLast
 
 if TYPE_CHECKING:
     from starlayers.vision.blocks import StarBlock2d
 
-__all__ = ["fused_block", "fused_block_blocker"]
 
-
-def fused_block_blocker(block: "StarBlock2d", x: Tensor) -> str | None:
-    """Return the reason why `block` cannot run fused on `x`, or `None` if it can.
-
-    Args:
-        block: the block.
-        x: its input as (N, H, W, C).
+def plan(block: "StarBlock2d", x: Tensor) -> Plan:
+    """Return the plan for `block` on `x` (N, H, W, C).
 
     Raises:
-        RuntimeError: the backend is "triton" and there is a reason; the message has it.
-
-    Example:
-        >>> from starlayers.vision import StarBlock2d
-        >>> fused_block_blocker(StarBlock2d(8), torch.ones(1, 7, 7, 8))
-        "no Triton kernel for device 'cpu'"
+        RuntimeError: the backend is "triton" and cannot serve the block.
     """
-    if backend_name() == "eager":
-        return "the eager backend was asked for"
-    if x.device.type == "cpu" and backend_name() == "auto":
-        # cheap test first: calls on a CPU should not pay for the rest
-        return "no Triton kernel for device 'cpu'"
-    return checked_reason(_blocker(block, x), "this StarBlock2d")
+    if x.device.type == "cpu" and backend_name() in ("auto", "cpu", "eager"):
+        return ON_CPU  # cheap test first: calls on a CPU should not pay for the rest
+    reason = _structure_reason(block)
+    weights = reason or block.mlp.fusable()
+    if isinstance(weights, str):
+        return declined(weights, "this StarBlock2d")
+    own = {id(p) for p in block.mlp.parameters()}
+    others = [p for p in block.parameters() if id(p) not in own]
+    return plan_block(x, weights, others, block.mlp.act)
 
 
-def _blocker(block: "StarBlock2d", x: Tensor) -> str | None:
-    reason = _structure_blocker(block)
-    if reason is not None:
-        return reason
-    if x.numel() == 0:
-        return "the batch is empty"
-    reason = definition_blocker(block.mlp)
-    reason = reason or kernel_blocker((x, *block.parameters()), block.mlp.act)
-    if reason is not None:
-        return reason
-    from starlayers.kernels.layer import too_few, too_wide
-
-    return too_few(x, block.mlp) or too_wide(
-        x.device, compute_dtype(x), block.mlp, training=needs_gradients(x, *block.parameters())
-    )
-
-
-def _structure_blocker(block: "StarBlock2d") -> str | None:
-    """Return what was replaced in or attached to `block`, or `None` if it is as made."""
+def _structure_reason(block: "StarBlock2d") -> str:
+    """Return what was replaced in or attached to `block`; empty if it is as made."""
     if not is_plain(block.mlp, StarMLP):
         return f"the MLP is hooked, wrapped or not a StarMLP but a {type(block.mlp).__name__}"
     for name, layers, order in (
@@ -87,7 +57,7 @@ def _structure_blocker(block: "StarBlock2d") -> str | None:
         norm = layers.bn
         if not (is_plain(norm, nn.Identity) or is_plain(norm, nn.BatchNorm2d)):
             return f"a norm is hooked or a {type(norm).__name__} (needs BatchNorm2d or Identity)"
-    return None
+    return ""
 
 
 def _is_depthwise(conv: nn.Conv2d) -> bool:
@@ -110,12 +80,8 @@ def _is_depthwise(conv: nn.Conv2d) -> bool:
 def fused_block(block: "StarBlock2d", x: Tensor) -> Tensor:
     """Compute `block` on `x` (N, H, W, C) with the fused kernels.
 
-    Call it only if `fused_block_blocker(block, x)` is `None`.
+    Call it only if `plan(block, x)` is fused.
     """
-    from starlayers.kernels.dwconv import dwconv
-    from starlayers.kernels.registration import no_autocast
-    from starlayers.kernels.star_mlp import star_mlp
-
     dtype = compute_dtype(x)
     mlp, first, last = block.mlp, block.pre.conv, block.post.conv
     w3 = mlp.g.weight.to(dtype)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from starlayers.activations import get_activation
-from starlayers.modules import StarOp, positive_int, probability
+from starlayers.checks import positive_int, probability
+from starlayers.modules import StarOp
 from starlayers.vision.blocks import ConvNorm, StarBlock2d, check_images
 from starlayers.vision.layout import to_channels_last
 from starlayers.vision.recompute import recompute

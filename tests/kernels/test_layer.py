@@ -10,8 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from starlayers import StarMLP, use_backend
+from starlayers.dispatch import _too_few, _too_wide, plain_weights
 from starlayers.kernels import layer, registration, tiles
-from starlayers.kernels.layer import fused_star_mlp, too_few, too_wide
+from starlayers.kernels.layer import run_mlp
 from starlayers.kernels.registration import multiprocessors
 from starlayers.kernels.tiles import (
     FAMILIES,
@@ -55,18 +56,12 @@ FEW = [
 
 @pytest.mark.parametrize(("rows", "width", "out", "dtype", "autocast", "few"), FEW)
 def test_too_few_rows(rows, width, out, dtype, autocast, few):
-    mlp, x = StarMLP(width, 8, out_features=out, dtype=dtype), rows_of(rows, width, dtype)
+    x = rows_of(rows, width, dtype)
     reason = f"{rows} rows of {max(width, out)} channels would leave most of a GPU idle"
     with AUTOCAST[autocast]():
-        assert too_few(x, mlp) == (reason if few else None)
-        with use_backend("triton"):
-            assert too_few(x, mlp) is None
-
-
-def test_rows_are_those_of_all_leading_dimensions():
-    mlp = StarMLP(64, 8)
-    assert too_few(torch.zeros(1, 1, 64).expand(2, 2047, 64), mlp).startswith("4094 rows of 64")
-    assert too_few(torch.zeros(1, 1, 64).expand(2, 2048, 64), mlp) is None
+        computed = registration.compute_dtype(x)
+    assert _too_few("auto", computed, rows, (width, 8, out)) == (reason if few else "")
+    assert _too_few("triton", computed, rows, (width, 8, out)) == ""
 
 
 # in, out, dtype, training, table that is too narrow
@@ -91,14 +86,12 @@ WIDE = [
 @pytest.mark.parametrize(("width", "out", "dtype", "training", "table"), WIDE)
 def test_too_wide(width, out, dtype, training, table, name, on_family):
     on_family(name)
-    mlp = StarMLP(width, 3, out_features=out, device="meta")
     reason = f"{width} -> {out} channels are too wide for a {table} tile in {dtype}"
-    assert too_wide(CPU, dtype, mlp, training=training) == (reason if table else None)
+    assert _too_wide(CPU, dtype, (width, 3, out), training) == (reason if table else "")
 
 
 def test_hidden_channels_never_make_a_layer_too_wide():
-    mlp = StarMLP(64, 10**6, device="meta")
-    assert too_wide(CPU, F32, mlp, training=True) is None
+    assert _too_wide(CPU, F32, (64, 10**6, 64), True) == ""
 
 
 # shared memory in bytes, HIP version, family
@@ -195,22 +188,22 @@ def test_descriptors(width, hidden, out, dtype, gpu, hip, serve, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
     monkeypatch.setattr(torch.version, "hip", hip)
     mlp, x = StarMLP(width, hidden, out_features=out), torch.zeros(2, width, dtype=dtype)
-    assert layer._descriptors_serve(x, mlp) is serve
+    weights = plain_weights(mlp.f1, mlp.f2, mlp.g)
+    assert layer._descriptors_serve(x, weights) is serve
     monkeypatch.setattr(layer, "INTERPRET", True)
-    assert layer._descriptors_serve(x, mlp) is True
+    assert layer._descriptors_serve(x, weights) is True
 
 
 @pytest.fixture
 def wide_layer(monkeypatch):
     """Return input, parameters and layer; K2 and K5 can run, nothing is measured yet."""
-    monkeypatch.setattr(layer, "_descriptors_serve", lambda x, mlp: True)
+    monkeypatch.setattr(layer, "_descriptors_serve", lambda x, weights: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(layer, "winner", lambda key: None)
     monkeypatch.delenv("STARLAYERS_TUNE", raising=False)
     mlp = StarMLP(5, 7, out_features=3, act="silu", offset=0.5)
-    parameters = [p for m in (mlp.f1, mlp.f2, mlp.g) for p in (m.weight, m.bias)]
-    return randn(4, 5), parameters, mlp
+    return randn(4, 5), plain_weights(mlp.f1, mlp.f2, mlp.g), mlp.act, mlp.offset
 
 
 def never(*_):
@@ -222,7 +215,7 @@ def test_gemm_is_the_librarys_by_default_and_tritons_where_forced(wide_layer, mo
     assert layer._gemm(*wide_layer) == "library"
     with use_backend("triton"):
         assert layer._gemm(*wide_layer) == "triton"
-        monkeypatch.setattr(layer, "_descriptors_serve", lambda x, mlp: False)
+        monkeypatch.setattr(layer, "_descriptors_serve", lambda x, weights: False)
         assert layer._gemm(*wide_layer) == "library"
     monkeypatch.setenv("STARLAYERS_TUNE", "1")
     assert layer._gemm(*wide_layer) == "library"
@@ -256,13 +249,14 @@ def test_gemm_is_timed_on_both_programs_forward_and_backward(wide_layer, monkeyp
         d1, d2, s = results["library"]
         assert not d1.any()  # the upstream gradient is zero
         assert not d2.any()
-        x, _, mlp = wide_layer
-        torch.testing.assert_close(mlp.g(s), star_mlp_formula(mlp, x))
+        x, (w1, b1, w2, b2, _, _), *_ = wide_layer
+        h1, h2 = x @ w1.T + b1, x @ w2.T + b2
+        torch.testing.assert_close(s, torch.nn.functional.silu(h1) * (0.5 + h2))
         return "triton"
 
     monkeypatch.setattr(layer, "choose", choose)
     assert layer._gemm(*wide_layer) == "triton"
-    assert asked == [(CPU, F32, 4, (7, 5), (7, 5), (3, 7))]
+    assert asked == [(CPU, F32, 4, 5, 7, 3)]
 
 
 class Branches(TorchDispatchMode):
@@ -297,6 +291,12 @@ PATHS = [
 ]
 
 
+def run(mlp, x, residual, path):
+    weights = plain_weights(mlp.f1, mlp.f2, mlp.g)
+    options = (mlp.act, mlp.offset, residual)
+    return run_mlp(path, x, weights, *options, recompute=mlp.recompute)
+
+
 @pytest.mark.parametrize(("channels", "needs", "recompute", "path"), PATHS)
 def test_op_by_width_and_training(channels, needs, recompute, path, monkeypatch):
     monkeypatch.setattr(layer, "INTERPRET", True)  # dispatches a CPU tensor as on a GPU
@@ -305,7 +305,7 @@ def test_op_by_width_and_training(channels, needs, recompute, path, monkeypatch)
     x = randn(2, 3, channels, grad=needs in ("all", "x", "no-grad"))
     residual = randn(2, 3, channels, seed=1)
     with torch.set_grad_enabled(needs != "no-grad"), Branches() as ran:
-        y = fused_star_mlp(mlp, x, residual)
+        y = run(mlp, x, residual, "star_mlp" if path is NARROW else "star_mlp_wide")
     assert ran.seen == [path]
     assert y.requires_grad is (needs in ("all", "x", "parameters"))
     torch.testing.assert_close(y, residual + star_mlp_formula(mlp, x))
@@ -318,7 +318,7 @@ def test_op_by_width_and_training(channels, needs, recompute, path, monkeypatch)
 def test_a_cpu_has_one_op_for_every_width():
     mlp = StarMLP(500, 9)
     with Branches() as ran:
-        y = fused_star_mlp(mlp, x := randn(6, 500), None)
+        y = run(mlp, x := randn(6, 500), None, "cpu")
     assert ran.seen == [NARROW]
     torch.testing.assert_close(y, star_mlp_formula(mlp, x))
 
@@ -338,7 +338,7 @@ def test_residual_is_added_inside_the_op_if_shape_and_dtype_agree(name, monkeypa
     op = layer.star_mlp
     monkeypatch.setattr(layer, "star_mlp", lambda *args: seen.append(args[7]) or op(*args))
     mlp, x = StarMLP(4, 9), randn(6, 4, seed=1)
-    y = fused_star_mlp(mlp, x, residual)
+    y = run(mlp, x, residual, "cpu")
     assert [t is not None for t in seen] == [inside]
     torch.testing.assert_close(y, residual + star_mlp_formula(mlp, x).to(residual.dtype))
 

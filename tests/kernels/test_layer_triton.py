@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from starlayers import StarBlock, StarMLP, StarOp, star, use_backend
-from starlayers.backend import fused_mlp_blocker, star_blocker
+from starlayers.dispatch import plan_star
 from starlayers.functional import star_packed
 from starlayers.rl.stack import PackedStar, StarStack
 from starlayers.surgery import gate_parameters, starify
@@ -152,8 +152,8 @@ def test_checkpointing_gives_the_same_gradients():
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is no interpreter")
 def test_auto_leaves_cpu_tensors_alone_in_the_interpreter():
     mlp, x = StarMLP(16), randn(9, 16)
-    assert "small enough for eager" in fused_mlp_blocker(mlp, x)
-    assert "interpreter" in star_blocker(x, x, "relu6")
+    assert "small enough for eager" in mlp.plan(x).reason
+    assert "Triton kernel" in plan_star(x, x, "relu6").reason
     with RecordOps() as ops:
         torch.testing.assert_close(mlp(x), star_mlp_formula(mlp, x))
     assert not any(name.startswith("starlayers") for name in ops.counts)

@@ -95,13 +95,11 @@ def test_lora_on_all_linears_has_its_say_and_merges(variant):
 def test_a_fused_forward_does_not_bypass_lora():
     from peft import LoraConfig, get_peft_model
 
-    from starlayers.backend import fused_mlp_blocker
-
     torch.manual_seed(0)
     wide = nlp.StarformerForCausalLM(config(hidden_size=256, intermediate_size=1024)).eval()
     x = torch.randn(8, 100, 256)
     with torch.no_grad():
-        assert fused_mlp_blocker(wide.model.layers[0].ffn.mlp, x) is None
+        assert wide.model.layers[0].ffn.mlp.plan(x).fused
     adapted = get_peft_model(
         wide, LoraConfig(r=4, target_modules=["f2"], init_lora_weights=False, task_type="CAUSAL_LM")
     )

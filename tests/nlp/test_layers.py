@@ -200,12 +200,11 @@ def test_the_block_is_the_cores_and_may_run_fused():
     # a real size, where the fused CPU layer serves, against the definition
     torch.manual_seed(0)
     wide = StarformerForCausalLM(config(hidden_size=256, intermediate_size=1024)).eval()
-    from starlayers.backend import fused_mlp_blocker
 
     mlp = wide.model.layers[0].ffn.mlp
     tokens = ids(8, 100)
     with torch.no_grad():
-        assert fused_mlp_blocker(mlp, torch.randn(8, 100, 256)) is None
+        assert mlp.plan(torch.randn(8, 100, 256)).fused
         fast = wide(tokens).logits
         with use_backend("eager"):
             torch.testing.assert_close(fast, wide(tokens).logits, atol=1e-4, rtol=1e-4)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from starlayers import starify, use_backend
+from starlayers.dispatch import Plan
 from starlayers.surgery import (
     GatedMLP,
     Site,
@@ -183,13 +184,13 @@ def test_split_packed(gate_last):
 )
 def test_what_one_fused_op_computes(model, training, one_op):
     mlp = model().train(training)
-    view = mlp._star_view()
-    assert (view is not None) is one_op
-    if view is not None:
-        assert (view.f1, view.f2, view.g) == (mlp.gate, mlp.up, mlp.down)
-        assert (view.in_features, view.hidden_features, view.out_features) == (8, 16, 8)
-        assert (view.act, view.combine, view.rank, view.offset) == ("silu", "mul", 1, 0.0)
-        assert (view.coefficients, view.recompute) == ("fixed", False)
+    mlp.requires_grad_(False)
+    plan = mlp._star_plan(torch.zeros(40_000, 8))
+    assert (plan is not None) is one_op
+    if plan is not None:
+        assert plan.path == "cpu"
+        expected = [p for m in (mlp.gate, mlp.up, mlp.down) for p in (m.weight, m.bias)]
+        assert [id(w) for w in plan.weights] == [id(p) for p in expected]
 
 
 def test_a_module_without_a_rate_may_do_anything_in_train_mode():
@@ -199,24 +200,22 @@ def test_a_module_without_a_rate_may_do_anything_in_train_mode():
 
     mlp = fused(Drops(Noise()))
     assert mlp.star.between == ("drop",)
-    assert mlp.train()._star_view() is None
-    assert mlp.eval()._star_view() is not None
+    x = torch.zeros(40_000, 8)
+    assert mlp.train()._star_plan(x) is None
+    assert mlp.eval()._star_plan(x) is not None
 
 
 def test_the_view_has_the_layers_of_now():
     mlp = fused(recompute=True)
     mlp.up = nn.Linear(8, 16)
-    view = mlp._star_view()
-    assert view.f2 is mlp.up
-    assert view.recompute
+    plan = mlp.requires_grad_(False)._star_plan(torch.zeros(40_000, 8))
+    assert plan.weights.w2 is mlp.up.weight
+    assert plan.path == "cpu"
 
 
 def test_the_fused_op_serves_large_inputs_in_both_modes(monkeypatch):
-    from starlayers.kernels import layer
-
-    calls = []
-    op = layer.fused_star_mlp
-    monkeypatch.setattr(layer, "fused_star_mlp", lambda *args: calls.append(args) or op(*args))
+    calls, op = [], gated.run_mlp
+    monkeypatch.setattr(gated, "run_mlp", lambda *a, **k: calls.append(a) or op(*a, **k))
     mlp = Gated()
     x = torch.randn(40_000, 8)
     with torch.no_grad():
@@ -257,7 +256,7 @@ def test_recompute_runs_the_layers_again_in_the_backward(x, recompute):
 
 def test_kernels_are_asked_for_when_fused_only(x, monkeypatch):
     asked = []
-    monkeypatch.setattr(gated, "star_blocker", lambda a, b, act: asked.append(act))
+    monkeypatch.setattr(gated, "plan_star", lambda a, b, act: asked.append(act) or Plan("star"))
     monkeypatch.setattr(gated, "star_product", lambda a, b, act: nn.functional.silu(a) * b)
     monkeypatch.setattr(
         gated, "star_packed", lambda h, act: nn.functional.silu(h[..., :16]) * h[..., 16:]

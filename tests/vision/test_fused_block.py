@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-import starlayers.kernels.layer
-from starlayers import DropPath, StarMLP, use_backend
+from starlayers import DropPath, StarMLP, dispatch, use_backend
 from starlayers.vision import StarBlock2d, fused_block
-from starlayers.vision.fused_block import fused_block_blocker
+from starlayers.vision.fused_block import plan
 from starlayers.vision.layout import OnChannelsLast
 
 from .util import image
@@ -28,7 +27,7 @@ def pixels(channels=8, size=5, batch=2):
 def reason(block, x):
     """Return the reason in the error that the "triton" backend raises for `block` on `x`."""
     with use_backend("triton"), pytest.raises(RuntimeError) as error:
-        fused_block_blocker(block, x)
+        plan(block, x)
     prefix, _, rest = str(error.value).partition("cannot serve this StarBlock2d: ")
     assert prefix
     return rest.rpartition("; use_backend")[0]
@@ -37,11 +36,11 @@ def reason(block, x):
 def test_the_backend_is_asked_first():
     block, x = StarBlock2d(8), pixels()
     block.mlp = nn.Identity()
-    assert fused_block_blocker(block, x) == NO_KERNEL
+    assert plan(block, x).reason == NO_KERNEL
     with use_backend("eager"):
-        assert fused_block_blocker(block, x) == "the eager backend was asked for"
-        assert fused_block_blocker(block, x.to("meta")) == "the eager backend was asked for"
-    other = fused_block_blocker(block, x.to("meta"))  # a device that may have kernels
+        assert not plan(block, x).fused
+        assert plan(block, x.to("meta")).reason == "the eager backend was asked for"
+    other = plan(block, x.to("meta")).reason  # a device that may have kernels
     assert other == "the MLP is hooked, wrapped or not a StarMLP but a Identity"
 
 
@@ -135,30 +134,32 @@ def test_the_tile_is_asked_for_in_training_only_if_a_gradient_is(
 ):
     asked = []
 
-    def too_wide(device, dtype, mlp, *, training):
-        asked.append((device, dtype, mlp, training))
+    def too_wide(device, dtype, sizes, training):
+        asked.append((device, dtype, sizes, training))
         return "too wide"
 
-    monkeypatch.setattr(fused_block, "kernel_blocker", lambda tensors, act: None)
-    monkeypatch.setattr(starlayers.kernels.layer, "too_few", lambda x, mlp: None)
-    monkeypatch.setattr(starlayers.kernels.layer, "too_wide", too_wide)
+    monkeypatch.setattr(dispatch, "_kernel_reason", lambda call: "")
+    monkeypatch.setattr(dispatch, "_too_few", lambda *_: "")
+    monkeypatch.setattr(dispatch, "_too_wide", too_wide)
     block, x = StarBlock2d(8).requires_grad_(trained), pixels()
     with torch.set_grad_enabled(grad):
         assert reason(block, x) == "too wide"
-    assert asked == [(x.device, torch.float32, block.mlp, wanted)]
+    assert asked == [(x.device, torch.float32, (8, 32, 8), wanted)]
 
 
 def test_few_pixels_are_refused_before_wide_channels(monkeypatch):
     asked = []
-    monkeypatch.setattr(fused_block, "kernel_blocker", lambda tensors, act: asked.append(act))
-    monkeypatch.setattr(starlayers.kernels.layer, "too_few", lambda x, mlp: "too few")
+    monkeypatch.setattr(
+        dispatch, "_kernel_reason", lambda call: asked.append(call.activation.name) or ""
+    )
+    monkeypatch.setattr(dispatch, "_too_few", lambda *_: "too few")
     block, x = StarBlock2d(8, act="silu"), pixels()
     assert reason(block, x) == "too few"
     assert asked == ["silu"]
-    monkeypatch.setattr(starlayers.kernels.layer, "too_few", lambda x, mlp: None)
-    monkeypatch.setattr(starlayers.kernels.layer, "too_wide", lambda *_, **__: None)
+    monkeypatch.setattr(dispatch, "_too_few", lambda *_: "")
+    monkeypatch.setattr(dispatch, "_too_wide", lambda *_: "")
     with use_backend("triton"):
-        assert fused_block_blocker(block, x) is None
+        assert plan(block, x).path == "block"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from torch import nn
 from torch.export import Dim
 
 from starlayers import StarMLP, use_backend
-from starlayers.backend import fused_mlp_blocker
 from starlayers.coefficients import CoefficientPenalty, spectrum
 from starlayers.vision import StarBlock2d, StarNet, starnet_s050
 
@@ -197,13 +196,13 @@ def test_per_sample_gradients_by_functional_transforms():
 def test_the_fused_op_equals_eager(train, act):
     model, x = tiny(act=act, stem_stride=1).train(train), image(3, 3, 32, 32)
     other, block = copy.deepcopy(model), model.stages[0][1]
-    assert fused_mlp_blocker(block.mlp, torch.zeros(1, 5, 5, 8)) is None
+    assert block.mlp.plan(torch.zeros(1, 5, 5, 8)).fused
     with use_backend("auto"):
         got = loss_and_grads(model, x)
         with torch.no_grad():
             got_inference = model.eval()(x)
     with use_backend("eager"):
-        assert fused_mlp_blocker(block.mlp, torch.zeros(1, 5, 5, 8)) is not None
+        assert not block.mlp.plan(torch.zeros(1, 5, 5, 8)).fused
         want = loss_and_grads(other, x)
         with torch.no_grad():
             want_inference = other.eval()(x)

@@ -1,4 +1,4 @@
-"""Conditions of the kernels on a GPU, one by one, with CPU tensors."""
+"""Decisions: the conditions of the kernels on a GPU, one by one, with CPU tensors."""
 
 import contextlib
 import re
@@ -7,45 +7,56 @@ import pytest
 import torch
 from torch import nn
 
-from starlayers import ACTIVATIONS, StarMLP, backend, register_activation, use_backend
-from starlayers.backend import compute_dtype, kernel_blocker, star_blocker
+from starlayers import (
+    ACTIVATIONS,
+    StarMLP,
+    backend_name,
+    dispatch,
+    register_activation,
+    use_backend,
+)
+from starlayers.dispatch import plan_star
 from starlayers.kernels import registration
-from tests.helpers import randn
+from starlayers.kernels.registration import compute_dtype
 
 ANY = contextlib.nullcontext
-X = randn(70, 4)
 
 
 class Wrapped(torch.Tensor):
     pass
 
 
+CUDA = torch.device("cuda")
+
+
 @pytest.fixture
 def gpu(monkeypatch):
-    """CPU tensors pass as those of a GPU with Triton."""
-    monkeypatch.setattr(backend, "kernel_blocker", lambda tensors, act: None)
+    """Tensors without memory pass as those of a GPU."""
+    make = dispatch._call
+
+    def on_gpu(backend, act, tensors):
+        call = make(backend, act, tensors)
+        return call._replace(tensors=tuple((kind, CUDA, dtype) for kind, _, dtype in call.tensors))
+
+    monkeypatch.setattr(dispatch, "_call", on_gpu)
 
 
 ROWS = 4096
-# rows, channels, what requires gradients, layer options, environment, backend, reason
+# rows, channels, what requires gradients, layer options, environment, backend, path or reason
 GPU = [
-    (ROWS, 64, "all", {}, {}, "auto", None),
+    (ROWS, 64, "all", {}, {}, "auto", "star_mlp"),
     (ROWS - 1, 64, "all", {}, {}, "auto", "4095 rows of 64 channels"),
     (ROWS - 1, 65, "all", {"recompute": True}, {}, "auto", "4095 rows of 65 channels"),
-    (ROWS - 1, 64, "all", {}, {}, "triton", None),
+    (ROWS - 1, 64, "all", {}, {}, "triton", "star_mlp"),
     (ROWS, 65, "all", {}, {}, "auto", "too wide for a backward tile"),
     (ROWS, 65, "x", {}, {}, "auto", "too wide for a backward tile"),
     (ROWS, 65, "parameters", {}, {}, "auto", "too wide for a backward tile"),
-    (ROWS, 65, "none", {}, {}, "auto", None),
+    (ROWS, 65, "none", {}, {}, "auto", "star_mlp"),
     (ROWS, 129, "none", {}, {}, "auto", "too wide for a forward tile"),
-    (ROWS, 129, "all", {"recompute": True}, {}, "auto", None),
-    (ROWS, 129, "all", {}, {"STARLAYERS_TUNE": "1"}, "auto", None),
+    (ROWS, 129, "all", {"recompute": True}, {}, "auto", "star_mlp_wide"),
+    (ROWS, 129, "all", {}, {"STARLAYERS_TUNE": "1"}, "auto", "star_mlp_wide"),
     (ROWS, 129, "all", {}, {"STARLAYERS_TUNE": "0"}, "auto", "too wide"),
-    (ROWS, 129, "all", {}, {}, "triton", None),
-    (ROWS, 64, "all", {"rank": 2}, {}, "auto", "rank=2"),
-    (ROWS, 64, "all", {"rank": 2}, {}, "triton", "rank=2"),
-    (ROWS, 64, "all", {"combine": "sum"}, {}, "auto", "combine='sum'"),
-    (ROWS, 64, "all", {"coefficients": "scale"}, {}, "auto", r"coefficients='scale'.*fold\(\)"),
+    (ROWS, 129, "all", {}, {}, "triton", "star_mlp_wide"),
 ]
 
 
@@ -54,23 +65,71 @@ GPU = [
 def test_conditions_on_a_gpu(rows, channels, needs, options, env, name, words, monkeypatch):
     for variable, value in env.items():
         monkeypatch.setenv(variable, value)
-    mlp = StarMLP(channels, 8, **options).requires_grad_(needs in ("all", "parameters"))
-    x = torch.zeros(1, channels, requires_grad=needs in ("all", "x")).expand(rows, channels)
+    mlp = StarMLP(channels, 8, device="meta", **options)
+    mlp.requires_grad_(needs in ("all", "parameters"))
+    x = torch.zeros(rows, channels, device="meta", requires_grad=needs in ("all", "x"))
     with use_backend(name):
-        reason = backend._gpu_blocker(mlp, x)
-    assert reason is None if words is None else re.search(words, reason)
+        plan = mlp.plan(x)
+    if plan.fused:
+        assert (plan.path, plan.reason) == (words, "")
+        assert [id(w) for w in plan.weights] == [id(p) for p in mlp.parameters()]
+    else:
+        assert re.search(words, plan.reason)
+        assert plan.weights is None
+
+
+# options of a layer, reason
+OPTIONS = [
+    ({"rank": 2}, r"combine='mul', rank=2 \(needs 'mul', 1\)"),
+    ({"combine": "sum"}, "combine='sum'"),
+    ({"coefficients": "scale"}, r"coefficients='scale'.*fold\(\)"),
+    ({"coefficients": "dynamic"}, r"coefficients='dynamic' \(needs 'fixed'\)"),
+]
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("options", "words"), OPTIONS)
+def test_layers_of_other_definitions_run_eager(options, words):
+    mlp, x = StarMLP(64, 8, device="meta", **options), torch.zeros(ROWS, 64, device="meta")
+    assert re.search(words, mlp.plan(x).reason)
+    with use_backend("triton"), pytest.raises(RuntimeError, match=words):
+        mlp.plan(x)
 
 
 def test_kernels_see_every_parameter_and_the_activation(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        backend, "kernel_blocker", lambda tensors, act: seen.append((tensors, act)) or "no"
+    monkeypatch.setattr(dispatch, "_kernel_reason", lambda call: seen.append(call) or "no")
+    mlp = StarMLP(4, act="silu", device="meta", dtype=torch.float16)
+    assert mlp.plan(torch.zeros(70, 4, device="meta")).reason == "no"
+    (call,) = seen
+    meta = torch.device("meta")
+    assert call.activation is ACTIVATIONS["silu"]
+    assert call.tensors == (
+        (torch.Tensor, meta, torch.float32),
+        *[(nn.Parameter, meta, torch.float16)] * 6,
     )
-    mlp = StarMLP(4, act="silu")
-    assert backend._gpu_blocker(mlp, X) == "no"
-    ((tensors, act),) = seen
-    assert act == "silu"
-    assert [id(t) for t in tensors] == [id(t) for t in (X, *mlp.parameters())]
+
+
+def test_plans_are_kept_by_all_that_decides(monkeypatch):
+    asked = []
+    decide = dispatch._kernel_reason
+    monkeypatch.setattr(dispatch, "_kernel_reason", lambda call: asked.append(1) or decide(call))
+    mlp, x = StarMLP(4, device="meta"), torch.zeros(70, 4, device="meta")
+    for _ in range(3):
+        mlp.plan(x)
+    assert len(asked) == 1
+    changes = [
+        lambda: mlp.plan(x[1:]),
+        lambda: mlp.plan(x.half()),
+        lambda: mlp.requires_grad_(False).plan(x),
+        lambda: setattr(mlp, "act", "silu") or mlp.plan(x),
+        lambda: mlp.half().plan(x),
+        lambda: setattr(mlp, "recompute", True) or mlp.plan(x),
+    ]
+    for change in changes:
+        before = len(asked)
+        change()
+        assert len(asked) == before + 1
 
 
 MILLION = 2**20
@@ -89,18 +148,19 @@ STARS = [
 @pytest.mark.parametrize(("elements", "name", "compiling", "reason"), STARS)
 def test_conditions_of_the_stateless_star_on_a_gpu(elements, name, compiling, reason, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    x = torch.zeros(1).expand(elements)
+    x = torch.zeros(1, device="meta").expand(elements)
     with use_backend(name):
-        assert star_blocker(x, x, "relu6") == reason
+        plan = plan_star(x, x, "relu6")
+    assert plan == (dispatch.Plan("star") if reason is None else dispatch.Plan("eager", reason))
 
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("other", [torch.ones(3, 2), torch.ones(2, 3).half()])
 def test_branches_of_one_star_kernel_agree_in_shape_and_dtype(other):
-    x = torch.ones(2, 3)
-    assert star_blocker(x, other, None).startswith("shapes (2, 3), ")
+    x, other = torch.ones(2, 3, device="meta"), other.to("meta")
+    assert plan_star(x, other, None).reason.startswith("shapes (2, 3), ")
     with use_backend("triton"), pytest.raises(RuntimeError, match="cannot serve this star: shapes"):
-        star_blocker(x, other, None)
+        plan_star(x, other, None)
 
 
 @contextlib.contextmanager
@@ -114,7 +174,7 @@ def exporting():
 def compiling():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        patch.setattr(backend, "_transformed", lambda: True)
+        patch.setattr(dispatch, "_transformed", lambda: True)
         yield
 
 
@@ -145,27 +205,31 @@ KERNELS = [
 ]
 
 
+def kernel_reason(tensors, act):
+    return dispatch._kernel_reason(dispatch._call(backend_name(), act, tuple(tensors)))
+
+
 @pytest.mark.parametrize(
     ("tensors", "act", "context", "words"),
     [row[1:] for row in KERNELS],
     ids=[r[0] for r in KERNELS],
 )
 def test_conditions_of_every_kernel(tensors, act, context, words, monkeypatch):
-    assert kernel_blocker(tensors, act).startswith("no Triton kernel for device")
+    assert kernel_reason(tensors, act).startswith("no Triton kernel for device")
     monkeypatch.setattr(registration, "INTERPRET", True)
     with use_backend("triton"), context():
-        reason = kernel_blocker(tensors, act)
-    assert reason is None if words is None else re.search(words, reason)
+        reason = kernel_reason(tensors, act)
+    assert reason == "" if words is None else re.search(words, reason)
 
 
 def test_kernels_need_triton_and_on_a_cpu_its_interpreter(monkeypatch):
     monkeypatch.setattr(registration, "INTERPRET", True)
     for name in ("auto", "eager"):
         with use_backend(name):
-            assert "interpreter is for testing" in kernel_blocker([ONE], None)
+            assert "interpreter is for testing" in kernel_reason([ONE], None)
     monkeypatch.setattr(registration, "HAS_TRITON", False)
     with use_backend("triton"):
-        assert kernel_blocker([ONE], None) == "Triton is not installed"
+        assert kernel_reason([ONE], None) == "Triton is not installed"
 
 
 def test_an_activation_of_ones_own_has_no_triton_form(monkeypatch):
@@ -173,18 +237,21 @@ def test_an_activation_of_ones_own_has_no_triton_form(monkeypatch):
     register_activation("sine", torch.sin, torch.cos)
     try:
         with use_backend("triton"):
-            assert kernel_blocker([ONE], "sine") == "activation 'sine' has no Triton form"
+            assert kernel_reason([ONE], "sine") == "activation 'sine' has no Triton form"
     finally:
         del ACTIVATIONS["sine"]
 
 
-@pytest.mark.usefixtures("gpu")
 def test_exported_graphs_are_portable_unless_triton_is_forced():
-    with exporting():
-        assert backend._traced_blocker() == "being exported: the graph stays portable"
-        with use_backend("triton"):
-            assert backend._traced_blocker() is None
-    assert backend._traced_blocker() is None
+    on_gpu = [(torch.Tensor, CUDA, torch.float32)]
+    for name, context, words in (
+        ("auto", exporting, "being exported: the graph stays portable"),
+        ("triton", exporting, ""),
+        ("auto", ANY, ""),
+    ):
+        with context():
+            call = dispatch._call(name, None, (ONE,))._replace(tensors=tuple(on_gpu))
+            assert dispatch._kernel_reason(call) == words
 
 
 def test_compute_dtype_is_autocasts_except_for_float64():
