@@ -340,7 +340,7 @@ REJECTED = [
         "backend",
         lambda: use_backend("cuda").__enter__(),
         ValueError,
-        "'cuda'.*auto, eager, cpu, triton",
+        "'cuda'.*eager, cpu, triton",
     ),
     ("backend-none", lambda: use_backend(None).__enter__(), ValueError, "None"),
     (
