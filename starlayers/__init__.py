@@ -2,7 +2,7 @@
 
 from starlayers.activations import ACTIVATIONS, get_activation, register_activation
 from starlayers.backend import backend_name, use_backend
-from starlayers.functional import star
+from starlayers.functional import star, star_mlp, star_packed
 from starlayers.modules import DropPath, StarBlock, StarMLP, StarOp
 from starlayers.surgery import from_pretrained, param_groups, starify
 
@@ -20,6 +20,8 @@ __all__ = [
     "param_groups",
     "register_activation",
     "star",
+    "star_mlp",
+    "star_packed",
     "starify",
     "use_backend",
 ]

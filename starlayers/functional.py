@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from starlayers.activations import get_activation
-from starlayers.dispatch import plan_star
+from starlayers.dispatch import plan_mlp, plan_star
+from starlayers.kernels.layer import run_mlp
+from starlayers.kernels.registration import MLPWeights
 from starlayers.kernels.star import star as star_op
 from starlayers.reference import Limits, star_mlp_reference, star_reference, sum_reference
 
 __all__ = [
     "COMBINE",
     "star",
+    "star_mlp",
     "star_mlp_reference",
     "star_packed",
     "star_reference",
@@ -148,6 +151,87 @@ def star_packed(
     if not plan_star(x1, x2, act).fused:
         return star_reference(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
     return _fused_star(h, None, act, offset, clamp1, clamp2)
+
+
+def star_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    act: str | None = "relu6",
+    *,
+    offset: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Compute a star MLP from its weights: `(act(x w1' + b1) * (offset + x w2' + b2)) w3' + b3`.
+
+    It takes the path that `StarMLP` takes, fused where the backend allows it: the hidden activation
+    is then neither stored nor saved for the backward.
+
+    Args:
+        x: input, shape (..., in), floating dtype.
+        w1, b1: weight (hidden, in) and bias (hidden) of the branch with the activation, as in
+            `nn.Linear`; `None` for no bias.
+        w2, b2: the same of the linear branch.
+        w3, b3: weight (out, hidden) and bias (out) of the last layer.
+        act: name in `ACTIVATIONS`, or `None` for none.
+        offset: constant added to the second branch.
+        residual: added to the result, of the same shape (..., out).
+
+    Returns:
+        A new tensor of shape (..., out).
+
+    Raises:
+        TypeError: an argument is not a floating tensor.
+        ValueError: two shapes do not fit, or `act` is unknown.
+        RuntimeError: the backend is "triton" or "cpu" and its kernel does not apply.
+
+    Source: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
+
+    Example:
+        >>> x, w = torch.ones(1, 2), torch.eye(2)
+        >>> star_mlp(x, w, None, 3 * w, None, w, None, residual=x)
+        tensor([[4., 4.]])
+    """
+    weights = MLPWeights(w1, b1, w2, b2, w3, b3)
+    _check_mlp(x, weights, residual)
+    plan = plan_mlp(x, weights, act, residual)
+    if plan.weights is not None:
+        return run_mlp(plan.path, x, weights, act, offset, residual)
+    y = star_mlp_reference(x, w1, b1, w2, b2, w3, b3, act, offset=offset)
+    return y if residual is None else residual + y
+
+
+def _check_mlp(x: Tensor, weights: MLPWeights, residual: Tensor | None) -> None:
+    tensors = {"x": x, **weights._asdict(), "residual": residual}
+    for name, t in tensors.items():
+        optional = name[0] in "br"
+        if not (t is None and optional) and not (isinstance(t, Tensor) and t.is_floating_point()):
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"star_mlp: {name} must be a floating tensor, got {got}")
+    if weights.w1.ndim != 2 or weights.w3.ndim != 2 or x.ndim == 0:
+        shapes = {name: tuple(tensors[name].shape) for name in ("x", "w1", "w3")}  # type: ignore[union-attr]
+        raise ValueError(f"star_mlp needs x (..., in) and weights (out, in), got {shapes}")
+    width, hidden, out = weights.sizes
+    expected = {
+        "x": (*x.shape[:-1], width),
+        "b1": (hidden,),
+        "w2": (hidden, width),
+        "b2": (hidden,),
+        "w3": (out, hidden),
+        "b3": (out,),
+        "residual": (*x.shape[:-1], out),
+    }
+    for name, shape in expected.items():
+        t = tensors[name]
+        if t is not None and t.shape != shape:
+            raise ValueError(
+                f"star_mlp: {name} must have shape {tuple(shape)} for w1 {(hidden, width)} and w3 "
+                f"{tuple(weights.w3.shape)}, got {tuple(t.shape)}"
+            )
 
 
 def _check_limits(**clamps: Limits | None) -> None:

@@ -1,4 +1,4 @@
-"""`star`, `star_packed` and the reference definitions."""
+"""`star`, `star_packed`, `star_mlp` and the reference definitions."""
 
 import inspect
 
@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starlayers import ACTIVATIONS, functional, star
+from starlayers import ACTIVATIONS, functional, star, use_backend
 from starlayers.dispatch import Plan
 from starlayers.functional import (
     COMBINE,
+    star_mlp,
     star_mlp_reference,
     star_packed,
     star_product,
@@ -281,3 +282,57 @@ def test_an_empty_clamp_raises(limits):
         star(x, x, clamp2=limits)
     with pytest.raises(ValueError, match="clamp2 must be"):
         star_packed(x, clamp2=limits)
+
+
+# --- star MLP from its weights
+
+
+def mlp_weights(width=3, hidden=5, out=4, dtype=torch.float32):
+    shapes = [(hidden, width), (hidden,), (hidden, width), (hidden,), (out, hidden), (out,)]
+    return [randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+#: argument of `star_mlp`, value, error, words
+WRONG_MLPS = [
+    ("x", None, TypeError, "x must be a floating tensor, got NoneType"),
+    ("x", torch.ones(2, 3, dtype=torch.int64), TypeError, "x must .* got torch.int64"),
+    ("x", torch.ones(2, 4), ValueError, r"x must have shape \(2, 3\) .* got \(2, 4\)"),
+    ("x", torch.tensor(1.0), ValueError, r"x \(..., in\)"),
+    ("w1", None, TypeError, "w1 must be a floating tensor, got NoneType"),
+    ("w1", torch.ones(5), ValueError, r"'w1': \(5,\)"),
+    ("w3", torch.ones(4, 6), ValueError, r"w3 must have shape \(4, 5\) .* got \(4, 6\)"),
+    ("w2", torch.ones(5, 4), ValueError, r"w2 must have shape \(5, 3\) .* got \(5, 4\)"),
+    ("b1", torch.ones(4), ValueError, r"b1 must have shape \(5,\)"),
+    ("b2", torch.ones(4), ValueError, r"b2 must have shape \(5,\)"),
+    ("b2", [1.0] * 5, TypeError, "b2 must be a floating tensor, got list"),
+    ("b3", torch.ones(5), ValueError, r"b3 must have shape \(4,\)"),
+    ("residual", torch.ones(5, 1, 4), ValueError, r"residual must have shape \(2, 4\)"),
+    ("residual", torch.ones(4), ValueError, r"residual must have shape \(2, 4\)"),
+    ("act", "sillu", ValueError, "unknown activation 'sillu'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "words"), WRONG_MLPS)
+def test_a_wrong_argument_of_star_mlp_is_named(name, value, error, words):
+    arguments = dict(zip(("w1", "b1", "w2", "b2", "w3", "b3"), mlp_weights(), strict=True))
+    arguments = {"x": randn(2, 3), **arguments, name: value}
+    with pytest.raises(error, match=words):
+        star_mlp(**arguments)
+
+
+@pytest.mark.parametrize("path", ["eager", "cpu"])
+@pytest.mark.parametrize("missing", [(), (1, 3, 5)], ids=["biases", "no biases"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_star_mlp_is_its_formula_on_every_path(path, missing, residual):
+    tensors = [randn(2, 6, 3, seed=9), *mlp_weights()]
+    tensors = [None if i - 1 in missing else t.requires_grad_() for i, t in enumerate(tensors)]
+    x, w1, b1, w2, b2, w3, b3 = (0 if t is None else t for t in tensors)
+    added = randn(2, 6, 4, seed=8) if residual else None
+    h = torch.nn.functional.silu(x @ w1.T + b1) * (0.5 + x @ w2.T + b2)
+    expected = h @ w3.T + b3 + (0 if added is None else added)
+    with use_backend(path):
+        y = star_mlp(*tensors, "silu", offset=0.5, residual=added)
+    torch.testing.assert_close(y, expected)
+    needed = [t for t in tensors if t is not None]
+    grads = torch.autograd.grad(y.square().sum(), needed)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.square().sum(), needed))

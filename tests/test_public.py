@@ -86,6 +86,8 @@ def test_names_are_pinned():
         "param_groups",
         "register_activation",
         "star",
+        "star_mlp",
+        "star_packed",
         "starify",
         "use_backend",
     }

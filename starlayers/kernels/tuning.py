@@ -5,7 +5,6 @@ CUDA graph capture, and the fastest is used for the rest of the process.
 """
 
 import os
-import statistics
 from collections.abc import Callable, Hashable, Mapping
 
 import torch
@@ -81,4 +80,4 @@ def _interleaved(candidates: Candidates) -> dict[str, float]:
             end.record()
             end.synchronize()
             times[name].append(start.elapsed_time(end))
-    return {name: statistics.median(t[WARM_UPS:]) for name, t in times.items()}
+    return {name: float(torch.tensor(t[WARM_UPS:]).median()) for name, t in times.items()}
