@@ -75,12 +75,6 @@ def with_this_backend(call: Callable[..., T]) -> Callable[..., T]:
 
     A checkpoint repeats the forward during the backward. That may happen outside of the
     `use_backend` block, and on a thread of autograd, which does not see context variables.
-
-    Example:
-        >>> with use_backend("eager"):
-        ...     name = with_this_backend(backend_name)
-        >>> backend_name(), name()
-        ('auto', 'eager')
     """
     if torch.compiler.is_compiling():  # a compiled function keeps its backend anyway
         return call
@@ -98,12 +92,6 @@ def recomputed(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 
     The repetition runs on the backend that is in effect now. `kwargs` go to
     `torch.utils.checkpoint.checkpoint`, which passes those it does not know on to `call`.
-
-    Example:
-        >>> x = torch.ones(2, requires_grad=True)
-        >>> recomputed(torch.exp, x).sum().backward()
-        >>> x.grad
-        tensor([2.7183, 2.7183])
     """
     y: T = checkpoint(with_this_backend(call), *args, use_reentrant=False, **kwargs)
     return y

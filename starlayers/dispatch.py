@@ -138,10 +138,6 @@ def is_small(x: Tensor, hidden: int) -> bool:
     """Return True if "auto" runs a star MLP eager for its size alone, on a CPU.
 
     Layers ask this first: calls of small layers should not pay for the other conditions.
-
-    Example:
-        >>> is_small(torch.ones(2, 4), hidden=16)
-        True
     """
     if x.device.type != "cpu" or backend_name() != "auto" or torch.compiler.is_compiling():
         return False
@@ -202,11 +198,6 @@ def plan_block(x: Tensor, weights: MLPWeights, others: Sequence[Tensor], act: st
 
     Raises:
         RuntimeError: the backend is "triton" and no kernel applies; the message gives the reason.
-
-    Example:
-        >>> w = torch.ones(4, 4)
-        >>> plan_block(torch.ones(1, 2, 2, 4), MLPWeights(w, None, w, None, w, None), [], None)
-        Plan(path='eager', reason="no Triton kernel for device 'cpu'")
     """
     backend = backend_name()
     if backend == "eager":
@@ -230,10 +221,6 @@ def declined(reason: str, what: str) -> Plan:
 
     Raises:
         RuntimeError: the backend is "triton" or "cpu".
-
-    Example:
-        >>> declined("too wide", "this layer")
-        Plan(path='eager', reason='too wide')
     """
     backend = backend_name()
     if backend == "eager":
@@ -422,10 +409,6 @@ def exporting() -> bool:
 
     `torch.compiler.is_exporting()` is True in all compiled code of PyTorch 2.11, hence the flag
     behind it.
-
-    Example:
-        >>> exporting()
-        False
     """
     return torch.compiler._is_exporting_flag
 

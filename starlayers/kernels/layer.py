@@ -36,12 +36,6 @@ def run_mlp(
     """Compute a star MLP on `x` by a fused path: "cpu", "star_mlp" or "star_mlp_wide".
 
     Shapes: x (..., in) -> (..., out), the shape of `residual` too.
-
-    Example:
-        >>> w = torch.ones(2, 2)
-        >>> run_mlp("cpu", w, MLPWeights(w, None, w, None, w, None), None, 0.0)
-        tensor([[8., 8.],
-                [8., 8.]])
     """
     dtype = compute_dtype(x)
     name = get_activation(act).name

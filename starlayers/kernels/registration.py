@@ -89,12 +89,6 @@ def flattened(call: Impl) -> Impl:
     """Return `call` with the fields of its NamedTuples as arguments of their own.
 
     An op takes tensors and plain values; its implementation may group them.
-
-    Example:
-        >>> def hidden(weights: MLPWeights) -> int:
-        ...     return weights.sizes[1]
-        >>> list(inspect.signature(flattened(hidden)).parameters)
-        ['w1', 'b1', 'w2', 'b2', 'w3', 'b3']
     """
     signature = inspect.signature(call)
     arguments: list[inspect.Parameter] = []
@@ -283,24 +277,14 @@ def autocasts(x: Tensor) -> bool:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a linear layer computes `x`: autocast's if it is on.
-
-    Example:
-        >>> compute_dtype(torch.ones(2))
-        torch.float32
-    """
+    """Return the dtype in which a linear layer computes `x`: autocast's if it is on."""
     if x.dtype != torch.float64 and autocasts(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def needs_gradients(*tensors: Tensor | None) -> bool:
-    """Return True if autograd needs a gradient through any of these tensors.
-
-    Example:
-        >>> needs_gradients(torch.ones(1), None), needs_gradients(torch.ones(1, requires_grad=True))
-        (False, True)
-    """
+    """Return True if autograd needs a gradient through any of these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
