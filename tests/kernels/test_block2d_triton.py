@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from starlayers import StarMLP, use_backend
-from starlayers.kernels import dwconv, star_mlp
-from starlayers.vision import StarBlock2d, StarNet
+from starlayers.vision import StarBlock2d, StarNet, fused_block
 from starlayers.vision.recompute import recompute
 from tests.helpers import RecordOps, assert_close_in_scale, randn
 from tests.kernels.cases import DEVICE
@@ -72,9 +71,8 @@ def test_only_norms_in_training_ask_for_statistics(monkeypatch, training):
 
         return call
 
-    # the block imports the operators when it runs
-    monkeypatch.setattr(dwconv, "dwconv", recording(dwconv.dwconv))
-    monkeypatch.setattr(star_mlp, "star_mlp", recording(star_mlp.star_mlp))
+    for name in ("dwconv", "star_mlp"):
+        monkeypatch.setattr(fused_block, name, recording(getattr(fused_block, name)))
     with use_backend("triton"), torch.no_grad():
         lively(StarBlock2d(16, 3, act="silu")).train(training)(randn(1, 16, 5, 5))
     # the last convolution is followed by no norm
