@@ -121,7 +121,7 @@ def plan_star(x1: Tensor, x2: Tensor, act: str | None) -> Plan:
     backend = backend_name()
     if backend == "eager":
         return ASKED_FOR
-    if backend == "auto" and x1.device.type == "cpu":
+    if x1.is_cpu and backend != "triton":
         return ON_CPU
     reason = _kernel_reason(_call(backend, act, (x1, x2)))
     if x1.shape != x2.shape or x1.dtype != x2.dtype:
@@ -139,10 +139,10 @@ def is_small(x: Tensor, hidden: int) -> bool:
 
     Layers ask this first: calls of small layers should not pay for the other conditions.
     """
-    if x.device.type != "cpu" or backend_name() != "auto" or torch.compiler.is_compiling():
+    if not x.is_cpu or backend_name() != "auto" or torch.compiler.is_compiling():
         return False
-    least = min(MIN_HIDDEN_BYTES_INFERENCE, MIN_HIDDEN_BYTES_TRAINING)
-    return bool(x.shape[:-1].numel() * hidden * x.element_size() < least)
+    hidden_bytes = x.numel() // x.shape[-1] * hidden * x.element_size()
+    return hidden_bytes < MIN_HIDDEN_BYTES_INFERENCE and hidden_bytes < MIN_HIDDEN_BYTES_TRAINING
 
 
 def plan_mlp(

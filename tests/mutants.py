@@ -108,7 +108,8 @@ def draw(sample: int, seed: int) -> list[Mutant]:
 def tests_of(mutant: Mutant, data: dict[str, CoverageData]) -> dict[str, list[str]]:
     """Tests that reach the line, by tier; those of the mirrored file first.
 
-    A line that runs at import is reached by no test in particular; then those of the file count.
+    A line that runs at import is reached by no test in particular; then those of the file count,
+    and if it has none, as an `__init__.py`, those of its room.
     """
     mirrored = mutant.file.removeprefix("starlayers/").removesuffix(".py").split("/")
     chosen = {}
@@ -121,6 +122,9 @@ def tests_of(mutant: Mutant, data: dict[str, CoverageData]) -> dict[str, list[st
         if not contexts:
             contexts = set().union(*by_line.values()) - {""}
         tests = {context.partition("|")[0] for context in contexts}
+        if not tests:
+            every = (test.partition("|")[0] for test in measured.measured_contexts() if test)
+            tests = {test for test in every if test.startswith(f"tests/{mirrored[0]}/")}
 
         def distance(test: str) -> tuple[bool, bool, str]:
             words = test.partition("::")[0]

@@ -10,14 +10,18 @@ from torch import nn
 from starlayers import (
     ACTIVATIONS,
     StarMLP,
+    StarOp,
     backend_name,
     dispatch,
     register_activation,
+    star,
     use_backend,
 )
-from starlayers.dispatch import plan_star
+from starlayers.dispatch import Plan, plain_weights, plan_star
 from starlayers.kernels import registration
 from starlayers.kernels.registration import compute_dtype
+from starlayers.reference import star_reference
+from tests.helpers import RecordOps, randn, star_mlp_formula
 
 ANY = contextlib.nullcontext
 
@@ -260,3 +264,36 @@ def test_compute_dtype_is_autocasts_except_for_float64():
         with bf16():
             expected = torch.float64 if dtype == torch.float64 else torch.bfloat16
             assert compute_dtype(torch.ones(1, dtype=dtype)) == expected
+
+
+def test_the_cpus_own_op_can_be_asked_for_at_any_size():
+    mlp, x = StarMLP(4), torch.ones(1, 4)
+    assert mlp.plan(x).reason == "hidden activation of 64 bytes is small enough for eager"
+    with use_backend("cpu"), RecordOps() as ops:
+        assert mlp.plan(x) == Plan("cpu", weights=plain_weights(mlp.f1, mlp.f2, mlp.g))
+        y = mlp(x)
+    assert ops.counts["starlayers::star_mlp"] == 1
+    torch.testing.assert_close(y, star_mlp_formula(mlp, x))
+
+
+#: layer and input, reason for which the CPU's own op cannot run it
+NOT_ON_A_CPU = [
+    (lambda: StarMLP(4, rank=2), torch.ones(1, 4), "rank=2"),
+    (lambda: StarMLP(4).double(), torch.ones(1, 4).double(), "dtype torch.float64"),
+    (lambda: StarMLP(4, device="meta"), torch.ones(1, 4, device="meta"), "input is on 'meta'"),
+]
+
+
+@pytest.mark.parametrize(("make", "x", "words"), NOT_ON_A_CPU)
+def test_the_cpus_own_op_says_why_it_cannot_run(make, x, words):
+    error = f"the cpu backend cannot serve this StarMLP: .*{words}.*use_backend\\('auto'\\)"
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=error):
+        make()(x)
+
+
+def test_stars_without_an_op_of_the_cpu_run_their_definition_there():
+    x1, x2 = randn(6), randn(6, seed=1)
+    with use_backend("cpu"):
+        assert plan_star(x1, x2, "relu6") == dispatch.ON_CPU
+        assert torch.equal(star(x1, x2), star_reference(x1, x2))
+        assert StarOp(4, 3)(torch.ones(2, 4)).shape == (2, 3)

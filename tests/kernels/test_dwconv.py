@@ -26,6 +26,19 @@ def against_definition(sizes, *, stats=False, order=1, **options):
     assert_as_exact_as_eager(actual, eager, exact, sums=True)
 
 
+@in_either
+@pytest.mark.parametrize("stats", [False, True])
+def test_a_scale_of_zero_has_a_gradient(stats):
+    """Check the sums for the BatchNorm, which divide the stored gradient by the scale."""
+    tensors = conv_tensors(2, 5, 4, 16, 3)
+    with torch.no_grad():
+        tensors[3][::3] = 0
+    op, definition = conv_pair(stats)
+    exact = results(definition, converted(tensors, torch.float64))
+    assert exact[-3][::3].norm() > 100
+    assert_as_exact_as_eager(results(op, tensors), results(definition, tensors), exact, sums=True)
+
+
 def test_the_definition_is_a_sum_over_taps():
     x, k, b, *_ = conv_tensors(2, 5, 4, 3, 5, dtype=torch.float64)
     expected = b.expand(2, 5, 4, 3).clone()
