@@ -54,6 +54,8 @@ OPERATORS = tuple(
         "ZeroIterationForLoop",
     )
 )  # fmt: skip
+#: test that reads the defaults of all public arguments
+SIGNATURES = "tests/test_public.py::test_signatures_are_pinned"
 #: tests of one mutant are given up after so many seconds, and the mutant counts as survived
 LIMIT_S = 900
 
@@ -73,21 +75,34 @@ class Mutant(NamedTuple):
         )
 
 
-def annotations(file: Path) -> set[tuple[int, int]]:
-    """Positions (line, column) inside annotations, which do nothing when the code runs."""
-    spots = set()
+#: arguments that change no result: checks of lengths that agree, speed, and the looks of a figure
+WITHOUT_RESULT = {
+    "strict", "usedforsecurity", "num_warps", "num_stages", "STAGES",
+    "fontsize", "figsize", "linewidth", "lw", "alpha", "dpi", "pad", "color", "rotation",
+}  # fmt: skip
+
+
+def without_result(file: Path) -> set[tuple[int, int]]:
+    """Positions (line, column) at which no change can change a result.
+
+    These are annotations, the arguments above, and warps and stages of a `Tile`.
+    """
+    parts: list[ast.AST] = []
     for node in ast.walk(ast.parse(file.read_text())):
-        for name in ("annotation", "returns"):
-            part = getattr(node, name, None)
-            if part is not None:
-                spots |= {(n.lineno, n.col_offset) for n in ast.walk(part) if hasattr(n, "lineno")}
-    return spots
+        parts += [getattr(node, name, None) or ast.Pass() for name in ("annotation", "returns")]
+        if isinstance(node, ast.keyword) and node.arg in WITHOUT_RESULT:
+            parts.append(node.value)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "Tile":
+            parts += node.args[2:]
+    return {
+        (n.lineno, n.col_offset) for part in parts for n in ast.walk(part) if hasattr(n, "lineno")
+    }
 
 
 def draw(sample: int, seed: int) -> list[Mutant]:
     """Draw `sample` places at random, then one operator for each."""
     files = sorted(Path("starlayers").rglob("*.py"))
-    ignored = {str(file): annotations(file) for file in files}
+    ignored = {str(file): without_result(file) for file in files}
     places: dict[tuple[str, tuple[int, int]], list[Mutant]] = defaultdict(list)
     for file in files:
         nodes = list(ast_nodes(get_ast_from_path(file)))
@@ -108,8 +123,8 @@ def draw(sample: int, seed: int) -> list[Mutant]:
 def tests_of(mutant: Mutant, data: dict[str, CoverageData]) -> dict[str, list[str]]:
     """Tests that reach the line, by tier; those of the mirrored file first.
 
-    A line that runs at import is reached by no test in particular; then those of the file count,
-    and if it has none, as an `__init__.py`, those of its room.
+    A line that runs at import is reached by no test in particular; then those of the file count, or
+    if it has none, as an `__init__.py`, those of its room, and the pinned signatures.
     """
     mirrored = mutant.file.removeprefix("starlayers/").removesuffix(".py").split("/")
     chosen = {}
@@ -119,12 +134,15 @@ def tests_of(mutant: Mutant, data: dict[str, CoverageData]) -> dict[str, list[st
             continue
         by_line = measured.contexts_by_lineno(file)
         contexts = set(by_line.get(mutant.line, ())) - {""}
-        if not contexts:
+        at_import = not contexts
+        if at_import:
             contexts = set().union(*by_line.values()) - {""}
         tests = {context.partition("|")[0] for context in contexts}
         if not tests:
-            every = (test.partition("|")[0] for test in measured.measured_contexts() if test)
+            every = {test.partition("|")[0] for test in measured.measured_contexts()}
             tests = {test for test in every if test.startswith(f"tests/{mirrored[0]}/")}
+        if at_import and tier == "quick":
+            tests.add(SIGNATURES)
 
         def distance(test: str) -> tuple[bool, bool, str]:
             words = test.partition("::")[0]

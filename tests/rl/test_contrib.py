@@ -1,6 +1,7 @@
 """Nets of the on-policy, off-policy and sb3-contrib policies, and the names of policies."""
 
 import importlib.util
+import inspect
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import cloudpickle
 import pytest
 import torch
 from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
+from sb3_contrib.crossq.policies import CrossQPolicy
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
@@ -311,6 +313,19 @@ print([m for m in sys.modules if m.startswith(("starlayers.vision", "starlayers.
         "StarStack(2, 4, [44, 44], act='tanh')",
         "[]",
     ], done.stderr
+
+
+def test_renormalisation_has_the_defaults_of_crossq():
+    theirs = inspect.signature(CrossQPolicy).parameters
+    actor = object.__new__(contrib.StarCrossQActor)
+    norm = actor.renorm({})
+    assert norm.keywords == {
+        "momentum": theirs["batch_norm_momentum"].default,
+        "eps": theirs["batch_norm_eps"].default,
+        "warmup_steps": theirs["renorm_warmup_steps"].default,
+    }
+    off = actor.renorm({"batch_norm": False})
+    assert off is None
 
 
 def test_names_are_each_algorithms_own():
