@@ -4,7 +4,7 @@ Decisions take tensors and plain values and return a `Plan`. Every layer asks he
 Plans are cached under all values that decide.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,12 +14,7 @@ from torch import Tensor, nn
 from starlayers.activations import Activation, get_activation
 from starlayers.backend import backend_name
 from starlayers.kernels import registration
-from starlayers.kernels.registration import (
-    MLPWeights,
-    autocasts,
-    compute_dtype,
-    needs_gradients,
-)
+from starlayers.kernels.registration import MLPWeights, autocasts, compute_dtype, needs_gradients
 from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, mlp_tile, split_columns
 from starlayers.kernels.tuning import tuning
 
@@ -32,6 +27,7 @@ __all__ = [
     "is_small",
     "plain_weights",
     "plan_block",
+    "plan_early",
     "plan_mlp",
     "plan_star",
 ]
@@ -89,6 +85,7 @@ class Plan(NamedTuple):
 ASKED_FOR = Plan("eager", "the eager backend was asked for")
 COMPILED = Plan("eager", "being compiled or exported")
 ON_CPU = Plan("eager", "no Triton kernel for device 'cpu'")
+CPU_ASKED_FOR = Plan("eager", "the cpu backend was asked for, which has no op of this kind")
 TRANSFORMED = "a functional transform or tracer is active"
 NOT_LINEAR = "a branch is hooked, parametrised, quantised or not nn.Linear"
 
@@ -118,11 +115,10 @@ def plan_star(x1: Tensor, x2: Tensor, act: str | None) -> Plan:
         >>> plan_star(torch.ones(2), torch.ones(2), "relu6").path
         'eager'
     """
+    plan = plan_early(x1)
+    if plan is not None:
+        return plan
     backend = backend_name()
-    if backend == "eager":
-        return ASKED_FOR
-    if x1.is_cpu and backend != "triton":
-        return ON_CPU
     reason = _kernel_reason(_call(backend, act, (x1, x2)))
     if x1.shape != x2.shape or x1.dtype != x2.dtype:
         reason = f"shapes {tuple(x1.shape)}, {tuple(x2.shape)} or dtypes {x1.dtype}, {x2.dtype}"
@@ -134,6 +130,23 @@ def plan_star(x1: Tensor, x2: Tensor, act: str | None) -> Plan:
     return declined(reason, "this star") if reason else Plan("star")
 
 
+def plan_early(x: Tensor) -> Plan | None:
+    """Return the plan where the backend and the device of `x` alone rule Triton kernels out.
+
+    Stars and blocks ask this first: calls on a CPU should not pay for the other conditions.
+    """
+    backend = backend_name()
+    if backend == "eager":
+        return ASKED_FOR
+    if backend == "cpu":
+        return CPU_ASKED_FOR
+    return ON_CPU if backend == "auto" and x.is_cpu else None
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // (x.shape[-1] or 1)
+
+
 def is_small(x: Tensor, hidden: int) -> bool:
     """Return True if "auto" runs a star MLP eager for its size alone, on a CPU.
 
@@ -141,7 +154,7 @@ def is_small(x: Tensor, hidden: int) -> bool:
     """
     if not x.is_cpu or backend_name() != "auto" or torch.compiler.is_compiling():
         return False
-    hidden_bytes = x.numel() // x.shape[-1] * hidden * x.element_size()
+    hidden_bytes = _rows(x) * hidden * x.element_size()
     return hidden_bytes < MIN_HIDDEN_BYTES_INFERENCE and hidden_bytes < MIN_HIDDEN_BYTES_TRAINING
 
 
@@ -171,8 +184,7 @@ def plan_mlp(
         return ASKED_FOR
     if backend == "auto" and x.device.type == "cpu" and torch.compiler.is_compiling():
         return COMPILED  # a compiler fuses the definition itself; an exported graph stays portable
-    width, hidden, _ = weights.sizes
-    rows = x.numel() // width
+    rows, (_, hidden, _) = _rows(x), weights.sizes
     if is_small(x, hidden):
         return Plan("eager", _small(rows * hidden * x.element_size()))
     parameters = tuple(w for w in weights if w is not None)
@@ -191,26 +203,24 @@ def plan_mlp(
     return Plan(plan.path, weights=weights)
 
 
-def plan_block(x: Tensor, weights: MLPWeights, others: Sequence[Tensor], act: str | None) -> Plan:
+def plan_block(
+    x: Tensor, weights: MLPWeights, parameters: Iterable[Tensor], act: str | None
+) -> Plan:
     """Return the plan for a whole StarBlock2d on `x` (N, H, W, C).
 
-    `others` are its parameters outside of the star MLP.
+    `weights` are those of its star MLP, `parameters` all that it has.
 
     Raises:
         RuntimeError: the backend is "triton" and no kernel applies; the message gives the reason.
     """
-    backend = backend_name()
-    if backend == "eager":
-        return ASKED_FOR
-    if backend in ("auto", "cpu") and x.device.type == "cpu":
-        return ON_CPU
-    parameters = (*(w for w in weights if w is not None), *others)
-    call = _call(backend, act, (x, *parameters))
-    training = needs_gradients(x, *parameters)
-    rows = x.shape[:-1].numel()
+    plan = plan_early(x)
+    if plan is not None:
+        return plan
+    tensors = (x, *parameters)
+    call = _call(backend_name(), act, tensors)
     reason = "the batch is empty" if x.numel() == 0 else _kernel_reason(call)
-    reason = reason or _too_few(backend, call.dtype, rows, weights.sizes)
-    reason = reason or _too_wide(x.device, call.dtype, weights.sizes, training)
+    reason = reason or _too_few(call.backend, call.dtype, _rows(x), weights.sizes)
+    reason = reason or _too_wide(x.device, call.dtype, weights.sizes, needs_gradients(*tensors))
     return declined(reason, "this StarBlock2d") if reason else Plan("block", weights=weights)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from starlayers.backend import backend_name
 from starlayers.modules import StarMLP
+from starlayers.surgery.report import aligned
 
 __all__ = ["collect", "main"]
 
@@ -215,13 +216,7 @@ def _as_text(facts: dict[str, Any]) -> str:
 
 
 def _columns(rows: Iterable[Iterable[Any]]) -> list[str]:
-    """Rows of a table as lines with aligned columns."""
-    table = [[str(cell) for cell in row] for row in rows]
-    widths = [
-        max(len(row[i]) for row in table if i < len(row)) for i in range(len(max(table, key=len)))
-    ]
-    padded = ([cell.ljust(w) for cell, w in zip(row, widths)] for row in table)
-    return ["  " + "  ".join(row).rstrip() for row in padded]
+    return [f"  {line}" for line in aligned(rows)]
 
 
 if __name__ == "__main__":

@@ -336,3 +336,12 @@ def test_star_mlp_is_its_formula_on_every_path(path, missing, residual):
     needed = [t for t in tensors if t is not None]
     grads = torch.autograd.grad(y.square().sum(), needed)
     torch.testing.assert_close(grads, torch.autograd.grad(expected.square().sum(), needed))
+
+
+@pytest.mark.parametrize("path", ["auto", "eager", "cpu"])
+@pytest.mark.parametrize(("rows", "width", "hidden", "out"), [(2, 0, 3, 4), (0, 3, 5, 4)])
+def test_star_mlp_of_nothing(path, rows, width, hidden, out):
+    with use_backend(path):
+        y = star_mlp(randn(rows, width), *mlp_weights(width, hidden, out), "silu")
+    expected = star_mlp_reference(randn(rows, width), *mlp_weights(width, hidden, out), "silu")
+    torch.testing.assert_close(y, expected)

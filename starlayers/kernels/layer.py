@@ -42,7 +42,7 @@ def run_mlp(
     weights = weights.cast(dtype)
     out = weights.sizes[2]
     with no_autocast(x):
-        rows = cast(x.reshape(-1, x.shape[-1]), dtype)
+        rows = cast(x[None].flatten(0, -2), dtype)  # reshape(-1, 0) would be ambiguous
         shape = (*x.shape[:-1], out)
         if path == "star_mlp_wide":
             gemm = _gemm(rows, weights, name, offset)
@@ -51,7 +51,7 @@ def run_mlp(
         else:
             fused = None  # the residual, if the kernel can add it
             if residual is not None and residual.dtype == dtype and residual.shape == shape:
-                fused, residual = residual.reshape(-1, out), None
+                fused, residual = residual[None].flatten(0, -2), None
             y, _, _ = star_mlp(rows, *weights, fused, name, offset, False)
     result: Tensor = y.view(shape)
     return result if residual is None else residual + result

@@ -6,10 +6,11 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from starlayers.rl.checks import CHECKS
 from starlayers.rl.inspect import Inspector, Network
+from starlayers.surgery.report import aligned
 
 COLUMNS = ("network", "class", "shared with", "parameters", "FLOPs", "optimizer", "lr", "trains")
 #: columns of numbers, aligned to the right
-NUMBERS = ("parameters", "FLOPs")
+NUMBERS = (3, 4)
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,6 @@ class Description:
 
     def __str__(self) -> str:
         lines = [COLUMNS, *(network.cells() for network in self.networks)]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        table = [
-            "  ".join(
-                cell.rjust(width) if name in NUMBERS else cell.ljust(width)
-                for name, cell, width in zip(COLUMNS, line, widths)
-            ).rstrip()
-            for line in lines
-        ]
         total = sum(n.parameters for n in self.networks)
         trained = sum(n.trained for n in self.networks)
         count = len(self.problems)
@@ -52,7 +45,7 @@ class Description:
             [
                 f"{self.algorithm} with {self.policy}: {total:,} parameters, {trained:,} trained; "
                 "FLOPs per observation, two per multiply-add",
-                *table,
+                *aligned(lines, right=NUMBERS),
                 f"{count} problem{'s' * (count != 1)}" if count else "no problems found",
                 *(f"- {problem}" for problem in self.problems),
             ]

@@ -1,6 +1,8 @@
 """Table of the MLPs of a model: replaced, ready, or skipped and why."""
 
+from collections.abc import Collection, Iterable
 from dataclasses import astuple, dataclass
+from itertools import zip_longest
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -87,11 +89,7 @@ class Report:
     def __str__(self) -> str:
         head = ("MLP", "recipe", "form", "state", "detail", "parameters", "FLOPs")
         rows = [[v if isinstance(v, str) else _signed(v) for v in astuple(r)] for r in self.rows]
-        widths = [max(map(len, column)) for column in zip(head, *rows)]
-        cells = [zip(line, "<<<<<>>", widths) for line in (head, *rows)]
-        table = [
-            "  ".join(f"{c:{side}{width}}" for c, side, width in line).rstrip() for line in cells
-        ]
+        table = aligned([head, *rows], right=(5, 6))
         share = 100 * self.parameters_added / max(1, self.parameters)
         total = (
             f"{len(self.replaced)} replaced, {len(self.ready)} ready, {len(self.skipped)} skipped; "
@@ -167,3 +165,11 @@ def _flops(star: StarProjection | GatedMLP) -> int:
         return matrices + (2 if isinstance(gate, ScaleGate) else 3) * sizes.out_features
     # per grown hidden channel: activation, two biases or the product and the sum
     return matrices + 4 * star.star.grown * star.star_sizes()[1]
+
+
+def aligned(rows: Iterable[Iterable[object]], right: Collection[int] = ()) -> list[str]:
+    """Return the lines of a table; columns numbered in `right` are aligned to the right."""
+    table = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip_longest(*table, fillvalue="")]
+    form = [f"{'>' if i in right else '<'}{width}" for i, width in enumerate(widths)]
+    return ["  ".join(map(format, row, form)).rstrip() for row in table]

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from starlayers.backend import backend_name
-from starlayers.dispatch import ON_CPU, Plan, declined, exporting, is_plain, plan_block
+from starlayers.dispatch import Plan, declined, exporting, is_plain, plan_block, plan_early
 from starlayers.kernels.dwconv import dwconv
 from starlayers.kernels.registration import compute_dtype, no_autocast
 from starlayers.kernels.star_mlp import star_mlp
@@ -31,15 +30,14 @@ def plan(block: "StarBlock2d", x: Tensor) -> Plan:
     Raises:
         RuntimeError: the backend is "triton" and cannot serve the block.
     """
-    if x.device.type == "cpu" and backend_name() in ("auto", "cpu", "eager"):
-        return ON_CPU  # cheap test first: calls on a CPU should not pay for the rest
+    plan = plan_early(x)
+    if plan is not None:
+        return plan
     reason = _structure_reason(block)
     weights = reason or block.mlp.fusable()
     if isinstance(weights, str):
         return declined(weights, "this StarBlock2d")
-    own = {id(p) for p in block.mlp.parameters()}
-    others = [p for p in block.parameters() if id(p) not in own]
-    return plan_block(x, weights, others, block.mlp.act)
+    return plan_block(x, weights, block.parameters(), block.mlp.act)
 
 
 def _structure_reason(block: "StarBlock2d") -> str:
