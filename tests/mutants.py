@@ -194,7 +194,7 @@ def failing(tier: str, tests: list[str], tree: Path, limit: float) -> str | None
             timeout=max(limit, 1),
         )
     except subprocess.TimeoutExpired:
-        return "time" if limit < 60 else None
+        return None  # given up: it counts as survived
     if done.returncode in (0, 5):
         return None
     failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]

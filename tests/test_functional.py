@@ -339,7 +339,9 @@ def test_star_mlp_is_its_formula_on_every_path(path, missing, residual):
 
 
 @pytest.mark.parametrize("path", ["auto", "eager", "cpu"])
-@pytest.mark.parametrize(("rows", "width", "hidden", "out"), [(2, 0, 3, 4), (0, 3, 5, 4)])
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden", "out"), [(2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 5, 0), (0, 3, 5, 4)]
+)
 def test_star_mlp_of_nothing(path, rows, width, hidden, out):
     with use_backend(path):
         y = star_mlp(randn(rows, width), *mlp_weights(width, hidden, out), "silu")

@@ -17,7 +17,7 @@ BLOCK_BYTES = 2 * 2**20
 
 def _block_rows(hidden: int, element_size: int) -> int:
     """Return the rows of a block, at least 64."""
-    return max(64, BLOCK_BYTES // (hidden * element_size))
+    return max(64, BLOCK_BYTES // max(1, hidden * element_size))
 
 
 def blocked_forward(x: Tensor, weights: MLPWeights, act: str, offset: float) -> Tensor:
