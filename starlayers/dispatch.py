@@ -333,8 +333,9 @@ def _cpu_reason(call: Call, hidden_elements: int, training: bool) -> str:
         return "Triton's interpreter replaces the CPU's own kernel"
     if kind not in PLAIN:
         return f"input is a {kind.__name__}"
-    if any(dtype != torch.float32 for _, _, dtype in call.tensors):
-        return f"dtype {dtype} (needs float32)"
+    other = next((kept for _, _, kept in call.tensors if kept != torch.float32), None)
+    if other is not None:
+        return f"dtype {other} (needs float32)"
     if any(place != device for _, place, _ in call.tensors):
         return "the parameters are on another device"
     if not call.activation.closed_form:

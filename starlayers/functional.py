@@ -185,7 +185,7 @@ def star_mlp(
         A new tensor of shape (..., out).
 
     Raises:
-        TypeError: an argument is not a floating tensor.
+        TypeError: an argument is not a floating tensor, or `offset` not a number.
         ValueError: two shapes do not fit, or `act` is unknown.
         RuntimeError: the backend is "triton" or "cpu" and its kernel does not apply.
 
@@ -196,6 +196,8 @@ def star_mlp(
         >>> star_mlp(x, w, None, 3 * w, None, w, None, residual=x)
         tensor([[4., 4.]])
     """
+    if not isinstance(offset, int | float):
+        raise TypeError(f"star_mlp: offset must be a number, got {offset!r}")
     weights = MLPWeights(w1, b1, w2, b2, w3, b3)
     _check_mlp(x, weights, residual)
     plan = plan_mlp(x, weights, act, residual)

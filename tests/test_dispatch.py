@@ -280,6 +280,7 @@ def test_the_cpus_own_op_can_be_asked_for_at_any_size():
 NOT_ON_A_CPU = [
     (lambda: StarMLP(4, rank=2), torch.ones(1, 4), "rank=2"),
     (lambda: StarMLP(4).double(), torch.ones(1, 4).double(), "dtype torch.float64"),
+    (lambda: StarMLP(4).half(), torch.ones(1, 4), "dtype torch.float16"),
     (lambda: StarMLP(4, device="meta"), torch.ones(1, 4, device="meta"), "input is on 'meta'"),
 ]
 

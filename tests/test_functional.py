@@ -308,6 +308,8 @@ WRONG_MLPS = [
     ("b3", torch.ones(5), ValueError, r"b3 must have shape \(4,\)"),
     ("residual", torch.ones(5, 1, 4), ValueError, r"residual must have shape \(2, 4\)"),
     ("residual", torch.ones(4), ValueError, r"residual must have shape \(2, 4\)"),
+    ("offset", None, TypeError, "offset must be a number, got None"),
+    ("offset", "1", TypeError, "offset must be a number, got '1'"),
     ("act", "sillu", ValueError, "unknown activation 'sillu'"),
 ]
 
