@@ -206,6 +206,19 @@ def test_batch_statistics_on_policy(algorithm, norm):
     problem(model, f"features_extractor.norm ({norm.__name__})", algorithm.__name__)
 
 
+class FreeDropout(nn.Module):
+    """A layer whose name alone tells of dropout."""
+
+    def forward(self, x):
+        return x
+
+
+def test_a_layer_without_a_rate_drops_nothing():
+    kwargs = {"norm": lambda _: FreeDropout()}
+    model = build(sb3.PPO, features_extractor_class=Normed, features_extractor_kwargs=kwargs)
+    assert describe(model).problems == ()
+
+
 def test_trpo_with_nothing_to_train():
     model = build(contrib.TRPO)
     model.policy.requires_grad_(False)
