@@ -82,6 +82,9 @@ evidence: setup
 	$(BIN)/python -m benchmarks.evidence
 
 bench: setup
+	$(BIN)/python -m benchmarks.core overhead
+	$(BIN)/python -m benchmarks.core sweep
+	$(BIN)/python -m benchmarks.core start
 	$(BIN)/python -m benchmarks.vision speed
 	$(BIN)/python -m benchmarks.vision demonet
 	$(BIN)/python -m benchmarks.vision peers
@@ -105,6 +108,9 @@ bench-gpu: setup
 
 bench-smoke: export OMP_NUM_THREADS = 1
 bench-smoke: setup
+	$(BIN)/python -m benchmarks.core overhead --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.core sweep --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.core start --smoke --processes 1 --out runs/smoke
 	$(BIN)/python -m benchmarks.vision speed --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.vision demonet --smoke --processes 1 --out runs/smoke
 	$(BIN)/python -m benchmarks.vision peers --smoke --processes 1 --out runs/smoke

@@ -2,13 +2,14 @@
 
 from benchmarks import examples
 from benchmarks.coefficients.__main__ import PAGES as COEFFICIENTS
+from benchmarks.core.__main__ import PAGE as CORE
 from benchmarks.harness.study import DOCS, NOTICE, Page
 from benchmarks.nlp.__main__ import PAGE as NLP
 from benchmarks.rl.__main__ import PAGE as RL
 from benchmarks.starify.__main__ import PAGE as STARIFY
 from benchmarks.vision.__main__ import PAGE as VISION
 
-PAGES = (VISION, NLP, STARIFY, RL, *COEFFICIENTS)
+PAGES = (CORE, VISION, NLP, STARIFY, RL, *COEFFICIENTS)
 PAGES += (Page("examples", "Evidence: examples", (examples.STUDY,)),)
 INDEX = """\
 # Evidence

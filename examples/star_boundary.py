@@ -24,8 +24,9 @@ from sklearn.datasets import make_circles, make_moons
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
-from starlayers import StarBlock, StarOp
+from starlayers import StarBlock, StarMLP, StarOp
 from starlayers.coefficients import star_kernel
+from starlayers.coefficients.modules import SumMLP
 
 #: name -> title in the figure
 MODELS = {
@@ -35,6 +36,8 @@ MODELS = {
     "rbf": "SVM, RBF",
     "star_kernel": "SVM, star kernel",
 }
+#: name -> class of the MLP in the blocks of a network
+NETWORKS: dict[str, type[StarMLP]] = {"star": StarMLP, "sum": SumMLP}
 #: name -> generator of scikit-learn and its options
 DATA: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "moons": (make_moons, {"noise": 0.2}),
@@ -61,12 +64,13 @@ class Boundary:
 
 
 def train_network(
-    x: Tensor, labels: Tensor, combine: str, layers: int, width: int, steps: int, seed: int
+    x: Tensor, labels: Tensor, name: str, layers: int, width: int, steps: int, seed: int
 ) -> Score:
-    """Train the network with a product ("mul") or a sum of branches; return its score."""
+    """Train the network with a product ("star") or a "sum" of branches; return its score."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        blocks = [StarBlock(width, expansion=2, act=None, combine=combine) for _ in range(layers)]
+        mlps = [NETWORKS[name](width, 2 * width, act=None) for _ in range(layers)]
+        blocks = [StarBlock(width, mlp) for mlp in mlps]
         net = nn.Sequential(nn.Linear(2, width), *blocks, nn.Linear(width, 1))
     optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -121,9 +125,8 @@ def decision_boundary(
     plane = torch.cartesian_prod(*sides)
     scores, accuracy = {}, {}
     for name in models:
-        if name in ("star", "sum"):
-            combine = "mul" if name == "star" else "sum"
-            score = train_network(x, labels, combine, layers, width, steps, seed)
+        if name in NETWORKS:
+            score = train_network(x, labels, name, layers, width, steps, seed)
         else:
             score = train_svm(x, labels, name, layers, width, seed)
         accuracy[name] = float(((score(x_new) > 0) == labels_new).float().mean())

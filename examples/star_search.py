@@ -13,7 +13,6 @@ import torch
 import typer
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from starlayers import StarBlock
 from starlayers.coefficients import (
@@ -24,6 +23,7 @@ from starlayers.coefficients import (
     search,
     tune_coefficients,
 )
+from starlayers.coefficients.modules import RankStarMLP
 from starlayers.datasets.images import load_images
 
 Split = tuple[Tensor, Tensor]
@@ -48,8 +48,8 @@ def splits(data: Any, seed: int, limit: int = 2000) -> dict[str, Split]:
 def fit(values: dict[str, Any], data: Split, steps: int, seed: int) -> nn.Module:
     """Train a net with two star layers of these values; equal arguments, equal nets."""
     torch.manual_seed(seed)
-    rank = values.get("rank", 1)
-    blocks = [StarBlock(32, expansion=2, pre=nn.LayerNorm(32), rank=rank) for _ in range(2)]
+    mlps = [RankStarMLP(32, 64, rank=values.get("rank", 1)) for _ in range(2)]
+    blocks = [StarBlock(32, mlp, pre=nn.LayerNorm(32)) for mlp in mlps]
     pixels, labels = data
     net = nn.Sequential(nn.Linear(pixels.shape[1], 32), *blocks, nn.Linear(32, 10))
     apply_initialisation(net, values)
@@ -58,7 +58,7 @@ def fit(values: dict[str, Any], data: Split, steps: int, seed: int) -> nn.Module
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         i = torch.randint(len(labels), (128,))
-        loss = F.cross_entropy(net(pixels[i]), labels[i]) + strength * penalty()
+        loss = nn.functional.cross_entropy(net(pixels[i]), labels[i]) + strength * penalty()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -2,6 +2,7 @@
 
 from starlayers.activations import ACTIVATIONS, get_activation, register_activation
 from starlayers.backend import backend_name, use_backend
+from starlayers.explain import explain
 from starlayers.functional import star, star_mlp, star_packed
 from starlayers.modules import DropPath, StarBlock, StarMLP, StarOp
 from starlayers.surgery import from_pretrained, param_groups, starify
@@ -15,6 +16,7 @@ __all__ = [
     "StarMLP",
     "StarOp",
     "backend_name",
+    "explain",
     "from_pretrained",
     "get_activation",
     "param_groups",

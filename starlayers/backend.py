@@ -1,8 +1,9 @@
 """Backend switch: which paths star layers may take."""
 
+import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ContextDecorator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -22,20 +23,21 @@ T = TypeVar("T")
 _ENVIRONMENT: dict[Any, Any] | None = getattr(os.environ, "_data", None)
 _KEY = getattr(os.environ, "encodekey", str)(ENV_VAR)
 
-_forced: ContextVar[str | None] = ContextVar("starlayers_backend", default=None)
+#: blocks that were entered and not left, the last in effect
+_blocks: ContextVar[tuple["use_backend", ...]] = ContextVar("starlayers_backend", default=())
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Choose how star layers compute inside a `with` block.
+class use_backend(ContextDecorator):  # noqa: N801, named as torch.no_grad is
+    """Choose how star layers compute inside a `with` block, or in a decorated function.
 
     The environment variable `STARLAYERS_BACKEND` does the same outside of blocks.
 
     `"auto"` uses a fused path where one applies and falls back silently; `"eager"` always runs
     the PyTorch definition; `"triton"` requires the fused GPU kernels, and `"cpu"` for star MLPs the
-    row-blocked op of CPUs at any size, and both raise where these do not apply. Blocks nest, and a
-    block overrides the environment variable, which is read at every call. A compiled function
-    keeps the backend it was traced with.
+    row-blocked op of CPUs at any size, and both raise where these do not apply. Blocks nest, also
+    where generators leave them in another order than they entered them. A block overrides the
+    environment variable, which is read at every call. A compiled function keeps the backend it was
+    traced with.
 
     Raises:
         ValueError: `name` is not one of the four.
@@ -45,11 +47,28 @@ def use_backend(name: str) -> Iterator[None]:
         ...     backend_name()
         'eager'
     """
-    token = _forced.set(_checked(name, "use_backend"))
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+
+    def __init__(self, name: str) -> None:
+        self.name = _checked(name, "use_backend")
+
+    def __call__(self, func: Any) -> Any:
+        """Decorate a function, which then always runs in a block."""
+        asks = (inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+        if isinstance(func, type) or any(ask(func) for ask in (*asks, inspect.iscoroutinefunction)):
+            raise TypeError(
+                f"use_backend decorates functions that return at once, not {func!r}; enter a block "
+                "inside of it"
+            )
+        return super().__call__(func)
+
+    def __enter__(self) -> None:
+        _blocks.set((*_blocks.get(), self))
+
+    def __exit__(self, *_: object) -> None:
+        blocks = _blocks.get()
+        if self in blocks:  # the last entry of this block, wherever others stand
+            last = len(blocks) - 1 - blocks[::-1].index(self)
+            _blocks.set(blocks[:last] + blocks[last + 1 :])
 
 
 def backend_name() -> str:
@@ -66,11 +85,13 @@ def backend_name() -> str:
 
 
 def _forced_name() -> str | None:
-    name = _forced.get()
-    if name is None and (_ENVIRONMENT is None or _KEY in _ENVIRONMENT):
+    blocks = _blocks.get()
+    if blocks:
+        return blocks[-1].name
+    if _ENVIRONMENT is None or _KEY in _ENVIRONMENT:
         name = os.environ.get(ENV_VAR) or None
         return name and _checked(name, ENV_VAR)
-    return name
+    return None
 
 
 # Dynamo cannot trace a context variable before PyTorch 2.12. This mark makes it call the function

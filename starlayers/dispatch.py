@@ -1,108 +1,46 @@
 """Decision which path computes a star: a fused kernel, the CPU's own op, or the definition.
 
 Decisions take tensors and plain values and return a `Plan`. Every layer asks here and nowhere else.
-Plans are cached under all values that decide.
+Plans are cached under all values that decide, so that a call that was met before is looked up.
 """
 
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
-from starlayers.activations import Activation, get_activation
+from starlayers import plans
+from starlayers.activations import ACTIVATIONS, get_activation
 from starlayers.backend import backend_name
 from starlayers.kernels import registration
-from starlayers.kernels.registration import MLPWeights, autocasts, compute_dtype, needs_gradients
-from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, mlp_tile, split_columns
+from starlayers.kernels.registration import MLPWeights, needs_gradients
+from starlayers.kernels.tuning import ENV_VAR as TUNING
 from starlayers.kernels.tuning import tuning
+from starlayers.plans import PLAIN, Plan, call_of, rows_of
+from starlayers.tracing import is_traced
 
 __all__ = [
+    "FORWARDS",
     "Plan",
+    "attached",
+    "calls_directly",
     "declined",
     "exporting",
     "forget_plans",
     "is_plain",
-    "is_small",
+    "linear",
     "plain_weights",
     "plan_block",
     "plan_early",
     "plan_mlp",
     "plan_star",
 ]
-
-# Least bytes of one hidden branch for the row-blocked CPU op. Measured on 2 AMD EPYC cores (vision
-# speed benchmark): below, the op's overhead or the two matrix products that its backward recomputes
-# cost more than the memory traffic they save. glibc returns allocations above 32 MiB to the system,
-# so a larger hidden activation pays for its page faults at every use: recomputing wins from there.
-MIN_HIDDEN_BYTES_INFERENCE = 2 * 2**20
-MIN_HIDDEN_BYTES_TRAINING = 16 * 2**20
-
-# Least elements for the fused star (K1) on a GPU: for fewer, the two or three launches of eager
-# PyTorch cost less than dispatching one op. Not measured: a launch takes about 5 us, the time in
-# which an H100 moves this many elements.
-MIN_ELEMENTS_STAR = 2**20
-
-# Least rows for the fused star MLP on a GPU. Each tile of rows runs on one multiprocessor, so with
-# few rows most multiprocessors idle, while cuBLAS splits the columns too. On an H100 a star MLP of
-# 128 channels in bfloat16 takes 23 us fused and 20 us eager for 1024 rows, and 22 us and 60 us for
-# 16384. Rows of at most MAX_BYTES_ANY_ROWS bytes are fast enough at any number of rows.
-MIN_ROWS = 4096
-MAX_BYTES_ANY_ROWS = 128
-
-#: channels of the input, of the product and of the result
-Sizes = tuple[int, int, int]
-
-#: exact types of the tensors that kernels accept: a subclass may compute something else
-PLAIN = (Tensor, nn.Parameter)
-
-
-class Plan(NamedTuple):
-    """Path of a call: "eager" for a reason, or one of the fused paths and its weights.
-
-    Fused paths are "cpu" (blocks of rows on a CPU), "star", "star_mlp", "star_mlp_wide" and
-    "block" (a whole StarBlock2d), the others by Triton kernels.
-
-    Example:
-        >>> print(plan_star(torch.ones(2), torch.ones(2), "relu6"))
-        runs eager: no Triton kernel for device 'cpu'
-    """
-
-    path: str
-    reason: str = ""
-    weights: MLPWeights | None = None
-
-    @property
-    def fused(self) -> bool:
-        """True unless the definition computes the call."""
-        return self.path != "eager"
-
-    def __str__(self) -> str:
-        return f"runs eager: {self.reason}" if self.reason else f"runs fused: {self.path}"
-
-
-ASKED_FOR = Plan("eager", "the eager backend was asked for")
-COMPILED = Plan("eager", "being compiled or exported")
-ON_CPU = Plan("eager", "no Triton kernel for device 'cpu'")
-CPU_ASKED_FOR = Plan("eager", "the cpu backend was asked for, which has no op of this kind")
-TRANSFORMED = "a functional transform or tracer is active"
-NOT_LINEAR = "a branch is hooked, parametrised, quantised or not nn.Linear"
-
-
-class Call(NamedTuple):
-    """All that decides about the kernels of a call but its sizes."""
-
-    backend: str
-    activation: Activation
-    #: dtype in which the call is computed
-    dtype: torch.dtype
-    autocast: bool
-    #: "compile", "export" or "transform" while one of them is active
-    tracer: str
-    interpret: bool
-    #: class, device and dtype of the input and of each parameter
-    tensors: tuple[tuple[type, torch.device, torch.dtype], ...]
 
 
 def plan_star(x1: Tensor, x2: Tensor, act: str | None) -> Plan:
@@ -119,13 +57,13 @@ def plan_star(x1: Tensor, x2: Tensor, act: str | None) -> Plan:
     if plan is not None:
         return plan
     backend = backend_name()
-    reason = _kernel_reason(_call(backend, act, (x1, x2)))
+    reason = plans.kernel_reason(call_of(backend, act, _tracer(), (x1, x2)))
     if x1.shape != x2.shape or x1.dtype != x2.dtype:
         reason = f"shapes {tuple(x1.shape)}, {tuple(x2.shape)} or dtypes {x1.dtype}, {x2.dtype}"
     if not reason and backend == "auto":
         if torch.compiler.is_compiling():
             reason = "being compiled: the compiler fuses the product itself"
-        elif x1.numel() < MIN_ELEMENTS_STAR:
+        elif x1.numel() < plans.MIN_ELEMENTS_STAR:
             reason = f"{x1.numel()} elements are few enough for eager"
     return declined(reason, "this star") if reason else Plan("star")
 
@@ -137,25 +75,18 @@ def plan_early(x: Tensor) -> Plan | None:
     """
     backend = backend_name()
     if backend == "eager":
-        return ASKED_FOR
+        return plans.ASKED_FOR
     if backend == "cpu":
-        return CPU_ASKED_FOR
-    return ON_CPU if backend == "auto" and x.is_cpu else None
+        return plans.CPU_ASKED_FOR
+    if _recorded(x):
+        return declined(plans.TRANSFORMED, "a star or block")
+    return plans.ON_CPU if backend == "auto" and x.is_cpu else None
 
 
-def _rows(x: Tensor) -> int:
-    return x.numel() // (x.shape[-1] or 1)
-
-
-def is_small(x: Tensor, hidden: int) -> bool:
-    """Return True if "auto" runs a star MLP eager for its size alone, on a CPU.
-
-    Layers ask this first: calls of small layers should not pay for the other conditions.
-    """
-    if not x.is_cpu or backend_name() != "auto" or torch.compiler.is_compiling():
-        return False
-    hidden_bytes = _rows(x) * hidden * x.element_size()
-    return hidden_bytes < MIN_HIDDEN_BYTES_INFERENCE and hidden_bytes < MIN_HIDDEN_BYTES_TRAINING
+def _recorded(x: Tensor) -> bool:
+    """Return `is_traced(x)`; a plain tensor outside of `torch.jit.trace` does not pay for it."""
+    plain = type(x) is Tensor and torch._C._get_tracing_state() is None
+    return not plain and is_traced(x)
 
 
 def plan_mlp(
@@ -181,26 +112,96 @@ def plan_mlp(
     """
     backend = backend_name()
     if backend == "eager":
-        return ASKED_FOR
-    if backend == "auto" and x.device.type == "cpu" and torch.compiler.is_compiling():
-        return COMPILED  # a compiler fuses the definition itself; an exported graph stays portable
-    rows, (_, hidden, _) = _rows(x), weights.sizes
-    if is_small(x, hidden):
-        return Plan("eager", _small(rows * hidden * x.element_size()))
+        return plans.ASKED_FOR
+    if _recorded(x):
+        return declined(plans.TRANSFORMED, "this StarMLP")
+    if torch.compiler.is_compiling():
+        if backend == "auto" and x.is_cpu:
+            return plans.COMPILED  # a compiler fuses the definition; an export stays portable
+        plan = _new_mlp_plan(backend, x, weights, act, residual, recompute)
+    else:
+        if backend == "auto" and x.is_cpu:
+            hidden_bytes = x.numel() // (x.shape[-1] or 1) * weights.w1.shape[0] * x.element_size()
+            if hidden_bytes < min(
+                plans.MIN_HIDDEN_BYTES_INFERENCE, plans.MIN_HIDDEN_BYTES_TRAINING
+            ):
+                # an int of torch.fx is not hashable
+                whole = type(hidden_bytes) is int
+                return _small_plan(hidden_bytes) if whole else plans.COMPILED
+        key = _key(backend, x, weights, act, residual, recompute)
+        known = _mlp_plans.get(key)  # one look-up: another thread may empty the table
+        plan = known or _new_mlp_plan(backend, x, weights, act, residual, recompute)
+        if known is None:
+            if len(_mlp_plans) >= MOST_PLANS:
+                _mlp_plans.clear()
+            _mlp_plans[key] = plan
+    if plan.reason:
+        return declined(plan.reason, "this StarMLP")
+    return plan._replace(weights=weights)
+
+
+#: plans by all that decides about them; emptied when it has MOST_PLANS
+_mlp_plans: dict[Any, Plan] = {}
+MOST_PLANS = 1024
+
+
+@lru_cache(maxsize=1024)
+def _small_plan(hidden_bytes: int) -> Plan:
+    return Plan("eager", plans.small(hidden_bytes))
+
+
+def forget_plans() -> None:
+    """Empty the cache of plans, for example after a threshold of `plans` was changed."""
+    _mlp_plans.clear()
+
+
+def _key(
+    backend: str,
+    x: Tensor,
+    weights: MLPWeights,
+    act: str | None,
+    residual: Tensor | None,
+    recompute: bool,
+) -> Any:
+    """Return all that can change the plan of a star MLP."""
+    kind = x.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    row = ACTIVATIONS.get(act) or get_activation(act)  # which names an unknown one
+    return (
+        backend,
+        (row.name, row.closed_form, row.triton),  # a row itself may not be hashable
+        recompute,
+        os.environ.get(TUNING),
+        registration.INTERPRET,
+        autocast and torch.get_autocast_dtype(kind),
+        torch.is_grad_enabled(),
+        _transformed(),
+        None if residual is None else (type(residual), residual.device),
+        x.shape,
+        *[
+            None if t is None else (type(t), t.device, t.dtype, t.requires_grad, t.shape)
+            for t in (x, *weights)
+        ],
+    )
+
+
+def _new_mlp_plan(
+    backend: str,
+    x: Tensor,
+    weights: MLPWeights,
+    act: str | None,
+    residual: Tensor | None,
+    recompute: bool,
+) -> Plan:
     parameters = tuple(w for w in weights if w is not None)
-    call = _call(backend, act, (x, *parameters))
-    decide = _decide_mlp if torch.compiler.is_compiling() else _cached_mlp_plan
-    plan = decide(
-        call,
-        rows,
+    return plans.decide_mlp(
+        call_of(backend, act, _tracer(), (x, *parameters)),
+        rows_of(x),
         weights.sizes,
         needs_gradients(x, *parameters),
         recompute or tuning(),
         None if residual is None else (type(residual), residual.device),
     )
-    if plan.reason:
-        return declined(plan.reason, "this StarMLP")
-    return Plan(plan.path, weights=weights)
 
 
 def plan_block(
@@ -217,10 +218,12 @@ def plan_block(
     if plan is not None:
         return plan
     tensors = (x, *parameters)
-    call = _call(backend_name(), act, tensors)
-    reason = "the batch is empty" if x.numel() == 0 else _kernel_reason(call)
-    reason = reason or _too_few(call.backend, call.dtype, _rows(x), weights.sizes)
-    reason = reason or _too_wide(x.device, call.dtype, weights.sizes, needs_gradients(*tensors))
+    call = call_of(backend_name(), act, _tracer(), tensors)
+    reason = "the batch is empty" if x.numel() == 0 else plans.kernel_reason(call)
+    reason = reason or plans.too_few(call.backend, call.dtype, rows_of(x), weights.sizes)
+    reason = reason or plans.too_wide(
+        x.device, call.dtype, weights.sizes, needs_gradients(*tensors)
+    )
     return declined(reason, "this StarBlock2d") if reason else Plan("block", weights=weights)
 
 
@@ -234,7 +237,7 @@ def declined(reason: str, what: str) -> Plan:
     """
     backend = backend_name()
     if backend == "eager":
-        return ASKED_FOR
+        return plans.ASKED_FOR
     if backend in ("triton", "cpu"):
         raise RuntimeError(
             f"the {backend} backend cannot serve {what}: {reason}; use_backend('auto') falls back "
@@ -243,142 +246,23 @@ def declined(reason: str, what: str) -> Plan:
     return Plan("eager", reason)
 
 
-def _call(backend: str, act: str | None, tensors: tuple[Tensor, ...]) -> Call:
-    x = tensors[0]
-    return Call(
-        backend,
-        get_activation(act),
-        compute_dtype(x),
-        autocasts(x),
-        _tracer(),
-        registration.INTERPRET,
-        tuple((type(t), t.device, t.dtype) for t in tensors),
-    )
+def _original_forward(kind: type[nn.Module]) -> object:
+    """Return a class's forward, `None` if it was replaced before this library was imported."""
+    forward: Any = kind.forward
+    code = getattr(forward, "__code__", None)
+    same = code is not None and code.co_filename == sys.modules[kind.__module__].__file__
+    return forward if same else None
 
 
-def _tracer() -> str:
-    if exporting():
-        return "export"
-    if torch.compiler.is_compiling():
-        return "compile"
-    return "transform" if torch._C._get_tracing_state() is not None or _transformed() else ""
+#: class -> its own forward; a class whose forward was replaced is not plain
+FORWARDS: dict[type[nn.Module], object] = {
+    kind: _original_forward(kind) for kind in (nn.Linear, nn.Identity, nn.Conv2d, nn.BatchNorm2d)
+}
 
 
-def _kernel_reason(call: Call) -> str:
-    """Return why no Triton kernel may take the tensors of a call; empty if one may."""
-    device = call.tensors[0][1]
-    if device.type != "cuda" and not (call.interpret and device.type == "cpu"):
-        return f"no Triton kernel for device {device.type!r}"
-    if not registration.HAS_TRITON:
-        return "Triton is not installed"
-    if call.interpret and call.backend != "triton":
-        return "the interpreter is for testing: it serves where use_backend('triton') asks for it"
-    other = next((kind for kind, _, _ in call.tensors if kind not in PLAIN), None)
-    if other is not None and call.tracer != "export":
-        return f"an input is a {other.__name__}"
-    if any(place != device for _, place, _ in call.tensors):
-        return "the tensors are on several devices"
-    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"dtype {call.dtype} (needs float32, float16 or bfloat16)"
-    if not call.autocast and any(dtype != call.dtype for _, _, dtype in call.tensors):
-        return "input and parameters differ in dtype and autocast is off"
-    if call.activation.name not in registration.TRITON_ACTIVATIONS:
-        return f"activation {call.activation.name!r} has no Triton form"
-    if call.tracer == "export" and call.backend == "auto":
-        return "being exported: the graph stays portable"
-    return TRANSFORMED if call.tracer == "transform" else ""
-
-
-def _decide_mlp(
-    call: Call,
-    rows: int,
-    sizes: Sizes,
-    training: bool,
-    takes_wide: bool,
-    residual: tuple[type, torch.device] | None,
-) -> Plan:
-    _, device, _ = call.tensors[0]
-    on_cpu = device.type == "cpu" and not (call.backend == "triton" and call.interpret)
-    if residual is not None and (residual[0] not in PLAIN or residual[1] != device):
-        return Plan("eager", f"residual is a {residual[0].__name__} on {residual[1]}")
-    if call.backend == "cpu" or (on_cpu and call.backend == "auto"):
-        reason = _cpu_reason(call, rows * sizes[1], training)
-        return Plan("eager", reason) if reason else Plan("cpu")
-    reason = _kernel_reason(call) or _too_few(call.backend, call.dtype, rows, sizes)
-    if reason:
-        return Plan("eager", reason)
-    reason = _too_wide(device, call.dtype, sizes, training)
-    if not reason:
-        return Plan("star_mlp")
-    wide = takes_wide or call.backend == "triton"
-    return Plan("star_mlp_wide") if wide else Plan("eager", reason)
-
-
-_cached_mlp_plan = lru_cache(maxsize=1024)(_decide_mlp)
-
-
-def forget_plans() -> None:
-    """Empty the cache of plans, for example after a threshold of this module was changed."""
-    _cached_mlp_plan.cache_clear()
-
-
-def _cpu_reason(call: Call, hidden_elements: int, training: bool) -> str:
-    """Return why the row-blocked op for CPUs may not run; empty if it may."""
-    kind, device, dtype = call.tensors[0]
-    if device.type != "cpu":
-        return f"input is on {device.type!r}"
-    if call.tracer in ("compile", "export"):
-        return COMPILED.reason
-    if call.interpret:
-        return "Triton's interpreter replaces the CPU's own kernel"
-    if kind not in PLAIN:
-        return f"input is a {kind.__name__}"
-    other = next((kept for _, _, kept in call.tensors if kept != torch.float32), None)
-    if other is not None:
-        return f"dtype {other} (needs float32)"
-    if any(place != device for _, place, _ in call.tensors):
-        return "the parameters are on another device"
-    if not call.activation.closed_form:
-        return f"activation {call.activation.name!r} was registered without a derivative"
-    if call.autocast:
-        return "autocast is on"
-    if call.tracer:
-        return TRANSFORMED
-    least = MIN_HIDDEN_BYTES_TRAINING if training else MIN_HIDDEN_BYTES_INFERENCE
-    hidden_bytes = hidden_elements * dtype.itemsize
-    return _small(hidden_bytes) if call.backend == "auto" and hidden_bytes < least else ""
-
-
-def _small(hidden_bytes: int) -> str:
-    return f"hidden activation of {hidden_bytes} bytes is small enough for eager"
-
-
-def _too_few(backend: str, dtype: torch.dtype, rows: int, sizes: Sizes) -> str:
-    """Return why there are too few rows for a fused star MLP; empty if enough."""
-    width = max(sizes[0], sizes[2])
-    if backend == "triton" or rows >= MIN_ROWS:
-        return ""
-    if width * dtype.itemsize <= MAX_BYTES_ANY_ROWS:
-        return ""
-    return f"{rows} rows of {width} channels would leave most of a GPU idle"
-
-
-def _too_wide(device: torch.device, dtype: torch.dtype, sizes: Sizes, training: bool) -> str:
-    """Return why no tile keeps the hidden activation on chip; empty if one does.
-
-    Input and output channels decide, since a program holds whole rows; training needs a tile of
-    the backward too.
-    """
-    width = max(sum(split_columns(w)) for w in (sizes[0], sizes[2]))
-    needed = {"forward": MLP_FORWARD, **({"backward": MLP_BACKWARD["dx"]} if training else {})}
-    for name, table in needed.items():
-        if mlp_tile(table, device, width, dtype.itemsize) is None:
-            channels = f"{sizes[0]} -> {sizes[2]} channels"
-            return f"{channels} are too wide for a {name} tile in {dtype}"
-    return ""
-
-
-def plain_weights(f1: nn.Module, f2: nn.Module, g: nn.Module) -> MLPWeights | None:
+def plain_weights(
+    f1: nn.Module | None, f2: nn.Module | None, g: nn.Module | None
+) -> MLPWeights | None:
     """Return weights and biases of three plain `nn.Linear`, `None` if one is not plain.
 
     A fused path would skip hooks, parametrisations and another class's forward.
@@ -388,15 +272,46 @@ def plain_weights(f1: nn.Module, f2: nn.Module, g: nn.Module) -> MLPWeights | No
         >>> plain_weights(f, f, f).sizes, plain_weights(f, f, nn.Identity())
         ((2, 2, 2), None)
     """
+    weights: list[Tensor | None] = []
     for layer in (f1, f2, g):
-        # torch.export replaces parameters by fake tensors while it traces
-        plain = is_plain(layer, nn.Linear)
-        if not plain or not (type(layer.weight) is nn.Parameter or exporting()):
+        if layer is None or not is_plain(layer, nn.Linear):
             return None
-    return MLPWeights(f1.weight, f1.bias, f2.weight, f2.bias, g.weight, g.bias)  # type: ignore[arg-type]
+        weight = layer._parameters.get("weight")
+        # torch.export replaces parameters by fake tensors while it traces
+        if not (type(weight) in PLAIN or exporting()) or "bias" not in layer._parameters:
+            return None
+        weights += [weight, layer._parameters["bias"]]
+    sizes: list[Any] = [(layer.in_features, layer.out_features) for layer in (f1, f2, g)]  # type: ignore[union-attr]
+    if sizes[0] != sizes[1] or sizes[2][0] != sizes[0][1]:
+        return None
+    return MLPWeights(*weights)  # type: ignore[arg-type]
 
 
-def is_plain(m: nn.Module, kind: type[nn.Module]) -> bool:
+def calls_directly(x: Tensor) -> bool:
+    """Return True if plain layers may compute `x` without a call of the module, which costs.
+
+    On GPUs the cost is hidden; compilers and tracers are to see the modules.
+    """
+    return type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
+
+
+def linear(layer: nn.Module | None, x: Tensor) -> Tensor:
+    """Call a linear layer, without the cost of a module's call where nothing is attached to it.
+
+    Example:
+        >>> f, x = nn.Linear(2, 3), torch.ones(1, 2)
+        >>> torch.equal(linear(f, x), f(x))
+        True
+    """
+    if calls_directly(x) and is_plain(layer, nn.Linear):
+        parameters = layer._parameters  # type: ignore[union-attr]
+        weight = parameters.get("weight")
+        if weight is not None and "bias" in parameters:
+            return F.linear(x, weight, parameters["bias"])
+    return layer(x)  # type: ignore[misc, no-any-return]
+
+
+def is_plain(m: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Return True if `m` is exactly a `kind` and nothing is attached to it.
 
     Hooks and a replaced `forward` count as attached: a fused path would skip them.
@@ -411,8 +326,50 @@ def is_plain(m: nn.Module, kind: type[nn.Module]) -> bool:
         or m._backward_hooks
         or m._backward_pre_hooks
         or "forward" in m.__dict__
-        or torch.nn.modules.module._has_any_global_hook()
+        or kind.forward is not FORWARDS.get(kind, kind.forward)
+        or hooks._has_any_global_hook()
     )
+
+
+def attached(layers: Mapping[str, nn.Module | None]) -> str:
+    """Return in words what keeps fused paths from linear layers.
+
+    Example:
+        >>> attached({"f1": nn.Linear(2, 2), "g": nn.Identity()})
+        'g is an Identity, not nn.Linear'
+    """
+    for name, layer in layers.items():
+        kind = type(layer)
+        where = f"{kind.__module__}.{kind.__name__}"
+        if kind is not nn.Linear:
+            article = "an" if kind.__name__[0] in "AEIOU" else "a"
+            what = f"{article} {kind.__name__}, not nn.Linear"
+            if torch.nn.utils.parametrize.is_parametrized(layer):  # type: ignore[arg-type]
+                what = "parametrised"
+            elif "lora" in where.lower() or where.startswith("peft."):
+                what = f"an adapter, {where}; merge it to fuse"
+            elif "quant" in where.lower() or "bnb" in where.lower() or "bits" in where.lower():
+                what = f"quantised, {where}"
+            return f"{name} is {what}"
+        if is_plain(layer, nn.Linear):
+            weight = layer._parameters.get("weight")  # type: ignore[union-attr]
+            if weight is None or "bias" not in layer._parameters:  # type: ignore[union-attr]
+                return f"{name} has a weight or bias that is no parameter of it"
+            if not (type(weight) in PLAIN or exporting()):
+                return f"{name} has a weight of type {type(weight).__name__}"
+            continue
+        if kind.forward is not FORWARDS[kind] or "forward" in layer.__dict__:
+            return f"{name} has a forward that was replaced"
+        return f"{name} has hooks"
+    return f"{', '.join(layers)} do not fit together"
+
+
+def _tracer() -> str:
+    if exporting():
+        return "export"
+    if torch.compiler.is_compiling():
+        return "compile"
+    return "transform" if torch._C._get_tracing_state() is not None or _transformed() else ""
 
 
 def exporting() -> bool:
@@ -425,7 +382,8 @@ def exporting() -> bool:
 
 
 def _transformed() -> bool:
-    # vmap, grad or jvp: PyTorch has no public function that tells whether one is active
+    """Return True inside of vmap, grad or jvp."""
+    # PyTorch has no public function for it
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0

@@ -1,7 +1,5 @@
 """Star operation as functions that check their inputs and run the fastest path."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -10,16 +8,14 @@ from starlayers.dispatch import plan_mlp, plan_star
 from starlayers.kernels.layer import run_mlp
 from starlayers.kernels.registration import MLPWeights
 from starlayers.kernels.star import star as star_op
-from starlayers.reference import Limits, star_mlp_reference, star_reference, sum_reference
+from starlayers.reference import Limits, star_mlp_reference, star_reference
 
 __all__ = [
-    "COMBINE",
     "star",
     "star_mlp",
     "star_mlp_reference",
     "star_packed",
     "star_reference",
-    "sum_reference",
 ]
 
 
@@ -64,8 +60,24 @@ def _channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-#: name -> function that joins two branches: "mul" is the star, "sum" the paper's ablation
-COMBINE: dict[str, Callable[..., Tensor]] = {"mul": star_product, "sum": sum_reference}
+def star_packed_product(
+    h: Tensor,
+    act: str | None = "relu6",
+    *,
+    offset: float = 0.0,
+    clamp1: Limits | None = None,
+    clamp2: Limits | None = None,
+) -> Tensor:
+    """Compute `star_product` of both halves of one tensor: (..., 2 n) -> (..., n).
+
+    Example:
+        >>> star_packed_product(torch.tensor([2.0, 3.0]))
+        tensor([6.])
+    """
+    x1, x2 = h.chunk(2, -1)
+    if not plan_star(x1, x2, act).fused:
+        return star_reference(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
+    return _fused_star(h, None, act, offset, clamp1, clamp2)
 
 
 def star(
@@ -147,10 +159,7 @@ def star_packed(
     if not h.is_floating_point():
         raise TypeError(f"star_packed expects a floating tensor, got {h.dtype}; use .float()")
     _check_limits(clamp1=clamp1, clamp2=clamp2)
-    x1, x2 = h.chunk(2, -1)
-    if not plan_star(x1, x2, act).fused:
-        return star_reference(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
-    return _fused_star(h, None, act, offset, clamp1, clamp2)
+    return star_packed_product(h, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
 
 
 def star_mlp(
@@ -217,7 +226,7 @@ def _check_mlp(x: Tensor, weights: MLPWeights, residual: Tensor | None) -> None:
     if weights.w1.ndim != 2 or weights.w3.ndim != 2 or x.ndim == 0:
         shapes = {name: tuple(tensors[name].shape) for name in ("x", "w1", "w3")}  # type: ignore[union-attr]
         raise ValueError(f"star_mlp needs x (..., in) and weights (out, in), got {shapes}")
-    width, hidden, out = weights.sizes
+    (hidden, width), out = weights.w1.shape, weights.w3.shape[0]
     expected = {
         "x": (*x.shape[:-1], width),
         "b1": (hidden,),

@@ -1,34 +1,49 @@
 """Star layers over stock `nn.Linear` branches: StarOp, StarMLP, StarBlock."""
 
-import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from starlayers.activations import get_activation
 from starlayers.backend import recomputed
-from starlayers.checks import one_of, positive_int, probability
+from starlayers.checks import (
+    boolean,
+    finite,
+    floating_dtype,
+    floating_tensor,
+    one_of,
+    positive_int,
+    probability,
+)
 from starlayers.dispatch import (
-    NOT_LINEAR,
+    FORWARDS,
     Plan,
+    attached,
+    calls_directly,
     declined,
     is_plain,
-    is_small,
+    linear,
     plain_weights,
     plan_mlp,
+    plan_star,
 )
-from starlayers.functional import COMBINE
+from starlayers.drop_path import DropPath
+from starlayers.functional import star_packed_product, star_product
+from starlayers.initialisation import reset_inside, start_smaller
 from starlayers.kernels.layer import run_mlp
 from starlayers.kernels.registration import MLPWeights
+from starlayers.reference import star_mlp_reference
+from starlayers.tracing import add_residual, is_optional, is_traced, record
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+torch.fx.wrap("add_residual")  # torch.fx records its call
 
 __all__ = ["DropPath", "StarBlock", "StarMLP", "StarOp"]
 
-#: factors of the products: none, learned ones, or learned ones and one per sample
-COEFFICIENTS = ("fixed", "scale", "dynamic")
+#: start of the second branch: as `nn.Linear`, or at `GATE_GAIN` of it
+INITS = ("linear", "near_linear")
+GATE_GAIN = 0.1
 
 
 class StarOp(nn.Module):
@@ -40,23 +55,21 @@ class StarOp(nn.Module):
         in_features: channels of the input.
         out_features: channels of the result.
         act: name in `ACTIVATIONS` of the first branch's activation; `None` for none.
-        combine: "mul" is the star operation, "sum" the paper's ablation `act(f1(x)) + f2(x)`.
         offset: constant added to the second branch. With `offset=1` and a zero `f2` the layer is
             a plain `act(f1(x))`, which makes function-preserving conversion possible.
-        rank: products summed per output channel (1 is the paper). The branches then have
-            `rank * out_features` outputs, laid out (rank, out_features).
-        coefficients: "scale" learns a factor and an offset for every product,
-            `scale * act(f1(x)) * (shift + f2(x))`, which start at 1 and `offset`; `fold()` makes
-            them part of `f2`. "dynamic" has these and a factor per sample, `1 + tanh(gate(mean))`,
-            of the input's mean over all dimensions between the first and the last; it starts at 1
-            too. That mean sees whole sequences, so it is not for causal models.
         bias: give the branches biases.
+        packed: compute both branches by one linear layer `f12` of `2 * out_features` outputs, `f1`
+            first. Small layers are faster so. It also loads the state dict of a layer with `f1`
+            and `f2`.
+        init: "linear" starts both branches as `nn.Linear`. "near_linear" starts the second at a
+            tenth of that and needs an offset: the layer then begins close to
+            `offset * act(f1(x))`, and a deep stack without norms can be trained.
         device, dtype: of the parameters.
 
     Raises:
-        TypeError: a size is not an integer, or the input is not floating.
-        ValueError: a size is below 1, a name is unknown, `offset` or `coefficients` is set for
-            "sum", or the input has another number of channels.
+        TypeError: an argument is of the wrong type, or the input is no dense floating tensor.
+        ValueError: a size is below 1, a name is unknown, `offset` is not finite, or the input has
+            another number of channels.
 
     Source: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
 
@@ -65,9 +78,9 @@ class StarOp(nn.Module):
         torch.Size([2, 5, 32])
     """
 
-    coefficients: str = "fixed"  # class default for layers pickled before the option existed
-    scale: nn.Parameter
-    shift: nn.Parameter
+    # class defaults for layers pickled before these options existed
+    packed: bool = False
+    init: str = "linear"
 
     def __init__(
         self,
@@ -75,11 +88,10 @@ class StarOp(nn.Module):
         out_features: int,
         *,
         act: str | None = "relu6",
-        combine: str = "mul",
         offset: float = 0.0,
-        rank: int = 1,
-        coefficients: str = "fixed",
         bias: bool = True,
+        packed: bool = False,
+        init: str = "linear",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -87,128 +99,133 @@ class StarOp(nn.Module):
         layer = type(self).__name__
         self.in_features = positive_int(layer, "in_features", in_features)
         self.out_features = positive_int(layer, "out_features", out_features)
-        self.rank = positive_int(layer, "rank", rank)
-        one_of(layer, "combine", combine, COMBINE)
-        one_of(layer, "coefficients", coefficients, COEFFICIENTS)
-        if combine != "mul" and offset:
-            raise ValueError(f"{layer}: offset={offset} needs combine='mul', got {combine!r}")
-        if combine != "mul" and coefficients != "fixed":
-            raise ValueError(
-                f"{layer}: coefficients={coefficients!r} needs combine='mul', got {combine!r}"
-            )
         self.act = get_activation(act).name
-        self.combine = combine
-        self.offset = float(offset)
-        factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        self.f1 = nn.Linear(in_features, rank * out_features, **factory)
-        self.f2 = nn.Linear(in_features, rank * out_features, **factory)
-        self.coefficients = coefficients
-        if coefficients == "fixed":
-            return
-        factory.pop("bias")
-        self.scale = nn.Parameter(torch.empty(rank * out_features, **factory))
-        self.shift = nn.Parameter(torch.empty(rank * out_features, **factory))
-        if coefficients == "dynamic":
-            squeezed = max(8, in_features // 16)
-            self.gate = nn.Sequential(
-                nn.Linear(in_features, squeezed, **factory),
-                nn.ReLU(),
-                nn.Linear(squeezed, rank * out_features, **factory),
-            )
-        self.reset_parameters()
+        self.offset = finite(layer, "offset", offset)
+        self.packed = boolean(layer, "packed", packed)
+        one_of(layer, "init", init, INITS)
+        if init == "near_linear" and not self.offset:
+            raise ValueError(f"{layer}: init='near_linear' needs an offset, such as 1, not 0")
+        self.init = init
+        factory: dict[str, Any] = {"bias": boolean(layer, "bias", bias), "device": device}
+        factory["dtype"] = floating_dtype(layer, dtype)
+        n, out = self.in_features, self.out_features
+        if packed:
+            self.f12 = nn.Linear(n, 2 * out, **factory)
+        else:
+            self.f1, self.f2 = nn.Linear(n, out, **factory), nn.Linear(n, out, **factory)
+        if init == "near_linear":
+            start_smaller(*((self.f12, out) if packed else (self.f2, 0)), GATE_GAIN)
 
     def reset_parameters(self) -> None:
-        """Reset the learned coefficients; children reset their own parameters."""
-        if self.coefficients != "fixed":
-            nn.init.ones_(self.scale)
-            nn.init.constant_(self.shift, self.offset)
-        if self.coefficients == "dynamic":
-            for parameter in self.gate[2].parameters():
-                nn.init.zeros_(parameter)
+        """Initialise the layers inside again, the second branch as `init` says."""
+        reset_inside(self)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        return self._combined(x)
+        return self.products(x)
 
-    def _combined(self, x: Tensor) -> Tensor:
-        h1, h2, offset = self.f1(x), self.f2(x), self.offset
-        if self.coefficients != "fixed":
-            h2, offset = self._scaled(x, h2), 0.0
-        y = COMBINE[self.combine](h1, h2, self.act, offset=offset)
-        if self.rank > 1:
-            y = y.unflatten(-1, (self.rank, -1)).sum(-2)
-        return y
+    def products(self, x: Tensor) -> Tensor:
+        """Compute the products of the branches, of shape (..., channels of a branch)."""
+        if self.packed:
+            h = linear(self._modules["f12"], x)
+            return star_packed_product(h, self.act, offset=self.offset)
+        return star_product(*self.branches(x), self.act, offset=self.offset)
 
-    def _scaled(self, x: Tensor, h2: Tensor) -> Tensor:
-        """Return the second branch `h2` with its learned offset and factors."""
-        y = self.scale * (self.shift + h2)
-        if self.coefficients == "dynamic":
-            dims = tuple(range(1, x.ndim - 1))
-            y = y * (1 + self.gate(x.mean(dims, keepdim=True) if dims else x).tanh())
-        return y.to(h2.dtype)  # under autocast the parameters are wider than the branch
+    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute both branches, of shape (..., channels of a branch)."""
+        layers = self._modules
+        if self.packed:
+            h1, h2 = linear(layers["f12"], x).chunk(2, -1)
+            return h1, h2
+        return linear(layers["f1"], x), linear(layers["f2"], x)
 
-    @torch.no_grad()
-    def fold(self) -> "Self":
-        """Merge the learned `scale` and `shift` into `f2`, in place; return the layer.
+    def branch_layers(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        """Return weight and bias of each branch, without gradients; they share its memory."""
+        branches = [self.f12] if self.packed else [self.f1, self.f2]
+        weights = [w for f in branches for w in f.weight.detach().chunk(1 + self.packed)]
+        biases: list[Tensor | None] = [None, None]
+        if branches[0].bias is not None:
+            biases = [b for f in branches for b in f.bias.detach().chunk(1 + self.packed)]
+        return (weights[0], biases[0]), (weights[1], biases[1])
 
-        The layer computes the same up to rounding. It then has `coefficients="fixed"`, which the
-        fused paths require. `f2` gets a bias if it has none and needs one. A layer that is fixed
-        already stays as it is. An optimizer created before still holds the two parameters.
+    def plan(self, x: Tensor) -> Plan:
+        """Return the plan for the product of the branches: what runs, or why it is the definition.
 
         Raises:
-            ValueError: the coefficients are "dynamic", which depend on the input, or `f2` is
-                wrapped or parametrised.
+            RuntimeError: the backend is "triton" and no kernel applies.
 
         Example:
-            >>> op, x = StarOp(4, 3, coefficients="scale"), torch.randn(2, 4)
-            >>> _ = nn.init.normal_(op.scale)
-            >>> before = op(x)
-            >>> torch.allclose(op.fold()(x), before, atol=1e-6), op.coefficients
-            (True, 'fixed')
+            >>> StarOp(4, 4).plan(torch.ones(1, 4)).reason
+            "no Triton kernel for device 'cpu'"
         """
-        layer = type(self).__name__
-        if self.coefficients == "dynamic":
-            raise ValueError(f"{layer}: dynamic coefficients depend on the input: nothing to fold")
-        if self.coefficients == "fixed":
-            return self
-        f2 = self.f2
-        if not isinstance(f2, nn.Linear) or "weight" not in f2._parameters:
-            raise ValueError(
-                f"{layer}: f2 is a wrapped or parametrised {type(f2).__name__}; merge it first"
-            )
-        scale, shift = self.scale.double(), self.shift.double()
-        bias = 0.0 if f2.bias is None else f2.bias.double()
-        # the offset stays outside of the bias: 1 + 1e-3 would round to 1 in bfloat16
-        bias = scale * (shift + bias) - self.offset
-        f2.weight.copy_(scale[:, None] * f2.weight.double())
-        if f2.bias is not None:
-            f2.bias.copy_(bias)
-        elif bias.any():
-            f2.bias = nn.Parameter(bias.to(f2.weight), requires_grad=f2.weight.requires_grad)
-        del self.scale, self.shift
-        self.coefficients = "fixed"
-        return self
+        self.check_input(x)
+        h = x.new_empty(1).expand(*x.shape[:-1], self.out_features)
+        return plan_star(h, h, self.act)
 
     def check_input(self, x: Tensor) -> None:
-        """Raise if `x` is not a floating tensor of `in_features` channels.
+        """Raise if `x` is not a dense floating tensor of `in_features` channels.
 
         Raises:
-            TypeError: `x` is not floating.
+            TypeError: `x` is no tensor, not floating or sparse.
             ValueError: `x` is a scalar or has another number of channels.
         """
-        layer = type(self).__name__
-        if not x.is_floating_point():
-            raise TypeError(f"{layer} expects a floating tensor, got {x.dtype}; use x.float()")
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
-            got = "a scalar" if x.ndim == 0 else f"{x.shape[-1]} (shape {tuple(x.shape)})"
-            raise ValueError(f"{layer} expects {self.in_features} input features, got {got}")
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return  # a tracer records the network, not its checks
+        if type(x) is not Tensor or not x.is_floating_point() or x.layout is not torch.strided:
+            if is_traced(x):
+                return
+            floating_tensor(type(self).__name__, x)
+        width = x.shape[-1] if x.ndim else None
+        if width != self.in_features:
+            got = "a scalar" if width is None else f"{width} (shape {tuple(x.shape)})"
+            raise ValueError(
+                f"{type(self).__name__} expects {self.in_features} input features, got {got}"
+            )
 
     def extra_repr(self) -> str:
-        defaults = {"combine": "mul", "offset": 0.0, "rank": 1, "recompute": False}
-        defaults["coefficients"] = "fixed"
+        defaults = {"offset": 0.0, "packed": False, "init": "linear", "recompute": False}
         changed = [k for k, default in defaults.items() if getattr(self, k, default) != default]
         extras = [f"{k}={getattr(self, k)!r}" for k in ("act", *changed)]
-        return ", ".join([str(self.in_features), str(self.out_features), *extras])
+        return ", ".join([*map(str, self._sizes()), *extras])
+
+    def _sizes(self) -> tuple[int, ...]:
+        return self.in_features, self.out_features
+
+    __prepare_scriptable__ = record
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.packed:
+            for kind in ("weight", "bias"):
+                keys, packed = [f"{prefix}{f}.{kind}" for f in ("f1", "f2")], f"{prefix}f12.{kind}"
+                rows = [getattr(state_dict.get(key), "shape", ())[:1] for key in keys]
+                if rows == [(self.out_features,)] * 2 and packed not in state_dict:
+                    state_dict[packed] = torch.cat([state_dict.pop(key) for key in keys])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled layer, also of the time when sums and scales were options of it."""
+        remove_old_options(type(self).__name__, state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+
+#: options that became modules of `starlayers.coefficients.modules`, and their neutral values
+OLD_OPTIONS = {"combine": "mul", "rank": 1, "coefficients": "fixed"}
+
+
+def remove_old_options(layer: str, state: dict[str, Any]) -> None:
+    """Remove options of older versions from a pickled layer's attributes.
+
+    Raises:
+        ValueError: one of them changed what the layer computes.
+    """
+    for option, neutral in OLD_OPTIONS.items():
+        value = state.pop(option, neutral)
+        if value != neutral:
+            raise ValueError(
+                f"{layer} was pickled with {option}={value!r}, which is a module of its own now: "
+                "save the state dict with the older version and load it into SumMLP, RankStarMLP, "
+                "ScaledStarMLP or DynamicStarMLP of starlayers.coefficients.modules"
+            )
 
 
 class StarMLP(StarOp):
@@ -220,13 +237,12 @@ class StarMLP(StarOp):
         dim: channels of the input.
         hidden: channels of the product; default `4 * dim`.
         out_features: channels of the result; default `dim`.
-        act, combine, offset, rank, coefficients, bias, device, dtype: as for `StarOp`; `bias`
-            covers `g` too.
+        act, offset, bias, init, device, dtype: as for `StarOp`; `bias` covers `g` too.
         recompute: save only the input for the backward, and compute both branches again there.
             The fused kernels for narrow layers always do that; the option covers all other paths.
 
     Raises:
-        TypeError, ValueError: as `StarOp`.
+        TypeError, ValueError: as `StarOp`, and for a residual of another shape than the result.
 
     SwiGLU is `StarMLP(dim, hidden, act="swiglu", bias=False)`. If the backend allows it, the three
     layers run fused, and the backward recomputes the hidden activation instead of saving it.
@@ -245,11 +261,9 @@ class StarMLP(StarOp):
         *,
         out_features: int | None = None,
         act: str | None = "relu6",
-        combine: str = "mul",
         offset: float = 0.0,
-        rank: int = 1,
-        coefficients: str = "fixed",
         bias: bool = True,
+        init: str = "linear",
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -259,44 +273,63 @@ class StarMLP(StarOp):
         hidden = 4 * dim if hidden is None else positive_int(layer, "hidden", hidden)
         out = dim if out_features is None else positive_int(layer, "out_features", out_features)
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        super().__init__(
-            dim,
-            hidden,
-            act=act,
-            combine=combine,
-            offset=offset,
-            rank=rank,
-            coefficients=coefficients,
-            **factory,
-        )
+        super().__init__(dim, hidden, act=act, offset=offset, init=init, **factory)
         self.hidden_features = hidden
-        self.recompute = recompute
+        self.recompute = boolean(layer, "recompute", recompute)
         self.out_features = out
         self.g = nn.Linear(hidden, out, **factory)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self.check_input(x)
-        if not is_small(x, self.hidden_features):
-            plan = self.plan(x, residual)
+        if residual is not None:
+            self._check_residual(x, residual)
+        weights = self.fusable()
+        if isinstance(weights, str):
+            declined(weights, "this StarMLP")
+        else:
+            plan = plan_mlp(x, weights, self.act, residual, recompute=self.recompute)
             if plan.weights is not None:
                 options = (self.act, self.offset, residual)
-                return run_mlp(plan.path, x, plan.weights, *options, recompute=self.recompute)
+                return run_mlp(plan.path, x, weights, *options, recompute=self.recompute)
         if self.recompute and torch.is_grad_enabled():
-            y = recomputed(self._eager, x)
+            y = recomputed(self._definition, x)
+        elif calls_directly(x) and not isinstance(weights, str):
+            y = star_mlp_reference(x, *weights, self.act, offset=self.offset)
         else:
-            y = self._eager(x)
-        return y if residual is None else residual + y
+            y = self._definition(x)
+        if residual is None:
+            return y
+        return add_residual(y, residual) if is_optional(residual) else residual + y
+
+    def _definition(self, x: Tensor) -> Tensor:
+        return linear(self._modules["g"], self.products(x))
+
+    def _check_residual(self, x: Tensor, residual: Tensor) -> None:
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return
+        if type(residual) is not Tensor or not residual.is_floating_point():
+            if is_traced(x):
+                return
+            floating_tensor(f"{type(self).__name__}: residual", residual)
+        shape = (*x.shape[:-1], self.out_features)
+        if residual.shape != shape:
+            raise ValueError(
+                f"{type(self).__name__}: residual must have the shape of the result, {shape}, got "
+                f"{tuple(residual.shape)}"
+            )
 
     def plan(self, x: Tensor, residual: Tensor | None = None) -> Plan:
         """Return the plan for a call: what runs, or why it is the definition.
 
         Raises:
+            TypeError, ValueError: as a call.
             RuntimeError: the backend is "triton" or "cpu" and cannot serve the call.
 
         Example:
-            >>> StarMLP(4, rank=2).plan(torch.ones(1, 4)).reason
-            "combine='mul', rank=2 (needs 'mul', 1)"
+            >>> StarMLP(4).plan(torch.ones(1, 4)).reason
+            'hidden activation of 64 bytes is small enough for eager'
         """
+        self.check_input(x)
         weights = self.fusable()
         if isinstance(weights, str):
             return declined(weights, "this StarMLP")
@@ -304,53 +337,28 @@ class StarMLP(StarOp):
 
     def fusable(self) -> MLPWeights | str:
         """Return the weights for a fused op, or the reason why none computes this layer."""
-        if self.combine != "mul" or self.rank != 1:
-            return f"combine={self.combine!r}, rank={self.rank} (needs 'mul', 1)"
-        if self.coefficients != "fixed":
-            advice = "; fold() makes it" if self.coefficients == "scale" else ""
-            return f"coefficients={self.coefficients!r} (needs 'fixed'{advice})"
-        return plain_weights(self.f1, self.f2, self.g) or NOT_LINEAR
+        kind, own = type(self), self.__dict__
+        for name, original in OWN_METHODS.items():
+            if getattr(kind, name) is not original or name in own:
+                return f"{kind.__name__} computes its products by a method of its own"
+        layers = self._modules
+        weights = plain_weights(layers["f1"], layers["f2"], layers["g"])
+        if weights is not None:
+            return weights
+        return attached({name: layers[name] for name in ("f1", "f2", "g")})
 
-    def _eager(self, x: Tensor) -> Tensor:
-        return self.g(self._combined(x))  # type: ignore[no-any-return]
+    def _sizes(self) -> tuple[int, ...]:
+        sizes = (self.in_features, self.hidden_features)
+        return sizes if self.out_features == self.in_features else (*sizes, self.out_features)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: zero whole samples with probability `p` in training.
-
-    `x * mask / (1 - p)` with one Bernoulli draw per sample; the identity in evaluation mode. For
-    the same seed it draws the same samples as timm's layer of this name.
-
-    Shapes: (batch, ...) -> (batch, ...); the first dimension is the batch.
-
-    Args:
-        p: probability of dropping a sample, in [0, 1).
-
-    Raises:
-        ValueError: `p` outside [0, 1).
-
-    Source: Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016.
-
-    Example:
-        >>> layer, x = DropPath(0.5), torch.ones(1000, 3)
-        >>> sorted(set(layer(x).flatten().tolist()))
-        [0.0, 2.0]
-        >>> layer.eval()(x) is x
-        True
-    """
-
-    def __init__(self, p: float = 0.0) -> None:
-        super().__init__()
-        self.p = probability("DropPath", "p", p)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.p)
-        return x * mask.div_(1 - self.p)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
+FORWARDS[StarMLP] = StarMLP.forward
+#: methods that say what a star MLP computes; one that was replaced or overridden has to run
+OWN_METHODS = {
+    "products": StarOp.products,
+    "branches": StarOp.branches,
+    "_definition": StarMLP._definition,
+}
 
 
 class StarBlock(nn.Module):
@@ -360,65 +368,56 @@ class StarBlock(nn.Module):
 
     Args:
         dim: channels.
-        expansion: hidden channels per channel; `dim * expansion` must be a whole number.
-        act, combine, offset, rank, coefficients, bias, device, dtype: as for `StarMLP`.
+        mlp: module (..., dim) -> (..., dim), such as a `StarMLP` of any options; `StarMLP(dim)` by
+            default.
         pre, post: modules before and after the MLP, (..., dim) -> (..., dim); `None` for none.
         drop_path: probability of dropping the branch for a whole sample in training.
-        layer_scale: start value of the learned per-channel factor `gamma`; `None` for no factor.
+        layer_scale: start value of the learned per-channel factor `gamma`, which has the device and
+            dtype of the MLP's parameters; `None` for no factor.
 
     Raises:
-        TypeError, ValueError: as `StarMLP`, and for `drop_path` outside [0, 1).
+        TypeError: an argument is of the wrong type.
+        ValueError: `dim` below 1, or `drop_path` outside [0, 1).
 
     Example:
-        >>> block = StarBlock(16, pre=nn.LayerNorm(16), layer_scale=1e-6)
+        >>> block = StarBlock(16, StarMLP(16, 32, act="gelu"), pre=nn.LayerNorm(16))
         >>> block(torch.randn(2, 5, 16)).shape
         torch.Size([2, 5, 16])
     """
 
+    mlp: Any  # any module: what is read of it depends on its class
+
     def __init__(
         self,
         dim: int,
+        mlp: nn.Module | None = None,
         *,
-        expansion: float = 4,
-        act: str | None = "relu6",
         pre: nn.Module | None = None,
         post: nn.Module | None = None,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
-        combine: str = "mul",
-        offset: float = 0.0,
-        rank: int = 1,
-        coefficients: str = "fixed",
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         layer = type(self).__name__
-        hidden = positive_int(layer, "dim", dim) * expansion
-        # compare with a tolerance: 100 * 1.1 is 110.00000000000001
-        if not 1 <= hidden < math.inf or abs(hidden - round(hidden)) > 1e-6:
-            raise ValueError(
-                f"{layer}: dim={dim} times expansion={expansion} gives {hidden} hidden channels; "
-                "choose an expansion that makes it a whole number of at least 1"
-            )
+        dim = positive_int(layer, "dim", dim)
+        for name, module in {"mlp": mlp, "pre": pre, "post": post}.items():
+            if not (module is None or isinstance(module, nn.Module)):
+                raise TypeError(f"{layer}: {name} must be a module or None, got {module!r}")
+        for name in ("in_features", "out_features"):
+            if getattr(mlp, name, dim) != dim:
+                size = getattr(mlp, name)
+                raise ValueError(f"{layer}: mlp must keep {dim} channels, its {name} is {size}")
         drop_path = probability(layer, "drop_path", drop_path)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.pre = nn.Identity() if pre is None else pre
-        self.mlp = StarMLP(
-            dim,
-            round(hidden),
-            act=act,
-            combine=combine,
-            offset=offset,
-            rank=rank,
-            coefficients=coefficients,
-            bias=bias,
-            **factory,
-        )
+        self.mlp = StarMLP(dim) if mlp is None else mlp
         self.post = nn.Identity() if post is None else post
-        self.gamma = None if layer_scale is None else nn.Parameter(torch.empty(dim, **factory))
-        self.layer_scale = layer_scale
+        self.layer_scale = (
+            None if layer_scale is None else finite(layer, "layer_scale", layer_scale)
+        )
+        self.gamma = None
+        if layer_scale is not None:
+            like = next(self.mlp.parameters(), torch.empty(0))
+            self.gamma = nn.Parameter(torch.empty(dim, device=like.device, dtype=like.dtype))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.reset_parameters()
 
@@ -434,6 +433,8 @@ class StarBlock(nn.Module):
         if self.gamma is not None:
             y = y * self.gamma
         return x + self.drop_path(y)  # type: ignore[no-any-return]
+
+    __prepare_scriptable__ = record
 
     def _ends_in_mlp(self) -> bool:
         """Return True if the MLP's output goes straight into the sum.

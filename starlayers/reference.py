@@ -37,18 +37,14 @@ def star_reference(
     return get_activation(act).fn(x1) * (x2 + offset if offset else x2)
 
 
-def sum_reference(
-    x1: Tensor, x2: Tensor, act: str | None = "relu6", *, offset: float = 0.0
-) -> Tensor:
+def sum_reference(x1: Tensor, x2: Tensor, act: str | None = "relu6") -> Tensor:
     """Compute the paper's ablation `act(x1) + x2`: a sum instead of a product.
-
-    `offset` gives both functions of `COMBINE` the same signature; modules allow only 0 for a sum.
 
     Example:
         >>> sum_reference(torch.tensor([2.0]), torch.tensor([3.0]), "relu6")
         tensor([5.])
     """
-    return get_activation(act).fn(x1) + (x2 + offset if offset else x2)
+    return get_activation(act).fn(x1) + x2
 
 
 def star_mlp_reference(

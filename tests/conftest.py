@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from starlayers import backend, dispatch
+from starlayers import backend, dispatch, plans
 from starlayers.kernels import star_mlp_cpu
 
 
@@ -22,8 +22,10 @@ def _own_backend(monkeypatch):
 @pytest.fixture
 def fuse_everything(monkeypatch):
     """Let the fused op take activations of any size."""
-    monkeypatch.setattr(dispatch, "MIN_HIDDEN_BYTES_INFERENCE", 0)
-    monkeypatch.setattr(dispatch, "MIN_HIDDEN_BYTES_TRAINING", 0)
+    monkeypatch.setattr(plans, "MIN_HIDDEN_BYTES_INFERENCE", 0)
+    monkeypatch.setattr(plans, "MIN_HIDDEN_BYTES_TRAINING", 0)
+    monkeypatch.setattr(plans, "MAX_CHANNELS_TRAINING", 10**9)
+    monkeypatch.setattr(plans, "HIDDEN_BYTES_A_CHANNEL", 0)
 
 
 @pytest.fixture

@@ -51,16 +51,21 @@ def randn(*shape, seed=0, dtype=torch.float32, grad=False):
 
 
 def star_op_formula(op, x):
-    """Compute `op(x)` of a fixed `StarOp` from its weights and options."""
-    h1, h2 = (x @ f.weight.T + (0 if f.bias is None else f.bias) for f in (op.f1, op.f2))
-    a = FORMULAS[op.act](h1)
-    y = a * (op.offset + h2) if op.combine == "mul" else a + h2
-    width = y.shape[-1] // op.rank
-    return sum(y[..., r * width : (r + 1) * width] for r in range(op.rank))
+    """Compute `op(x)` of a `StarOp` from its weights and options."""
+    h1, h2 = (x @ w.T + (0 if b is None else b) for w, b in branch_parameters(op))
+    return FORMULAS[op.act](h1) * (op.offset + h2)
+
+
+def branch_parameters(op):
+    """Return weight and bias of both branches of a `StarOp`, with gradients."""
+    if not op.packed:
+        return [(f.weight, f.bias) for f in (op.f1, op.f2)]
+    biases = (None, None) if op.f12.bias is None else op.f12.bias.chunk(2)
+    return list(zip(op.f12.weight.chunk(2), biases))
 
 
 def star_mlp_formula(mlp, x):
-    """Compute `mlp(x)` of a fixed `StarMLP` from its weights and options."""
+    """Compute `mlp(x)` of a `StarMLP` from its weights and options."""
     return star_op_formula(mlp, x) @ mlp.g.weight.T + (0 if mlp.g.bias is None else mlp.g.bias)
 
 

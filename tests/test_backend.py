@@ -1,6 +1,9 @@
 """Backend switch, and every condition under which a layer runs fused."""
 
+import asyncio
 import contextlib
+import contextvars
+import itertools
 import re
 import threading
 
@@ -11,9 +14,11 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from starlayers import (
     ACTIVATIONS,
+    StarBlock,
     StarMLP,
     backend_name,
     dispatch,
+    plans,
     register_activation,
     use_backend,
 )
@@ -23,10 +28,11 @@ from starlayers.backend import (
     recomputed,
     with_this_backend,
 )
+from starlayers.coefficients.modules import DynamicStarMLP, SumMLP
 from starlayers.dispatch import is_plain, plain_weights
 from starlayers.kernels import registration
 from starlayers.kernels.registration import needs_gradients
-from tests.helpers import RecordOps, randn, star_mlp_formula
+from tests.helpers import RecordOps, randn, star_mlp_formula, star_op_formula
 
 
 def test_blocks_nest_and_end():
@@ -39,6 +45,132 @@ def test_blocks_nest_and_end():
                 assert backend_name() == "triton"
             assert backend_name() == "auto"
         assert backend_name() == "eager"
+    assert backend_name() == "auto"
+
+
+def within(name):
+    """Yield the backend inside of a block, twice."""
+    with use_backend(name):
+        yield backend_name()
+        yield backend_name()
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_interleaved_generators_leave_nothing_behind(order):
+    names = ("eager", "triton", "cpu")
+    generators = [within(name) for name in names]
+    assert [next(g) for g in generators] == [*names]
+    open_blocks = [*names]
+    for i in order:
+        assert backend_name() == open_blocks[-1]
+        generators[i].close()
+        open_blocks.remove(names[i])
+    assert backend_name() == "auto"
+
+
+def test_generators_that_are_exhausted_in_the_order_they_began():
+    first, second = within("eager"), within("cpu")
+    assert (next(first), next(second)) == ("eager", "cpu")
+    assert list(first) == ["cpu"]  # the last block entered is in effect wherever one asks
+    assert list(second) == ["cpu"]
+    assert backend_name() == "auto"
+
+
+def test_a_generator_left_to_the_collector_ends_its_block():
+    generator = within("eager")
+    next(generator)
+    del generator
+    assert backend_name() == "auto"
+
+
+def test_one_block_can_be_entered_again_within_itself():
+    block = use_backend("eager")
+    with block:
+        with use_backend("cpu"), block:
+            assert backend_name() == "eager"
+        assert backend_name() == "eager"
+        with use_backend("cpu"):
+            assert backend_name() == "cpu"
+    assert backend_name() == "auto"
+    with block:
+        assert backend_name() == "eager"
+    assert backend_name() == "auto"
+
+
+def test_a_decorated_function_may_call_itself():
+    @use_backend("eager")
+    def descend(n):
+        return [backend_name()] if n == 0 else [*descend(n - 1), backend_name()]
+
+    assert descend(3) == ["eager"] * 4
+    assert backend_name() == "auto"
+
+
+async def task():
+    return backend_name()
+
+
+def generator():
+    yield backend_name()
+
+
+async def agenerator():
+    yield backend_name()
+
+
+@pytest.mark.parametrize("function", [task, generator, agenerator, StarMLP])
+def test_only_functions_that_return_at_once_are_decorated(function):
+    with pytest.raises(TypeError, match="use_backend decorates functions that return at once"):
+        use_backend("eager")(function)
+
+
+def test_threads_have_blocks_of_their_own_even_of_one_object():
+    block, seen, entered, leave = use_backend("cpu"), {}, threading.Event(), threading.Event()
+
+    def other():
+        seen["before"] = backend_name()
+        with block:
+            seen["inside"] = backend_name()
+            entered.set()
+            leave.wait(10)
+        seen["after"] = backend_name()
+
+    thread = threading.Thread(target=other)
+    with block:
+        thread.start()
+        assert entered.wait(10)
+    assert backend_name() == "auto"
+    leave.set()
+    thread.join()
+    assert seen == {"before": "auto", "inside": "cpu", "after": "auto"}
+
+
+def test_tasks_have_blocks_of_their_own():
+    async def task(name, others):
+        with use_backend(name):
+            await asyncio.sleep(0)
+            inside = backend_name()
+            await others.wait()
+        return inside, backend_name()
+
+    async def both():
+        event = asyncio.Event()
+        tasks = [asyncio.create_task(task(name, event)) for name in ("eager", "cpu")]
+        await asyncio.sleep(0.01)
+        assert backend_name() == "auto"
+        event.set()
+        return await asyncio.gather(*tasks)
+
+    assert asyncio.run(both()) == [("eager", "auto"), ("cpu", "auto")]
+
+
+def test_a_block_that_ends_in_another_context_changes_nothing_there():
+    block = use_backend("eager")
+    contextvars.copy_context().run(block.__enter__)
+    assert backend_name() == "auto"
+    with use_backend("cpu"):
+        block.__exit__(None, None, None)
+        assert backend_name() == "cpu"
     assert backend_name() == "auto"
 
 
@@ -158,7 +290,6 @@ def global_hook():
 
 
 ANY = contextlib.nullcontext
-BRANCH = "a branch is hooked, parametrised, quantised or not nn.Linear"
 PLAIN = with_mlp(nothing)
 X = randn(70, 4)
 # id, layer, input, context, reason
@@ -171,19 +302,62 @@ BLOCKED = [
         "no Triton kernel for device 'meta'",
     ),
     ("tensor-subclass", PLAIN, X.as_subclass(Wrapped), ANY, "input is a Wrapped"),
-    ("sum", with_mlp(nothing, combine="sum"), X, ANY, "combine='sum', rank=1"),
-    ("rank", with_mlp(nothing, rank=2), X, ANY, "combine='mul', rank=2"),
-    ("hook", with_mlp(lambda m: m.f1.register_forward_hook(nothing)), X, ANY, BRANCH),
-    ("hook-on-g", with_mlp(lambda m: m.g.register_forward_pre_hook(nothing)), X, ANY, BRANCH),
-    ("parametrised", with_mlp(lambda m: parametrizations.weight_norm(m.f2)), X, ANY, BRANCH),
-    ("subclass", with_mlp(lambda m: setattr(m, "f2", OwnLinear(4, 16))), X, ANY, BRANCH),
-    ("not-linear", with_mlp(lambda m: setattr(m, "f1", nn.Identity())), X, ANY, BRANCH),
-    ("global-hook", PLAIN, X, global_hook, BRANCH),
+    ("sum", lambda: SumMLP(4), X, ANY, "SumMLP computes its products by a method of its own"),
+    ("hook", with_mlp(lambda m: m.f1.register_forward_hook(nothing)), X, ANY, "f1 has hooks"),
+    (
+        "hook-on-g",
+        with_mlp(lambda m: m.g.register_forward_pre_hook(nothing)),
+        X,
+        ANY,
+        "g has hooks",
+    ),
+    (
+        "parametrised",
+        with_mlp(lambda m: parametrizations.weight_norm(m.f2)),
+        X,
+        ANY,
+        "f2 is parametrised",
+    ),
+    (
+        "subclass",
+        with_mlp(lambda m: setattr(m, "f2", OwnLinear(4, 16))),
+        X,
+        ANY,
+        "f2 is an OwnLinear, not nn.Linear",
+    ),
+    (
+        "not-linear",
+        with_mlp(lambda m: setattr(m, "f1", nn.Identity())),
+        X,
+        ANY,
+        "f1 is an Identity, not nn.Linear",
+    ),
+    (
+        "own-forward",
+        with_mlp(lambda m: setattr(m.g, "forward", nothing)),
+        X,
+        ANY,
+        "g has a forward that was replaced",
+    ),
+    (
+        "pruned",
+        with_mlp(lambda m: prune.l1_unstructured(m.f1, "weight", amount=1)),
+        X,
+        ANY,
+        "f1 has (hooks|its weight computed by a hook)",
+    ),
+    ("global-hook", PLAIN, X, global_hook, "f1 has hooks"),
     ("double", with_mlp(nothing, dtype=torch.float64), X.double(), ANY, "dtype torch.float64"),
     ("half-input", PLAIN, X.half(), ANY, "dtype torch.float16 .*needs float32"),
     ("one-branch-double", with_mlp(lambda m: m.g.double()), X, ANY, r"needs float32"),
     ("parameters-elsewhere", with_mlp(lambda m: m.g.to("meta")), X, ANY, "on another device"),
-    ("coefficients", with_mlp(nothing, coefficients="dynamic"), X, ANY, "coefficients='dynamic'"),
+    (
+        "factors",
+        lambda: DynamicStarMLP(4),
+        X,
+        ANY,
+        "DynamicStarMLP computes its products by a method of its own",
+    ),
     ("autocast", PLAIN, X, lambda: torch.autocast("cpu", dtype=torch.bfloat16), "autocast is on"),
     ("forward-ad", PLAIN, X, torch.autograd.forward_ad.dual_level, "transform or tracer"),
 ]
@@ -269,30 +443,51 @@ SIZES = [
 @pytest.mark.parametrize(("call", "kind"), [row[1:] for row in SIZES], ids=[r[0] for r in SIZES])
 def test_small_layers_run_eager(monkeypatch, call, kind):
     for limit, expected in ((BYTES, 1), (BYTES + 1, 0)):
-        monkeypatch.setattr(dispatch, f"MIN_HIDDEN_BYTES_{kind}", limit)
+        monkeypatch.setattr(plans, f"MIN_HIDDEN_BYTES_{kind}", limit)
         dispatch.forget_plans()
         mlp = StarMLP(4)
         with RecordOps() as ops:
             y = call(mlp, X.clone())
         torch.testing.assert_close(y.detach(), star_mlp_formula(mlp, X).detach())
         assert ops.counts.get("starlayers::star_mlp", 0) == expected
-    monkeypatch.setattr(dispatch, "MIN_HIDDEN_BYTES_INFERENCE", BYTES + 1)
-    monkeypatch.setattr(dispatch, "MIN_HIDDEN_BYTES_TRAINING", BYTES + 1)
+    monkeypatch.setattr(plans, "MIN_HIDDEN_BYTES_INFERENCE", BYTES + 1)
+    monkeypatch.setattr(plans, "MIN_HIDDEN_BYTES_TRAINING", BYTES + 1)
     assert f"hidden activation of {BYTES} bytes" in StarMLP(4).plan(X).reason
 
 
 MIB = 2**20
 
 
-@pytest.mark.parametrize(("training", "limit"), [(False, 2 * MIB), (True, 16 * MIB)])
-def test_hidden_bytes_from_which_a_cpu_runs_fused(training, limit):
-    mlp = StarMLP(4, 8).requires_grad_(training)  # 32 hidden bytes a row
+@pytest.mark.parametrize(
+    ("channels", "training", "limit"),
+    [
+        (4, False, 4 * MIB),
+        (256, False, 4 * MIB),
+        (4, True, 16 * MIB),
+        (32, True, 16 * MIB),
+        (64, True, 32 * MIB),
+        (128, True, 64 * MIB),
+    ],
+)
+def test_hidden_bytes_from_which_a_cpu_runs_fused(channels, training, limit):
+    mlp = StarMLP(channels, 8).requires_grad_(training)  # 32 hidden bytes a row
     for rows, fused in ((limit // 32, True), (limit // 32 - 1, False)):
-        x = torch.zeros(1, 4).expand(rows, 4)
+        x = torch.zeros(1, channels).expand(rows, channels)
         small = f"hidden activation of {32 * rows} bytes is small enough for eager"
         assert mlp.plan(x).reason == ("" if fused else small)
-    x = torch.zeros(1, 4, dtype=torch.float64).expand(2 * MIB // 64, 4)  # 64 bytes a row
+    rows = 4 * MIB // 64  # 64 bytes a row
+    x = torch.zeros(1, channels, dtype=torch.float64).expand(rows, channels)
     assert "small enough" not in mlp.plan(x).reason
+
+
+def test_wide_layers_in_training_never_run_in_blocks_unasked():
+    mlp, x = StarMLP(129, 8), torch.zeros(1, 129).expand(8 * MIB, 129)
+    assert mlp.plan(x).reason == (
+        "in training 129 channels are too many for what the op computes twice"
+    )
+    assert mlp.requires_grad_(False).plan(x).path == "cpu"
+    with use_backend("cpu"):
+        assert mlp.requires_grad_(True).plan(x).path == "cpu"
 
 
 @pytest.mark.usefixtures("eligible")
@@ -327,8 +522,35 @@ def test_gradients_are_needed_by_any_tensor_while_they_are_recorded():
 def test_is_plain_asks_for_the_exact_class():
     assert is_plain(nn.Identity(), nn.Identity) is True
     assert is_plain(OwnLinear(2, 2), nn.Linear) is False
-    assert is_plain(OwnLinear(2, 2), OwnLinear) is True
     assert is_plain(nn.Linear(2, 2), nn.Module) is False
+
+
+def test_is_plain_knows_the_forward_of_a_class(monkeypatch):
+    assert is_plain(OwnLinear(2, 2), OwnLinear) is True  # nothing is known of its forward
+    monkeypatch.setitem(dispatch.FORWARDS, OwnLinear, OwnLinear.forward)
+    assert is_plain(OwnLinear(2, 2), OwnLinear) is True
+    monkeypatch.setattr(OwnLinear, "forward", nothing)
+    assert is_plain(OwnLinear(2, 2), OwnLinear) is False
+
+
+@pytest.mark.usefixtures("eligible")
+@pytest.mark.parametrize("kind", [nn.Linear, StarMLP])
+def test_a_forward_that_was_replaced_in_its_class_runs(monkeypatch, kind):
+    block, original = StarBlock(4), kind.forward
+    assert block.mlp.plan(X).path == "cpu"
+    before = block(X)
+    assert block._ends_in_mlp()
+    monkeypatch.setattr(kind, "forward", lambda self, *args: 3 * original(self, *args))
+    h = star_op_formula(block.mlp, X)
+    if kind is nn.Linear:
+        f1, f2 = (3 * (X @ f.weight.T + f.bias) for f in (block.mlp.f1, block.mlp.f2))
+        h = f1.clamp(0, 6) * f2
+    want = X + 3 * (h @ block.mlp.g.weight.T + block.mlp.g.bias)
+    torch.testing.assert_close(block(X), want)
+    assert (want - before).abs().max() > 0.1
+    assert block._ends_in_mlp() is (kind is nn.Linear)
+    if kind is nn.Linear:
+        assert block.mlp.plan(X).reason == "f1 has a forward that was replaced"
 
 
 def changed(change):

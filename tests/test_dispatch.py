@@ -13,15 +13,17 @@ from starlayers import (
     StarOp,
     backend_name,
     dispatch,
+    plans,
     register_activation,
     star,
     use_backend,
 )
+from starlayers.coefficients.modules import DynamicStarMLP, ScaledStarMLP, SumMLP
 from starlayers.dispatch import Plan, plain_weights, plan_star
 from starlayers.kernels import registration
 from starlayers.kernels.registration import compute_dtype
 from starlayers.reference import star_reference
-from tests.helpers import RecordOps, randn, star_mlp_formula
+from tests.helpers import RecordOps, randn, star_mlp_formula, star_op_formula
 
 ANY = contextlib.nullcontext
 
@@ -36,13 +38,13 @@ CUDA = torch.device("cuda")
 @pytest.fixture
 def gpu(monkeypatch):
     """Tensors without memory pass as those of a GPU."""
-    make = dispatch._call
+    make = dispatch.call_of
 
-    def on_gpu(backend, act, tensors):
-        call = make(backend, act, tensors)
+    def on_gpu(*args):
+        call = make(*args)
         return call._replace(tensors=tuple((kind, CUDA, dtype) for kind, _, dtype in call.tensors))
 
-    monkeypatch.setattr(dispatch, "_call", on_gpu)
+    monkeypatch.setattr(dispatch, "call_of", on_gpu)
 
 
 ROWS = 4096
@@ -82,27 +84,56 @@ def test_conditions_on_a_gpu(rows, channels, needs, options, env, name, words, m
         assert plan.weights is None
 
 
-# options of a layer, reason
-OPTIONS = [
-    ({"rank": 2}, r"combine='mul', rank=2 \(needs 'mul', 1\)"),
-    ({"combine": "sum"}, "combine='sum'"),
-    ({"coefficients": "scale"}, r"coefficients='scale'.*fold\(\)"),
-    ({"coefficients": "dynamic"}, r"coefficients='dynamic' \(needs 'fixed'\)"),
+class Squared(StarMLP):
+    def products(self, x):
+        return super().products(x) ** 2
+
+
+class Twice(StarMLP):
+    def _definition(self, x):
+        return 2 * super()._definition(x)
+
+
+# class of a layer, reason
+OTHERS = [
+    (SumMLP, "SumMLP computes its products by a method of its own"),
+    (ScaledStarMLP, r"ScaledStarMLP has factors of its own; fold\(\) makes it a StarMLP"),
+    (DynamicStarMLP, "DynamicStarMLP computes its products by a method of its own"),
+    (Squared, "Squared computes its products by a method of its own"),
+    (Twice, "Twice computes its products by a method of its own"),
 ]
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize(("options", "words"), OPTIONS)
-def test_layers_of_other_definitions_run_eager(options, words):
-    mlp, x = StarMLP(64, 8, device="meta", **options), torch.zeros(ROWS, 64, device="meta")
+@pytest.mark.parametrize(("kind", "words"), OTHERS)
+def test_layers_of_other_definitions_run_eager(kind, words):
+    mlp, x = kind(64, 8, device="meta"), torch.zeros(ROWS, 64, device="meta")
     assert re.search(words, mlp.plan(x).reason)
     with use_backend("triton"), pytest.raises(RuntimeError, match=words):
         mlp.plan(x)
 
 
+def test_layers_of_other_definitions_compute_them_where_a_star_mlp_would_run_fused(eligible):
+    x = randn(70, 4)
+    for kind in (Squared, Twice):
+        mlp = kind(4, 8)
+        h = star_op_formula(mlp, x)
+        want = mlp.g(h**2) if kind is Squared else 2 * mlp.g(h)
+        with RecordOps() as ops:
+            torch.testing.assert_close(mlp(x), want)
+        assert "starlayers::star_mlp" not in ops.counts
+
+
+def test_a_subclass_that_changes_neither_runs_fused(eligible):
+    class Named(StarMLP):
+        pass
+
+    assert Named(4).plan(randn(70, 4)).path == "cpu"
+
+
 def test_kernels_see_every_parameter_and_the_activation(monkeypatch):
     seen = []
-    monkeypatch.setattr(dispatch, "_kernel_reason", lambda call: seen.append(call) or "no")
+    monkeypatch.setattr(plans, "kernel_reason", lambda call: seen.append(call) or "no")
     mlp = StarMLP(4, act="silu", device="meta", dtype=torch.float16)
     assert mlp.plan(torch.zeros(70, 4, device="meta")).reason == "no"
     (call,) = seen
@@ -116,8 +147,8 @@ def test_kernels_see_every_parameter_and_the_activation(monkeypatch):
 
 def test_plans_are_kept_by_all_that_decides(monkeypatch):
     asked = []
-    decide = dispatch._kernel_reason
-    monkeypatch.setattr(dispatch, "_kernel_reason", lambda call: asked.append(1) or decide(call))
+    decide = plans.kernel_reason
+    monkeypatch.setattr(plans, "kernel_reason", lambda call: asked.append(1) or decide(call))
     mlp, x = StarMLP(4, device="meta"), torch.zeros(70, 4, device="meta")
     for _ in range(3):
         mlp.plan(x)
@@ -210,7 +241,9 @@ KERNELS = [
 
 
 def kernel_reason(tensors, act):
-    return dispatch._kernel_reason(dispatch._call(backend_name(), act, tuple(tensors)))
+    return plans.kernel_reason(
+        dispatch.call_of(backend_name(), act, dispatch._tracer(), tuple(tensors))
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,8 +287,10 @@ def test_exported_graphs_are_portable_unless_triton_is_forced():
         ("auto", ANY, ""),
     ):
         with context():
-            call = dispatch._call(name, None, (ONE,))._replace(tensors=tuple(on_gpu))
-            assert dispatch._kernel_reason(call) == words
+            call = dispatch.call_of(name, None, dispatch._tracer(), (ONE,))._replace(
+                tensors=tuple(on_gpu)
+            )
+            assert plans.kernel_reason(call) == words
 
 
 def test_compute_dtype_is_autocasts_except_for_float64():
@@ -278,7 +313,7 @@ def test_the_cpus_own_op_can_be_asked_for_at_any_size():
 
 #: layer and input, reason for which the CPU's own op cannot run it
 NOT_ON_A_CPU = [
-    (lambda: StarMLP(4, rank=2), torch.ones(1, 4), "rank=2"),
+    (lambda: Twice(4), torch.ones(1, 4), "Twice computes its products by a method of its own"),
     (lambda: StarMLP(4).double(), torch.ones(1, 4).double(), "dtype torch.float64"),
     (lambda: StarMLP(4).half(), torch.ones(1, 4), "dtype torch.float16"),
     (lambda: StarMLP(4, device="meta"), torch.ones(1, 4, device="meta"), "input is on 'meta'"),

@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 from starlayers import ACTIVATIONS, functional, star, use_backend
 from starlayers.dispatch import Plan
 from starlayers.functional import (
-    COMBINE,
     star_mlp,
     star_mlp_reference,
     star_packed,
     star_product,
     star_reference,
-    sum_reference,
 )
+from starlayers.reference import sum_reference
 from tests.helpers import FORMULAS, properties, randn
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -78,7 +77,7 @@ DEFAULTS = {
     star_packed: OPTIONS | CLAMPS,
     star_product: OPTIONS | CLAMPS,
     star_reference: OPTIONS | CLAMPS,
-    sum_reference: OPTIONS,
+    sum_reference: {"act": "relu6"},
     star_mlp_reference: OPTIONS,
 }
 
@@ -254,9 +253,11 @@ def test_references_are_their_formulas(act):
     )
 
 
-def test_combine_table():
-    assert list(COMBINE.items()) == [("mul", star_product), ("sum", sum_reference)]
-    assert sum_reference(torch.tensor([9.0]), torch.tensor([3.0]), offset=1).tolist() == [10.0]
+def test_the_sum_is_a_definition_without_an_offset():
+    assert sum_reference(torch.tensor([9.0]), torch.tensor([3.0])).tolist() == [9.0]
+    assert sum_reference(torch.tensor([9.0]), torch.tensor([3.0]), None).tolist() == [12.0]
+    with pytest.raises(TypeError, match="offset"):
+        sum_reference(torch.tensor([9.0]), torch.tensor([3.0]), offset=1)
 
 
 def test_packed_is_the_star_of_its_halves():

@@ -1,10 +1,15 @@
 """Structure of the package: no import circle, and one place that decides what runs."""
 
 import ast
+import itertools
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+
+from starlayers import StarBlock, dispatch, star_mlp, use_backend
 
 PACKAGE = Path(__file__).parent.parent / "starlayers"
 FILES = {
@@ -56,19 +61,41 @@ def test_functions_import_only_what_needs_another_package():
     }
 
 
-#: what a decision between fused and eager asks -> files that may ask it
+#: what a decision between fused and eager asks -> files that may ask it; attributes with a dot
 QUESTIONS = {
-    "HAS_TRITON": {"dispatch", "kernels.registration"},
-    "TRITON_ACTIVATIONS": {"dispatch", "kernels.registration"},
-    "closed_form": {"dispatch", "activations"},
+    "HAS_TRITON": {"plans", "kernels.registration"},
+    ".triton": {"dispatch", "plans"},
+    "closed_form": {"activations", "dispatch", "plans"},
     "_has_any_global_hook": {"dispatch"},
-    "_get_tracing_state": {"dispatch"},
+    "_forward_hooks": {"dispatch", "tracing"},
+    "_get_tracing_state": {"dispatch", "tracing"},
     "peek_interpreter_stack": {"dispatch"},
-    "MIN_ROWS": {"dispatch"},
-    "MIN_ELEMENTS_STAR": {"dispatch"},
-    "MIN_HIDDEN_BYTES_TRAINING": {"dispatch"},
-    "mlp_tile": {"dispatch", "kernels.star_mlp_launch"},
+    "MIN_ROWS": {"plans"},
+    "MIN_ELEMENTS_STAR": {"dispatch", "plans"},
+    "MIN_HIDDEN_BYTES_TRAINING": {"dispatch", "plans"},
+    "mlp_tile": {"plans", "kernels.star_mlp_launch"},
 }
+
+
+#: what decides, or what a decision is made from
+DECIDING = {
+    "attached", "calls_directly", "declined", "exporting", "is_plain", "linear", "plain_weights",
+    "plan_block", "plan_early", "plan_mlp", "plan_star",
+}  # fmt: skip
+
+
+def test_layers_get_their_plans_from_dispatch_alone():
+    imported = {
+        (module, node.module, alias.name)
+        for module, tree in FILES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name in DECIDING
+    }
+    assert {source for _, source, _ in imported} == {"starlayers.dispatch"}
+    assert {name for _, _, name in imported} | {"exporting"} == DECIDING
+    assert set(dispatch.__all__) == DECIDING | {"FORWARDS", "Plan", "forget_plans"}
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
@@ -77,17 +104,37 @@ def test_one_file_decides_what_runs(question):
         module.removeprefix("starlayers.")
         for module, tree in FILES.items()
         for node in ast.walk(tree)
-        if question in (getattr(node, "id", None), getattr(node, "attr", None))
+        if question in (getattr(node, "id", ""), (attr := getattr(node, "attr", "")), f".{attr}")
     }
     assert asking == QUESTIONS[question]
 
 
-def test_layers_get_their_plans_from_dispatch():
-    deciders = {"plan_mlp", "plan_star", "plan_block", "plain_weights", "is_plain", "declined"}
-    sources = {
-        node.module
-        for tree in FILES.values()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and deciders & {a.name for a in node.names}
-    }
-    assert sources == {"starlayers.dispatch"}
+def walk(call):
+    """Return the files of the library that a call enters, in order, until its kernel."""
+    files, arrived = [], []
+
+    def note(frame, event, _):
+        code = frame.f_code
+        if event == "call" and not arrived and PACKAGE in Path(code.co_filename).parents:
+            files.append(code.co_filename)
+            arrived.extend([True] * (code.co_name == "blocked_forward"))
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    assert arrived
+    return [name for name, after in itertools.pairwise(files) if name != after]
+
+
+@pytest.mark.usefixtures("fuse_everything")
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_a_call_that_was_met_before_is_a_short_walk_to_the_kernel(backend):
+    block, x = StarBlock(8).requires_grad_(False), torch.ones(300, 8)
+    f1, f2, g = block.mlp.children()
+    weights = (f1.weight, f1.bias, f2.weight, f2.bias, g.weight, g.bias)
+    with use_backend(backend):
+        for call, most in ((lambda: block(x), 8), (lambda: star_mlp(x, *weights), 6)):
+            call()
+            assert len(walk(call)) == most

@@ -1,7 +1,10 @@
 """StarOp, StarMLP, DropPath and StarBlock: values, options, defaults and errors."""
 
+import copy
 import inspect
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,46 +14,107 @@ from torch import nn
 
 from starlayers import ACTIVATIONS, DropPath, StarBlock, StarMLP, StarOp, modules, use_backend
 from starlayers.checks import positive_int, probability
-from starlayers.modules import COEFFICIENTS
 from tests.helpers import FORMULAS, properties, randn, star_mlp_formula, star_op_formula
 
 DOUBLE = torch.float64
 OPTIONS = st.fixed_dictionaries(
     {
         "act": st.sampled_from(list(FORMULAS)),
-        "rank": st.integers(1, 3),
+        "offset": st.sampled_from([0.0, 1.0, -0.5]),
         "bias": st.booleans(),
     }
 )
-JOINS = st.sampled_from([("mul", 0.0), ("mul", 1.0), ("mul", -0.5), ("sum", 0.0)])
 SHAPES = st.sampled_from([(3,), (1, 3), (4, 3), (2, 5, 3), (0, 3), (2, 0, 3)])
 
 
 @properties
-@given(options=OPTIONS, join=JOINS, shape=SHAPES, out=st.integers(1, 4))
-def test_op_is_its_formula(options, join, shape, out):
-    op = StarOp(3, out, **options, combine=join[0], offset=join[1], dtype=DOUBLE)
+@given(options=OPTIONS, packed=st.booleans(), shape=SHAPES, out=st.integers(1, 4))
+def test_op_is_its_formula(options, packed, shape, out):
+    op = StarOp(3, out, packed=packed, **options, dtype=DOUBLE)
     x = randn(*shape, dtype=DOUBLE)
     assert op(x).shape == (*shape[:-1], out)
     torch.testing.assert_close(op(x), star_op_formula(op, x))
 
 
 @properties
-@given(options=OPTIONS, join=JOINS, shape=SHAPES, out=st.none() | st.integers(1, 4))
-def test_mlp_is_its_formula(options, join, shape, out):
-    join = {"combine": join[0], "offset": join[1]}
-    mlp = StarMLP(3, 5, out_features=out, **options, **join, dtype=DOUBLE)
+@given(options=OPTIONS, shape=SHAPES, out=st.none() | st.integers(1, 4))
+def test_mlp_is_its_formula(options, shape, out):
+    mlp = StarMLP(3, 5, out_features=out, **options, dtype=DOUBLE)
     x = randn(*shape, dtype=DOUBLE)
     assert mlp(x).shape == (*shape[:-1], out or 3)
     torch.testing.assert_close(mlp(x), star_mlp_formula(mlp, x))
 
 
-def test_rank_branches_are_laid_out_rank_first():
-    op = StarOp(1, 2, act=None, rank=2, bias=False)
-    with torch.no_grad():
-        op.f1.weight.copy_(torch.tensor([[1.0], [2.0], [10.0], [20.0]]))
-        op.f2.weight.fill_(1.0)
-    assert op(torch.ones(1)).tolist() == [11.0, 22.0]
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_branches_are_one_linear_layer_that_loads_two(bias):
+    plain, packed = (StarOp(3, 4, act="gelu", bias=bias, packed=p) for p in (False, True))
+    assert [type(m) for m in packed.children()] == [nn.Linear]
+    assert packed.f12.weight.shape == (8, 3)
+    packed.load_state_dict(plain.state_dict())
+    x = randn(5, 3)
+    torch.testing.assert_close(packed(x), plain(x))
+    assert list(packed.state_dict()) == ["f12.weight", "f12.bias"][: 2 if bias else 1]
+    with pytest.raises(RuntimeError, match="f12"):
+        packed.load_state_dict({"f1.weight": plain.f1.weight})
+
+
+@pytest.mark.parametrize("kind", ["op", "packed", "mlp"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_near_linear_starts_the_second_branch_at_a_tenth(kind, bias):
+    def build(init):
+        torch.manual_seed(0)
+        options = {"offset": 1.0, "bias": bias, "init": init}
+        if kind == "mlp":
+            return StarMLP(5, 7, **options)
+        return StarOp(5, 7, packed=kind == "packed", **options)
+
+    usual, near = build("linear"), build("near_linear")
+    for (w, b), (small_w, small_b), gain in zip(
+        usual.branch_layers(), near.branch_layers(), (1.0, 0.1), strict=True
+    ):
+        torch.testing.assert_close(small_w, gain * w)
+        assert (small_b is None) is not bias
+        if bias:
+            torch.testing.assert_close(small_b, gain * b)
+    assert "init='near_linear'" in near.extra_repr()
+    assert "init" not in usual.extra_repr()
+
+
+RESETS = {
+    "parents first": lambda layer: [m.reset_parameters() for m in layer.modules()],
+    "children first": lambda layer: [m.reset_parameters() for m in [*layer.modules()][::-1]],
+    "the layer": lambda layer: layer.reset_parameters(),
+    "its copy": lambda layer: copy.deepcopy(layer).reset_parameters(),
+}
+
+
+@pytest.mark.parametrize("order", RESETS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_near_linear_layers_reset_in_any_order(order, packed):
+    op = StarOp(64, 32, offset=1.0, packed=packed, init="near_linear")
+    for copied in (op, copy.deepcopy(op), pickle.loads(pickle.dumps(op))):
+        for parameter in copied.parameters():
+            nn.init.constant_(parameter, 7.0)
+        RESETS[order](copied)
+        reset = order != "its copy"  # a copy resets itself, not what it was copied from
+        (first, _), (second, _) = copied.branch_layers()
+        bound = 1 / 8  # of nn.Linear with 64 inputs
+        assert (0.9 * bound < first.abs().max().item() <= bound) is reset
+        assert (0.09 * bound < second.abs().max().item() <= 0.1 * bound) is reset
+
+
+def test_resetting_draws_every_layer_anew():
+    mlp = StarMLP(4, 6)
+    before = [p.clone() for p in mlp.parameters()]
+    mlp.reset_parameters()
+    assert not any(torch.equal(p, q) for p, q in zip(before, mlp.parameters(), strict=True))
+
+
+def test_near_linear_layers_begin_close_to_the_plain_layer():
+    torch.manual_seed(0)
+    op, x = StarOp(64, 64, act="gelu", offset=1.0, init="near_linear"), randn(100, 64)
+    plain = nn.functional.gelu(op.f1(x))
+    assert (op(x) - plain).norm() < 0.1 * plain.norm()
 
 
 @pytest.mark.parametrize("act", FORMULAS)
@@ -75,11 +139,10 @@ def test_swiglu_is_the_usual_one():
     ("module", "shapes"),
     [
         (StarOp(3, 2), {"f1": (2, 3), "f2": (2, 3)}),
-        (StarOp(3, 2, rank=4), {"f1": (8, 3), "f2": (8, 3)}),
         (StarMLP(3), {"f1": (12, 3), "f2": (12, 3), "g": (3, 12)}),
-        (StarMLP(3, 5, out_features=2, rank=2), {"f1": (10, 3), "f2": (10, 3), "g": (2, 5)}),
+        (StarMLP(3, 5, out_features=2), {"f1": (5, 3), "f2": (5, 3), "g": (2, 5)}),
     ],
-    ids=["op", "op-rank", "mlp-default-hidden", "mlp-rank"],
+    ids=["op", "mlp-default-hidden", "mlp"],
 )
 def test_branches_are_plain_linears_and_direct_children(module, shapes):
     assert {k: tuple(m.weight.shape) for k, m in module.named_children()} == shapes
@@ -89,14 +152,12 @@ def test_branches_are_plain_linears_and_direct_children(module, shapes):
     torch.testing.assert_close(module(x), formula(module, x))
 
 
-STAR = {"act": "relu6", "combine": "mul", "offset": 0.0, "rank": 1, "coefficients": "fixed"}
-FACTORY = {"bias": True, "device": None, "dtype": None}
+STAR = {"act": "relu6", "offset": 0.0, "bias": True, "init": "linear"}
+FACTORY = {"device": None, "dtype": None}
 DEFAULTS = {
-    StarOp: STAR | FACTORY,
+    StarOp: STAR | FACTORY | {"packed": False},
     StarMLP: {"hidden": None, "out_features": None, "recompute": False} | STAR | FACTORY,
-    StarBlock: {"expansion": 4, "pre": None, "post": None, "drop_path": 0.0, "layer_scale": None}
-    | STAR
-    | FACTORY,
+    StarBlock: {"mlp": None, "pre": None, "post": None, "drop_path": 0.0, "layer_scale": None},
     DropPath: {"p": 0.0},
 }
 
@@ -111,9 +172,7 @@ def explicit(options, x, module):
     """Compute a star layer from `options` and the weights of `module`."""
     options = STAR | options
     h1, h2 = (x @ f.weight.T + (0 if f.bias is None else f.bias) for f in (module.f1, module.f2))
-    a = FORMULAS[options["act"]](h1)
-    y = a + h2 if options["combine"] == "sum" else a * (options["offset"] + h2)
-    y = y.unflatten(-1, (options["rank"], -1)).sum(-2)
+    y = FORMULAS[options["act"]](h1) * (options["offset"] + h2)
     g = getattr(module, "g", None)
     return y if g is None else y @ g.weight.T + (0 if g.bias is None else g.bias)
 
@@ -121,39 +180,34 @@ def explicit(options, x, module):
 OPTION_VALUES = [
     {},
     {"act": "gelu"},
-    {"combine": "sum"},
     {"offset": 1.5},
-    {"rank": 2},
     {"bias": False},
-    {"act": "tanh", "offset": -0.5, "rank": 3, "bias": False},
+    {"act": "tanh", "offset": -0.5, "bias": False},
 ]
 
 
 @pytest.mark.parametrize("options", OPTION_VALUES, ids=str)
-@pytest.mark.parametrize("kind", [StarOp, StarMLP, StarBlock], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [StarOp, StarMLP], ids=lambda kind: kind.__name__)
 def test_every_option_reaches_the_computation(kind, options):
-    sizes = (4, 6) if kind is not StarBlock else (4,)
-    module, x = kind(*sizes, **options, dtype=DOUBLE), randn(5, 4, dtype=DOUBLE)
-    inner = module.mlp if kind is StarBlock else module
-    y = explicit(options, x, inner)
-    torch.testing.assert_close(module(x), x + y if kind is StarBlock else y)
-    assert inner.f1.weight.shape[0] == (16 if kind is StarBlock else 6) * options.get("rank", 1)
-    biases = [f.bias for f in inner.children() if isinstance(f, nn.Linear)]
-    assert all((b is None) is (options.get("bias") is False) for b in biases)
-    if set(options) - {"bias", "rank"}:
-        assert not torch.allclose(y, explicit({"rank": options.get("rank", 1)}, x, inner))
+    module, x = kind(4, 6, **options, dtype=DOUBLE), randn(5, 4, dtype=DOUBLE)
+    y = explicit(options, x, module)
+    torch.testing.assert_close(module(x), y)
+    assert module.f1.weight.shape[0] == 6
+    assert all((f.bias is None) is (options.get("bias") is False) for f in module.children())
+    if set(options) - {"bias"}:
+        assert not torch.allclose(y, explicit({}, x, module))
 
 
-@pytest.mark.parametrize("coefficients", COEFFICIENTS)
-@pytest.mark.parametrize("kind", [StarOp, StarMLP, StarBlock], ids=lambda kind: kind.__name__)
-def test_coefficients_device_and_dtype_reach_every_parameter(kind, coefficients):
-    sizes = (4, 6) if kind is not StarBlock else (4,)
-    extra = {} if kind is not StarBlock else {"layer_scale": 1.0}
-    module = kind(*sizes, coefficients=coefficients, device="meta", dtype=torch.bfloat16, **extra)
-    assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
-    names = {n.removeprefix("mlp.").split(".")[0] for n, _ in module.named_parameters()}
-    learned = {"fixed": set(), "scale": {"scale", "shift"}, "dynamic": {"scale", "shift", "gate"}}
-    assert names - {"f1", "f2", "g", "gamma"} == learned[coefficients]
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("init", ["linear", "near_linear"])
+def test_device_and_dtype_reach_every_parameter(packed, init):
+    factory = {"device": "meta", "dtype": torch.bfloat16}
+    for module in (
+        StarOp(4, 6, packed=packed, offset=1, init=init, **factory),
+        StarMLP(4, 6, offset=1, init=init, **factory),
+        StarBlock(4, StarMLP(4, 6, **factory), layer_scale=1.0),
+    ):
+        assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
 
 
 def test_hidden_sizes_by_default_and_as_asked_for():
@@ -161,13 +215,7 @@ def test_hidden_sizes_by_default_and_as_asked_for():
     mlp = StarMLP(3, 5, out_features=7)
     assert (mlp.in_features, mlp.hidden_features, mlp.out_features) == (3, 5, 7)
     assert StarBlock(3).mlp.hidden_features == 12
-    assert StarBlock(3, expansion=2).mlp.hidden_features == 6
-
-
-@pytest.mark.parametrize(("width", "squeezed"), [(16, 8), (128, 8), (144, 9), (320, 20)])
-def test_gate_of_dynamic_coefficients_has_a_sixteenth_of_the_channels(width, squeezed):
-    gate = StarOp(width, 2, coefficients="dynamic").gate
-    assert [m.weight.shape for m in (gate[0], gate[2])] == [(squeezed, width), (2, squeezed)]
+    assert StarBlock(3, StarMLP(3, 6)).mlp.hidden_features == 6
 
 
 def test_drop_path_of_a_block_drops_the_branch_in_training_only():
@@ -203,7 +251,6 @@ def test_checks_return_the_number():
     assert probability("Layer", "p", 0) == 0.0
     assert isinstance(probability("Layer", "p", 0), float)
     assert probability("Layer", "p", 0.999) == 0.999
-    assert COEFFICIENTS == ("fixed", "scale", "dynamic")
     assert set(modules.__all__) == {"DropPath", "StarBlock", "StarMLP", "StarOp"}
 
 
@@ -211,12 +258,14 @@ def test_checks_return_the_number():
     ("module", "text"),
     [
         (StarOp(3, 2), "3, 2, act='relu6'"),
-        (StarMLP(3, act=None, offset=1, rank=2), "3, 3, act='identity', offset=1.0, rank=2"),
-        (StarOp(3, 2, combine="sum", act="swiglu"), "3, 2, act='silu', combine='sum'"),
-        (StarMLP(3, recompute=True), "3, 3, act='relu6', recompute=True"),
+        (StarMLP(3, act=None, offset=1), "3, 12, act='identity', offset=1.0"),
+        (StarMLP(8, hidden=99), "8, 99, act='relu6'"),
+        (StarMLP(3, 5, out_features=7), "3, 5, 7, act='relu6'"),
+        (StarOp(3, 2, packed=True, act="swiglu"), "3, 2, act='silu', packed=True"),
+        (StarMLP(3, recompute=True), "3, 12, act='relu6', recompute=True"),
         (DropPath(0.25), "p=0.25"),
     ],
-    ids=["op", "mlp", "sum", "recompute", "drop-path"],
+    ids=["op", "mlp", "hidden", "out", "packed", "recompute", "drop-path"],
 )
 def test_repr_shows_what_differs_from_the_default(module, text):
     assert module.extra_repr() == text
@@ -256,7 +305,7 @@ def test_drop_path_draws_what_timm_draws(shape, dtype):
 def test_block_is_its_formula(layer_scale, training):
     pre, post = nn.LayerNorm(4, dtype=DOUBLE), nn.Linear(4, 4, dtype=DOUBLE)
     options = {"pre": pre, "post": post, "layer_scale": layer_scale, "drop_path": 0.5}
-    block = StarBlock(4, expansion=1.5, act="gelu", **options, dtype=DOUBLE).train(training)
+    block = StarBlock(4, StarMLP(4, 6, act="gelu", dtype=DOUBLE), **options).train(training)
     x = randn(6, 2, 4, dtype=DOUBLE)
     branch = post(star_mlp_formula(block.mlp, pre(x))) * (1 if layer_scale is None else layer_scale)
     torch.manual_seed(1)
@@ -268,7 +317,7 @@ def test_block_is_its_formula(layer_scale, training):
 
 
 def test_bare_block_is_x_plus_mlp():
-    block = StarBlock(4, offset=1, rank=2, bias=False, combine="mul", act=None, dtype=DOUBLE)
+    block = StarBlock(4, StarMLP(4, 8, offset=1, bias=False, act=None, dtype=DOUBLE))
     x = randn(3, 4, dtype=DOUBLE)
     torch.testing.assert_close(block(x), x + star_mlp_formula(block.mlp, x))
     assert sorted(block.state_dict()) == ["mlp.f1.weight", "mlp.f2.weight", "mlp.g.weight"]
@@ -287,13 +336,17 @@ def test_gamma_is_learned_and_reset():
     assert StarBlock(4).gamma is None
 
 
-@pytest.mark.parametrize("expansion", [4, 1, 0.25, 8 / 3, 1.5], ids=str)
-def test_expansion_gives_the_hidden_width(expansion):
-    hidden = round(12 * expansion)
-    block = StarBlock(12, expansion=expansion)
-    assert tuple(block.mlp.g.weight.shape) == (12, hidden)
-    x = randn(2, 12)
-    torch.testing.assert_close(block(x), x + star_mlp_formula(block.mlp, x))
+def test_any_module_is_an_mlp_of_a_block():
+    mlp = nn.Sequential(nn.Linear(4, 9), nn.GELU(), nn.Linear(9, 4))
+    block, x = StarBlock(4, mlp, layer_scale=0.5), randn(2, 4)
+    torch.testing.assert_close(block(x), x + 0.5 * mlp(x))
+    assert StarBlock(4, nn.Identity(), layer_scale=0.5)(x).tolist() == (1.5 * x).tolist()
+
+
+def test_gamma_is_made_like_the_parameters_of_the_mlp():
+    block = StarBlock(4, StarMLP(4, device="meta", dtype=torch.bfloat16), layer_scale=0.5)
+    assert (block.gamma.device.type, block.gamma.dtype) == ("meta", torch.bfloat16)
+    assert StarBlock(4, nn.Identity(), layer_scale=0.5).gamma.dtype == torch.float32
 
 
 X = torch.zeros(8, 32)
@@ -325,17 +378,8 @@ REJECTED = [
     ("hidden-float", lambda: StarMLP(3, 12.5), TypeError, "hidden .*got 12.5"),
     ("hidden-bool", lambda: StarMLP(3, True), TypeError, "hidden .*got True"),
     ("mlp-out-0", lambda: StarMLP(3, out_features=0), ValueError, "out_features .*got 0"),
-    ("rank-0", lambda: StarOp(3, 8, rank=0), ValueError, "StarOp: rank .*got 0"),
-    ("rank-float", lambda: StarMLP(3, rank=1.5), TypeError, "StarMLP: rank .*got 1.5"),
     ("act", lambda: StarMLP(3, act="relu5"), ValueError, "'relu5'"),
     ("act-module", lambda: StarMLP(3, act=nn.ReLU), TypeError, "ReLU"),
-    ("combine", lambda: StarMLP(3, combine="div"), ValueError, "StarMLP: .*'div'.* mul, sum"),
-    (
-        "offset-sum",
-        lambda: StarOp(3, 8, combine="sum", offset=1.5),
-        ValueError,
-        "offset=1.5 .*'sum'",
-    ),
     (
         "backend",
         lambda: use_backend("cuda").__enter__(),
@@ -354,26 +398,66 @@ REJECTED = [
     ("block-drop-1", lambda: StarBlock(3, drop_path=1.0), ValueError, "StarBlock: drop_path .*1.0"),
     ("block-dim-0", lambda: StarBlock(0), ValueError, "StarBlock: dim .*got 0"),
     ("block-dim-float", lambda: StarBlock(8.0), TypeError, "StarBlock: dim .*got 8.0"),
-    ("block-fraction", lambda: StarBlock(10, expansion=0.25), ValueError, "10 .*0.25 gives 2.5"),
-    ("block-nearly", lambda: StarBlock(10, expansion=0.2001), ValueError, "gives 2.001"),
-    ("coefficients", lambda: StarOp(3, 8, coefficients="x"), ValueError, "'x'.* fixed, scale, dyn"),
+    ("block-mlp", lambda: StarBlock(3, 5), TypeError, "StarBlock: mlp must be a module .*got 5"),
+    ("block-pre", lambda: StarBlock(3, pre=abs), TypeError, "pre must be a module or None"),
+    ("block-mlp-in", lambda: StarBlock(3, StarMLP(4)), ValueError, "keep 3 .*in_features is 4"),
     (
-        "coefficients-sum",
-        lambda: StarOp(3, 8, combine="sum", coefficients="scale"),
+        "block-mlp-out",
+        lambda: StarBlock(3, StarMLP(3, out_features=5)),
         ValueError,
-        "StarOp: coefficients='scale' needs combine='mul', got 'sum'",
+        "keep 3 channels, its out_features is 5",
+    ),
+    ("block-scale", lambda: StarBlock(3, layer_scale="1"), TypeError, "layer_scale .*got '1'"),
+    ("offset-nan", lambda: StarOp(3, 8, offset=float("nan")), ValueError, "StarOp: offset .*nan"),
+    ("offset-inf", lambda: StarMLP(3, offset=float("inf")), ValueError, "offset .*finite, got inf"),
+    ("offset-text", lambda: StarOp(3, 8, offset="1"), TypeError, "offset .*number, got '1'"),
+    ("offset-bool", lambda: StarOp(3, 8, offset=True), TypeError, "offset .*number, got True"),
+    ("offset-none", lambda: StarOp(3, 8, offset=None), TypeError, "offset .*number, got None"),
+    (
+        "bias-text",
+        lambda: StarMLP(3, bias="no"),
+        TypeError,
+        "StarMLP: bias .*True or False, got 'no'",
+    ),
+    ("bias-int", lambda: StarOp(3, 8, bias=0), TypeError, "bias .*got 0"),
+    ("packed-int", lambda: StarOp(3, 8, packed=1), TypeError, "packed .*got 1"),
+    ("recompute", lambda: StarMLP(3, recompute="yes"), TypeError, "recompute .*got 'yes'"),
+    ("dtype-int", lambda: StarOp(3, 8, dtype=torch.int32), TypeError, "floating .*torch.int32"),
+    ("dtype-bool", lambda: StarMLP(3, dtype=torch.bool), TypeError, "floating .*torch.bool"),
+    ("dtype-text", lambda: StarMLP(3, dtype="float32"), TypeError, "dtype .*'float32'"),
+    ("init", lambda: StarOp(3, 8, init="small"), ValueError, "init 'small', .*linear, near_linear"),
+    (
+        "near-linear",
+        lambda: StarOp(3, 8, init="near_linear"),
+        ValueError,
+        "needs an offset.*not 0",
+    ),
+    ("none", lambda: StarMLP(3)(None), TypeError, "StarMLP expects a tensor, got a NoneType"),
+    ("numpy", lambda: StarMLP(3)(np.ones((2, 3))), TypeError, "got a ndarray; use torch.as_tensor"),
+    ("list", lambda: StarOp(3, 8)([1.0, 2.0, 3.0]), TypeError, "got a list; use torch.as_tensor"),
+    (
+        "complex",
+        lambda: StarOp(32, 8)(X.cfloat()),
+        TypeError,
+        "floating tensor, got torch.complex64",
+    ),
+    ("sparse", lambda: StarOp(32, 8)(X.to_sparse()), TypeError, r"dense .*use x.to_dense\(\)"),
+    ("sparse-csr", lambda: StarMLP(32)(X.to_sparse_csr()), TypeError, "dense .*sparse_csr"),
+    ("residual-rows", lambda: StarMLP(32)(X, X[:1]), ValueError, r"\(8, 32\), got \(1, 32\)"),
+    ("residual-dims", lambda: StarMLP(32)(X, X[None]), ValueError, r"\(8, 32\), got \(1, 8, 32\)"),
+    (
+        "residual-out",
+        lambda: StarMLP(32, out_features=4)(X, X),
+        ValueError,
+        r"\(8, 4\), got \(8, 32\)",
     ),
     (
-        "block-expansion-0",
-        lambda: StarBlock(10, expansion=0),
-        ValueError,
-        "10 .*expansion=0 gives 0",
+        "residual-list",
+        lambda: StarMLP(32)(X, [X]),
+        TypeError,
+        "residual expects a tensor, got a list",
     ),
-    ("block-negative", lambda: StarBlock(10, expansion=-2), ValueError, "expansion=-2 gives -20"),
-    ("block-small", lambda: StarBlock(1, expansion=0.5), ValueError, "expansion=0.5 gives 0.5"),
-    ("block-nan", lambda: StarBlock(9, expansion=float("nan")), ValueError, "expansion=nan"),
-    ("block-inf", lambda: StarBlock(9, expansion=float("inf")), ValueError, "expansion=inf"),
-    ("block-act", lambda: StarBlock(3, act="relu5"), ValueError, "'relu5'"),
+    ("residual-int", lambda: StarMLP(32)(X, X.int()), TypeError, "residual .*torch.int32"),
 ]
 
 
@@ -383,3 +467,97 @@ REJECTED = [
 def test_wrong_use_names_the_numbers(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+class Limited(StarMLP):
+    """Star MLP whose second branch is limited."""
+
+    def branches(self, x):
+        first, second = super().branches(x)
+        return first, second.clamp(-0.1, 0.1)
+
+
+def replaced_products(mlp, patch):
+    patch.setattr(StarOp, "products", lambda self, x: torch.relu(self.f1(x)))
+
+
+def own_products(mlp, patch):
+    mlp.products = lambda x: torch.relu(mlp.f1(x))
+
+
+def own_definition(mlp, patch):
+    patch.setattr(StarMLP, "_definition", lambda self, x: self.g(torch.relu(self.f1(x))))
+
+
+@pytest.mark.usefixtures("fuse_everything")
+@pytest.mark.parametrize("change", [replaced_products, own_products, own_definition])
+@pytest.mark.parametrize("rows", [6, 300])
+def test_methods_that_were_replaced_run_at_every_size(monkeypatch, change, rows):
+    mlp, x = StarMLP(8, 16), randn(rows, 8)
+    change(mlp, monkeypatch)
+    torch.testing.assert_close(mlp(x), mlp.g(torch.relu(mlp.f1(x))))
+    assert "a method of its own" in mlp.plan(x).reason
+
+
+@pytest.mark.usefixtures("fuse_everything")
+@pytest.mark.parametrize("rows", [6, 300])
+def test_branches_that_were_overridden_run_at_every_size(rows):
+    mlp, x = Limited(8, 16, act="tanh"), 5 * randn(rows, 8)
+    expected = mlp.g(torch.tanh(mlp.f1(x)) * mlp.f2(x).clamp(-0.1, 0.1))
+    torch.testing.assert_close(mlp(x), expected)
+
+
+@pytest.mark.usefixtures("fuse_everything")
+@pytest.mark.parametrize("rows", [6, 300])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_weights_that_are_no_parameters_count(rows, name):
+    mlp, x = StarMLP(8, 16), randn(rows, 8)
+    value = getattr(mlp.f1, name).detach() + 1
+    delattr(mlp.f1, name)
+    setattr(mlp.f1, name, value)
+    torch.testing.assert_close(mlp(x), star_mlp_formula(mlp, x))
+
+
+@pytest.mark.usefixtures("fuse_everything")
+@pytest.mark.parametrize("rows", [6, 300])
+def test_a_gate_of_one_channel_is_broadcast_at_every_size(rows):
+    mlp, x = StarMLP(8, 16), randn(rows, 8)
+    mlp.f2 = nn.Linear(8, 1)
+    torch.testing.assert_close(mlp(x), mlp.g(mlp.f1(x).clamp(0, 6) * mlp.f2(x)))
+    assert mlp.plan(x).reason == "f1, f2, g do not fit together"
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore")
+def test_resets_do_not_shrink_what_they_do_not_draw(wrap):
+    mlp = StarMLP(8, 16, offset=1.0, init="near_linear")
+    wrap(mlp.f2)
+    mlp(randn(2, 8))
+    before = mlp.f2.weight.detach().clone()
+    for _ in range(3):
+        mlp.reset_parameters()
+    mlp(randn(2, 8))
+    torch.testing.assert_close(mlp.f2.weight.detach(), before)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"f1.weight": (4, 8)}, "Unexpected key.*f1.weight"),
+        ({"f1.weight": (3, 8), "f2.weight": (5, 8)}, "Unexpected key.*f1.weight"),
+        (
+            {"f1.weight": (4, 8), "f2.weight": (4, 8), "f12.weight": (8, 8)},
+            "Unexpected key.*f1.weight",
+        ),
+    ],
+)
+def test_packed_layers_load_two_whole_branches_or_say_what_is_wrong(state, words):
+    op = StarOp(8, 4, packed=True, bias=False)
+    with pytest.raises(RuntimeError, match=words):
+        op.load_state_dict({name: torch.zeros(shape) for name, shape in state.items()})
+
+
+def test_sizes_of_numpy_do_not_overflow():
+    op = StarOp(4, np.uint8(200), packed=True)
+    assert op(randn(2, 4)).shape == (2, 200)
+    assert StarMLP(np.int8(100)).f1.weight.shape == (400, 100)

@@ -1,6 +1,7 @@
 """Paths of a StarMLP: recomputed, with a residual, alone or at the end of a block."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from starlayers import StarBlock, StarMLP, StarOp, use_backend
+from starlayers.coefficients.modules import RankStarMLP
 from tests.helpers import RecordOps, gradients, randn, star_mlp_formula, star_op_formula
 
 
@@ -58,12 +60,23 @@ def test_a_residual_is_added(fused, recompute, request):
     assert torch.equal(d, torch.full((70, 3), 2.0))
 
 
-def test_a_residual_of_another_shape_or_dtype_is_broadcast_as_a_sum_is(eligible):
+@pytest.mark.parametrize("backend", ["auto", "eager", "cpu"])
+def test_a_residual_of_another_dtype_is_added_as_a_sum_is(backend, eligible):
     mlp, x = StarMLP(5), randn(70, 5)
-    for residual in (randn(5), randn(1, 5), randn(70, 5, dtype=torch.float64)):
-        y = mlp(x, residual)
-        assert y.dtype == residual.dtype
-        torch.testing.assert_close(y, residual + star_mlp_formula(mlp, x).to(residual.dtype))
+    for dtype in (torch.float64, torch.bfloat16):
+        residual = randn(70, 5, dtype=dtype)
+        with use_backend(backend):
+            y = mlp(x, residual)
+        assert y.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(y, residual + star_mlp_formula(mlp, x).to(y.dtype))
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "cpu"])
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (70, 1), (70, 4), (2, 70, 5), ()], ids=str)
+def test_a_residual_of_another_shape_is_refused_on_every_path(shape, backend, eligible):
+    words = f"residual must have the shape of the result, (70, 5), got {shape}"
+    with use_backend(backend), pytest.raises(ValueError, match=re.escape(words)):
+        StarMLP(5)(randn(70, 5), randn(*shape))
 
 
 BLOCKS = {
@@ -100,12 +113,13 @@ def test_recompute_draws_the_same_dropout_again():
 
 
 def test_recompute_keeps_the_backend_of_the_forward(eligible):
-    mlp, x = StarMLP(8, rank=2, recompute=True), randn(70, 8, grad=True)
-    with use_backend("eager"):
-        y = mlp(x)
-    with use_backend("triton"):  # would refuse rank 2
-        y.sum().backward()
-    assert x.grad is not None
+    for mlp in (StarMLP(8, recompute=True), RankStarMLP(8, rank=2, recompute=True)):
+        x = randn(70, 8, grad=True)
+        with use_backend("eager"):
+            y = mlp(x)
+        with use_backend("triton"):  # would refuse a star on a CPU
+            y.sum().backward()
+        assert x.grad is not None
 
 
 # --- branches that users replace, hook or parametrise run, also if a fused op could

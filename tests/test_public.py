@@ -16,6 +16,7 @@ MODULES = [
     "starlayers.activations",
     "starlayers.backend",
     "starlayers.coefficients",
+    "starlayers.coefficients.modules",
     "starlayers.functional",
     "starlayers.modules",
     "starlayers.nlp",
@@ -32,7 +33,7 @@ MODULES = [
 ]
 SIGNATURES = Path(__file__).parent / "golden" / "signatures.txt"
 #: tables and tuples, documented by the comment above them
-CONSTANTS = {"ACTIVATIONS", "BACKENDS", "COMBINE", "NETS", "RECIPES", "SPECIAL_TOKENS", "STARNETS"}
+CONSTANTS = {"ACTIVATIONS", "BACKENDS", "NETS", "RECIPES", "SPECIAL_TOKENS", "STARNETS"}
 
 
 def public():
@@ -81,6 +82,7 @@ def test_names_are_pinned():
         "StarMLP",
         "StarOp",
         "backend_name",
+        "explain",
         "from_pretrained",
         "get_activation",
         "param_groups",
@@ -136,10 +138,17 @@ def test_annotations_are_complete(thing):
     assert signature.return_annotation is not inspect.Signature.empty
 
 
-@pytest.mark.parametrize("name", ["StarOp", "StarMLP", "StarBlock"])
-def test_constructors_take_options_by_keyword_with_device_and_dtype_last(name):
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("StarOp", ["device", "dtype"]),
+        ("StarMLP", ["device", "dtype"]),
+        ("StarBlock", ["drop_path", "layer_scale"]),  # whose modules have a device and a dtype
+    ],
+)
+def test_constructors_take_options_by_keyword_with_device_and_dtype_last(name, last):
     parameters = list(inspect.signature(getattr(starlayers, name)).parameters.values())
-    assert [p.name for p in parameters[-2:]] == ["device", "dtype"]
+    assert [p.name for p in parameters[-2:]] == last
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters[2:])
     mutable = [p.name for p in parameters if isinstance(p.default, (list, dict, set))]
     assert mutable == []
@@ -161,8 +170,9 @@ print(torch.cuda.is_initialized())
 print(starlayers.star(torch.tensor([2.0]), torch.tensor([3.0])).tolist())
 
 warnings.resetwarnings()
-from starlayers import StarMLP, dispatch, use_backend
-dispatch.MIN_HIDDEN_BYTES_INFERENCE = dispatch.MIN_HIDDEN_BYTES_TRAINING = 0
+from starlayers import StarMLP, plans, use_backend
+plans.MIN_HIDDEN_BYTES_INFERENCE = plans.MIN_HIDDEN_BYTES_TRAINING = 0
+plans.HIDDEN_BYTES_A_CHANNEL = 0
 mlp, x = StarMLP(2), torch.ones(1, 2)
 with use_backend("eager"):
     expected = mlp(x)
@@ -188,7 +198,8 @@ def test_core_import_loads_torch_alone_and_warns_of_nothing(child):
     assert others.split() == []
     # ops are registered at once, their Triton code and the adapters are not loaded
     rooms = {name.split(".")[1] for name in own.split() if "." in name}
-    core = {"activations", "backend", "checks", "dispatch", "functional", "modules", "reference"}
+    core = {"activations", "backend", "checks", "dispatch", "explain", "functional", "modules"}
+    core |= {"drop_path", "initialisation", "plans", "reference", "tracing"}
     assert rooms == core | {"kernels", "surgery"}
     assert "starlayers.kernels.device" not in own.split()
     assert initialized == "False"

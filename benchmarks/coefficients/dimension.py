@@ -13,6 +13,7 @@ from benchmarks.harness.runner import Job, Records
 from benchmarks.harness.study import Study
 from starlayers import StarOp
 from starlayers.coefficients import empirical_rank, implicit_dimension
+from starlayers.coefficients.modules import SumOp
 
 ONE = range(2, 25)
 #: the matrix of two layers has C(d + 4, 4) columns: 3060 at 14 inputs, and 20475 at 24
@@ -93,7 +94,7 @@ def network(kind: str, d: int) -> nn.Module:
         return nn.Sequential(
             StarOp(d, hidden, act=None), StarOp(hidden, outputs(kind, d), act=None)
         )
-    return StarOp(d, outputs(kind, d), act=None, combine="sum" if kind == "sum" else "mul")
+    return (SumOp if kind == "sum" else StarOp)(d, outputs(kind, d), act=None)
 
 
 def measure(job: Job) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Penalties on coefficients, and coefficients that are learned, on images and on text."""
 
 import time
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,12 +25,20 @@ from benchmarks.harness.runner import Job, Records
 from benchmarks.harness.study import Study
 from starlayers import StarMLP
 from starlayers.coefficients import CoefficientPenalty, quadratic_form, spectrum
+from starlayers.coefficients.modules import DynamicStarMLP, RankStarMLP, ScaledStarMLP
 
 TASKS: dict[str, dict[str, Any]] = {
     "fashion": {"hidden": 64, "epochs": 8, "batch": 256, "lr": 2e-3},
     "reviews": {"hidden": 64, "epochs": 12, "batch": 128, "lr": 1e-3},
 }
 SMOKE = {"hidden": 8, "epochs": 1}
+Net = StarMLP | RankStarMLP
+#: value of "coefficients" in an arm's settings, which are in the records -> class of its net
+CLASSES: dict[str, type[StarMLP]] = {
+    "fixed": StarMLP,
+    "scale": ScaledStarMLP,
+    "dynamic": DynamicStarMLP,
+}
 #: strengths are the best of `STRENGTHS` on data set aside, with a seed the study does not have
 ARMS: dict[str, dict[str, Any]] = {
     "fixed": {},
@@ -197,18 +206,26 @@ def _reviews() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, y, x_test, y_test
 
 
-def model(job: Job, features: int, classes: int) -> StarMLP:
+def net_class(settings: dict[str, Any]) -> Callable[..., Net]:
+    """Return what makes the net of an arm's settings, such as `{"model": {"rank": 2}}`."""
+    options = settings.get("model", {})
+    if "rank" in options:
+        return partial(RankStarMLP, rank=options["rank"])
+    return CLASSES[options.get("coefficients", "fixed")]
+
+
+def model(job: Job, features: int, classes: int) -> Net:
     """Make a star MLP without activation, no larger than that of "fixed"."""
-    options, hidden = dict(job["settings"].get("model", {})), job["recipe"]["hidden"]
+    kind, hidden = net_class(job["settings"]), job["recipe"]["hidden"]
 
-    def made(hidden: int, **options: Any) -> StarMLP:
-        return StarMLP(features, hidden, out_features=classes, act=None, **options)
+    def made(kind: Callable[..., Net], hidden: int) -> Net:
+        return kind(features, hidden, out_features=classes, act=None)
 
-    most = _parameters(made(hidden))
-    while options and hidden > 1 and _parameters(made(hidden, **options)) > 1.01 * most:
+    most = _parameters(made(StarMLP, hidden))
+    while hidden > 1 and _parameters(made(kind, hidden)) > 1.01 * most:
         hidden -= 1
     torch.manual_seed(job["seed"])
-    return made(hidden, **options)
+    return made(kind, hidden)
 
 
 def _parameters(net: nn.Module) -> int:
@@ -263,7 +280,7 @@ def _quality(net: nn.Module, task: str, x: Tensor, y: Tensor) -> dict[str, float
 
 
 @torch.no_grad()
-def _pruned(net: StarMLP, x: Tensor, y: Tensor) -> list[float]:
+def _pruned(net: Net, x: Tensor, y: Tensor) -> list[float]:
     """Return the accuracies when each class keeps the largest coefficients of its polynomial."""
     forms = quadratic_form(net)
     inputs = torch.cat([x, x.new_ones(len(x), 1)], 1)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness.images import benchmark_images
 from benchmarks.harness.runner import Job
-from starlayers import StarBlock
+from starlayers import StarBlock, StarMLP
 from starlayers.coefficients import (
     CoefficientPenalty,
     apply_initialisation,
@@ -19,6 +19,7 @@ from starlayers.coefficients import (
     tune_coefficients,
 )
 from starlayers.coefficients import search as search_values
+from starlayers.coefficients.modules import RankStarMLP
 from starlayers.coefficients.scaling import star_layers
 
 SEEDS = 5
@@ -77,9 +78,9 @@ def splits(recipe: dict[str, Any], seed: int) -> dict[str, Split]:
 def build(values: dict[str, Any], seed: int) -> nn.Module:
     """Make a net with two star layers, initialised by the values."""
     torch.manual_seed(seed)
-    blocks = [
-        StarBlock(32, expansion=2, pre=nn.LayerNorm(32), rank=values["rank"]) for _ in range(2)
-    ]
+    rank = values["rank"]
+    mlps = [RankStarMLP(32, 64, rank=rank) if rank > 1 else StarMLP(32, 64) for _ in range(2)]
+    blocks = [StarBlock(32, mlp, pre=nn.LayerNorm(32)) for mlp in mlps]
     net = nn.Sequential(nn.Linear(784, 32), *blocks, nn.LayerNorm(32), nn.Linear(32, 10))
     return apply_initialisation(net, values)
 

@@ -238,7 +238,8 @@ def _policy(
 ) -> Trial:
     torch.manual_seed(0)
     batch, width = lab.size((batch, width), (16, width // 4))
-    model = kind(width, device=lab.device, dtype=dtype)
+    mlp = StarMLP(width, device=lab.device, dtype=dtype)
+    model = StarBlock(width, mlp) if kind is StarBlock else mlp
     x = lab.randn(batch, width, dtype=dtype)
 
     def subject(

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from starlayers.coefficients.form import branch_vectors, check_form
-from starlayers.modules import StarMLP, StarOp
+from starlayers.coefficients.form import Star, branch_vectors, check_form, products_of, rank_of
+from starlayers.coefficients.modules import RankStarMLP
+from starlayers.modules import StarMLP
 
 Layers = list[tuple[str, nn.Module]]
 
@@ -27,7 +28,7 @@ class Outline(NamedTuple):
     """Affine layers, a star, affine layers, and the shape of one input."""
 
     before: Layers
-    star: StarOp
+    star: Star
     after: Layers
     shape: tuple[int, ...]
 
@@ -57,14 +58,14 @@ class Products:
 def outline(owner: str, model: nn.Module, shape: tuple[int, ...] | None) -> Outline:
     """Find the star of `model` and the layers before and after it; copy nothing."""
     layers = list(_layers(model))
-    stars = [i for i, (_, layer) in enumerate(layers) if isinstance(layer, StarOp)]
+    stars = [i for i, (_, layer) in enumerate(layers) if isinstance(layer, Star)]
     if len(stars) != 1:
         raise ValueError(
             f"{owner} needs a StarOp, a StarMLP, or an nn.Sequential of affine layers and exactly "
             f"one of them; {type(model).__name__} has {len(stars)}"
         )
     star = layers[stars[0]][1]
-    assert isinstance(star, StarOp)
+    assert isinstance(star, Star)
     check_form(owner, star)
     for name, layer in layers:
         for part in layer.modules():
@@ -89,15 +90,17 @@ def compose(owner: str, model: Outline) -> Products:
             f"{owner}: an input of shape {model.shape} reaches the star as {reached}, where one "
             f"vector of {star.in_features} features is needed; pass shape=, that of one input"
         )
-    tail = [("g", star.g.requires_grad_(False)), *after] if isinstance(star, StarMLP) else after
-    outputs = _affine_output_shape(owner, tail, (star.f1.out_features // star.rank,))
+    tail = after
+    if isinstance(star, StarMLP | RankStarMLP):
+        tail = [("g", star.g.requires_grad_(False)), *after]
+    outputs = _affine_output_shape(owner, tail, (products_of(star) // rank_of(star),))
     branches: list[Tensor] = []
     for vectors in branch_vectors(star):
         rows = vectors.detach().flatten(0, 1)
         pulled, constant = _pull_back(before, rows[:, :-1], model.shape)
         branches.append(torch.cat([pulled, (constant + rows[:, -1])[:, None]], 1))
     first, second = branches
-    return Products(first, second, tail, star.rank, torch.Size(outputs).numel())
+    return Products(first, second, tail, rank_of(star), torch.Size(outputs).numel())
 
 
 def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -111,7 +114,7 @@ def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 
 def _input_shape(owner: str, layers: Layers) -> tuple[int, ...]:
     for name, layer in layers:
-        if isinstance(layer, nn.Linear | StarOp):
+        if isinstance(layer, nn.Linear | Star):
             return (layer.in_features,)
         if isinstance(layer, nn.BatchNorm1d):
             return (layer.num_features,)

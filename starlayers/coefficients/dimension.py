@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from starlayers.checks import positive_int
-from starlayers.coefficients.form import check_bytes
-from starlayers.modules import StarOp
+from starlayers.coefficients.form import Star, check_bytes
 
 __all__ = ["empirical_rank", "implicit_dimension"]
 
@@ -78,16 +77,18 @@ def empirical_rank(
             or the matrix would take more than 1 GiB.
 
     Example:
+        >>> from starlayers import StarOp
+        >>> from starlayers.coefficients.modules import SumOp
         >>> empirical_rank(StarOp(3, 20, act=None)), implicit_dimension(3)
         (10, 10)
-        >>> empirical_rank(StarOp(3, 20, act=None, combine="sum"))
+        >>> empirical_rank(SumOp(3, 20, act=None))
         4
     """
     if d is None:
         first: object = model
         while isinstance(first, nn.Sequential) and len(first):
             first = first[0]
-        if not isinstance(first, StarOp):
+        if not isinstance(first, Star):
             raise ValueError(
                 f"empirical_rank: {type(model).__name__} does not start with a star layer; say how "
                 "many numbers an input has, d="

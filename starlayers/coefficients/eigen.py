@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from starlayers.checks import positive_int
 from starlayers.coefficients.compose import Products, compose, outline
-from starlayers.coefficients.form import check_bytes
-from starlayers.modules import StarMLP
+from starlayers.coefficients.form import check_bytes, products_of, rank_of
 
 __all__ = ["Attribution", "Eigenfeatures", "attribute", "eigenfeatures"]
 
@@ -105,7 +104,7 @@ def eigenfeatures(
     and the eigenvectors are computed in the span of the `w`.
 
     Args:
-        model: a `StarOp` or `StarMLP` with `act=None`, or an `nn.Sequential` of one of them and
+        model: a `StarOp`, `StarMLP` or variant with `act=None`, or an `nn.Sequential` of one and
             affine layers (`Flatten`, `Linear`, batch norm in eval mode, a fixed normalisation,
             ...), which are folded in exactly.
         output: one output, or a direction (out,) such as the difference of two; `None` for a
@@ -131,8 +130,8 @@ def eigenfeatures(
     parts = outline("eigenfeatures", model, None if shape is None else tuple(shape))
     features = torch.Size(parts.shape).numel() + 1
     # an output of a StarOp has products of its own
-    separate = not (parts.after or isinstance(parts.star, StarMLP) or isinstance(output, Tensor))
-    used = parts.star.rank if separate else parts.star.f1.out_features
+    separate = not (parts.after or hasattr(parts.star, "g") or isinstance(output, Tensor))
+    used = rank_of(parts.star) if separate else products_of(parts.star)
     order = min(features, 2 * used + 1)
     if order > MAX_ORDER:
         raise ValueError(

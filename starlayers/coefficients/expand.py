@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from starlayers.coefficients.form import check_form, quadratic_form
+from starlayers.coefficients.form import Star, check_form, quadratic_form
 from starlayers.coefficients.optional import require
-from starlayers.modules import StarOp
 
 if TYPE_CHECKING:
     import sympy  # type: ignore[import-untyped]
@@ -95,7 +94,7 @@ def _format(monomial: tuple[str, ...], coefficient: float) -> Iterator[str]:
 
 
 def expand(
-    op: StarOp,
+    op: Star,
     names: Sequence[str] | None = None,
     *,
     outputs: int | Sequence[int] | None = None,
@@ -117,6 +116,7 @@ def expand(
             is repeated, or there are too many terms.
 
     Example:
+        >>> from starlayers import StarOp
         >>> op = StarOp(2, 1, act=None)
         >>> with torch.no_grad():
         ...     _ = op.f1.weight.copy_(torch.tensor([[1.0, 2.0]])), op.f1.bias.fill_(0)

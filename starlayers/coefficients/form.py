@@ -7,6 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from starlayers.checks import positive_int
+from starlayers.coefficients.modules import (
+    DynamicStarOp,
+    RankStarMLP,
+    RankStarOp,
+    ScaledStarOp,
+    SumOp,
+)
 from starlayers.modules import StarMLP, StarOp
 
 __all__ = ["branch_vectors", "iter_quadratic_forms", "quadratic_form"]
@@ -16,64 +23,79 @@ MAX_BYTES = 2**30
 CHUNK_BYTES = 2**26
 
 
-def branch_vectors(op: StarOp) -> tuple[Tensor, Tensor]:
+#: layers with products: one or several for each channel
+Star = StarOp | RankStarOp
+
+
+def branch_vectors(op: Star) -> tuple[Tensor, Tensor]:
     """Return the two factors of every product of a star layer, as vectors over (x, 1).
 
     Channel k is `sum_r act(w1[k, r] . (x, 1)) (w2[k, r] . (x, 1))`: biases, the offset and a
     learned scale are included. The activation is not: for layers with one these are the vectors of
-    the bilinear part alone. The factor of `coefficients="dynamic"`, which depends on
-    the input, is left out.
+    the bilinear part alone. The factor of a `DynamicStarOp`, which depends on the input, is left
+    out.
 
     Args:
-        op: a star layer with `combine="mul"`. Of a `StarMLP` these are the hidden channels.
+        op: a star layer. Of an MLP these are the hidden channels.
 
     Returns:
         w1 and w2, each (channels, rank, in_features + 1), in float32 at least, with gradients.
 
     Raises:
         TypeError: `op` is not a star layer.
-        ValueError: `combine="sum"`, or a branch is not a linear layer of floating numbers.
+        ValueError: `op` adds its branches, or one is not a linear layer of floating numbers.
 
     Example:
-        >>> w1, w2 = branch_vectors(StarOp(4, 3, rank=2))
+        >>> from starlayers.coefficients.modules import RankStarOp
+        >>> w1, w2 = branch_vectors(RankStarOp(4, 3, rank=2))
         >>> w1.shape
         torch.Size([3, 2, 5])
     """
     check_products("branch_vectors", op)
-    w1, w2 = (_augmented(name, branch) for name, branch in (("f1", op.f1), ("f2", op.f2)))
-    if op.coefficients != "fixed":
+    if isinstance(op, RankStarOp):
+        first, second = (w.view(-1, op.rank, w.shape[-1]) for w in branch_vectors(op.star))
+        return first, second
+    w1, w2 = _branches(op)
+    if isinstance(op, ScaledStarOp):
         shift, scale = op.shift.to(w2.dtype), op.scale.to(w2.dtype)
         w2 = scale[:, None] * torch.cat([w2[:, :-1], (w2[:, -1] + shift)[:, None]], 1)
     elif op.offset:
         w2 = torch.cat([w2[:, :-1], (w2[:, -1] + op.offset)[:, None]], 1)
-    first, second = (w.unflatten(0, (op.rank, -1)).transpose(0, 1) for w in (w1, w2))
-    return first, second
+    return w1[:, None], w2[:, None]
+
+
+def _branches(op: StarOp) -> tuple[Tensor, Tensor]:
+    if op.packed:
+        w1, w2 = _augmented("f12", op.f12).chunk(2)
+        return w1, w2
+    return _augmented("f1", op.f1), _augmented("f2", op.f2)
 
 
 def check_products(owner: str, op: object) -> None:
     """Raise an error if `op` is not a star layer with products."""
-    if not isinstance(op, StarOp):
+    if not isinstance(op, Star):
         raise TypeError(f"{owner} needs a StarOp or StarMLP, got a {type(op).__name__}")
-    if op.combine != "mul":
-        raise ValueError(f"{owner} needs combine='mul', got {op.combine!r}, which has no products")
+    if isinstance(op, SumOp):
+        raise ValueError(f"{owner} needs products, which a {type(op).__name__} has none of")
 
 
 def find_stars(owner: str, model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers of a model that have products, by name.
 
-    These are `StarOp` and `StarMLP` with `combine="mul"`, and layers of other classes that have a
-    method `star_vectors()`, which returns a list of pairs as `branch_vectors` does. The name of the
-    model itself is "".
+    These are `StarOp`, `StarMLP` and their variants with products, and layers of other classes that
+    have a method `star_vectors()`, which returns a list of pairs as `branch_vectors` does. The name
+    of the model itself is "".
     """
+    parts = {id(layer.star) for layer in model.modules() if isinstance(layer, RankStarOp)}
     layers = {
         name: layer
         for name, layer in model.named_modules()
-        if hasattr(layer, "star_vectors") or (isinstance(layer, StarOp) and layer.combine == "mul")
+        if hasattr(layer, "star_vectors")
+        or (isinstance(layer, Star) and not isinstance(layer, SumOp) and id(layer) not in parts)
     }
     if not layers:
         raise ValueError(
-            f"{owner}: {type(model).__name__} has no star layers (StarOp or StarMLP with "
-            "combine='mul')"
+            f"{owner}: {type(model).__name__} has no star layers (StarOp or StarMLP with products)"
         )
     return layers
 
@@ -82,7 +104,7 @@ def named_vectors(layers: dict[str, nn.Module]) -> dict[str, tuple[Tensor, Tenso
     """Return the branch vectors of layers by name; several of one layer are numbered."""
     vectors = {}
     for name, layer in layers.items():
-        if isinstance(layer, StarOp):
+        if isinstance(layer, Star):
             vectors[name] = branch_vectors(layer)
             continue
         pairs = layer.star_vectors()  # type: ignore[operator]
@@ -105,7 +127,7 @@ def _augmented(name: str, branch: nn.Module) -> Tensor:
 
 
 def quadratic_form(
-    op: StarOp, outputs: int | Sequence[int] | None = None, *, chunk: int | None = None
+    op: Star, outputs: int | Sequence[int] | None = None, *, chunk: int | None = None
 ) -> Tensor:
     """Return the symmetric matrices Q of a star layer: `y[k] = (x, 1)' Q[k] (x, 1)`.
 
@@ -115,8 +137,8 @@ def quadratic_form(
     that of x_i, and `Q[k, d, d]` the constant.
 
     Args:
-        op: a `StarOp` or `StarMLP` with `act=None`, `combine="mul"` and coefficients that do not
-            depend on the input.
+        op: a `StarOp`, a `StarMLP` or a variant of them with `act=None`, whose products do not have
+            factors that depend on the input.
         outputs: number of an output, or several; `None` for all.
         chunk: number of outputs computed at a time; by default as many as fit in 64 MiB.
 
@@ -155,7 +177,7 @@ def quadratic_form(
 
 
 def iter_quadratic_forms(
-    op: StarOp, *, chunk_bytes: int = CHUNK_BYTES
+    op: Star, *, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[tuple[slice, Tensor]]:
     """Iterate over the matrices of `quadratic_form`, a few outputs at a time.
 
@@ -187,17 +209,17 @@ def iter_quadratic_forms(
 
 
 def _matrices(
-    op: StarOp, outputs: Sequence[int], size: int
+    op: Star, outputs: Sequence[int], size: int
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Yield outputs and their matrices, `size` at a time."""
     w1, w2 = branch_vectors(op)
-    if isinstance(op, StarMLP):
+    if isinstance(op, StarMLP | RankStarMLP):
         w1, w2 = w1.flatten(0, 1), w2.flatten(0, 1)
         g = _augmented("g", op.g)
-        weights, bias = g[:, :-1].repeat_interleave(op.rank, 1), g[:, -1]
+        weights, bias = g[:, :-1].repeat_interleave(rank_of(op), 1), g[:, -1]
     for start in range(0, max(1, len(outputs)), size):
         part = list(outputs[start : start + size])
-        if isinstance(op, StarMLP):
+        if isinstance(op, StarMLP | RankStarMLP):
             constant = nn.functional.pad(bias[part][:, None, None], (op.in_features, 0) * 2)
             yield part, dense(weights[part][:, :, None] * w1, w2) + constant
         else:
@@ -214,26 +236,38 @@ def check_bytes(needed: int, what: str, remedy: str) -> None:
 def check_form(owner: str, op: object) -> None:
     """Raise an error if `op` is not a star layer whose outputs are quadratic forms."""
     check_products(owner, op)
-    assert isinstance(op, StarOp)
+    assert isinstance(op, Star)
     if op.act != "identity":
         raise ValueError(
             f"{owner} needs act=None, got {op.act!r}, which makes the layer no quadratic form"
         )
-    if op.coefficients == "dynamic":
+    if isinstance(op, DynamicStarOp):
         raise ValueError(
-            f"{owner} needs coefficients that do not depend on the input, got 'dynamic'"
+            f"{owner} needs factors that do not depend on the input, got a {type(op).__name__}"
         )
 
 
-def _itemsize(op: StarOp) -> int:
-    return torch.promote_types(op.f1.weight.dtype, torch.float32).itemsize
+def rank_of(op: Star) -> int:
+    """Return the number of products of each channel."""
+    return op.rank if isinstance(op, RankStarOp) else 1
 
 
-def _chunk(op: StarOp, size: int) -> int:
+def products_of(op: Star) -> int:
+    """Return the number of products in all channels."""
+    if isinstance(op, RankStarOp):
+        return products_of(op.star)
+    return op.f12.out_features // 2 if op.packed else op.f1.out_features
+
+
+def _itemsize(op: Star) -> int:
+    return torch.promote_types(next(op.parameters()).dtype, torch.float32).itemsize
+
+
+def _chunk(op: Star, size: int) -> int:
     """Return the number of outputs whose matrices fit in `size` bytes."""
     side = op.in_features + 1
-    # a StarMLP also needs the factors of all its products, weighted for each output
-    products = op.f1.out_features if isinstance(op, StarMLP) else op.rank
+    # an MLP also needs the factors of all its products, weighted for each output
+    products = products_of(op) if isinstance(op, StarMLP | RankStarMLP) else rank_of(op)
     return max(1, size // (_itemsize(op) * side * max(side, products)))
 
 

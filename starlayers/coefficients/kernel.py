@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starlayers.coefficients.form import branch_vectors, check_form
-from starlayers.modules import StarOp
+from starlayers.coefficients.form import Star, branch_vectors, check_form, rank_of
 
 __all__ = ["star_kernel"]
 
 
-def star_kernel(op: StarOp, x: Any, y: Any = None, *, analytic: bool = False) -> Tensor:
+def star_kernel(op: Star, x: Any, y: Any = None, *, analytic: bool = False) -> Tensor:
     """Return the Gram matrix of the channels of a star.
 
     `K(x, y) = mean_k star_k(x) star_k(y)`. With `analytic=True` the result is its expectation over
@@ -41,7 +40,8 @@ def star_kernel(op: StarOp, x: Any, y: Any = None, *, analytic: bool = False) ->
             coefficients that depend on the input.
 
     Example:
-        >>> x, op = torch.randn(5, 3), StarOp(3, 100_000, act=None)
+        >>> import starlayers
+        >>> x, op = torch.randn(5, 3), starlayers.StarOp(3, 100_000, act=None)
         >>> expected = star_kernel(op, x, analytic=True)
         >>> torch.allclose(star_kernel(op, x), expected, rtol=0.05, atol=0.05)
         True
@@ -51,20 +51,20 @@ def star_kernel(op: StarOp, x: Any, y: Any = None, *, analytic: bool = False) ->
     if analytic:
         check_form("star_kernel(analytic=True)", op)
         products = first @ second.T
-        expected = torch.full_like(products, op.rank)
+        expected = torch.full_like(products, rank_of(op))
         for vectors in branch_vectors(op):
             squares = vectors.detach().double().cpu().square().flatten(0, 1).mean(0)
             expected *= squares[:-1].mean() * products + squares[-1]
         return expected
     exact = copy.deepcopy(op).cpu().double()
-    features = exact._combined  # not `forward`: that of a StarMLP applies g
+    features = exact.products  # not `forward`: that of a StarMLP applies g
     with torch.no_grad():
         a = features(first)
         b = a if y is None else features(second)
     return a @ b.T / a.shape[1]
 
 
-def _checked(op: StarOp, name: str, inputs: Any) -> Tensor:
+def _checked(op: Star, name: str, inputs: Any) -> Tensor:
     x = torch.as_tensor(inputs).detach().cpu().double()
     if x.ndim != 2 or x.shape[1] != op.in_features:
         raise ValueError(

@@ -29,7 +29,7 @@ class CoefficientPenalty:
     part. The weights are read at every call.
 
     Args:
-        model: a star layer or a model that has some; those with `combine="sum"` are left out.
+        model: a star layer or a model that has some; sums of branches are left out.
         p: 2, 1, or `None` for the balance alone.
         normalise: take the mean over a layer's channels and over layers, for `p=1` divided by
             d + 1, so that one strength suits models of all sizes; otherwise the plain sum.

@@ -1,12 +1,13 @@
 """Factors for the products of star layers, written into their weights."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from starlayers.coefficients.form import find_stars
-from starlayers.modules import StarOp
+from starlayers.coefficients.form import Star, find_stars
+from starlayers.coefficients.modules import RankStarOp
 from starlayers.surgery.find import matches
 
 
@@ -17,7 +18,7 @@ def star_layers(
 
     `layers` are names, or patterns as in `fnmatch`, of layers or of modules above them.
     """
-    stars = {n: m for n, m in find_stars(owner, model).items() if isinstance(m, StarOp)}
+    stars = {n: m for n, m in find_stars(owner, model).items() if isinstance(m, Star)}
     if not stars:
         raise ValueError(
             f"{owner}: {type(model).__name__} has no star layers with factors of their own "
@@ -38,23 +39,26 @@ def star_layers(
 class ProductScaler:
     """Scaler of the products `act(h1) * (offset + h2)` of one star layer.
 
-    The layer has `products = rank * out_features` of them, one for each output of its branches. A
-    factor `s` is written into the second branch, `s * (offset + h2)`, or into the layer's own
-    `scale` if it has one, and so changes only the size of the product.
+    The layer has `products` of them, one for each output of its branches. A factor `s` is written
+    into the second branch, `s * (offset + h2)`, or into the layer's own `scale` if it has one, and
+    so changes only the size of the product.
     """
 
-    def __init__(self, owner: str, name: str, op: StarOp) -> None:
-        f2, layer = op.f2, f"{owner}: layer {name!r}"
+    def __init__(self, owner: str, name: str, op: Star) -> None:
+        op = op.star if isinstance(op, RankStarOp) else op
+        f2: Any = op.f12 if op.packed else op.f2
+        layer = f"{owner}: layer {name!r}"
         weight = f2._parameters.get("weight")
         if not isinstance(f2, nn.Linear) or weight is None or not weight.is_floating_point():
             raise ValueError(
                 f"{layer} has a second branch of type {type(f2).__name__}, whose weights cannot be "
                 "scaled; merge adapters and dequantise first"
             )
-        self.op, self.products = op, weight.shape[0]
-        parameters = [weight] if f2.bias is None else [weight, f2.bias]
+        _, second = op.branch_layers()
+        self.op, self.products = op, len(second[0])
+        parameters: list[Tensor] = [p for p in second if p is not None]
         if "scale" in op._parameters:
-            parameters = [op.scale]
+            parameters = [cast(Tensor, op.scale)]
         elif f2.bias is None and op.offset:
             raise ValueError(
                 f"{layer} has offset={op.offset} and no bias to hold a factor of it; build it "
@@ -81,6 +85,6 @@ class ProductScaler:
 
     def groups(self, count: int | None) -> list[Tensor]:
         """Return the products in groups of similar `|w1| |w2|`; `None` for one each."""
-        first, second = (f.weight.detach().norm(dim=1) for f in (self.op.f1, self.op.f2))
+        first, second = (weight.norm(dim=1) for weight, _ in self.op.branch_layers())
         order = (first * second).argsort(descending=True, stable=True).cpu()
         return list(order.tensor_split(min(count or self.products, self.products)))

@@ -211,6 +211,10 @@ def run_search(
                 f"and now {key}={value!r}: repeat the former, or give another name= or storage="
             )
     study.set_user_attr("settings", settings)
+    if unknown := [key for key in first or {} if space is not None and key not in space]:
+        raise ValueError(
+            f"{owner}: first names {unknown}, which are not in the space: {sorted(space or ())}"
+        )
     if first is not None and not study.trials:
         study.enqueue_trial(dict(first))
     result = SearchResult(study)
@@ -230,7 +234,10 @@ def run_search(
                 trial.set_user_attr("traceback", traceback.format_exc())
             raise
 
-    def stop_if_enough(*_: Any) -> None:
+    def stop_if_enough(_: Any, trial: Any) -> None:
+        unused = (first or {}).keys() - trial.params.keys() if trial.number == 0 else ()
+        if unused and trial.values:
+            raise ValueError(f"{owner}: first names {sorted(unused)}, which no trial asks for")
         if len(result.trials) >= trials:  # other processes ran some of them
             study.stop()
 

@@ -38,8 +38,8 @@ def coefficient_space(layers: int = 0) -> "dict[str, BaseDistribution]":
     | `l1`, `l2`, `balance` | 1e-6 .. 1, log | strengths of the penalties (`CoefficientPenalty`) |
     | `gain1`, `gain2` | 1/4 .. 4, log | factors of the branches' initial weights |
     | `offset` | 0 .. 1 | constant added to the second branch at the start |
-    | `rank` | 1 .. 4 | products per channel, `StarOp(rank=)` |
-    | `coefficients` | fixed, scale, dynamic | `StarOp(coefficients=)` |
+    | `rank` | 1 .. 4 | products per channel, `RankStarMLP(rank=)` |
+    | `coefficients` | fixed, scale, dynamic | `StarMLP`, `ScaledStarMLP`, `DynamicStarMLP` |
     | `layer_scale_0`, ... | 1/4 .. 4, log | factor of layer i's products at the start |
 
     The result is a plain dict: remove or change entries as needed. `rank` and `coefficients` are
@@ -109,15 +109,17 @@ def apply_initialisation(model: nn.Module, values: Mapping[str, Any]) -> nn.Modu
     offset = values.get("offset", 0.0)
     for i, (name, products) in enumerate(layers.items()):
         op = products.op
-        shift = op._parameters.get("shift", op.f2.bias)
+        (w1, b1), (w2, b2) = op.branch_layers()
+        shift = op._parameters.get("shift", b2)
         if offset and shift is None:
             raise ValueError(
                 f"apply_initialisation: offset={offset} goes into the second branch's bias, and "
                 f"layer {name!r} has none; build it with bias=True"
             )
-        for f, gain in ((op.f1, "gain1"), (op.f2, "gain2")):
-            for parameter in f.parameters():
-                parameter.mul_(values.get(gain, 1.0))
+        for parameters, gain in (((w1, b1), "gain1"), ((w2, b2), "gain2")):
+            for parameter in parameters:
+                if parameter is not None:
+                    parameter.mul_(values.get(gain, 1.0))
         if offset and shift is not None:
             shift.add_(offset)
         if (scale := values.get(f"{LAYER_SCALE}{i}", 1.0)) != 1.0:

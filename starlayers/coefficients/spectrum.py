@@ -88,7 +88,7 @@ def spectrum(model: nn.Module, *, entropy: bool = True) -> dict[str, Spectrum]:
     activation count by their weights alone.
 
     Args:
-        model: a star layer, whose name is "", or a model that has some; those with `combine="sum"`
+        model: a star layer, whose name is "", or a model that has some; sums of branches
             are left out.
         entropy: compute the entropy too, which takes `(d + 1)^2` operations a channel; the other
             numbers of rank-1 layers take `d log d`.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from starlayers.checks import positive_int
 from starlayers.coefficients.eigen import Eigenfeatures, flat, need_all
-from starlayers.modules import StarOp
+from starlayers.coefficients.modules import RankStarOp
 
 __all__ = ["TruncationCurve", "truncate", "truncation_curve"]
 
@@ -18,7 +18,7 @@ CHUNK_BYTES = 1 << 26
 def truncate(features: Sequence[Eigenfeatures], k: int) -> nn.Sequential:
     """Return a star that computes outputs from their `k` largest eigenvectors alone.
 
-    `y_o = sum_{i < k} lambda_oi (v_oi . x~)^2`, which is `StarOp(d, out, act=None, rank=k)` with
+    `y_o = sum_{i < k} lambda_oi (v_oi . x~)^2`, a `RankStarOp` of rank `k` with
     the eigenvectors in both branches. Its parameters are float64; `.float()` converts them.
 
     Shapes: (..., *shape) -> (..., out).
@@ -37,21 +37,21 @@ def truncate(features: Sequence[Eigenfeatures], k: int) -> nn.Sequential:
         >>> model = StarMLP(4, 8, out_features=3, act=None)
         >>> small = truncate(eigenfeatures(model), 2)
         >>> small[1].extra_repr(), small(torch.randn(5, 4).double()).shape
-        ("4, 3, act='identity', rank=2", torch.Size([5, 3]))
+        ('4, 3, rank=2', torch.Size([5, 3]))
     """
     shape, kept = _common("truncate", features)
     if positive_int("truncate", "k", k) > kept:
         raise ValueError(f"truncate: k={k} is more than the {kept} eigenvectors there are")
     width = torch.Size(shape).numel()
-    star = StarOp(width, len(features), act=None, rank=k, device="cpu", dtype=torch.float64)
-    # (k, out, d + 1): the layout of a StarOp's rank
-    vectors = torch.stack([f.vectors[:k] for f in features], 1)
-    scaled = torch.stack([f.values[:k] for f in features], 1)[..., None] * vectors
+    options = {"act": None, "device": "cpu", "dtype": torch.float64}
+    layer = RankStarOp(width, len(features), rank=k, **options)
+    vectors = torch.stack([f.vectors[:k] for f in features])  # (out, k, d + 1)
+    scaled = torch.stack([f.values[:k] for f in features])[..., None] * vectors
     with torch.no_grad():
-        for branch, rows in ((star.f1, vectors), (star.f2, scaled)):
+        for branch, rows in ((layer.star.f1, vectors), (layer.star.f2, scaled)):
             branch.weight.copy_(rows[..., :-1].flatten(0, 1))
             branch.bias.copy_(rows[..., -1].flatten())
-    return nn.Sequential(nn.Flatten(-len(shape)), star)
+    return nn.Sequential(nn.Flatten(-len(shape)), layer)
 
 
 @dataclass(frozen=True)

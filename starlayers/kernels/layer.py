@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starlayers.activations import get_activation
+from starlayers.activations import ACTIVATIONS
 from starlayers.backend import backend_name
 from starlayers.kernels.registration import (
     INTERPRET,
@@ -37,22 +37,31 @@ def run_mlp(
 
     Shapes: x (..., in) -> (..., out), the shape of `residual` too.
     """
+    name = ACTIVATIONS[act].name
+    if path == "cpu":  # of one dtype and without autocast: its plan allows no other call
+        return _narrow(x, weights, name, offset, residual)
     dtype = compute_dtype(x)
-    name = get_activation(act).name
-    weights = weights.cast(dtype)
-    out = weights.sizes[2]
+    x, weights = cast(x, dtype), weights.cast(dtype)
     with no_autocast(x):
-        rows = cast(x[None].flatten(0, -2), dtype)  # reshape(-1, 0) would be ambiguous
-        shape = (*x.shape[:-1], out)
-        if path == "star_mlp_wide":
-            gemm = _gemm(rows, weights, name, offset)
-            drop = recompute or not needs_gradients(x, *weights)
-            y, _, _ = star_mlp_wide(rows, *weights, name, offset, drop, gemm)
-        else:
-            fused = None  # the residual, if the kernel can add it
-            if residual is not None and residual.dtype == dtype and residual.shape == shape:
-                fused, residual = residual[None].flatten(0, -2), None
-            y, _, _ = star_mlp(rows, *weights, fused, name, offset, False)
+        if path == "star_mlp":
+            return _narrow(x, weights, name, offset, residual)
+        rows = x[None].flatten(0, -2)  # reshape(-1, 0) would be ambiguous
+        gemm = _gemm(rows, weights, name, offset)
+        drop = recompute or not needs_gradients(x, *weights)
+        y, _, _ = star_mlp_wide(rows, *weights, name, offset, drop, gemm)
+    result: Tensor = y.view(*x.shape[:-1], y.shape[1])
+    return result if residual is None else residual + result
+
+
+def _narrow(
+    x: Tensor, weights: MLPWeights, act: str, offset: float, residual: Tensor | None
+) -> Tensor:
+    """Compute a star MLP and its residual by the op `star_mlp`."""
+    shape = (*x.shape[:-1], weights.w3.shape[0])
+    fused = None  # the residual, if the kernel can add it
+    if residual is not None and residual.dtype == x.dtype and residual.shape == shape:
+        fused, residual = residual[None].flatten(0, -2), None
+    y, _, _ = star_mlp(x[None].flatten(0, -2), *weights, fused, act, offset, False)
     result: Tensor = y.view(shape)
     return result if residual is None else residual + result
 
@@ -93,8 +102,8 @@ def _descriptors_serve(x: Tensor, weights: MLPWeights) -> bool:
 
     Tensor descriptors want rows of a multiple of 16 bytes, and their tiles were made for Hopper.
     """
-    if INTERPRET:
-        return True
+    if INTERPRET:  # which computes in float32
+        return not any(size % 4 for size in weights.sizes)
     if x.element_size() != 2 or any(size % 8 for size in weights.sizes):
         return False
     hopper = torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] == 9

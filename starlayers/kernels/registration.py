@@ -13,7 +13,6 @@ from torch import Tensor
 __all__ = [
     "HAS_TRITON",
     "INTERPRET",
-    "TRITON_ACTIVATIONS",
     "MLPGradients",
     "MLPWeights",
     "autocasts",
@@ -40,22 +39,6 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on
 HAS_TRITON = find_spec("triton") is not None
 
 #: names in `ACTIVATIONS` that have a Triton form, in `device/activation.py`
-TRITON_ACTIVATIONS = frozenset(
-    (
-        "identity",
-        "relu",
-        "relu6",
-        "gelu",
-        "gelu_tanh",
-        "silu",
-        "quick_gelu",
-        "sigmoid",
-        "tanh",
-        "softplus",
-        "squared_relu",
-        "hardswish",
-    )
-)
 
 #: implementation of an op: kernel launch, definition or fake
 Impl = Callable[..., Any]

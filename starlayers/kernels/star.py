@@ -163,9 +163,7 @@ def _plain_backward(
     a, b = _branches(x1, x2)
     inner = a.clamp(clamp1[0], clamp1[1]) if clamp1 else a
     outer = b.clamp(clamp2[0], clamp2[1]) if clamp2 else b
-    slope = activation.derivative(inner)
-    # 0 where the activation is flat, also for an infinite dy
-    d1 = (dy * (outer + offset) * slope).where(slope != 0, 0)
+    d1 = activation.backward(dy * (outer + offset), inner)
     value = activation.fn(inner)
     d2 = dy * value
     s = (value * (outer + offset)).contiguous() if product else dy.new_empty(0)

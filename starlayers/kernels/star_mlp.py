@@ -21,7 +21,7 @@ from starlayers.kernels.registration import (
     library_gradients,
     no_autocast,
 )
-from starlayers.kernels.star_mlp_cpu import blocked_backward, blocked_forward
+from starlayers.kernels.star_mlp_cpu import star_mlp_plain, star_mlp_plain_backward
 from starlayers.kernels.star_mlp_launch import star_mlp_backward_kernel, star_mlp_kernel
 from starlayers.kernels.statistics import (
     Outputs,
@@ -36,26 +36,13 @@ from starlayers.reference import star_mlp_reference
 __all__ = ["star_mlp", "star_mlp_backward"]
 
 
-def _plain(
-    x: Tensor, weights: MLPWeights, residual: Tensor | None, act: str, offset: float, stats: bool
-) -> Outputs:
-    y = blocked_forward(x, weights.cast(x.dtype), act, offset)  # biases may be float32
-    return with_statistics(y if residual is None else y + residual, stats)
-
-
 def _fake(
     x: Tensor, weights: MLPWeights, residual: Tensor | None, act: str, offset: float, stats: bool
 ) -> Outputs:
     return fake_statistics(x.new_empty(x.shape[0], weights.w3.shape[0]), stats)
 
 
-star_mlp = define_op("star_mlp", star_mlp_kernel, plain=_plain, fake=_fake)
-
-
-def _plain_backward(
-    upstream: Upstream, x: Tensor, weights: MLPWeights, act: str, offset: float
-) -> MLPGradients:
-    return blocked_backward(upstream.total(), x, weights.cast(x.dtype), act, offset)
+star_mlp = define_op("star_mlp", star_mlp_kernel, plain=star_mlp_plain, fake=_fake)
 
 
 def _fake_backward(
@@ -68,7 +55,10 @@ def _fake_backward(
 
 
 star_mlp_backward = define_op(
-    "star_mlp_backward", star_mlp_backward_kernel, plain=_plain_backward, fake=_fake_backward
+    "star_mlp_backward",
+    star_mlp_backward_kernel,
+    plain=star_mlp_plain_backward,
+    fake=_fake_backward,
 )
 
 

@@ -6,13 +6,36 @@ from torch import Tensor
 
 from starlayers.activations import get_activation
 from starlayers.kernels.registration import MLPGradients, MLPWeights
+from starlayers.kernels.statistics import Outputs, Upstream, with_statistics
 
-__all__ = ["blocked_backward", "blocked_forward"]
+__all__ = ["blocked_backward", "blocked_forward", "star_mlp_plain", "star_mlp_plain_backward"]
 
 # Bytes of one hidden branch of a block. On two cores with 512 KiB of L2 each and 32 MiB of L3 the
 # time is the same from 1 to 4 MiB; smaller blocks make thin matrix products, larger ones miss the
 # cache.
 BLOCK_BYTES = 2 * 2**20
+
+
+def star_mlp_plain(
+    x: Tensor, weights: MLPWeights, residual: Tensor | None, act: str, offset: float, stats: bool
+) -> Outputs:
+    """Compute the op `star_mlp`: the MLP plus the residual, and statistics of the sum."""
+    y = blocked_forward(x, _of_one_dtype(weights, x.dtype), act, offset)
+    return with_statistics(y if residual is None else y + residual, stats)
+
+
+def star_mlp_plain_backward(
+    upstream: Upstream, x: Tensor, weights: MLPWeights, act: str, offset: float
+) -> MLPGradients:
+    """Compute the op `star_mlp_backward`: the gradients of x and of all weights."""
+    weights = _of_one_dtype(weights, x.dtype)
+    return blocked_backward(upstream.total(), x, weights, act, offset)
+
+
+def _of_one_dtype(weights: MLPWeights, dtype: torch.dtype) -> MLPWeights:
+    # biases may be float32
+    same = all(w is None or w.dtype == dtype for w in weights)
+    return weights if same else weights.cast(dtype)
 
 
 def _block_rows(hidden: int, element_size: int) -> int:
@@ -58,7 +81,7 @@ def blocked_backward(
         a = activation.fn(h1)
         ds = dyi @ w3
         dw3.addmm_(dyi.t(), a * h2)
-        d1 = h2.mul_(ds).mul_(activation.derivative(h1))
+        d1 = activation.backward(h2.mul_(ds), h1)
         d2 = ds.mul_(a)
         torch.mm(d1, w1, out=dxi).addmm_(d2, w2)
         dw1.addmm_(d1.t(), xi)

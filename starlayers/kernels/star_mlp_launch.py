@@ -93,7 +93,7 @@ def star_mlp_backward_kernel(
         }  # fmt: skip
 
     def weight_gradients(tile: Tile, dy: Tensor, *, with_dx: bool) -> tuple[Tensor, ...]:
-        chunks = ceil_div(hidden, tile.hidden)
+        chunks = max(1, ceil_div(hidden, tile.hidden))  # the first one sums dy too
         # no more than run at once, at 8 warps a multiprocessor: each writes a sum of its own
         resident = max(1, multiprocessors(x.device) * 8 // tile.warps // chunks)
         programs = min(resident, ceil_div(rows, tile.rows))

@@ -5,6 +5,11 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+try:
+    from starlayers.activations import get_activation
+except ImportError:  # beside the weights of a saved model
+    from .portable_starformer import get_activation  # type: ignore[assignment]
+
 #: a configuration after `__post_init__`: optional fields have values, so `Any` instead of a union
 ResolvedConfig = Any
 
@@ -53,7 +58,7 @@ class StarformerConfig(PreTrainedConfig):
             no activation (bilinear).
         mlp_type: "star"; "sum" for `g(act(f1(x)) + f2(x))`, the ablation of the StarNet paper; or
             "plain" for `g(act(f1(x)))`, an MLP with one branch.
-        mlp_rank: number of products summed in each hidden feature, `rank` of `StarMLP`.
+        mlp_rank: number of products summed in each hidden feature.
         mlp_offset: constant added to the second branch, `offset` of `StarMLP`.
         mlp_recompute: save only the MLP's input for the backward pass and compute the branches
             again there, `recompute` of `StarMLP`.
@@ -136,6 +141,11 @@ class StarformerConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = max(64, round(self.hidden_size * 8 / 3 / 64) * 64)
+        for option in ("hidden_act", "attention_gate_act", "conv_act"):
+            try:
+                get_activation(getattr(self, option))
+            except ValueError as error:
+                raise ValueError(f"{type(self).__name__}: {option}: {error}") from error
         self._check_choice("mlp_type", MLP_TYPES)
         self._check_choice("attention_gate", ATTENTION_GATES)
         self.layer_types = self._resolve_layer_types(
@@ -146,7 +156,8 @@ class StarformerConfig(PreTrainedConfig):
         if self.mlp_type == "plain":
             self._remove_from_tp_plan("ffn.mlp.f2")
         elif self.mlp_rank > 1:
-            # a branch is laid out (rank, intermediate), so a block of its rows is no whole product
+            # branches are laid out (rank, intermediate), so a block of their rows holds parts of
+            # products
             self._remove_from_tp_plan("ffn")
         super().__post_init__(**kwargs)
 
@@ -179,6 +190,11 @@ class StarformerConfig(PreTrainedConfig):
         if head_dim % 2:
             raise ValueError(f"{name}: rotary embeddings need an even head size, got {head_dim}")
         star_options = (self.mlp_rank != 1, self.mlp_offset, self.mlp_recompute)
+        if self.mlp_type == "sum" and any(star_options[:2]):
+            raise ValueError(
+                f"{name}: mlp_type='sum' has no products for mlp_rank={self.mlp_rank} and "
+                f"mlp_offset={self.mlp_offset}"
+            )
         if self.mlp_type == "plain" and any(star_options):
             raise ValueError(
                 f"{name}: mlp_type='plain' has no second branch for mlp_rank={self.mlp_rank}, "

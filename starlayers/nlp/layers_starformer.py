@@ -22,10 +22,19 @@ from .configuration_starformer import ResolvedConfig
 
 try:
     from starlayers.activations import get_activation
+    from starlayers.backend import recomputed
+    from starlayers.coefficients.modules import SumMLP
     from starlayers.functional import star_product
-    from starlayers.modules import StarBlock
+    from starlayers.modules import StarBlock, StarMLP
 except ImportError:  # loaded from a folder that `save_with_code` wrote, without starlayers
-    from .portable_starformer import StarBlock, get_activation, star_product  # type: ignore[assignment]
+    from .portable_starformer import (  # type: ignore[assignment]
+        StarBlock,
+        StarMLP,
+        SumMLP,
+        get_activation,
+        recomputed,
+        star_product,
+    )
 
 #: cosines and sines of the rotation angles, each (batch, length, head_dim)
 Rotation = tuple[Tensor, Tensor]
@@ -243,6 +252,56 @@ class PlainMLP(nn.Module):
         return self.g(get_activation(self.act).fn(self.f1(x)))
 
 
+class RankMLP(nn.Module):
+    """MLP whose hidden features are sums of several products, for `mlp_rank > 1`.
+
+    `g(sum_r act(f1_r(x)) * (offset + f2_r(x)))`. The outputs of `f1` and `f2` are laid out
+    (rank, hidden), as saved models have them: nothing in their files would tell that layout from
+    the one of `RankStarMLP`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        rank: int,
+        *,
+        act: str | None,
+        bias: bool,
+        offset: float,
+        recompute: bool,
+    ) -> None:
+        super().__init__()
+        self.act, self.offset, self.rank, self.recompute = act, offset, rank, recompute
+        self.f1 = nn.Linear(dim, rank * hidden, bias=bias)
+        self.f2 = nn.Linear(dim, rank * hidden, bias=bias)
+        self.g = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(self._definition, x)
+        return self._definition(x)
+
+    def _definition(self, x: Tensor) -> Tensor:
+        y = star_product(self.f1(x), self.f2(x) + self.offset, self.act)
+        return self.g(y.unflatten(-1, (self.rank, -1)).sum(-2))
+
+
+def make_mlp(config: ResolvedConfig) -> nn.Module:
+    """Make the MLP of a layer: a star, sum or plain MLP, or one of several products."""
+    sizes = (config.hidden_size, config.intermediate_size)
+    options: dict[str, Any] = {"act": config.hidden_act, "bias": config.mlp_bias}
+    if config.mlp_type == "plain":
+        return PlainMLP(*sizes, **options)
+    options["recompute"] = config.mlp_recompute
+    if config.mlp_type == "sum":
+        return SumMLP(*sizes, **options)
+    options["offset"] = config.mlp_offset
+    if config.mlp_rank > 1:
+        return RankMLP(*sizes, config.mlp_rank, **options)
+    return StarMLP(*sizes, **options)
+
+
 class StarformerLayer(GradientCheckpointingLayer):
     """Pre-norm layer: a token mixer, optionally cross-attention, then a star MLP.
 
@@ -283,23 +342,12 @@ class StarformerLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.ffn = StarBlock(
             size,
-            expansion=config.intermediate_size / size,
-            act=config.hidden_act,
+            make_mlp(config),
             # Trainer excludes parameters with "norm" in their name from weight decay
             pre=nn.Sequential(OrderedDict(norm=LlamaRMSNorm(size, eps))),
             # without `post` the block passes its residual to the MLP, which adds it in its kernel
             post=nn.Dropout(config.hidden_dropout) if config.hidden_dropout else None,
-            combine="sum" if config.mlp_type == "sum" else "mul",
-            offset=config.mlp_offset,
-            rank=config.mlp_rank,
-            bias=config.mlp_bias,
         )
-        self.ffn.mlp.recompute = config.mlp_recompute
-        if config.mlp_type == "plain":
-            plain: Any = PlainMLP(
-                size, config.intermediate_size, act=config.hidden_act, bias=config.mlp_bias
-            )
-            self.ffn.mlp = plain
 
     @takes_cache
     def forward(

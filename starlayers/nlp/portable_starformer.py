@@ -6,11 +6,12 @@ starlayers is installed, its own layers are used instead of these.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 _FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
@@ -60,11 +61,16 @@ def star_product(x1: Tensor, x2: Tensor, act: str | None) -> Tensor:
     return get_activation(act).fn(x1) * x2
 
 
+def recomputed(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Run `call(x)` as a checkpoint: save `x` alone, repeat the call in the backward."""
+    y: Tensor = checkpoint(call, x, use_reentrant=False)
+    return y
+
+
 class StarMLP(nn.Module):
     """Star MLP `g(act(f1(x)) * (offset + f2(x)))`, as `starlayers.StarMLP`.
 
-    With `combine="sum"` it is `g(act(f1(x)) + f2(x))`. With `rank > 1` each hidden feature is a sum
-    of `rank` products.
+    Only that one fuses and recomputes.
     """
 
     def __init__(
@@ -73,41 +79,42 @@ class StarMLP(nn.Module):
         hidden: int,
         *,
         act: str | None = "relu6",
-        combine: str = "mul",
         offset: float = 0.0,
-        rank: int = 1,
         bias: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.act, self.combine, self.offset, self.rank = act, combine, offset, rank
-        self.recompute = False  # set by `mlp_recompute`; only `starlayers.StarMLP` recomputes
-        self.f1 = nn.Linear(dim, rank * hidden, bias=bias)
-        self.f2 = nn.Linear(dim, rank * hidden, bias=bias)
+        self.act, self.offset = act, offset
+        self.f1 = nn.Linear(dim, hidden, bias=bias)
+        self.f2 = nn.Linear(dim, hidden, bias=bias)
         self.g = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y, x2 = get_activation(self.act).fn(self.f1(x)), self.f2(x)
-        y = y * (x2 + self.offset if self.offset else x2) if self.combine == "mul" else y + x2
-        if self.rank > 1:
-            y = y.unflatten(-1, (self.rank, -1)).sum(-2)
-        return self.g(y)  # type: ignore[no-any-return]
+        return self.g(y * (x2 + self.offset if self.offset else x2))  # type: ignore[no-any-return]
+
+
+class SumMLP(StarMLP):
+    """MLP with a sum in the place of the product: `g(act(f1(x)) + f2(x))`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.g(get_activation(self.act).fn(self.f1(x)) + self.f2(x))  # type: ignore[no-any-return]
 
 
 class StarBlock(nn.Module):
-    """Residual block `x + post(mlp(pre(x)))`, as `starlayers.StarBlock`; `options` of `StarMLP`."""
+    """Residual block `x + post(mlp(pre(x)))`, as `starlayers.StarBlock`."""
 
     def __init__(
         self,
         dim: int,
+        mlp: nn.Module,
         *,
-        expansion: float = 4,
         pre: nn.Module | None = None,
         post: nn.Module | None = None,
-        **options: Any,
     ) -> None:
         super().__init__()
         self.pre = pre or nn.Identity()
-        self.mlp: nn.Module = StarMLP(dim, round(dim * expansion), **options)
+        self.mlp = mlp
         self.post = post or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

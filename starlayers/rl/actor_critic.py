@@ -120,8 +120,8 @@ class StarActorCriticPolicy(OnPolicyActorCritic, ActorCriticPolicy):  # type: ig
         >>> model = TRPO("StarMlpPolicy", "CartPole-v1", policy_kwargs=kwargs, device="cpu")
         >>> model.policy.mlp_extractor.value_net[0]
         PackedStar(
-          4, 32, act='tanh'
-          (proj): Linear(in_features=4, out_features=64, bias=True)
+          4, 32, act='tanh', offset=1.0, packed=True
+          (f12): Linear(in_features=4, out_features=64, bias=True)
         )
     """
 

@@ -8,6 +8,7 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
 from torch import nn
 
+from starlayers.checks import positive_int
 from starlayers.rl.extractors import StarCnnExtractor, StarCombinedExtractor
 from starlayers.rl.spec import DEFAULT, NetSpec, default_widths, resolve_specs, uniform_widths
 from starlayers.rl.trunks import Norm, activation_factory
@@ -76,6 +77,9 @@ class StarPolicy(BasePolicy):
         self.options = options
         self.specs = resolve_specs(name, self.base_arch, self.base_activation, **options)
         net_arch = uniform_widths(name, width, depth, net_arch) or net_arch
+        for widths in net_arch.values() if isinstance(net_arch, dict) else [net_arch or []]:
+            for i, n in enumerate(widths):
+                positive_int(name, f"net_arch[{i}]", n)
         return {
             "net_arch": self._default_arch(extractor) if net_arch is None else net_arch,
             "activation_fn": activation_factory(self.base_activation if act == DEFAULT else act),

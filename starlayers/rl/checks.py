@@ -140,7 +140,7 @@ def reinitialised_stars(model: Inspector) -> Iterator[str]:
     names = [
         name
         for name, m in model.policy.named_modules()
-        if isinstance(m, StarOp) and m.offset == 1 and is_orthogonal(m.f2.weight.detach())
+        if isinstance(m, StarOp) and m.offset == 1 and is_orthogonal(m.branch_layers()[1][0])
     ]
     if names:
         yield (

@@ -54,8 +54,8 @@ class StarSACPolicy(OffPolicyActorCritic, sac.SACPolicy):
         >>> model = SAC("StarMlpPolicy", "Pendulum-v1", policy_kwargs=kwargs, device="cpu")
         >>> model.critic.qf0[0][0]
         PackedStar(
-          4, 64, act='tanh'
-          (proj): Linear(in_features=4, out_features=128, bias=True)
+          4, 64, act='tanh', offset=1.0, packed=True
+          (f12): Linear(in_features=4, out_features=128, bias=True)
         )
     """
 

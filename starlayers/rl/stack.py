@@ -2,65 +2,57 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from starlayers.functional import star_packed, star_product, star_reference
-
-#: gain of the second branch under SB3's orthogonal initialisation: a star starts near an MLP
-GATE_GAIN = 0.1
+from starlayers.functional import star_product, star_reference
+from starlayers.modules import GATE_GAIN, StarOp
 
 
-class PackedStar(nn.Module):
-    """Star layer with both branches in one `nn.Linear`.
+class PackedStar(StarOp):
+    """Star layer of a policy: `StarOp(in_features, out_features, packed=True, offset=1)`.
 
-    `act(h1) * (1 + h2)` with `[h1, h2] = proj(x)`: the same as
-    `StarOp(in_features, out_features, act=act, offset=1)` with the weight of `f1` stacked on that
-    of `f2`. Policies are small and called often, so the number of operations sets their speed: one
-    matrix product in place of two, and half as many tensors for the optimizer.
+    Policies are small and called often, so the number of operations sets their speed: one matrix
+    product in place of two, and half as many tensors for the optimizer.
 
     Shapes: (..., in_features) -> (..., out_features).
 
     Example:
-        >>> from starlayers import StarOp
-        >>> layer, op = PackedStar(4, 8, act="tanh"), StarOp(4, 8, act="tanh", offset=1)
-        >>> _ = layer.proj.weight.data.copy_(torch.cat([op.f1.weight, op.f2.weight]))
-        >>> _ = layer.proj.bias.data.copy_(torch.cat([op.f1.bias, op.f2.bias]))
-        >>> x = torch.randn(2, 4)
-        >>> torch.allclose(layer(x), op(x), atol=1e-6)
+        >>> layer = PackedStar(4, 8, act="tanh")
+        >>> h1, h2 = layer.f12(torch.ones(2, 4)).chunk(2, -1)
+        >>> torch.equal(layer(torch.ones(2, 4)), h1.tanh() * (h2 + 1))
         True
     """
 
     def __init__(self, in_features: int, out_features: int, *, act: str) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.act = in_features, out_features, act
-        self.proj = nn.Linear(in_features, 2 * out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.proj(x)
-        if h.is_cuda:
-            return star_packed(h, self.act, offset=1.0)
-        # on a CPU the checks of a fused product would cost more than the product
-        h1, h2 = h.chunk(2, -1)
-        return star_reference(h1, h2, self.act, offset=1.0)
+        super().__init__(in_features, out_features, act=act, offset=1.0, packed=True)
 
     def reset_branches(self, gain: float) -> None:
         """Initialise each branch orthogonally: the first with `gain`, the second with 0.1."""
-        for branch, g in zip(self.proj.weight.data.chunk(2), (gain, GATE_GAIN)):
+        for branch, g in zip(self.f12.weight.data.chunk(2), (gain, GATE_GAIN)):
             nn.init.orthogonal_(branch, g)
-        nn.init.zeros_(self.proj.bias)
+        nn.init.zeros_(self.f12.bias)
 
-    def star_vectors(self) -> list[tuple[Tensor, Tensor]]:
-        """Return both factors of every product, for `starlayers.coefficients`."""
-        return [_factors(torch.cat([self.proj.weight, self.proj.bias[:, None]], 1))]
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for kind in ("weight", "bias"):  # agents saved before this was a StarOp
+            if f"{prefix}proj.{kind}" in state_dict:
+                state_dict[f"{prefix}f12.{kind}"] = state_dict.pop(f"{prefix}proj.{kind}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, act={self.act!r}"
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled layer, also of the time before this was a StarOp."""
+        if "proj" in state["_modules"]:
+            state["_modules"]["f12"] = state["_modules"].pop("proj")
+            state |= {"packed": True, "offset": 1.0}
+        super().__setstate__(state)
 
 
 class StarStack(nn.Module):
     """Several networks of star layers over one input, computed in one pass.
+
+    A `StarOp` holds one network's layer; here one batched product serves all.
 
     Every layer is `act(h1) * (1 + h2)` with `[h1, h2] = x @ weight + bias`. Network k computes what
     a trunk of `PackedStar` layers with the weights `weight[k]` and `bias[k]` computes. At the batch

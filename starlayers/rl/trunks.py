@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from starlayers.activations import get_activation
 from starlayers.checks import positive_int
-from starlayers.modules import StarBlock
-from starlayers.rl.stack import GATE_GAIN, PackedStar, StarStack
+from starlayers.modules import GATE_GAIN, StarBlock, StarMLP
+from starlayers.rl.stack import PackedStar, StarStack
 from starlayers.surgery.recipes import recognise
 
 #: makes a norm over so many channels
@@ -121,7 +121,7 @@ class ActivationLayer(nn.Module):
 
 def star_residual(dim: int, act: str, pre: nn.Module, post: nn.Module | None = None) -> StarBlock:
     """Make a residual star block that is the identity at first."""
-    block = StarBlock(dim, expansion=2, act=act, offset=1.0, pre=pre, post=post)
+    block = StarBlock(dim, StarMLP(dim, 2 * dim, act=act, offset=1.0), pre=pre, post=post)
     zero_output(block)
     return block
 

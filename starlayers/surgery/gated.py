@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from starlayers.backend import recomputed
-from starlayers.dispatch import NOT_LINEAR, Plan, declined, plain_weights, plan_mlp, plan_star
+from starlayers.dispatch import Plan, attached, declined, plain_weights, plan_mlp, plan_star
 from starlayers.functional import star_packed, star_product
 from starlayers.kernels.layer import run_mlp
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
@@ -82,8 +82,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = (*args, *kwargs.values())  # the model may pass its MLP's input by keyword
-        plan, role = self._star_plan(x), self.star
-        if plan is not None and plan.weights is not None:
+        plan, role = self.star_plan(x), self.star
+        if plan.weights is not None:
             act, recompute = role.act_name, role.recompute
             return run_mlp(plan.path, x, plan.weights, act, 0.0, recompute=recompute)
         if self.star.recompute and torch.is_grad_enabled():
@@ -97,17 +97,25 @@ class GatedMLP(nn.Module):
         out = projection(attribute(self, site.out or "")) or Projection(0, 0)
         return inp.in_features, out.in_features, out.out_features
 
-    def _star_plan(self, x: Tensor) -> Plan | None:
-        """Return the plan for one fused op, `None` if none can compute the MLP."""
+    def star_plan(self, x: Tensor) -> Plan:
+        """Return the plan for one fused op: what runs, or why it is the definition.
+
+        Raises:
+            RuntimeError: the backend is "triton" or "cpu" and cannot serve the MLP.
+        """
         role, site = self.star, self.star.site
-        if not role.fused or role.act_name is None or role.grown or site.form != "gated":
-            return None
+        if not role.fused:
+            return Plan("eager", "the model's own activation was asked for, to the last bit")
+        if role.act_name is None:
+            return Plan("eager", "no activation of the table computes what the model's does")
+        if role.grown or site.form != "gated":
+            return Plan("eager", "it has grown products or one packed layer: no op for these")
         if self.training and any(_is_active_dropout(attribute(self, n)) for n in role.between):
-            return None
-        layers = (attribute(self, name) for name in (site.inp, site.up or "", site.out or ""))
-        weights = plain_weights(*layers)
+            return Plan("eager", "a dropout acts before its last layer")
+        layers = {name or "": attribute(self, name or "") for name in (site.inp, site.up, site.out)}
+        weights = plain_weights(*layers.values())
         if weights is None:
-            return declined(NOT_LINEAR, "this GatedMLP")
+            return declined(attached(layers), "this GatedMLP")
         return plan_mlp(x, weights, role.act_name, recompute=role.recompute)
 
     def _star_eager(self, x: Tensor) -> Tensor:

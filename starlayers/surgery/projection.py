@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from starlayers.backend import recomputed
+from starlayers.dispatch import Plan, plan_star
 from starlayers.functional import star_product
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
 from starlayers.surgery.site import Site, with_new_names
@@ -158,6 +159,17 @@ class StarProjection(nn.Module):
         if self.recompute and torch.is_grad_enabled():
             return recomputed(self._star, x, *args, **kwargs)
         return self._star(x, *args, **kwargs)
+
+    def plan(self, x: Tensor, *args: Any, **kwargs: Any) -> Plan:
+        """Return the plan for the product: what runs, or why it is the definition.
+
+        Raises:
+            RuntimeError: the backend is "triton" and no kernel applies.
+        """
+        if not (self.fused and self.act_name is not None):
+            return Plan("eager", "the model's own activation is kept, to the last bit")
+        h = x.new_empty(1).expand(*x.shape[:-1], self.out_features)
+        return plan_star(h, h, self.act_name)
 
     def _star(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         h = self.inp(x, *args, **kwargs)

@@ -1,15 +1,18 @@
 """Building blocks of StarNet: convolution with BatchNorm, and the star block."""
 
+import math
 from collections import OrderedDict
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from starlayers.checks import positive_int
-from starlayers.modules import StarBlock
+from starlayers.coefficients.modules import RankStarMLP, ScaledStarMLP
+from starlayers.dispatch import Plan
+from starlayers.modules import StarBlock, StarMLP
+from starlayers.tracing import is_traced
 from starlayers.vision.fused_block import fused_block, plan
 
 # importable from here as well: networks pickled as a whole refer to this path
@@ -81,12 +84,16 @@ class StarBlock2d(StarBlock):
     Args:
         dim: channels.
         kernel_size: side of the depthwise kernels, odd.
-        expansion, act, drop_path, layer_scale, combine, offset, rank, coefficients, device, dtype:
-            as for `StarBlock`; dynamic coefficients depend on the mean over height and width.
+        mlp: module over the channels of each pixel, (..., dim) -> (..., dim), in the place of the
+            star MLP of the next two arguments.
+        expansion: hidden channels per channel; `dim * expansion` must be a whole number.
+        act: name in `ACTIVATIONS` of the star MLP's activation; `None` for none.
+        drop_path, layer_scale: as for `StarBlock`.
+        device, dtype: of the parameters.
 
     Raises:
-        TypeError, ValueError: as `StarBlock`; an even `kernel_size`; an input that is not
-            (N, dim, H, W).
+        TypeError, ValueError: as `StarBlock`; an even `kernel_size`; `mlp` together with options of
+            the star MLP; an input that is not (N, dim, H, W).
 
     Source: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
 
@@ -100,18 +107,21 @@ class StarBlock2d(StarBlock):
         dim: int,
         kernel_size: int = 7,
         *,
+        mlp: nn.Module | None = None,
         expansion: float = 4,
         act: str | None = "relu6",
         drop_path: float = 0.0,
         layer_scale: float | None = None,
-        combine: str = "mul",
-        offset: float = 0.0,
-        rank: int = 1,
-        coefficients: str = "fixed",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        dim = positive_int(type(self).__name__, "dim", dim)
+        layer = type(self).__name__
+        dim = positive_int(layer, "dim", dim)
+        if mlp is not None and (expansion, act) != (4, "relu6"):
+            raise ValueError(
+                f"{layer}: expansion={expansion} and act={act!r} are of the star MLP that mlp= "
+                "replaces; pass them to that module"
+            )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         padding = same_padding(kernel_size)
 
@@ -121,48 +131,63 @@ class StarBlock2d(StarBlock):
         def norm() -> nn.BatchNorm2d:
             return nn.BatchNorm2d(dim, **factory)
 
-        super().__init__(
-            dim,
-            expansion=expansion,
-            act=act,
-            pre=OnChannelsLast(OrderedDict(conv=depthwise(), bn=norm())),
-            post=OnChannelsLast(OrderedDict(bn=norm(), conv=depthwise())),
-            drop_path=drop_path,
-            layer_scale=layer_scale,
-            combine=combine,
-            offset=offset,
-            rank=rank,
-            coefficients=coefficients,
-            **factory,
-        )
+        pre = OnChannelsLast(OrderedDict(conv=depthwise(), bn=norm()))
+        post = OnChannelsLast(OrderedDict(bn=norm(), conv=depthwise()))
+        if mlp is None:
+            mlp = StarMLP(dim, hidden_channels(layer, dim, expansion), act=act, **factory)
+        super().__init__(dim, mlp, pre=pre, post=post, drop_path=drop_path, layer_scale=layer_scale)
         self.dim = dim
 
     pre: OnChannelsLast
     post: OnChannelsLast
 
+    def plan(self, x: Tensor) -> Plan:
+        """Return the plan for images (N, dim, H, W): the whole block fused, or why not.
+
+        Raises:
+            RuntimeError: the backend is "triton" and cannot serve the block.
+        """
+        return plan(self, x.permute(0, 2, 3, 1))
+
     def forward(self, x: Tensor) -> Tensor:
         check_images(type(self).__name__, x, self.dim)
-        x_nhwc = rearrange(x, "n c h w -> n h w c").contiguous()
+        x_nhwc = x.permute(0, 2, 3, 1).contiguous()
         y = fused_block(self, x_nhwc) if plan(self, x_nhwc).fused else super().forward(x_nhwc)
-        return rearrange(y, "n h w c -> n c h w")
+        return y.permute(0, 3, 1, 2)
 
     def fuse(self) -> None:
         """Fold both BatchNorms and a learned scale into their neighbours, in place.
 
-        Uses the running statistics. A second call changes nothing. Dynamic coefficients stay.
+        Uses the running statistics. A second call changes nothing. Factors that depend on the input
+        stay, and so do the norms around an MLP of another class, whose last layer is not known.
         """
         pre, post, mlp = self.pre, self.post, self.mlp
-        if isinstance(pre.bn, nn.BatchNorm2d) and isinstance(post.bn, nn.BatchNorm2d):
+        known = isinstance(mlp, StarMLP | RankStarMLP)
+        if known and isinstance(pre.bn, nn.BatchNorm2d) and isinstance(post.bn, nn.BatchNorm2d):
             pre.conv, pre.bn = fuse_conv_bn_eval(pre.conv, pre.bn), nn.Identity()
             # g is pointwise, so the norm after it folds into it. The zero padding of the second
             # convolution comes after that norm, as before.
             mlp.g, post.bn = fuse_linear_bn_eval(mlp.g, post.bn), nn.Identity()
-        if mlp.coefficients == "scale":
-            mlp.fold()
+        if type(mlp) is ScaledStarMLP:
+            self.mlp = mlp.fold()
+
+
+def hidden_channels(layer: str, dim: int, expansion: float) -> int:
+    """Return `dim * expansion`; raise ValueError if that is no whole number of at least 1."""
+    hidden = dim * expansion
+    # compare with a tolerance: 100 * 1.1 is 110.00000000000001
+    if not 1 <= hidden < math.inf or abs(hidden - round(hidden)) > 1e-6:
+        raise ValueError(
+            f"{layer}: dim={dim} times expansion={expansion} gives {hidden} hidden channels; "
+            "choose an expansion that makes it a whole number of at least 1"
+        )
+    return round(hidden)
 
 
 def check_images(layer_name: str, x: Tensor, channels: int) -> None:
     """Check that `x` is a floating tensor of shape (N, channels, H, W)."""
+    if is_traced(x):
+        return
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"{layer_name} expects (N, {channels}, H, W), got shape {tuple(x.shape)}")
     if not x.is_floating_point():

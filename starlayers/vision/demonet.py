@@ -3,21 +3,24 @@
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from starlayers.checks import positive_int, probability
-from starlayers.modules import StarBlock
+from starlayers.checks import one_of, positive_int, probability
+from starlayers.coefficients.modules import SumMLP
+from starlayers.modules import StarBlock, StarMLP
+from starlayers.tracing import is_traced
 from starlayers.vision.blocks import check_images
 from starlayers.vision.layout import to_channels_last
+
+#: how the branches of the MLP are combined -> its class
+MLPS: dict[str, type[StarMLP]] = {"mul": StarMLP, "sum": SumMLP}
 
 
 class _Depthwise(nn.Conv2d):
     """Depthwise convolution on (N, H, W, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(rearrange(x, "n h w c -> n c h w"))
-        return rearrange(y, "n c h w -> n h w c")
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class DemoNet(nn.Module):
@@ -74,6 +77,8 @@ class DemoNet(nn.Module):
         for name, value in {**numbers, "patch_size": patch_size}.items():
             positive_int("DemoNet", name, value)
         probability("DemoNet", "drop_path_rate", drop_path_rate)
+        one_of("DemoNet", "combine", combine, MLPS)
+        mlp_class = MLPS[combine]
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.patch_size = patch_size
         self.stem = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **factory)
@@ -82,16 +87,13 @@ class DemoNet(nn.Module):
             *[
                 StarBlock(
                     dim,
-                    expansion=3,
-                    act=act,
-                    combine=combine,
+                    mlp_class(dim, 3 * dim, act=act, **factory),
                     pre=nn.Sequential(
                         nn.LayerNorm(dim, **factory),
                         _Depthwise(dim, dim, 7, padding=3, groups=dim, **factory),
                     ),
                     drop_path=rate,
                     layer_scale=layer_scale,
-                    **factory,
                 )
                 for rate in rates
             ]
@@ -107,10 +109,10 @@ class DemoNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         p = self.patch_size
         check_images("DemoNet", x, self.stem.in_channels)
-        if x.shape[2] % p or x.shape[3] % p:
+        if not is_traced(x) and (x.shape[2] % p or x.shape[3] % p):
             raise ValueError(
                 f"DemoNet expects sides that are multiples of {p}, got shape {tuple(x.shape)}"
             )
         x = self.stem(to_channels_last(x))
-        x = self.blocks(rearrange(x, "n c h w -> n h w c"))
+        x = self.blocks(x.permute(0, 2, 3, 1))
         return self.head(self.norm(x.mean((1, 2))))  # type: ignore[no-any-return]

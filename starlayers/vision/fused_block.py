@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from starlayers.dispatch import Plan, declined, exporting, is_plain, plan_block, plan_early
+from starlayers.dispatch import (
+    FORWARDS,
+    Plan,
+    declined,
+    exporting,
+    is_plain,
+    plan_block,
+    plan_early,
+)
 from starlayers.kernels.dwconv import dwconv
 from starlayers.kernels.registration import compute_dtype, no_autocast
 from starlayers.kernels.star_mlp import star_mlp
@@ -22,6 +30,8 @@ from starlayers.vision.layout import OnChannelsLast
 
 if TYPE_CHECKING:
     from starlayers.vision.blocks import StarBlock2d
+
+FORWARDS |= {DropPath: DropPath.forward, OnChannelsLast: OnChannelsLast.forward}
 
 
 def plan(block: "StarBlock2d", x: Tensor) -> Plan:

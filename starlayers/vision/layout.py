@@ -1,6 +1,5 @@
 """Layers and functions for images in channels_last memory layout."""
 
-from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -14,10 +13,10 @@ class OnChannelsLast(nn.Sequential):
     bn: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        y = rearrange(x, "n h w c -> n c h w")
+        y = x.permute(0, 3, 1, 2)
         for layer in self:
             y = layer(y)
-        return rearrange(y, "n c h w -> n h w c")
+        return y.permute(0, 2, 3, 1)
 
 
 def to_channels_last(x: Tensor) -> Tensor:
@@ -25,4 +24,4 @@ def to_channels_last(x: Tensor) -> Tensor:
 
     Works under `torch.func.vmap`, which `x.contiguous(memory_format=...)` does not.
     """
-    return rearrange(rearrange(x, "n c h w -> n h w c").contiguous(), "n h w c -> n c h w")
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)

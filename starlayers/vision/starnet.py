@@ -10,8 +10,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from starlayers.activations import get_activation
 from starlayers.checks import positive_int, probability
-from starlayers.modules import StarOp
-from starlayers.vision.blocks import ConvNorm, StarBlock2d, check_images
+from starlayers.coefficients.modules import ScaledStarOp
+from starlayers.initialisation import shrink
+from starlayers.modules import StarMLP, StarOp
+from starlayers.tracing import record
+from starlayers.vision.blocks import ConvNorm, StarBlock2d, check_images, hidden_channels
 from starlayers.vision.layout import to_channels_last
 from starlayers.vision.recompute import recompute
 
@@ -45,8 +48,8 @@ class StarNet(nn.Module):
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
         act: name in `ACTIVATIONS` for stem and blocks; `None` for no activation.
-        combine: "mul", or "sum" for the paper's ablation.
-        coefficients: of the star MLPs, "fixed", "scale" or "dynamic", as for `StarOp`.
+        mlp_layer: makes the MLP of a block, `mlp_layer(dim, hidden, act=act)`, with `device` and
+            `dtype` if they are passed: `StarMLP`, or a class of `starlayers.coefficients.modules`.
         global_pool: "avg", "max", "avgmax", or "" for none (needs `num_classes=0`).
         kernel_size: side of the depthwise kernels, odd.
         stem_stride: stride of the stem; 1 suits images of 28 to 64 pixels.
@@ -80,8 +83,7 @@ class StarNet(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         act: str | None = "relu6",
-        combine: str = "mul",
-        coefficients: str = "fixed",
+        mlp_layer: Callable[..., nn.Module] = StarMLP,
         global_pool: str = "avg",
         kernel_size: int = 7,
         stem_stride: int = 2,
@@ -106,6 +108,7 @@ class StarNet(nn.Module):
         self.grad_checkpointing = False
         self.feature_info: list[dict[str, Any]] = []
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        given = {name: value for name, value in factory.items() if value is not None}
 
         stem_stride = positive_int("StarNet", "stem_stride", stem_stride)
         self.stem = ConvNorm(in_chans, STEM_CHANNELS, 3, stride=stem_stride, **factory)
@@ -119,10 +122,9 @@ class StarNet(nn.Module):
                 StarBlock2d(
                     dim,
                     kernel_size,
-                    expansion=mlp_ratio,
-                    act=act,
-                    combine=combine,
-                    coefficients=coefficients,
+                    mlp=mlp_layer(
+                        dim, hidden_channels("StarNet", dim, mlp_ratio), act=act, **given
+                    ),
                     drop_path=next(rates),
                     **factory,
                 )
@@ -144,13 +146,16 @@ class StarNet(nn.Module):
         """Set every parameter and statistic to its start value, also after `to_empty`."""
         for m in self.modules():
             reset = getattr(m, "reset_parameters", None)
-            if reset is not None:
+            if reset is not None and not isinstance(m, StarOp):  # which resets its children
                 reset()
             if isinstance(m, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
+            own: Any = m.__dict__.get("reset_parameters")
+            if own is not None:
+                shrink(*own.args)  # this layer has a smaller start
         for m in self.modules():
-            if isinstance(m, StarOp):
-                m.reset_parameters()  # again: the last layer of a gate starts at zero
+            if isinstance(m, ScaledStarOp):
+                m.reset_factors()
         if isinstance(self.head, nn.Linear):
             nn.init.zeros_(self.head.bias)
 
@@ -296,12 +301,15 @@ class StarNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    __prepare_scriptable__ = record
+
     def fuse(self) -> "StarNet":
         """Fold every BatchNorm into its neighbour for inference, in place.
 
         Switches to eval mode, because only running statistics can be folded. The last norm has a
-        sum in front of it and becomes a 1x1 depthwise convolution. The outputs stay the same up to
-        rounding. A fused model that is trained further trains without BatchNorm.
+        sum in front of it and becomes a 1x1 depthwise convolution. Norms around MLPs of an unknown
+        class stay. The outputs stay the same up to rounding. A fused model that is trained further
+        trains without BatchNorm.
 
         Returns:
             The model.

@@ -16,9 +16,15 @@ from benchmarks.coefficients import search_runs as runs
 from benchmarks.coefficients.cost import ARMS, BASELINE, memory
 from benchmarks.coefficients.search_runs import DEFAULTS, RECIPE, SMOKE, TUNED
 from benchmarks.harness.records import Record
-from benchmarks.harness.runner import definition
+from benchmarks.harness.runner import current, definition
 from starlayers import StarMLP, StarOp
 from starlayers.coefficients import CoefficientPenalty, Eigenfeatures, eigenfeatures
+from starlayers.coefficients.modules import (
+    DynamicStarMLP,
+    RankStarMLP,
+    RankStarOp,
+    ScaledStarMLP,
+)
 from starlayers.coefficients.scaling import star_layers
 from starlayers.vision import StarNet
 
@@ -301,7 +307,7 @@ def test_memory_counts_what_is_kept_and_the_largest_tensor():
     vectors = 50 * 100 * 4
     assert found["largest"] == vectors
     assert 2 * vectors <= found["kept"] < 3 * vectors
-    dense = memory(CoefficientPenalty(StarOp(99, 50, act=None, rank=2), 1))
+    dense = memory(CoefficientPenalty(RankStarOp(99, 50, act=None, rank=2), 1))
     assert dense["largest"] == 50 * 100 * 100 * 4
 
 
@@ -360,6 +366,30 @@ def test_penalty_jobs_are_whole_seeds_and_their_strengths_were_tried():
         assert set(arms.values()) <= set(penalties.STRENGTHS)
     for job in (jobs | tuning).values():
         assert definition(job) == json.loads(json.dumps(definition(job)))
+
+
+@pytest.mark.parametrize(
+    ("task", "features", "classes"), [("fashion", 784, 10), ("reviews", 1000, 2)]
+)
+def test_every_arm_has_the_net_of_its_records(task, features, classes):
+    assert {arm: s["model"] for arm, s in penalties.ARMS.items() if "model" in s} == {
+        "scale": {"coefficients": "scale"},
+        "dynamic": {"coefficients": "dynamic"},
+        "rank 2": {"rank": 2},
+    }
+    jobs = penalties.jobs(seeds=1, tasks=[task])
+    nets = {job["arm"]: penalties.model(job, features, classes) for job in jobs.values()}
+    others = {"scale": ScaledStarMLP, "dynamic": DynamicStarMLP, "rank 2": RankStarMLP}
+    expected = dict.fromkeys(penalties.ARMS, StarMLP) | others
+    assert {arm: type(net) for arm, net in nets.items()} == expected
+    assert nets["rank 2"].rank == 2
+    sizes = {arm: sum(p.numel() for p in net.parameters()) for arm, net in nets.items()}
+    recorded = current("coefficients-penalties", jobs)
+    assert recorded.keys() == jobs.keys()
+    assert sizes == {r.arm: r.metrics["parameters"] for r in recorded.values()}
+    for job in jobs.values():
+        again = penalties.model(job, features, classes).state_dict()
+        assert all(torch.equal(p, again[n]) for n, p in nets[job["arm"]].state_dict().items())
 
 
 def test_differences_to_fixed_are_in_points():

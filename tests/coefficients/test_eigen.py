@@ -22,7 +22,15 @@ from starlayers.coefficients import (
     truncation,
     truncation_curve,
 )
-from tests.helpers import properties, randn, star_mlp_formula, star_op_formula
+from starlayers.coefficients.modules import (
+    DynamicStarMLP,
+    RankStarMLP,
+    RankStarOp,
+    ScaledStarMLP,
+    SumOp,
+)
+from tests.coefficients.layers import layer_formula, star_of
+from tests.helpers import branch_parameters, properties, randn
 
 stars = st.fixed_dictionaries(
     {
@@ -32,6 +40,7 @@ stars = st.fixed_dictionaries(
         "rank": st.integers(1, 3),
         "offset": st.sampled_from([0.0, 1.0]),
         "bias": st.booleans(),
+        "packed": st.booleans(),
     }
 )
 
@@ -43,10 +52,12 @@ class Normalise(nn.Module):
         return (x - 0.3) / 0.4
 
 
-def mlp(d, hidden, out, rank=1, offset=0.0, bias=True):
+def mlp(d, hidden, out, rank=1, offset=0.0, bias=True, packed=False):
     torch.manual_seed(d + 100 * hidden)
-    options = {"rank": rank, "offset": offset, "bias": bias, "dtype": torch.float64}
-    return StarMLP(d, hidden, out_features=out, act=None, **options)
+    options = {"out_features": out, "offset": offset, "bias": bias, "dtype": torch.float64}
+    if rank > 1:
+        return RankStarMLP(d, hidden, act=None, rank=rank, packed=packed, **options)
+    return StarMLP(d, hidden, act=None, **options)
 
 
 def pipeline():
@@ -57,7 +68,7 @@ def pipeline():
         nn.BatchNorm2d(2),
         nn.Conv2d(2, 4, 2, bias=False),
         nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 6), nn.BatchNorm1d(6)),
-        StarMLP(6, 4, out_features=5, act=None, rank=2),
+        RankStarMLP(6, 4, out_features=5, act=None, rank=2),
         nn.Linear(5, 3),
     )
     model(torch.randn(64, 2, 3, 3) * 2 + 1)  # running statistics that are not 0 and 1
@@ -82,7 +93,7 @@ def dense_form(weights1, weights2, mix, constant):
 def test_terms_of_a_star_mlp_sum_to_its_logits(case):
     model = mlp(**case)
     x = randn(7, case["d"], seed=1, dtype=torch.float64)
-    logits = star_mlp_formula(model, x).detach()
+    logits = layer_formula(model, x).detach()
     for o in range(case["out"]):
         found = attribute(model, x, o)
         scale = 1 + found.terms.abs().sum(1).max()
@@ -96,12 +107,13 @@ def test_terms_of_a_star_mlp_sum_to_its_logits(case):
 @given(stars)
 @properties
 def test_terms_of_a_star_op_sum_to_its_channels(case):
-    op = StarOp(
-        case["d"], case["out"], act=None, rank=case["rank"], offset=case["offset"],
-        bias=case["bias"], dtype=torch.float64,
-    )  # fmt: skip
+    options = {name: case[name] for name in ("offset", "bias", "packed")}
+    options |= {"act": None, "dtype": torch.float64}
+    rank = case["rank"]
+    kind, options = (RankStarOp, options | {"rank": rank}) if rank > 1 else (StarOp, options)
+    op = kind(case["d"], case["out"], **options)
     x = randn(2, 3, case["d"], seed=2, dtype=torch.float64)
-    expected = star_op_formula(op, x)
+    expected = layer_formula(op, x)
     for f in eigenfeatures(op):
         assert torch.allclose(f.terms(x).sum(-1), expected[..., f.output], atol=1e-10)
 
@@ -112,13 +124,13 @@ def test_vectors_are_those_of_the_dense_form(case):
     model = mlp(**case)
     ones = torch.ones(case["hidden"] * case["rank"], 1, dtype=torch.float64)
     w1, w2 = (
-        torch.cat([f.weight, 0 * ones if f.bias is None else f.bias[:, None]], 1).detach()
-        for f in (model.f1, model.f2)
+        torch.cat([w, 0 * ones if b is None else b[:, None]], 1).detach()
+        for w, b in branch_parameters(star_of(model))
     )
     w2[:, -1] += case["offset"]
     for f in eigenfeatures(model):
         bias = 0.0 if model.g.bias is None else float(model.g.bias[f.output].detach())
-        mix = model.g.weight[f.output].detach().repeat(case["rank"])
+        mix = model.g.weight[f.output].detach().repeat_interleave(case["rank"])
         form = dense_form(w1, w2, mix, bias)
         # as many as there are, in order of size, of length one, orthogonal
         dense = torch.linalg.eigvalsh(form)
@@ -157,13 +169,13 @@ def test_layers_around_the_star_are_folded_in():
 
 def test_learned_coefficients_are_inside_and_dynamic_ones_refused():
     options = {"out_features": 2, "act": None, "dtype": torch.float64}
-    model, x = StarMLP(5, 7, coefficients="scale", **options), randn(4, 5, dtype=torch.float64)
+    model, x = ScaledStarMLP(5, 7, **options), randn(4, 5, dtype=torch.float64)
     with torch.no_grad():
         model.scale.copy_(randn(7, seed=1))
         model.shift.copy_(randn(7, seed=2))
     assert torch.allclose(attribute(model, x, 1).logit, model(x)[:, 1], atol=1e-10)
-    with pytest.raises(ValueError, match="do not depend on the input, got 'dynamic'"):
-        eigenfeatures(StarMLP(5, 7, coefficients="dynamic", **options))
+    with pytest.raises(ValueError, match="do not depend on the input, got a DynamicStarMLP"):
+        eigenfeatures(DynamicStarMLP(5, 7, **options))
 
 
 def test_a_direction_asks_why_one_and_not_the_other():
@@ -231,7 +243,7 @@ def test_truncated_models_are_stars_of_the_kept_terms(k):
     model, x = mlp(5, 8, 3), randn(4, 2, 5, dtype=torch.float64)
     features = eigenfeatures(model)
     small = truncate(features, k)
-    assert isinstance(small[1], StarOp)
+    assert type(small[1]) is RankStarOp
     assert (small[1].rank, small[1].out_features) == (k, 3)
     expected = torch.stack([f.terms(x)[..., :k].sum(-1) for f in features], -1)
     assert torch.allclose(small(x), expected, atol=1e-12)
@@ -288,10 +300,10 @@ def test_smallest_k_within_a_loss():
     ("model", "words"),
     [
         (nn.Linear(3, 3), "exactly one of them; Linear has 0"),
-        (StarBlock(3, act=None), "StarBlock has 0"),
+        (StarBlock(3, StarMLP(3, act=None)), "StarBlock has 0"),
         (nn.Sequential(*[StarOp(3, 3, act=None)] * 2), "Sequential has 2"),
         (StarMLP(3, act="relu"), "needs act=None, got 'relu'"),
-        (StarOp(3, 3, act=None, combine="sum"), "needs combine='mul', got 'sum'"),
+        (SumOp(3, 3, act=None), "needs products, which a SumOp has none of"),
         (nn.Sequential(nn.Linear(3, 3), nn.ReLU6(), StarOp(3, 3, act=None)), r"ReLU6 \(1\) is not"),
         (nn.Sequential(nn.LayerNorm(3), StarOp(3, 3, act=None)), r"LayerNorm \(0\) takes inputs"),
         (nn.Sequential(StarOp(3, 4, act=None), nn.Softmax(1)), r"Softmax \(1\) is not affine"),
@@ -368,7 +380,7 @@ def test_few_products_of_a_large_input_are_found_in_their_span():
 
 
 def test_an_output_of_a_star_op_has_only_its_own_products():
-    op, x = StarOp(5000, 300, act=None, rank=2), randn(3, 5000)
+    op, x = RankStarOp(5000, 300, act=None, rank=2), randn(3, 5000)
     expected = op.double()(x.double())
     f = eigenfeatures(op, 7)
     assert f.vectors.shape == (5, 5001)

@@ -22,7 +22,16 @@ from starlayers.coefficients import (
     quadratic_form,
     spectrum,
 )
-from tests.coefficients.layers import CLOSE, DOUBLE, OPTIONS, dense_forms, star_mlp, star_op
+from starlayers.coefficients.modules import DynamicStarMLP, DynamicStarOp, SumMLP, SumOp
+from tests.coefficients.layers import (
+    CLOSE,
+    DOUBLE,
+    OPTIONS,
+    dense_forms,
+    filled,
+    star_mlp,
+    star_op,
+)
 from tests.helpers import properties, randn
 
 SIZES = st.tuples(st.integers(1, 5), st.integers(1, 4))
@@ -60,7 +69,7 @@ def test_polynomials_are_what_the_layer_computes(options, size, seed, kind):
 def test_branch_vectors_make_the_forms(options, size, seed):
     op = star_op(*size, seed=seed, **options)
     w1, w2 = branch_vectors(op)
-    assert w1.shape == w2.shape == (op.out_features, op.rank, op.in_features + 1)
+    assert w1.shape == w2.shape == (size[1], options.get("rank", 1), size[0] + 1)
     q = torch.einsum("kri,krj->kij", w1, w2)
     torch.testing.assert_close((q + q.mT) / 2, dense_forms(op), **CLOSE)
     torch.testing.assert_close(quadratic_form(op), dense_forms(op), **CLOSE)
@@ -85,8 +94,9 @@ def test_chunks_and_choices_agree(make, chunk):
 
 
 @layers
-def test_forms_have_gradients(make):
-    op = make(rank=2, coefficients="scale")
+@pytest.mark.parametrize("options", [{"rank": 2}, {"scaled": True}, {"packed": True}], ids=str)
+def test_forms_have_gradients(make, options):
+    op = make(**options)
     x = augmented(randn(6, 4, dtype=DOUBLE))
     parameters = list(op.parameters())
     through_form = torch.einsum("ni,kij,nj->nk", x, quadratic_form(op, chunk=1), x)
@@ -98,10 +108,13 @@ def test_forms_have_gradients(make):
 
 
 def test_vectors_leave_activation_and_gate_out():
-    plain = star_op(rank=2, coefficients="scale", offset=1)
-    gated = star_op(rank=2, coefficients="dynamic", act="gelu", offset=1)
-    gated.load_state_dict(plain.state_dict(), strict=False)
-    for a, b in zip(branch_vectors(gated), branch_vectors(plain)):
+    scaled = star_op(scaled=True, offset=1)
+    gated = filled(DynamicStarOp(4, 3, act="gelu", offset=1, dtype=DOUBLE))
+    gated.load_state_dict(scaled.state_dict(), strict=False)
+    for a, b in zip(branch_vectors(gated), branch_vectors(scaled), strict=True):
+        assert torch.equal(a, b)
+    plain, gated = star_op(rank=2), star_op(rank=2, act="gelu")
+    for a, b in zip(branch_vectors(gated), branch_vectors(plain), strict=True):
         assert torch.equal(a, b)
 
 
@@ -114,7 +127,7 @@ def test_layers_of_other_classes_bring_their_own_vectors():
         def star_vectors(self):
             return [(w[0], w[1]) for w in self.weights]
 
-    model = nn.Sequential(Packed(1), Packed(2), StarOp(3, 2), StarOp(3, 2, combine="sum"))
+    model = nn.Sequential(Packed(1), Packed(2), StarOp(3, 2), SumOp(3, 2))
     found = spectrum(model)
     assert list(found) == ["0", "1.0", "1.1", "2"]
     assert list(spectrum(model[1])) == ["0", "1"]
@@ -152,8 +165,10 @@ def wrapped():
     ("make", "error", "words"),
     [
         (lambda: StarOp(4, 3), ValueError, "act=None, got 'relu6'"),
-        (lambda: StarOp(4, 3, act=None, combine="sum"), ValueError, "combine='mul', got 'sum'"),
-        (lambda: StarOp(4, 3, act=None, coefficients="dynamic"), ValueError, "got 'dynamic'"),
+        (lambda: SumOp(4, 3, act=None), ValueError, "needs products, which a SumOp has none of"),
+        (lambda: SumMLP(4, act=None), ValueError, "needs products, which a SumMLP has none of"),
+        (lambda: DynamicStarOp(4, 3, act=None), ValueError, "the input, got a DynamicStarOp"),
+        (lambda: DynamicStarMLP(4, act=None), ValueError, "the input, got a DynamicStarMLP"),
         (wrapped, ValueError, "'f2' is a Wrapped.*merge adapters"),
         (lambda: nn.Linear(4, 3), TypeError, "StarOp or StarMLP, got a Linear"),
     ],
@@ -297,7 +312,7 @@ def test_rank_of_one_layer_is_the_dimension(d):
     count = implicit_dimension(d)
     assert empirical_rank(StarOp(d, count + 5, act=None)) == count
     assert empirical_rank(StarOp(d, count - 1, act=None)) == count - 1  # no more than outputs
-    assert empirical_rank(StarOp(d, count + 5, act=None, combine="sum")) == d + 1
+    assert empirical_rank(SumOp(d, count + 5, act=None)) == d + 1
     # without constants there are squares and products alone
     assert empirical_rank(StarOp(d, count + 5, act=None, bias=False)) == d * (d + 1) // 2
 
@@ -310,9 +325,7 @@ def test_rank_of_two_layers_is_the_dimension(d):
 
 
 def test_rank_of_two_sums_is_that_of_one():
-    model = nn.Sequential(
-        *(StarOp(3, 3, act=None, combine="sum"), StarOp(3, 20, act=None, combine="sum"))
-    )
+    model = nn.Sequential(SumOp(3, 3, act=None), SumOp(3, 20, act=None))
     assert empirical_rank(model) == 4
 
 

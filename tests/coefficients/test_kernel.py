@@ -11,26 +11,28 @@ from sklearn.svm import SVC
 
 from starlayers import StarMLP, StarOp
 from starlayers.coefficients import star_kernel
-from tests.helpers import properties, randn, star_op_formula
+from starlayers.coefficients.modules import DynamicStarOp, RankStarOp, SumOp
+from tests.coefficients.layers import hidden_formula, star_of
+from tests.helpers import properties, randn
 
 
-def drawn(d, out, std, bias_std, seed=0, **options):
+def drawn(d, out, std, bias_std, seed=0, kind=StarOp, **options):
     """A star with normal weights."""
-    op = StarOp(d, out, act=None, dtype=torch.float64, **options)
+    op = kind(d, out, act=None, dtype=torch.float64, **options)
     torch.manual_seed(seed)
     with torch.no_grad():
-        for f, s, b in zip((op.f1, op.f2), std, bias_std):
+        for f, s, b in zip((star_of(op).f1, star_of(op).f2), std, bias_std):
             f.weight.normal_(std=s)
             f.bias.normal_(std=b)
     return op
 
 
 @pytest.mark.parametrize("act", [None, "relu6"])
-@pytest.mark.parametrize("combine", ["mul", "sum"])
-def test_gram_is_the_mean_over_channels(act, combine):
-    op = StarOp(3, 7, act=act, combine=combine, rank=2, dtype=torch.float64)
+@pytest.mark.parametrize("kind", [StarOp, RankStarOp, SumOp, DynamicStarOp])
+def test_gram_is_the_mean_over_channels(act, kind):
+    op = kind(3, 7, act=act, dtype=torch.float64)
     x, y = randn(4, 3, dtype=torch.float64), randn(5, 3, seed=1, dtype=torch.float64)
-    a, b = star_op_formula(op, x), star_op_formula(op, y)
+    a, b = hidden_formula(op, x), hidden_formula(op, y)
     assert torch.allclose(star_kernel(op, x, y), torch.einsum("nk,mk->nm", a, b) / 7)
     assert torch.equal(star_kernel(op, x), star_kernel(op, x, x))
 
@@ -46,10 +48,11 @@ def test_of_a_star_mlp_it_is_the_product():
         )
 
 
-@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 3), st.booleans())
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 3), st.booleans())
 @properties
 def test_gram_matrices_are_positive_semidefinite(d, out, rank, analytic):
-    gram = star_kernel(StarOp(d, out, act=None, rank=rank), randn(12, d), analytic=analytic)
+    op = RankStarOp(d, out, act=None, rank=rank) if rank else StarOp(d, out, act=None)
+    gram = star_kernel(op, randn(12, d), analytic=analytic)
     assert torch.equal(gram, gram.T)
     assert torch.linalg.eigvalsh(gram).min() >= -1e-12 * gram.diagonal().max()
 
@@ -57,7 +60,7 @@ def test_gram_matrices_are_positive_semidefinite(d, out, rank, analytic):
 def test_expectation_is_the_polynomial_kernel_of_the_variances():
     """rank (v1 x.y + c1) (v2 x.y + c2), with offset^2 in c2, up to sampling of the weights."""
     x, y = randn(6, 4, dtype=torch.float64), randn(5, 4, seed=1, dtype=torch.float64)
-    op = drawn(4, 50_000, std=(0.5, 2.0), bias_std=(1.5, 0.7), rank=2, offset=1.2)
+    op = drawn(4, 50_000, std=(0.5, 2.0), bias_std=(1.5, 0.7), kind=RankStarOp, offset=1.2)
     products = x @ y.T
     expected = 2 * (0.25 * products + 2.25) * (4.0 * products + 0.49 + 1.44)
     assert torch.allclose(star_kernel(op, x, y, analytic=True), expected, rtol=0.03, atol=0.05)
@@ -72,7 +75,7 @@ def test_branches_alike_are_scikit_learns_polynomial_kernel():
     assert torch.allclose(kernel, torch.from_numpy(theirs), rtol=0.01, atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"rank": 3, "offset": 1.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"kind": RankStarOp, "rank": 3, "offset": 1.0}])
 def test_random_stars_converge_to_it(options):
     """The distance falls as one over the root of the channels: here by 10 for 100 times as many."""
     x = randn(20, 5, dtype=torch.float64)
@@ -89,7 +92,7 @@ def test_random_stars_converge_to_it(options):
 
 def test_a_sum_of_random_branches_has_a_linear_kernel():
     """What the star's is to be compared with: no products of coordinates in it."""
-    op = drawn(4, 200_000, (0.5, 0.8), (0.3, 0.4), combine="sum")
+    op = drawn(4, 200_000, (0.5, 0.8), (0.3, 0.4), kind=SumOp)
     x = randn(6, 4, dtype=torch.float64)
     expected = (0.25 + 0.64) * x @ x.T + 0.09 + 0.16
     assert torch.allclose(star_kernel(op, x), expected, atol=0.05)
@@ -124,16 +127,16 @@ def test_an_svm_on_it_separates_what_a_polynomial_does_and_a_line_does_not():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("op", "words"),
     [
-        ({"act": "relu"}, "needs act=None, got 'relu'"),
-        ({"act": None, "combine": "sum"}, "needs combine='mul', got 'sum'"),
-        ({"act": None, "coefficients": "dynamic"}, "needs coefficients that do not depend"),
+        (StarOp(3, 2, act="relu"), "needs act=None, got 'relu'"),
+        (SumOp(3, 2, act=None), "needs products, which a SumOp has none of"),
+        (DynamicStarOp(3, 2, act=None), "needs factors that do not depend on the input"),
     ],
 )
-def test_expectations_that_are_not_known_are_refused(options, words):
+def test_expectations_that_are_not_known_are_refused(op, words):
     with pytest.raises(ValueError, match=r"star_kernel\(analytic=True\) " + words):
-        star_kernel(StarOp(3, 2, **options), randn(4, 3), analytic=True)
+        star_kernel(op, randn(4, 3), analytic=True)
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (3,), (2, 4, 3)])

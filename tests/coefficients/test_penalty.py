@@ -10,10 +10,20 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from starlayers import StarBlock, StarMLP, StarOp, use_backend
+from starlayers import StarBlock, StarOp, use_backend
 from starlayers.coefficients import CoefficientPenalty, branch_vectors, norms
+from starlayers.coefficients.modules import RankStarMLP, RankStarOp, SumOp
 from starlayers.coefficients.penalty import imbalance
-from tests.coefficients.layers import CLOSE, DOUBLE, OPTIONS, dense_forms, filled, star_mlp, star_op
+from tests.coefficients.layers import (
+    CLOSE,
+    DOUBLE,
+    OPTIONS,
+    dense_forms,
+    filled,
+    star_mlp,
+    star_of,
+    star_op,
+)
 from tests.helpers import properties
 
 SIZES = st.tuples(st.integers(1, 5), st.integers(1, 4))
@@ -76,8 +86,8 @@ def test_gradcheck(rank, options):
 
     def value(*tensors):
         for name, tensor in zip(names, tensors):
-            branch, kind = name.split(".")
-            getattr(op, branch)._parameters[kind] = tensor
+            branch, kind = name.removeprefix("star.").split(".")
+            getattr(star_of(op), branch)._parameters[kind] = tensor
         return penalty()
 
     parameters = tuple(p.detach().clone().requires_grad_() for p in op.parameters())
@@ -87,13 +97,14 @@ def test_gradcheck(rank, options):
 
 def zeros_in(op):
     """Weights cut off: rows of one branch, of the other, of both, and equal and opposite ones."""
+    first, second = star_of(op).f1.weight, star_of(op).f2.weight
     with torch.no_grad():
-        op.f1.weight[:, :3] = 0
-        op.f2.weight[:, 2:5] = 0
-        op.f1.weight[:, 5] = op.f2.weight[:, 5]
-        op.f1.weight[:, 6] = -op.f2.weight[:, 6]
-        op.f2.weight[0] = op.f1.weight[0]
-        op.f1.weight[1].zero_()
+        first[:, :3] = 0
+        second[:, 2:5] = 0
+        first[:, 5] = second[:, 5]
+        first[:, 6] = -second[:, 6]
+        second[0] = first[0]
+        first[1].zero_()
     return op
 
 
@@ -219,14 +230,14 @@ def test_normalised_sizes_do_not_depend_on_the_model():
 
 
 def test_layers_are_found_and_read_at_every_call():
-    model = nn.Sequential(StarBlock(4), StarOp(4, 4, combine="sum"), StarOp(4, 3, rank=2))
+    model = nn.Sequential(StarBlock(4), SumOp(4, 4), RankStarOp(4, 3, rank=2))
     penalty = CoefficientPenalty(model)
     assert list(penalty.layers) == ["0.mlp", "2"]
     assert repr(penalty) == "CoefficientPenalty(2 layers, p=2)"
     before = penalty()
     with torch.no_grad():
-        model[2].f1.weight.mul_(2)
-        model[2].f1.bias.mul_(2)
+        model[2].star.f1.weight.mul_(2)
+        model[2].star.f1.bias.mul_(2)
     assert penalty() > before
     penalty().backward()
     assert model[0].mlp.f1.weight.grad.abs().sum() > 0
@@ -235,7 +246,7 @@ def test_layers_are_found_and_read_at_every_call():
 
 
 def test_learned_scales_take_part():
-    op = star_op(4, 3, coefficients="scale")
+    op = star_op(4, 3, scaled=True)
     CoefficientPenalty(op)().backward()
     assert all(p.grad.abs().sum() > 0 for p in (op.scale, op.shift))
     value = CoefficientPenalty(op)().detach()
@@ -243,7 +254,7 @@ def test_learned_scales_take_part():
 
 
 def test_half_precision_and_autocast_are_summed_in_float32():
-    op = StarMLP(16, rank=2)
+    op = RankStarMLP(16, rank=2)
     exact = CoefficientPenalty(op, balance=0.1)()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = CoefficientPenalty(op, balance=0.1)()
@@ -252,12 +263,12 @@ def test_half_precision_and_autocast_are_summed_in_float32():
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, exact, rtol=0.02, atol=0)
     half.backward()
-    assert op.f1.weight.grad.dtype == torch.bfloat16
+    assert op.star.f1.weight.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.slow
 def test_it_compiles(fresh_compiler):
-    model = nn.Sequential(StarOp(4, 8), StarOp(8, 3, rank=2))
+    model = nn.Sequential(StarOp(4, 8), RankStarOp(8, 3, rank=2))
     for options in ({"p": 2}, {"p": 1}, {"p": 2, "balance": 0.5}):
         penalty = CoefficientPenalty(model, **options)
         compiled = torch.compile(penalty, backend="aot_eager", fullgraph=True)
@@ -279,13 +290,13 @@ def test_options_that_make_no_sense(options, words):
 
 
 def test_models_without_star_layers():
-    for model in (nn.Linear(3, 2), StarOp(3, 2, combine="sum")):
+    for model in (nn.Linear(3, 2), SumOp(3, 2)):
         with pytest.raises(ValueError, match="has no star layers"):
             CoefficientPenalty(model)
 
 
 def test_large_layers_need_no_matrix_but_for_absolute_values_of_sums():
-    op = filled(StarOp(17_000, 2, act=None, rank=2))
+    op = filled(RankStarOp(17_000, 2, act=None, rank=2))
     with pytest.raises(ValueError, match=r"17001 x 17001 takes 1\.1 GiB.*bound=True"):
         CoefficientPenalty(op, 1)()
     assert CoefficientPenalty(op, 1, bound=True)() > 0

@@ -13,9 +13,18 @@ from torch import nn
 
 from starlayers import StarBlock, StarMLP, StarOp
 from starlayers.coefficients import Spectrum, SpectrumLogger, norms, plot_spectrum, spectrum
+from starlayers.coefficients.modules import RankStarOp, ScaledStarOp, SumOp
 from starlayers.coefficients.scaling import ProductScaler, star_layers
-from tests.coefficients.layers import CLOSE, DOUBLE, OPTIONS, dense_forms, star_mlp, star_op
-from tests.helpers import properties, randn, star_op_formula
+from tests.coefficients.layers import (
+    CLOSE,
+    DOUBLE,
+    OPTIONS,
+    dense_forms,
+    star_mlp,
+    star_of,
+    star_op,
+)
+from tests.helpers import FORMULAS, branch_parameters, properties, randn
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 4))
 ACTS = st.sampled_from([None, "relu6"])
@@ -52,7 +61,7 @@ def test_numbers_are_those_of_the_matrices(options, size, seed, act):
 def test_eigenvalues_are_those_of_the_matrices(options, size, seed):
     op = star_op(*size, seed=seed, **options)
     found = spectrum(op)[""].eigenvalues
-    assert found.shape == (op.out_features, min(2 * op.rank, op.in_features + 1))
+    assert found.shape == (op.out_features, min(2 * options.get("rank", 1), op.in_features + 1))
     assert torch.equal(found, found.sort(1).values)
     padded = nn.functional.pad(found, (0, op.in_features + 1 - found.shape[1])).sort(1).values
     torch.testing.assert_close(padded, torch.linalg.eigvalsh(dense_forms(op)).detach(), **CLOSE)
@@ -63,7 +72,7 @@ def test_eigenvalues_of_branches_of_very_different_size(rank):
     # through the Gram matrix of the branches the square root of its rounding would be left
     op = star_op(6, 3, rank=rank, bias=False)
     with torch.no_grad():
-        op.f1.weight.mul_(1e-9)
+        star_of(op).f1.weight.mul_(1e-9)
     dense = torch.linalg.eigvalsh(dense_forms(op)).detach()
     found = spectrum(op)[""].eigenvalues
     torch.testing.assert_close(found[:, 0], dense[:, 0], rtol=1e-10, atol=0)
@@ -117,7 +126,7 @@ def test_small_weights_do_not_vanish():
 
 
 def test_layers_by_name_and_their_summaries():
-    model = nn.Sequential(StarBlock(6), StarOp(6, 4, combine="sum"), StarOp(6, 4, act=None, rank=2))
+    model = nn.Sequential(StarBlock(6), SumOp(6, 4), RankStarOp(6, 4, act=None, rank=2))
     found = spectrum(model)
     assert list(found) == ["0.mlp", "2"]
     assert found["0.mlp"].norm.shape == (24,)
@@ -136,7 +145,7 @@ def test_layers_by_name_and_their_summaries():
 
 
 def test_models_without_products():
-    for model in (nn.Linear(3, 3), StarOp(3, 3, combine="sum")):
+    for model in (nn.Linear(3, 3), SumOp(3, 3)):
         for call in (spectrum, SpectrumLogger, plot_spectrum):
             with pytest.raises(ValueError, match="has no star layers"):
                 call(model)
@@ -151,7 +160,7 @@ def test_a_matrix_too_large_is_needed_for_the_entropy_alone():
 
 def test_a_figure_shows_every_layer():
     matplotlib = pytest.importorskip("matplotlib")
-    model = nn.Sequential(StarBlock(6), StarOp(6, 4, act=None, rank=2))
+    model = nn.Sequential(StarBlock(6), RankStarOp(6, 4, act=None, rank=2))
     for source in (model, spectrum(model, entropy=False)):
         figure = plot_spectrum(source)
         assert isinstance(figure, matplotlib.figure.Figure)
@@ -321,26 +330,26 @@ X = randn(5, 4, dtype=torch.float64)
 
 
 def star(**options):
-    return StarOp(4, 3, rank=2, act="tanh", **options).double()
+    return RankStarOp(4, 3, rank=2, act="tanh", **options).double()
 
 
 def products(op):
-    """Each product on its own, (inputs, rank * channels)."""
-    alone = StarOp(4, 6, act="tanh", offset=op.offset).double()
-    alone.load_state_dict({k: v for k, v in op.state_dict().items() if k[0] == "f"})
-    return star_op_formula(alone, X)
+    """Each product on its own, (inputs, channels * rank)."""
+    (w1, b1), (w2, b2) = branch_parameters(op.star)
+    return FORMULAS["tanh"](X @ w1.T + b1) * (op.offset + X @ w2.T + b2)
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.7])
-def test_a_factor_scales_its_product_and_is_of_the_start(offset):
-    op = star(offset=offset)
-    parts, before = products(op), op(X)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_factor_scales_its_product_and_is_of_the_start(offset, packed):
+    op = star(offset=offset, packed=packed)
+    parts, before = products(op).detach(), op(X)
     scaler = ProductScaler("test", "", op)
     assert scaler.products == 6
     for seed in range(2):  # the second factors replace the first
         s = randn(6, seed=seed, dtype=torch.float64)
         scaler.write(s)
-        assert torch.allclose(op(X), (parts * s).unflatten(-1, (2, 3)).sum(-2))
+        assert torch.allclose(op(X), (parts * s).unflatten(-1, (3, 2)).sum(-1))
     scaler.restore()
     assert torch.equal(op(X), before)
 
@@ -350,7 +359,7 @@ def test_layers_without_bias_and_with_a_scale():
     before = op(X)
     ProductScaler("test", "", op).write(torch.full((6,), 3.0))
     assert torch.allclose(op(X), 3 * before)
-    op = star(coefficients="scale", offset=1.0)
+    op = ScaledStarOp(4, 6, act="tanh", offset=1.0).double()
     before, f2 = op(X), op.f2.weight.clone()
     ProductScaler("test", "", op).write(torch.full((6,), 3.0))
     assert torch.allclose(op(X), 3 * before)
@@ -363,7 +372,7 @@ def test_layers_without_bias_and_with_a_scale():
 )
 def test_groups(count, sizes):
     op = star()
-    norms = op.f1.weight.norm(dim=1) * op.f2.weight.norm(dim=1)
+    norms = op.star.f1.weight.norm(dim=1) * op.star.f2.weight.norm(dim=1)
     scaler = ProductScaler("test", "", op)
     groups = scaler.groups(count)
     assert [len(g) for g in groups] == sizes
@@ -373,7 +382,7 @@ def test_groups(count, sizes):
 
 
 def test_layers_by_name_and_pattern():
-    model = nn.Sequential(StarOp(4, 4), nn.Sequential(StarMLP(4, 8)), StarOp(4, 4, combine="sum"))
+    model = nn.Sequential(StarOp(4, 4), nn.Sequential(StarMLP(4, 8)), SumOp(4, 4))
     assert list(star_layers("test", model)) == ["0", "1.0"]
     for patterns, names in (
         ("0", ["0"]),

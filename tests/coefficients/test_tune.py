@@ -11,16 +11,34 @@ from sacrebleu import corpus_bleu
 from torch import nn
 
 from starlayers import StarBlock, StarMLP, StarOp
+from starlayers.coefficients.modules import (
+    DynamicStarMLP,
+    DynamicStarOp,
+    RankStarMLP,
+    RankStarOp,
+    ScaledStarMLP,
+    ScaledStarOp,
+    SumOp,
+)
 from starlayers.coefficients.search import search
 from starlayers.coefficients.space import METHODS, apply_initialisation, coefficient_space
 from starlayers.coefficients.tune import tune_coefficients
 from starlayers.datasets.images import load_images
-from tests.helpers import FORMULAS, randn, star_op_formula
+from tests.coefficients.layers import star_of
+from tests.helpers import FORMULAS, branch_parameters, randn
+
+#: class of an op and of an MLP by the name in `coefficient_space`
+KINDS = {
+    "fixed": (StarOp, StarMLP),
+    "scale": (ScaledStarOp, ScaledStarMLP),
+    "dynamic": (DynamicStarOp, DynamicStarMLP),
+}
 
 
-def net(**options):
+def net(kind="fixed", **options):
     torch.manual_seed(0)
-    return nn.Sequential(StarOp(6, 12, **options), nn.Linear(12, 5), StarMLP(5, 10, **options))
+    op, mlp = KINDS[kind]
+    return nn.Sequential(op(6, 12, **options), nn.Linear(12, 5), mlp(5, 10, **options))
 
 
 X, Y = randn(64, 6, seed=1), randn(64, 5, seed=2)
@@ -85,7 +103,7 @@ def test_it_is_better_and_nothing_but_scales_changed(method, metric, direction):
 
 
 def test_with_an_offset_the_whole_product_is_scaled():
-    op = StarOp(6, 4, offset=0.7, act="gelu", rank=3).double()
+    op = RankStarOp(6, 4, offset=0.7, act="gelu", rank=3).double()
     before = copy.deepcopy(op)
     x = randn(9, 6, dtype=torch.float64)
     wanted = randn(9, 4, seed=5, dtype=torch.float64)
@@ -93,10 +111,9 @@ def test_with_an_offset_the_whole_product_is_scaled():
     s = result.scales[""]
     assert s.shape == (12,)
     assert len(s.unique()) > 6
-    one = copy.deepcopy(before)
-    one.rank = 1
-    products = star_op_formula(one, x) * s
-    assert torch.allclose(op(x), products.unflatten(-1, (3, 4)).sum(-2), rtol=1e-12, atol=1e-12)
+    (w1, b1), (w2, b2) = branch_parameters(before.star)
+    products = FORMULAS["gelu"](x @ w1.T + b1) * (0.7 + x @ w2.T + b2) * s
+    assert torch.allclose(op(x), products.unflatten(-1, (4, 3)).sum(-1), rtol=1e-12, atol=1e-12)
     assert not torch.allclose(op(x), before(x))
 
 
@@ -125,7 +142,7 @@ def fit_sum(model):
 )
 def test_layers_are_chosen_by_name(layers, tuned):
     model = nn.Module()
-    model.a, model.c = StarOp(4, 4), StarOp(4, 4, combine="sum")
+    model.a, model.c = StarOp(4, 4), SumOp(4, 4)
     model.b = nn.Sequential(StarBlock(4), StarOp(4, 4))
     assert list(tune(model, lambda m: 0.0, layers=layers, trials=2).scales) == tuned
 
@@ -329,7 +346,7 @@ WRONG = [
     (net(), {"seed": -1}, "seed must be at least 0, got -1"),
     (StarOp(6, 4), {"groups": 1}, r"at least two numbers .* has 1 \(star:0\): use 'tpe'"),
     (nn.Linear(6, 4), {}, "Linear has no star layers"),
-    (StarOp(6, 4, combine="sum"), {}, "StarOp has no star layers"),
+    (SumOp(6, 4), {}, "SumOp has no star layers"),
     (net(offset=1.0, bias=False), {}, r"layer '0' has offset=1.0 and no bias to hold a factor"),
 ]
 
@@ -359,7 +376,7 @@ def test_second_branches_that_cannot_be_scaled_are_named():
 
 def test_layers_with_a_scale_of_their_own_are_tuned_there():
     for kind in ("scale", "dynamic"):
-        model = net(coefficients=kind)
+        model = net(kind)
         before = weights(model)
         result = tune(model, fit)
         changed = {k for k, v in weights(model).items() if not torch.equal(v, before[k])}
@@ -375,15 +392,17 @@ INPUTS = randn(7, 6, dtype=torch.float64)
 
 
 def branches(op, x=INPUTS):
-    return op.f1(x), op.f2(x)
+    return tuple(x @ w.T + (0 if b is None else b) for w, b in branch_parameters(star_of(op)))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_draws_from_it_and_models_can_be_built(method):
     def objective(trial):
         v = trial.params
-        options = {"rank": v["rank"], "coefficients": v["coefficients"]}
-        model = nn.Sequential(StarOp(6, 4, **options), StarMLP(4, **options))
+        op, mlp = KINDS[v["coefficients"]]
+        model = nn.Sequential(op(6, 4), mlp(4))
+        if v["rank"] > 1:
+            model[1] = RankStarMLP(4, rank=v["rank"])
         apply_initialisation(model, v)
         return model(INPUTS.float()).std().item()
 
@@ -407,19 +426,19 @@ def test_without_layers_there_are_no_layer_scales():
 
 
 @pytest.mark.parametrize("own_offset", [0.0, 0.7])
-@pytest.mark.parametrize("kind", ["fixed", "scale"])
-def test_branches_become_what_the_formula_says(own_offset, kind):
+@pytest.mark.parametrize("kind", [StarOp, RankStarOp, ScaledStarOp])
+@pytest.mark.parametrize("packed", [False, True])
+def test_branches_become_what_the_formula_says(own_offset, kind, packed):
     values = {"gain1": 2.0, "gain2": 0.5, "offset": 0.3, "layer_scale_0": 3.0, "l2": 0.1, "rank": 2}
-    options = {"offset": own_offset, "coefficients": kind, "bias": kind == "fixed"}
-    op = StarOp(6, 4, rank=2, act="gelu", **options).double()
+    options = {"offset": own_offset, "packed": packed, "bias": kind is not ScaledStarOp}
+    op = kind(6, 4, act="gelu", **options).double()
     h1, h2 = branches(copy.deepcopy(op))
     assert apply_initialisation(op, values) is op
-    op.fold()
-    new1, new2 = branches(op)
+    new1, new2 = branches(op.fold() if kind is ScaledStarOp else op)
     assert torch.allclose(new1, 2 * h1)
     assert torch.allclose(own_offset + new2, 3 * (own_offset + 0.3 + 0.5 * h2))
     y = FORMULAS["gelu"](2 * h1) * 3 * (own_offset + 0.3 + 0.5 * h2)
-    assert torch.allclose(op(INPUTS), y.unflatten(-1, (2, 4)).sum(-2))
+    assert torch.allclose(op(INPUTS), y.unflatten(-1, (4, -1)).sum(-1))
 
 
 def test_each_layer_has_its_scale_and_what_is_missing_changes_nothing():

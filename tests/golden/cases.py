@@ -22,6 +22,16 @@ from torch import Tensor, nn
 
 from starlayers import DropPath, StarBlock, StarMLP, StarOp, starify, use_backend
 from starlayers.activations import ACTIVATIONS
+from starlayers.coefficients.modules import (
+    DynamicStarMLP,
+    DynamicStarOp,
+    RankStarMLP,
+    RankStarOp,
+    ScaledStarMLP,
+    ScaledStarOp,
+    SumMLP,
+    SumOp,
+)
 
 FOLDER = Path(__file__).parent
 NUMBERS, SAVED = FOLDER / "golden.json", FOLDER / "saved.tar.gz"
@@ -58,18 +68,43 @@ OP_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+#: option that chose a variant when these numbers were written -> the variant of today
+VARIANTS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "combine": (SumOp, SumMLP),
+    "rank": (RankStarOp, RankStarMLP),
+    "scale": (ScaledStarOp, ScaledStarMLP),
+    "dynamic": (DynamicStarOp, DynamicStarMLP),
+}
+
+
 def core_case(kind: str, options: dict[str, Any]) -> Build:
     def build() -> tuple[nn.Module, tuple[Any, ...]]:
+        chosen = dict(options)
+        variant = chosen.pop("coefficients", None) or (
+            "combine" if chosen.pop("combine", 0) else ""
+        )
+        variant = variant or ("rank" if "rank" in chosen else "")
+        op, mlp = VARIANTS.get(variant, (StarOp, StarMLP))
         if kind == "op":
-            layer: nn.Module = StarOp(6, 10, **options)
+            layer: nn.Module = as_saved(op(6, 10, **chosen))
         elif kind == "mlp":
-            layer = StarMLP(6, 10, out_features=7, **options)
+            layer = as_saved(mlp(6, 10, out_features=7, **chosen))
         else:
             parts = {"pre": nn.LayerNorm(6), "post": nn.Linear(6, 6), "layer_scale": 0.5}
-            layer = StarBlock(6, expansion=2, **parts, **options)
+            layer = StarBlock(6, as_saved(mlp(6, 12, **chosen)), **parts)
         return layer, (torch.randn(3, 5, 6),)
 
     return build
+
+
+def as_saved(layer: nn.Module) -> nn.Module:
+    """Load the weights that a layer drew as the state dict of the time of these numbers.
+
+    Sums of products were laid out (rank, channels) then, in branches without a name of their own.
+    """
+    state = {k.removeprefix("star."): v.clone() for k, v in layer.state_dict().items()}
+    layer.load_state_dict(state)
+    return layer
 
 
 for _kind in ("op", "mlp", "block"):
@@ -112,7 +147,7 @@ def _starnet_small() -> tuple[nn.Module, tuple[Any, ...]]:
 def _starnet_dynamic() -> tuple[nn.Module, tuple[Any, ...]]:
     from starlayers.vision import StarNet
 
-    return StarNet(8, (1, 2), stage_strides=(2, 2), coefficients="dynamic"), (
+    return StarNet(8, (1, 2), stage_strides=(2, 2), mlp_layer=DynamicStarMLP), (
         torch.randn(2, 3, 32, 32),
     )
 
@@ -178,6 +213,8 @@ def starformer_case(model: str, config: str, options: dict[str, Any]) -> Build:
 
         if config == "StarformerSeq2SeqConfig" and "layer_types" in options:
             options["encoder_layer_types"] = options["layer_types"]
+        if options.get("mlp_type") == "plain":  # each layer drew a star MLP first then
+            _ = [StarMLP(32, 48, bias=False) for _ in range(SIZES["num_hidden_layers"])]
         net = getattr(nlp, model)(getattr(nlp, config)(**SIZES, **options))
         ids = (tokens(99),)
         if "Seq2Seq" in config:
@@ -421,9 +458,17 @@ for _name in AGENTS:
 # what is compared
 
 
+#: parts of names that changed since, and what they were; old state dicts load all the same
+OLD_NAMES = {"star.f": "f", ".f12.": ".proj."}
+
+
 def digest(module: nn.Module) -> str:
-    """Names, shapes and types of a state dict, in order."""
-    rows = [f"{k} {tuple(v.shape)} {v.dtype}" for k, v in module.state_dict().items()]
+    """Names of that time, shapes and types of a state dict, in order."""
+    rows = []
+    for key, value in module.state_dict().items():
+        for now, then in OLD_NAMES.items():
+            key = key.replace(now, then)
+        rows.append(f"{key} {tuple(value.shape)} {value.dtype}")
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
 
@@ -460,9 +505,20 @@ def measure(module: nn.Module, args: tuple[Any, ...]) -> dict[str, list[float]]:
             outputs = list(leaves(module(*args)))
             found[mode] = sums(outputs)
         parameters = [p for p in module.parameters() if p.requires_grad]
+        ranks = {
+            id(p): part.rank
+            for part in module.modules()
+            if isinstance(part, RankStarOp)
+            for p in part.star.parameters()
+        }
         loss = sum((t * t).sum() for t in outputs if t.requires_grad)
         if parameters and isinstance(loss, Tensor):
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            # sums of products in the order of their rows then, (rank, channels)
+            grads = [
+                g if g is None else g.unflatten(0, (-1, ranks.get(id(p), 1))).transpose(0, 1)
+                for p, g in zip(parameters, grads)
+            ]
             flat = torch.cat([g.flatten().double() for g in grads if g is not None])
             found["gradient"] = sums([flat])
     return found
@@ -509,8 +565,8 @@ def save_all(folder: Path) -> None:
     from starlayers.vision import StarNet, to_timm_state_dict
 
     torch.manual_seed(SEED)
-    save_file(StarMLP(6, 10, coefficients="scale").state_dict(), folder / "star_mlp.safetensors")
-    torch.save(StarBlock(6, expansion=2), folder / "star_block.pt")
+    save_file(ScaledStarMLP(6, 10).state_dict(), folder / "star_mlp.safetensors")
+    torch.save(StarBlock(6, StarMLP(6, 12)), folder / "star_block.pt")
     net = StarNet(8, (1, 1), stage_strides=(2, 2), num_classes=5)
     torch.save(net, folder / "starnet_module.pt")
     torch.save(net.state_dict(), folder / "starnet_state.pt")
@@ -552,7 +608,7 @@ def load_all(folder: Path) -> dict[str, list[float]]:
     torch.manual_seed(SEED)
     x, images, ids = torch.randn(3, 5, 6), torch.randn(2, 3, 32, 32), tokens(99)
     digits = torch.randn(4, 1, 8, 8)
-    mlp = StarMLP(6, 10, coefficients="scale")
+    mlp = ScaledStarMLP(6, 10)
     mlp.load_state_dict(load_file(folder / "star_mlp.safetensors"))
     note("star_mlp", mlp, x)
     note("star_block", torch.load(folder / "star_block.pt", weights_only=False), x)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from starlayers import StarMLP, use_backend
+from starlayers.coefficients.modules import RankStarMLP
 from starlayers.vision import StarBlock2d, StarNet, fused_block
 from starlayers.vision.recompute import recompute
 from tests.helpers import RecordOps, assert_close_in_scale, randn
@@ -36,7 +37,7 @@ def lively(module):
 BLOCKS = {
     "plain": (lambda: StarBlock2d(16, act="silu"), (2, 16, 9, 9)),
     "starnet-s1": (lambda: StarBlock2d(24, expansion=3, act="gelu"), (2, 24, 7, 7)),
-    "kernel-3": (lambda: StarBlock2d(32, 3, act="tanh", offset=1), (1, 32, 5, 11)),
+    "kernel-3": (lambda: StarBlock2d(32, 3, mlp=StarMLP(32, act="tanh", offset=1)), (1, 32, 5, 11)),
     "scaled": (lambda: StarBlock2d(16, 5, act="silu", layer_scale=0.3), (1, 16, 8, 3)),
 }
 
@@ -145,8 +146,8 @@ REFUSED = {
         "convolution is hooked",
     ),
     "norm": (lambda b: setattr(b.post, "bn", nn.InstanceNorm2d(16)), "InstanceNorm2d"),
-    "branch": (lambda b: b.mlp.f1.register_forward_hook(lambda *_: None), "branch is hooked"),
-    "rank": (lambda b: setattr(b.mlp, "rank", 2), "rank=2"),
+    "branch": (lambda b: b.mlp.f1.register_forward_hook(lambda *_: None), "f1 has hooks"),
+    "rank": (lambda b: setattr(b, "mlp", RankStarMLP(16)), "not a StarMLP but a RankStarMLP"),
 }
 
 

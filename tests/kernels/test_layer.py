@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from starlayers import StarMLP, use_backend
-from starlayers.dispatch import _too_few, _too_wide, plain_weights
+from starlayers.dispatch import plain_weights
 from starlayers.kernels import layer, registration, tiles
 from starlayers.kernels.layer import run_mlp
 from starlayers.kernels.registration import multiprocessors
@@ -24,6 +24,7 @@ from starlayers.kernels.tiles import (
     next_power_of_2,
     split_columns,
 )
+from starlayers.plans import too_few, too_wide
 from tests.helpers import randn, star_mlp_formula
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -60,8 +61,8 @@ def test_too_few_rows(rows, width, out, dtype, autocast, few):
     reason = f"{rows} rows of {max(width, out)} channels would leave most of a GPU idle"
     with AUTOCAST[autocast]():
         computed = registration.compute_dtype(x)
-    assert _too_few("auto", computed, rows, (width, 8, out)) == (reason if few else "")
-    assert _too_few("triton", computed, rows, (width, 8, out)) == ""
+    assert too_few("auto", computed, rows, (width, 8, out)) == (reason if few else "")
+    assert too_few("triton", computed, rows, (width, 8, out)) == ""
 
 
 # in, out, dtype, training, table that is too narrow
@@ -87,11 +88,11 @@ WIDE = [
 def test_too_wide(width, out, dtype, training, table, name, on_family):
     on_family(name)
     reason = f"{width} -> {out} channels are too wide for a {table} tile in {dtype}"
-    assert _too_wide(CPU, dtype, (width, 3, out), training) == (reason if table else "")
+    assert too_wide(CPU, dtype, (width, 3, out), training) == (reason if table else "")
 
 
 def test_hidden_channels_never_make_a_layer_too_wide():
-    assert _too_wide(CPU, F32, (64, 10**6, 64), True) == ""
+    assert too_wide(CPU, F32, (64, 10**6, 64), True) == ""
 
 
 # shared memory in bytes, HIP version, family

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from starlayers import StarBlock, StarMLP, StarOp, star, use_backend
+from starlayers.coefficients.modules import RankStarMLP, RankStarOp, ScaledStarOp
 from starlayers.dispatch import plan_star
 from starlayers.functional import star_packed
 from starlayers.rl.stack import PackedStar, StarStack
@@ -60,14 +61,18 @@ SHAPES = {
     "starformer": (lambda: StarMLP(64, 172, act="swiglu", bias=False), (2, 10, 64)),
     "starnet-s1": (lambda: StarMLP(24, 72), (50, 24)),
     "vector": (lambda: StarMLP(17, 35, out_features=40, act="gelu", offset=1), (17,)),
-    "rl": (lambda: StarBlock(64, act="tanh", pre=nn.LayerNorm(64)), (5, 64)),
-    "tokens": (lambda: StarBlock(48, act="silu", pre=nn.RMSNorm(48)), (2, 7, 48)),
-    "scaled": (lambda: StarBlock(32, act="gelu", layer_scale=0.1), (33, 32)),
+    "rl": (lambda: StarBlock(64, StarMLP(64, act="tanh"), pre=nn.LayerNorm(64)), (5, 64)),
+    "tokens": (lambda: StarBlock(48, StarMLP(48, act="silu"), pre=nn.RMSNorm(48)), (2, 7, 48)),
+    "scaled": (lambda: StarBlock(32, StarMLP(32, act="gelu"), layer_scale=0.1), (33, 32)),
     "wide": (lambda: StarMLP(400, 72, act="silu"), (6, 400)),
     "wide-recomputed": (lambda: StarMLP(400, 72, act="silu", recompute=True), (6, 400)),
-    "op": (lambda: StarOp(20, 30, act="sigmoid", rank=2), (9, 20)),
+    "op": (lambda: RankStarOp(20, 30, act="sigmoid", rank=2), (9, 20)),
+    "packed": (lambda: StarOp(20, 30, act="silu", packed=True, offset=1), (9, 20)),
+    "rank": (lambda: RankStarMLP(20, 30, act="gelu", rank=3), (9, 20)),
+    "factors": (lambda: ScaledStarOp(20, 30, act="tanh", offset=0.5), (9, 20)),
 }
-OPS = {"wide": "star_mlp_wide", "wide-recomputed": "star_mlp_wide", "op": "star"}
+OPS = {"wide": "star_mlp_wide", "wide-recomputed": "star_mlp_wide"}
+OPS |= dict.fromkeys(("op", "packed", "rank", "factors"), "star")
 
 
 def some(quick, names=SHAPES):
@@ -76,7 +81,7 @@ def some(quick, names=SHAPES):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("name", some(("vector", "rl", "wide", "wide-recomputed", "op")))
+@pytest.mark.parametrize("name", some(("vector", "rl", "wide", "wide-recomputed", "op", "packed")))
 def test_layers_match_eager_in_output_and_every_gradient(name):
     make, shape = SHAPES[name]
     counts = held_to_eager(make(), randn(*shape))
@@ -164,8 +169,8 @@ def hooked(mlp):
 
 
 REFUSED = {
-    "hook": (hooked, "hooked"),
-    "parametrised": (lambda m: parametrizations.weight_norm(m.f2), "parametrised"),
+    "hook": (hooked, "f1 has hooks"),
+    "parametrised": (lambda m: parametrizations.weight_norm(m.f2), "f2 is parametrised"),
     "double": (lambda m: m.double(), "dtype torch.float64"),
     "one-double": (lambda m: m.g.double(), "differ in dtype"),
 }

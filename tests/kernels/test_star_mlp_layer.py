@@ -95,7 +95,7 @@ def test_layer_of_any_rank_takes_the_op(shape):
 
 @pytest.mark.usefixtures("eligible")
 def test_block_and_inference_take_the_op():
-    block, x = StarBlock(5, expansion=2), randn(70, 5)
+    block, x = StarBlock(5, StarMLP(5, 10)), randn(70, 5)
     with RecordOps() as ops, torch.inference_mode():
         y = block(x)
     assert ops.counts[OP] == 1

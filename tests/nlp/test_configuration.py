@@ -174,6 +174,8 @@ def test_names_of_layer_types():
             {"layer_types": ["star_conv"] * 2},
             "layer_types needs one 'attention' layer at least: a decoder's cache counts its",
         ),
+        ({"mlp_type": "sum", "mlp_rank": 2}, "mlp_type='sum' has no products for mlp_rank=2"),
+        ({"mlp_type": "sum", "mlp_offset": 1.0}, "mlp_type='sum' .* mlp_offset=1.0"),
         ({"mlp_type": "plain", "mlp_rank": 2}, "no second branch for mlp_rank=2"),
         ({"mlp_type": "plain", "mlp_offset": 1.0}, "no second branch for .*mlp_offset=1.0"),
         ({"mlp_type": "plain", "mlp_recompute": True}, "no second branch for .*mlp_recompute=True"),
@@ -206,7 +208,8 @@ def test_what_is_allowed():
     assert config(layer_types=["conv", "attention"], conv_kernel_size=4).conv_kernel_size == 4
     assert encoder_config(conv_kernel_size=4).conv_kernel_size == 4  # without a star_conv layer
     assert config(hidden_size=30, head_dim=8).head_dim == 8
-    assert config(mlp_type="sum", mlp_rank=2, mlp_offset=1.0, mlp_recompute=True).mlp_rank == 2
+    assert config(mlp_type="sum", mlp_recompute=True).mlp_recompute is True
+    assert config(mlp_rank=2, mlp_offset=1.0, mlp_recompute=True).mlp_rank == 2
 
 
 def test_an_unknown_activation_is_named():

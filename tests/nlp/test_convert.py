@@ -11,9 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from starlayers import ACTIVATIONS, StarBlock, StarMLP, get_activation, nlp, use_backend
+from starlayers.coefficients.modules import RankStarMLP, SumMLP
 from starlayers.functional import star_product
-from starlayers.nlp import StarformerModel, from_llama, to_llama
+from starlayers.nlp import StarformerModel, from_llama, layers_starformer, to_llama
 from starlayers.nlp import portable_starformer as portable
+from starlayers.nlp.layers_starformer import RankMLP
+from tests.helpers import FORMULAS
 from tests.nlp.tiny import VARIANTS, config, decoder, encoder_config, ids, seq2seq
 
 LLAMA = {
@@ -204,15 +207,65 @@ def test_nothing_is_shared_with_the_source():
 BUILT_IN = sorted({activation.name for activation in ACTIVATIONS.values()})
 
 
+PORTABLE = {
+    "star": (StarMLP, portable.StarMLP, {}),
+    "offset": (StarMLP, portable.StarMLP, {"offset": 1.0}),
+    "no-bias": (StarMLP, portable.StarMLP, {"bias": False, "recompute": True}),
+    "sum": (SumMLP, portable.SumMLP, {}),
+}
+
+
 @pytest.mark.parametrize("act", [*BUILT_IN, None, "swiglu"])
-@pytest.mark.parametrize("options", [{}, {"rank": 2, "offset": 1.0}, {"combine": "sum"}], ids=str)
-def test_portable_layers_are_the_cores(act, options):
+@pytest.mark.parametrize("name", PORTABLE)
+def test_portable_layers_are_the_cores(act, name):
     torch.manual_seed(0)
-    ours = StarBlock(8, expansion=3, act=act, pre=torch.nn.LayerNorm(8), **options)
-    theirs = portable.StarBlock(8, expansion=3, act=act, pre=torch.nn.LayerNorm(8), **options)
+    core, plain, options = PORTABLE[name]
+    ours = StarBlock(8, core(8, 24, act=act, **options), pre=torch.nn.LayerNorm(8))
+    theirs = portable.StarBlock(8, plain(8, 24, act=act, **options), pre=torch.nn.LayerNorm(8))
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, 8)
     assert torch.equal(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("act", [*BUILT_IN, None, "swiglu"])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_an_mlp_of_several_products_is_the_cores_in_another_layout(act, offset, monkeypatch):
+    torch.manual_seed(0)
+    options = {"act": act, "bias": True, "offset": offset, "recompute": False}
+    theirs = RankMLP(8, 24, 3, **options)
+    ours = RankStarMLP(8, 24, rank=3, **options)
+    ours.load_state_dict(theirs.state_dict())  # rearranges the rows
+    x = torch.randn(2, 3, 8)
+    h = FORMULAS[get_activation(act).name](theirs.f1(x)) * (offset + theirs.f2(x))
+    y = theirs(x)
+    torch.testing.assert_close(y, theirs.g(h[..., :24] + h[..., 24:48] + h[..., 48:]))
+    torch.testing.assert_close(ours(x), y)
+    for name in ("star_product", "get_activation", "recomputed"):  # as without starlayers
+        monkeypatch.setattr(layers_starformer, name, getattr(portable, name))
+    assert torch.equal(theirs(x), y)
+    theirs.recompute = True
+    assert torch.equal(theirs(x), y)
+
+
+def test_an_mlp_of_several_products_recomputes_on_the_backend_of_its_forward():
+    torch.manual_seed(0)
+    mlp = RankMLP(8, 24, 2, act="silu", bias=True, offset=0.0, recompute=True)
+    x = torch.randn(3, 8, requires_grad=True)
+    with use_backend("eager"):
+        y = mlp(x)
+    with use_backend("triton"):  # would refuse a star on a CPU
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    mlp.recompute = False
+    torch.testing.assert_close(dx, torch.autograd.grad(mlp(x).sum(), x)[0])
+
+
+def test_a_portable_checkpoint_calls_twice_and_keeps_the_gradient():
+    calls, x = [], torch.randn(3, requires_grad=True)
+    y = portable.recomputed(lambda x: calls.append(1) or x.exp().sin(), x)
+    assert len(calls) == 1
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert len(calls) == 2
+    torch.testing.assert_close(dx, x.exp().cos() * x.exp())
 
 
 def test_portable_activations_refuse_what_they_do_not_know():
@@ -236,13 +289,13 @@ def test_activations_are_the_cores():
 def test_defaults_are_the_cores(ours, theirs):
     core = {n: p.default for n, p in inspect.signature(ours).parameters.items()}
     for name, parameter in inspect.signature(theirs).parameters.items():
-        if name not in ("hidden", "options"):  # optional in the core; those of the MLP
+        if name not in ("hidden", "mlp"):  # optional in the core
             assert parameter.default == core[name], name
 
 
 def test_a_block_has_the_mlp_of_the_core():
-    ours, theirs = StarBlock(8).mlp, portable.StarBlock(8).mlp
-    for name in ("act", "combine", "offset", "rank"):
+    ours, theirs = StarBlock(8).mlp, portable.StarBlock(8, portable.StarMLP(8, 32)).mlp
+    for name in ("act", "offset"):
         assert getattr(theirs, name) == getattr(ours, name), name
     assert theirs.g.weight.shape == ours.g.weight.shape
     assert [*theirs.state_dict()] == [*ours.state_dict()]
@@ -252,10 +305,10 @@ def test_a_block_has_the_mlp_of_the_core():
 @pytest.mark.parametrize("bias", [True, False])
 def test_portable_block_with_and_without_parts(post, bias):
     torch.manual_seed(0)
-    options = {"expansion": 2.5, "act": "gelu", "bias": bias, "post": post}
-    ours, theirs = StarBlock(8, **options), portable.StarBlock(8, **options)
+    options = {"act": "gelu", "bias": bias}
+    ours = StarBlock(8, StarMLP(8, 20, **options), post=post)
+    theirs = portable.StarBlock(8, portable.StarMLP(8, 20, **options), post=post)
     theirs.load_state_dict(ours.state_dict())
-    assert theirs.mlp.recompute is False
     x = torch.randn(2, 3, 8)
     torch.testing.assert_close(theirs(x), ours(x))
 

@@ -97,13 +97,13 @@ def test_a_fused_forward_does_not_bypass_lora():
 
     torch.manual_seed(0)
     wide = nlp.StarformerForCausalLM(config(hidden_size=256, intermediate_size=1024)).eval()
-    x = torch.randn(8, 100, 256)
+    x = torch.randn(12, 100, 256)
     with torch.no_grad():
         assert wide.model.layers[0].ffn.mlp.plan(x).fused
     adapted = get_peft_model(
         wide, LoraConfig(r=4, target_modules=["f2"], init_lora_weights=False, task_type="CAUSAL_LM")
     )
-    tokens = ids(8, 100)
+    tokens = ids(12, 100)
     changed = logits(adapted, tokens)
     with adapted.disable_adapter():
         assert (changed - logits(adapted, tokens)).abs().max() > 1e-2

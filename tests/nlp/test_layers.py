@@ -13,6 +13,7 @@ from starlayers.nlp.layers_starformer import (
     StarformerAttention,
     StarformerLayer,
     StarformerRotaryEmbedding,
+    make_mlp,
 )
 from tests.helpers import FORMULAS
 from tests.nlp.tiny import (
@@ -120,6 +121,38 @@ def test_what_the_parts_of_a_layer_are_told():
     assert not StarformerLayer(settings, 0, "full_attention", causal=False).self_attn.is_causal
 
 
+@pytest.mark.parametrize("options", [{}, {"mlp_rank": 2}, {"mlp_type": "sum"}], ids=str)
+def test_saved_names_of_the_mlp_are_those_of_a_star_mlp(options):
+    layer = StarformerLayer(config(mlp_bias=True, **options), 0, "conv")
+    names = [f"ffn.mlp.{f}.{p}" for f in ("f1", "f2", "g") for p in ("weight", "bias")]
+    found = {name: tuple(t.shape) for name, t in layer.state_dict().items() if "ffn" in name}
+    assert list(found) == ["ffn.pre.norm.weight", *names]
+    rows = 96 if options == {"mlp_rank": 2} else 48
+    branch = [(rows, 32), (rows,)]
+    assert list(found.values()) == [(32,), *branch, *branch, (32, 48), (32,)]
+
+
+@pytest.mark.parametrize("options", [{}, {"mlp_rank": 2}, {"mlp_type": "sum"}], ids=str)
+def test_mlp_recompute_saves_the_branches_and_keeps_the_gradients(options):
+    torch.manual_seed(0)
+    x, results, saved = torch.randn(4, 5, 32), [], []
+    for recompute in (False, True):
+        mlp = make_mlp(config(mlp_recompute=recompute, mlp_bias=True, **options))
+        assert mlp.recompute is recompute
+        sizes = []
+        hooks = (lambda t, sizes=sizes: sizes.append(t.numel()) or t), (lambda t: t)
+        mlp.load_state_dict(results[0][0] if results else mlp.state_dict())
+        leaf = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            y = mlp(leaf)
+        saved.append(max(sizes, default=0))
+        y.square().sum().backward()
+        results.append((mlp.state_dict(), y, leaf.grad, *(p.grad for p in mlp.parameters())))
+    torch.testing.assert_close(results[0][1:], results[1][1:])
+    assert saved[0] >= 4 * 5 * 48
+    assert saved[1] <= x.numel()
+
+
 @pytest.mark.parametrize("mlp_type", ["star", "sum", "plain"])
 @pytest.mark.parametrize("act", ["silu", "relu", None])
 def test_the_mlp_is_its_formula(mlp_type, act):
@@ -202,9 +235,9 @@ def test_the_block_is_the_cores_and_may_run_fused():
     wide = StarformerForCausalLM(config(hidden_size=256, intermediate_size=1024)).eval()
 
     mlp = wide.model.layers[0].ffn.mlp
-    tokens = ids(8, 100)
+    tokens = ids(12, 100)
     with torch.no_grad():
-        assert mlp.plan(torch.randn(8, 100, 256)).fused
+        assert mlp.plan(torch.randn(12, 100, 256)).fused
         fast = wide(tokens).logits
         with use_backend("eager"):
             torch.testing.assert_close(fast, wide(tokens).logits, atol=1e-4, rtol=1e-4)

@@ -1,6 +1,8 @@
 """The product critic, and the packed and stacked layers of the nets."""
 
 import copy
+import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from starlayers import ACTIVATIONS, StarOp
 from starlayers.rl import ProductTerm, ProductTrunk
 from starlayers.rl.stack import GATE_GAIN, PackedStar, StarStack
+from tests.helpers import randn
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])
@@ -155,12 +158,55 @@ def test_the_gradient_of_one_net_leaves_the_others_alone():
 def test_a_packed_layer_is_a_star_op():
     layer, op = PackedStar(5, 7, act="gelu"), StarOp(5, 7, act="gelu", offset=1)
     with torch.no_grad():
-        layer.proj.weight.copy_(torch.cat([op.f1.weight, op.f2.weight]))
-        layer.proj.bias.copy_(torch.cat([op.f1.bias, op.f2.bias]))
+        layer.f12.weight.copy_(torch.cat([op.f1.weight, op.f2.weight]))
+        layer.f12.bias.copy_(torch.cat([op.f1.bias, op.f2.bias]))
     x = torch.randn(2, 3, 5)
     torch.testing.assert_close(layer(x), op(x))
     # its branches are one stock linear layer, which adapters and quantisers find
     assert [type(m) for m in layer.modules()] == [PackedStar, nn.Linear]
+    assert list(layer.state_dict()) == ["f12.weight", "f12.bias"]
+
+
+def star_of(weight, bias, x):
+    """Compute `relu(h1) * (1 + h2)` of packed branches."""
+    h1, h2 = (x @ weight.T + bias).chunk(2, -1)
+    return h1.clamp(min=0) * (1 + h2)
+
+
+def test_a_packed_layer_loads_the_state_dict_of_its_former_names():
+    weight, bias, x = torch.randn(14, 5), torch.randn(14), torch.randn(3, 5)
+    state = {"0.proj.weight": weight, "0.proj.bias": bias}
+    net = nn.Sequential(PackedStar(5, 7, act="relu"))
+    assert str(net.load_state_dict(state)) == "<All keys matched successfully>"
+    torch.testing.assert_close(net(x), star_of(weight, bias, x))
+    assert list(state) == ["0.proj.weight", "0.proj.bias"]  # the caller's is as it was
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.f12\.bias"):
+        net.load_state_dict({"0.proj.weight": weight})
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.f12\.weight"):
+        net.load_state_dict({"0.proj.weight": weight[1:], "0.proj.bias": bias})
+
+
+def test_a_packed_layer_loads_the_state_dict_of_a_star_op():
+    op, layer, x = StarOp(5, 7, act="tanh", offset=1), PackedStar(5, 7, act="tanh"), randn(3, 5)
+    layer.load_state_dict(op.state_dict())
+    torch.testing.assert_close(layer(x), op(x))
+
+
+@pytest.mark.parametrize("children", [dict, OrderedDict])
+def test_a_packed_layer_pickled_before_it_was_a_star_op_computes_the_same(children):
+    proj, x = nn.Linear(5, 14), torch.randn(3, 5)
+    state = {**nn.Module().__dict__, "in_features": 5, "out_features": 7, "act": "relu"}
+    state["_modules"] = children(proj=proj)
+    layer = PackedStar.__new__(PackedStar)
+    layer.__setstate__(state)
+    assert layer.f12 is proj
+    torch.testing.assert_close(layer(x), star_of(proj.weight, proj.bias, x))
+    again = pickle.loads(pickle.dumps(layer))
+    assert repr(again) == repr(PackedStar(5, 7, act="relu"))
+    assert torch.equal(again(x), layer(x))
+    assert list(again.state_dict()) == ["f12.weight", "f12.bias"]
+    layer.reset_branches(2**0.5)
+    assert not layer.f12.bias.any()
 
 
 @pytest.mark.parametrize(
@@ -170,8 +216,8 @@ def test_each_branch_is_orthogonal_by_itself(make):
     layer = make()
     layer.reset_branches(2**0.5)
     if isinstance(layer, PackedStar):
-        branches = [layer.proj.weight.detach().chunk(2)]
-        assert layer.proj.bias.abs().max() == 0
+        branches = [layer.f12.weight.detach().chunk(2)]
+        assert layer.f12.bias.abs().max() == 0
     else:
         ((weight, bias),) = layer.layers()
         branches = [[b.t() for b in net.chunk(2, -1)] for net in weight.detach()]
@@ -214,4 +260,5 @@ def test_a_stack_starts_as_linear_layers_do():
 
 def test_layers_show_their_sizes():
     assert repr(StarStack(2, 3, [4, 5], act="gelu")) == "StarStack(2, 3, [4, 5], act='gelu')"
-    assert PackedStar(3, 4, act="gelu").extra_repr() == "3, 4, act='gelu'"
+    packed = "3, 4, act='gelu', offset=1.0, packed=True"
+    assert PackedStar(3, 4, act="gelu").extra_repr() == packed

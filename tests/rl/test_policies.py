@@ -91,7 +91,7 @@ def test_learns_saves_loads_and_predicts_the_same(name, observation, action, tmp
     before = parameters(model)
     model.learn(STEPS)
     moved = [key for key, p in model.policy.named_parameters() if not torch.equal(p, before[key])]
-    own = [key for key in before if any(part in key for part in ("proj", "weight0", "mlp.f1"))]
+    own = [key for key in before if any(part in key for part in ("f12", "weight0", "mlp.f1"))]
     assert own
     assert set(own) & set(moved)
     model.policy.set_training_mode(False)

@@ -9,7 +9,7 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
 from starlayers import StarBlock
-from starlayers.coefficients import spectrum
+from starlayers.coefficients import branch_vectors, spectrum
 from starlayers.rl import StarExtractor
 from starlayers.rl.stack import GATE_GAIN, PackedStar, StarStack
 from starlayers.rl.trunks import (
@@ -108,7 +108,7 @@ def test_the_start_of_an_extractor_survives_a_stock_policy():
     options = {"features_extractor_class": StarExtractor, "net_arch": []}
     policy = PPO("MlpPolicy", "CartPole-v1", policy_kwargs=options, device="cpu").policy
     for layer in policy.features_extractor.trunk:
-        first, second = layer.proj.weight.detach().chunk(2)
+        first, second = layer.f12.weight.detach().chunk(2)
         for branch, gain in ((first, 2**0.5), (second, GATE_GAIN)):
             small = branch if branch.shape[0] <= branch.shape[1] else branch.t()
             eye = torch.eye(len(small)) * gain**2
@@ -162,7 +162,7 @@ def test_the_coefficients_of_packed_and_stacked_stars_are_seen():
     for star in (packed, stack):
         for p in star.parameters():
             nn.init.normal_(p)
-    ((w1, w2),) = packed.star_vectors()
+    w1, w2 = branch_vectors(packed)
     x = torch.randn(3, 5)
     rows = torch.cat([x, torch.ones(3, 1)], 1)
     torch.testing.assert_close((rows @ w1[:, 0].T) * (rows @ w2[:, 0].T), packed(x))
@@ -248,9 +248,9 @@ def test_widths_of_a_trunk():
 )
 def test_only_the_initialisation_of_sb3_is_followed_by_the_own(fn, resets):
     trunk = build_trunk("star", 4, [4])
-    nn.init.constant_(trunk[0].proj.bias, 3.0)
+    nn.init.constant_(trunk[0].f12.bias, 3.0)
     trunk.apply(fn)
-    gram = trunk[0].proj.weight.detach().chunk(2)
+    gram = trunk[0].f12.weight.detach().chunk(2)
     own = torch.allclose(gram[1] @ gram[1].T, GATE_GAIN**2 * torch.eye(4), atol=1e-5)
     assert own is resets
     if resets:

@@ -11,7 +11,13 @@ from timm.layers import DropPath as TimmDropPath
 from timm.models.starnet import Block as TimmBlock
 from torch import nn
 
-from starlayers import ACTIVATIONS, StarBlock, use_backend
+from starlayers import ACTIVATIONS, StarBlock, StarMLP, use_backend
+from starlayers.coefficients.modules import (
+    DynamicStarMLP,
+    RankStarMLP,
+    ScaledStarMLP,
+    SumMLP,
+)
 from starlayers.vision import ConvNorm, DemoNet, StarBlock2d
 
 from .util import (
@@ -19,6 +25,7 @@ from .util import (
     assert_same_tensors,
     grads,
     image,
+    learned,
     randomise,
     reference_block,
     relative_error,
@@ -53,7 +60,11 @@ def test_conv_norm_is_convolution_then_batch_norm(kernel_size, stride, groups):
 @pytest.mark.parametrize("combine", ["mul", "sum"])
 @pytest.mark.parametrize("act", ACTS, ids=str)
 def test_block_equals_its_parts(act, combine):
-    block = randomise(StarBlock2d(6, expansion=3, act=act, combine=combine)).eval()
+    options = {"expansion": 3, "act": act}
+    if combine == "sum":
+        options = {"mlp": SumMLP(6, 18, act=act)}
+    block = randomise(StarBlock2d(6, **options)).eval()
+    assert block.mlp.hidden_features == 18
     x = image(2, 6, 9, 5)
     torch.testing.assert_close(block(x), x + reference_block(block, x, ACTS[act], combine))
 
@@ -121,14 +132,71 @@ def test_the_input_is_left_alone():
     torch.testing.assert_close(x, before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("options", [{"rank": 2}, {"offset": 1.0}], ids=["rank2", "offset1"])
-def test_options_of_the_star_mlp(options):
-    block, x = randomise(StarBlock2d(4, **options)).eval(), image(2, 4, 5, 5)
-    mlp, y = block.mlp, block.pre.bn(block.pre.conv(x)).permute(0, 2, 3, 1)
-    product = mlp.f1(y).clamp(0, 6) * (options.get("offset", 0.0) + mlp.f2(y))
-    product = product.unflatten(-1, (options.get("rank", 1), 16)).sum(-2)
-    want = x + block.post.conv(block.post.bn(mlp.g(product).permute(0, 3, 1, 2)))
+def products(mlp, y):
+    """Compute `act(f1(y)) * (offset + f2(y))` with ReLU6."""
+    return mlp.f1(y).clamp(0, 6) * (mlp.offset + mlp.f2(y))
+
+
+def scaled(mlp, y):
+    """Compute `act(f1(y)) * scale * (shift + f2(y))` with ReLU6."""
+    return mlp.f1(y).clamp(0, 6) * mlp.scale * (mlp.shift + mlp.f2(y))
+
+
+#: an MLP for 4 channels, and its formula on pixels
+MLPS = {
+    "offset": (lambda: StarMLP(4, 16, offset=1.0), lambda mlp, y: mlp.g(products(mlp, y))),
+    "rank": (
+        lambda: RankStarMLP(4, 16, rank=2, offset=0.5),
+        lambda mlp, y: mlp.g(sum(products(mlp.star, y)[..., r::2] for r in range(2))),
+    ),
+    "sum": (
+        lambda: SumMLP(4, 16),
+        lambda mlp, y: mlp.g(mlp.f1(y).clamp(0, 6) + mlp.f2(y)),
+    ),
+    "scaled": (
+        lambda: learned(ScaledStarMLP(4, 16)),
+        lambda mlp, y: mlp.g(scaled(mlp, y)),
+    ),
+    "dynamic": (
+        lambda: learned(DynamicStarMLP(4, 16)),
+        lambda mlp, y: mlp.g(scaled(mlp, y) * (1 + mlp.gate(y.mean((1, 2))).tanh())[:, None, None]),
+    ),
+    "sequential": (
+        lambda: nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 4)),
+        lambda mlp, y: mlp[2](mlp[0](y).tanh()),
+    ),
+}
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("make", "formula"), MLPS.values(), ids=MLPS)
+def test_the_mlp_of_a_block_can_be_any_module(make, formula, train):
+    mlp = make()
+    block = randomise(StarBlock2d(4, 5, mlp=mlp, layer_scale=0.5)).train(train)
+    other, x = copy.deepcopy(block), image(2, 4, 6, 5).requires_grad_()
+    assert block.mlp is mlp
+    y = other.pre.bn(other.pre.conv(x)).permute(0, 2, 3, 1)
+    y = formula(other.mlp, y).permute(0, 3, 1, 2)
+    want = x + other.post.conv(other.post.bn(y)) * other.gamma[:, None, None]
+    (want_dx,) = torch.autograd.grad(want.square().sum(), x)
+    (dx,) = torch.autograd.grad(block(x).square().sum(), x)
     torch.testing.assert_close(block(x), want)
+    torch.testing.assert_close(dx, want_dx, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("make", "formula"), MLPS.values(), ids=MLPS)
+def test_a_block_of_any_mlp_fuses_to_the_same_function(make, formula):
+    block, x = randomise(StarBlock2d(4, mlp=make())).eval(), image(2, 4, 6, 5)
+    want, mlp = block(x), block.mlp
+    block.fuse()
+    torch.testing.assert_close(block(x), want, rtol=1e-5, atol=1e-5)
+    # a norm after the MLP folds into its last layer; nothing is known of that of a user's module
+    kept = {m for m in block.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert kept == ({block.pre.bn, block.post.bn} if isinstance(mlp, nn.Sequential) else set())
+    assert type(block.mlp) is (StarMLP if type(mlp) is ScaledStarMLP else type(mlp))
+    fused = snapshot(block)
+    block.fuse()
+    assert_same_tensors(snapshot(block), fused)
 
 
 def test_layer_scale():
@@ -180,7 +248,8 @@ def test_fuse_folds_both_norms_or_none():
 def test_device_and_dtype_reach_every_parameter_and_buffer():
     options = {"layer_scale": 0.5, "device": "meta", "dtype": torch.float64}
     for layer in (
-        StarBlock2d(4, coefficients="dynamic", **options),
+        StarBlock2d(4, **options),
+        StarBlock2d(4, mlp=DynamicStarMLP(4, device="meta", dtype=torch.float64), **options),
         ConvNorm(3, 4, 3, device="meta", dtype=torch.float64),
     ):
         tensors = [*layer.parameters(), *layer.buffers()]

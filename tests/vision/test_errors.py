@@ -9,7 +9,8 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from starlayers import vision
+from starlayers import StarMLP, vision
+from starlayers.coefficients.modules import SumMLP
 from starlayers.vision import ConvNorm, DemoNet, LoadReport, StarBlock2d, StarNet, load_checkpoint
 from starlayers.vision.cost import multiply_adds
 from starlayers.vision.training import RunDir, TrainConfig, TrainResult, train
@@ -87,7 +88,12 @@ CASES = {
     "ratio": (lambda: net(mlp_ratio=0.3), ValueError, r"dim=4 times expansion=0\.3 gives 1\.2"),
     "act": (lambda: net(act="relu7"), ValueError, "unknown activation 'relu7'; known: .*relu6"),
     "act_class": (lambda: net(act=torch.nn.ReLU), TypeError, "act must be a name .* got <class"),
-    "combine": (lambda: net(combine="add"), ValueError, "combine 'add', choose one of mul, sum"),
+    "mlp_layer_none": (lambda: net(mlp_layer=None), TypeError, "'NoneType' object is not callable"),
+    "mlp_layer_width": (
+        lambda: net(mlp_layer=lambda dim, hidden, act: StarMLP(dim, hidden, out_features=7)),
+        ValueError,
+        "StarBlock2d: mlp must keep 4 channels, its out_features is 7",
+    ),
     "index_high": (lambda: taps([0, 2]), ValueError, r"stages 0 to 1, got indices=\[0, 2\]"),
     "index_low": (lambda: taps((-3,)), ValueError, r"stages 0 to 1, got indices=\(-3,\)"),
     "indices_none_left": (lambda: taps([]), ValueError, r"got indices=\[\]"),
@@ -113,9 +119,29 @@ CASES = {
     "block_expansion": (lambda: StarBlock2d(3, expansion=1.5), ValueError, r"gives 4\.5 hidden"),
     "block_drop_path": (lambda: StarBlock2d(4, drop_path=1.5), ValueError, r"\[0, 1\), got 1\.5"),
     "block_offset": (
-        lambda: StarBlock2d(4, combine="sum", offset=2.0),
+        lambda: StarBlock2d(4, mlp=SumMLP(4, offset=2.0)),
         ValueError,
-        r"offset=2\.0 needs combine='mul', got 'sum'",
+        r"SumMLP: offset=2\.0 needs a product; leave it at 0",
+    ),
+    "block_mlp_and_expansion": (
+        lambda: StarBlock2d(4, mlp=StarMLP(4), expansion=3),
+        ValueError,
+        "expansion=3 and act='relu6' are of the star MLP that mlp= replaces; pass them to that",
+    ),
+    "block_mlp_and_act": (
+        lambda: StarBlock2d(4, mlp=StarMLP(4), act=None),
+        ValueError,
+        "StarBlock2d: expansion=4 and act=None are of the star MLP that mlp= replaces",
+    ),
+    "block_mlp_function": (
+        lambda: StarBlock2d(4, mlp=torch.tanh),
+        TypeError,
+        "StarBlock2d: mlp must be a module or None, got <built-in method tanh",
+    ),
+    "block_mlp_width": (
+        lambda: StarBlock2d(4, mlp=StarMLP(6)),
+        ValueError,
+        "StarBlock2d: mlp must keep 4 channels, its in_features is 6",
     ),
     "conv_kernel": (lambda: ConvNorm(3, 4, 2), ValueError, "kernel_size must be odd, got 2"),
     "demo_sides": (
@@ -165,14 +191,11 @@ DEFAULTS = {
     ConvNorm: {"stride": 1, "groups": 1, **PLACE},
     StarBlock2d: {
         "kernel_size": 7,
+        "mlp": None,
         "expansion": 4,
         "act": "relu6",
         "drop_path": 0.0,
         "layer_scale": None,
-        "combine": "mul",
-        "offset": 0.0,
-        "rank": 1,
-        "coefficients": "fixed",
         **PLACE,
     },
     StarNet: {
@@ -184,8 +207,7 @@ DEFAULTS = {
         "drop_rate": 0.0,
         "drop_path_rate": 0.0,
         "act": "relu6",
-        "combine": "mul",
-        "coefficients": "fixed",
+        "mlp_layer": StarMLP,
         "global_pool": "avg",
         "kernel_size": 7,
         "stem_stride": 2,

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from starlayers import DropPath, StarMLP, dispatch, use_backend
+from starlayers import DropPath, StarMLP, plans, use_backend
+from starlayers.coefficients.modules import RankStarMLP, ScaledStarMLP, SumMLP
 from starlayers.vision import StarBlock2d, fused_block
 from starlayers.vision.fused_block import plan
 from starlayers.vision.layout import OnChannelsLast
@@ -109,9 +110,20 @@ STRUCTURE = {
     ),
     "branch_hooked": (
         lambda b: hooked(b.mlp.f1),
-        "a branch is hooked, parametrised, quantised or not nn.Linear",
+        "f1 has hooks",
     ),
-    "rank": (lambda b: setattr(b.mlp, "rank", 2), "combine='mul', rank=2 (needs 'mul', 1)"),
+    "branch_replaced": (
+        lambda b: setattr(b.mlp, "g", nn.Identity()),
+        "g is an Identity, not nn.Linear",
+    ),
+    "mlp_rank": (lambda b: setattr(b, "mlp", RankStarMLP(8)), MLP.format("RankStarMLP")),
+    "mlp_sum": (lambda b: setattr(b, "mlp", SumMLP(8)), MLP.format("SumMLP")),
+    "mlp_scaled": (lambda b: setattr(b, "mlp", ScaledStarMLP(8)), MLP.format("ScaledStarMLP")),
+    "mlp_sequential": (
+        lambda b: setattr(b, "mlp", nn.Sequential(nn.Linear(8, 8))),
+        MLP.format("Sequential"),
+    ),
+    "mlp_folded": (lambda b: setattr(b, "mlp", ScaledStarMLP(8).fold()), NO_KERNEL),
 }
 
 
@@ -138,9 +150,9 @@ def test_the_tile_is_asked_for_in_training_only_if_a_gradient_is(
         asked.append((device, dtype, sizes, training))
         return "too wide"
 
-    monkeypatch.setattr(dispatch, "_kernel_reason", lambda call: "")
-    monkeypatch.setattr(dispatch, "_too_few", lambda *_: "")
-    monkeypatch.setattr(dispatch, "_too_wide", too_wide)
+    monkeypatch.setattr(plans, "kernel_reason", lambda call: "")
+    monkeypatch.setattr(plans, "too_few", lambda *_: "")
+    monkeypatch.setattr(plans, "too_wide", too_wide)
     block, x = StarBlock2d(8).requires_grad_(trained), pixels()
     with torch.set_grad_enabled(grad):
         assert reason(block, x) == "too wide"
@@ -150,14 +162,14 @@ def test_the_tile_is_asked_for_in_training_only_if_a_gradient_is(
 def test_few_pixels_are_refused_before_wide_channels(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        dispatch, "_kernel_reason", lambda call: asked.append(call.activation.name) or ""
+        plans, "kernel_reason", lambda call: asked.append(call.activation.name) or ""
     )
-    monkeypatch.setattr(dispatch, "_too_few", lambda *_: "too few")
+    monkeypatch.setattr(plans, "too_few", lambda *_: "too few")
     block, x = StarBlock2d(8, act="silu"), pixels()
     assert reason(block, x) == "too few"
     assert asked == ["silu"]
-    monkeypatch.setattr(dispatch, "_too_few", lambda *_: "")
-    monkeypatch.setattr(dispatch, "_too_wide", lambda *_: "")
+    monkeypatch.setattr(plans, "too_few", lambda *_: "")
+    monkeypatch.setattr(plans, "too_wide", lambda *_: "")
     with use_backend("triton"):
         assert plan(block, x).path == "block"
 

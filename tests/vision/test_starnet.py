@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from timm.models.starnet import StarNet as TimmStarNet
 from torch import nn
 
+from starlayers.coefficients.modules import SumMLP
 from starlayers.vision import StarNet
 
 from .util import (
@@ -33,8 +34,8 @@ def test_activation_of_stem_and_blocks(act):
 
 
 @pytest.mark.parametrize("act", ["relu6", None], ids=str)
-def test_combine_sum_adds_the_branches(act):
-    model, x = tiny(act=act, combine="sum").eval(), image(2, 3, 32, 32)
+def test_blocks_of_sums_add_the_branches(act):
+    model, x = tiny(act=act, mlp_layer=SumMLP).eval(), image(2, 3, 32, 32)
     want = reference_features(model, x, act, "sum")
     torch.testing.assert_close(model.forward_features(x), want)
     assert relative_error(reference_features(model, x, act, "mul"), want) > 0.1
@@ -200,7 +201,12 @@ def test_reset_classifier_gives_a_fresh_head_and_keeps_the_rest():
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"act": None, "combine": "sum"}, {"num_classes": 0, "global_pool": ""}, {"in_chans": 1}],
+    [
+        {},
+        {"act": None, "mlp_layer": SumMLP},
+        {"num_classes": 0, "global_pool": ""},
+        {"in_chans": 1},
+    ],
     ids=["default", "sum", "features", "grey"],
 )
 def test_fuse_keeps_the_function_and_is_idempotent(options, layout):

@@ -2,7 +2,9 @@
 
 import copy
 import io
+import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -11,12 +13,14 @@ from torch.export import Dim
 
 from starlayers import StarMLP, use_backend
 from starlayers.coefficients import CoefficientPenalty, spectrum
+from starlayers.coefficients.modules import DynamicStarMLP, RankStarMLP, ScaledStarMLP, SumMLP
 from starlayers.vision import StarBlock2d, StarNet, starnet_s050
 
 from .util import (
     assert_same_tensors,
     grads,
     image,
+    learned,
     randomise,
     reference_features,
     relative_error,
@@ -231,22 +235,14 @@ def stars(model):
     return [m for m in model.modules() if isinstance(m, StarMLP)]
 
 
-def learned(model):
-    """Draw all weights and coefficients of the model away from their start values."""
-    for star in stars(randomise(model)):
-        nn.init.normal_(star.scale, 1, 0.3)
-        nn.init.normal_(star.shift, 0, 0.3)
-    return model.eval()
-
-
-@pytest.mark.parametrize("coefficients", ["scale", "dynamic"])
-def test_a_block_passes_them_to_its_mlp(coefficients):
-    block = learned(StarBlock2d(6, 3, expansion=2, coefficients=coefficients))
+@pytest.mark.parametrize("make", [ScaledStarMLP, DynamicStarMLP])
+def test_a_block_of_learned_factors_computes_its_parts(make):
+    block = learned(StarBlock2d(6, 3, mlp=make(6, 12))).eval()
     x = image(2, 6, 9, 5)
     pixels = block.pre(x.permute(0, 2, 3, 1))
-    want = block.post(block.mlp._eager(pixels)).permute(0, 3, 1, 2)
+    want = block.post(block.mlp._definition(pixels)).permute(0, 3, 1, 2)
     torch.testing.assert_close(block(x), x + want)
-    if coefficients == "dynamic":  # one factor for all pixels of an image, another for the next
+    if make is DynamicStarMLP:  # one factor for all pixels of an image, another for the next
         torch.testing.assert_close(block(x)[:1], block(x[:1]))
         mean = pixels.mean((1, 2))
         factor = 1 + torch.tanh(block.mlp.gate(mean))
@@ -255,46 +251,107 @@ def test_a_block_passes_them_to_its_mlp(coefficients):
 
 
 @pytest.mark.parametrize(("dim", "width"), [(6, 8), (128, 8), (144, 9), (320, 20)])
-def test_the_gate_of_dynamic_coefficients_is_a_sixteenth_as_wide_and_at_least_8(dim, width):
-    gate = StarBlock2d(dim, 3, expansion=1, coefficients="dynamic", device="meta").mlp.gate
+def test_the_gate_of_a_dynamic_star_is_a_sixteenth_as_wide_and_at_least_8(dim, width):
+    gate = StarBlock2d(dim, 3, mlp=DynamicStarMLP(dim, dim, device="meta")).mlp.gate
     assert [tuple(gate[i].weight.shape) for i in (0, 2)] == [(width, dim), (dim, width)]
 
 
-@pytest.mark.parametrize("coefficients", ["scale", "dynamic"])
-def test_a_net_starts_as_the_fixed_one(coefficients):
+@pytest.mark.parametrize("mlp_layer", [ScaledStarMLP, DynamicStarMLP])
+def test_a_net_starts_as_one_without_factors(mlp_layer):
     torch.manual_seed(0)
     fixed = StarNet(8, **SMALL).eval()
-    net = StarNet(8, **SMALL, coefficients=coefficients).eval()
+    net = StarNet(8, **SMALL, mlp_layer=mlp_layer).eval()
     missing, unexpected = net.load_state_dict(fixed.state_dict(), strict=False)
     assert unexpected == []
-    assert len(missing) == 3 * (2 if coefficients == "scale" else 6)
+    assert len(missing) == 3 * (2 if mlp_layer is ScaledStarMLP else 6)
     x = image(2, 3, 32, 32)
     torch.testing.assert_close(net(x), fixed(x))
 
 
-def test_the_start_survives_init_weights_after_meta():
-    net = StarNet(8, **SMALL, coefficients="dynamic", device="meta").to_empty(device="cpu")
-    net.init_weights()
+def assert_unit_factors(net):
     for star in stars(net):
         assert star.scale.tolist() == [1.0] * star.hidden_features
         assert star.shift.tolist() == [0.0] * star.hidden_features
         assert star.gate[0].weight.std() > 0.01
         assert not star.gate[2].weight.any()
+        assert not star.gate[2].bias.any()
 
 
-@pytest.mark.parametrize(("before", "after"), [("scale", "fixed"), ("dynamic", "dynamic")])
-def test_a_fused_net_has_its_scales_folded_and_keeps_what_is_dynamic(before, after):
-    net = learned(StarNet(8, **SMALL, coefficients=before))
+def test_the_start_survives_init_weights():
+    net = StarNet(8, **SMALL, mlp_layer=DynamicStarMLP)
+    assert_unit_factors(net)
+    learned(net).init_weights()
+    assert_unit_factors(net)
+
+
+def test_the_start_survives_init_weights_after_meta():
+    net = StarNet(8, **SMALL, mlp_layer=DynamicStarMLP, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for p in net.parameters():
+            p.fill_(math.nan)
+    net.init_weights()
+    assert_unit_factors(net)
+    plain, x = StarNet(8, **SMALL).eval(), image(2, 3, 32, 32)
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if k in plain.state_dict()})
+    torch.testing.assert_close(net.eval()(x), plain(x))
+
+
+def test_init_weights_starts_every_layer_of_several_products_again():
+    net = StarNet(8, **SMALL, mlp_layer=partial(RankStarMLP, rank=2), device="meta")
+    net.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in net.parameters():
+            p.fill_(math.nan)
+    torch.manual_seed(0)
+    net.init_weights()
+    for mlp in (m for m in net.modules() if isinstance(m, RankStarMLP)):
+        for layer in (mlp.star.f1, mlp.star.f2, mlp.g):
+            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.2)
+            assert layer.bias.abs().max() <= layer.in_features**-0.5
+
+
+def test_a_second_branch_that_starts_smaller_does_so_after_init_weights_too():
+    net = StarNet(8, **SMALL, mlp_layer=partial(StarMLP, offset=1, init="near_linear"))
+    net.init_weights()
+    for star in stars(net):
+        assert star.f1.weight.std().item() == pytest.approx(0.02, rel=0.2)
+        assert star.f2.weight.std().item() == pytest.approx(0.002, rel=0.2)
+        assert star.f2.bias.abs().max() <= 0.1 * star.in_features**-0.5
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(ScaledStarMLP, StarMLP), (DynamicStarMLP, DynamicStarMLP), (SumMLP, SumMLP)],
+)
+def test_a_fused_net_has_its_scales_folded_and_keeps_the_other_mlps(before, after):
+    net = learned(StarNet(8, **SMALL, mlp_layer=before)).eval()
+    assert {type(star) for star in stars(net)} == {before}
     x = image(2, 3, 32, 32)
     y = net(x)
     torch.testing.assert_close(net.fuse()(x), y, rtol=1e-4, atol=1e-4)
-    assert {star.coefficients for star in stars(net)} == {after}
+    assert {type(star) for star in stars(net)} == {after}
+    assert not [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     named = any("scale" in name or "shift" in name for name in net.state_dict())
-    assert named is (after == "dynamic")
+    assert named is (after is DynamicStarMLP)
 
 
-def test_factories_take_the_option_and_training_moves_it():
-    net = starnet_s050(num_classes=2, coefficients="dynamic").train()
+def test_what_makes_an_mlp_gets_the_place_of_the_net_only_if_it_is_given():
+    calls = []
+
+    def layer(*args, **options):
+        calls.append((args, options))
+        return StarMLP(*args, **options)
+
+    StarNet(8, (1, 1), stage_strides=(2, 2), mlp_ratio=3, act="gelu", mlp_layer=layer)
+    assert calls == [((8, 24), {"act": "gelu"}), ((16, 48), {"act": "gelu"})]
+    calls.clear()
+    StarNet(4, (1,), stage_strides=(2,), mlp_layer=layer, device="meta", dtype=torch.float64)
+    place = {"device": "meta", "dtype": torch.float64}
+    assert calls == [((4, 16), {"act": "relu6", **place})]
+
+
+def test_factories_take_the_class_and_training_moves_its_factors():
+    net = starnet_s050(num_classes=2, mlp_layer=DynamicStarMLP).train()
     loss = nn.functional.cross_entropy(net(image(4, 3, 32, 32)), torch.tensor([0, 1, 0, 1]))
     (loss + CoefficientPenalty(net)()).backward()
     for star in stars(net):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from timm.models.starnet import StarNet as TimmStarNet
 from torch import Tensor, nn
 
+from starlayers.coefficients.modules import ScaledStarOp
 from starlayers.vision import StarBlock2d, StarNet, to_timm_state_dict
 
 M = TypeVar("M", bound=nn.Module)
@@ -61,6 +62,15 @@ def randomise(model: M, seed: int = 0) -> M:
     for m in model.modules():
         if isinstance(m, StarBlock2d):
             m.post.conv.weight.mul_(0.3)  # else the residual stream grows with depth
+    return model
+
+
+def learned(model: M) -> M:
+    """Draw all weights and learned factors of a model away from their start values."""
+    for star in randomise(model).modules():
+        if isinstance(star, ScaledStarOp):
+            nn.init.normal_(star.scale, 1, 0.3)
+            nn.init.normal_(star.shift, 0, 0.3)
     return model
 
 

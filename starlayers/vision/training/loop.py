@@ -91,7 +91,9 @@ def train(
         progress: show a bar with loss, accuracy and images per second.
 
     Raises:
-        ValueError: `config.batch_size` is more than the number of training images.
+        TypeError: `run_dir` is not a `RunDir`.
+        ValueError: `config.batch_size` is more than the number of training images, or the model
+            has another number of outputs than the data has classes.
 
     Example:
         >>> from starlayers.vision import StarNet
@@ -103,6 +105,11 @@ def train(
         >>> result.finished, result.history[-1]["step"]  # 1,437 images in batches of 64
         (True, 22)
     """
+    if not (run_dir is None or isinstance(run_dir, RunDir)):
+        raise TypeError(
+            f"train: run_dir must be a RunDir or None, got {run_dir!r}; make one by "
+            f"RunDir({str(run_dir)!r}, vars(config), resume=False)"
+        )
     return _Run(model, data, config, run_dir, progress).run()
 
 
@@ -251,6 +258,12 @@ class _Run:
             images, targets = self.mix(images, labels)
         with self.accelerator.autocast():
             logits = self.model(images)
+            if logits.shape[1:] != (len(self.data.classes),):
+                raise ValueError(
+                    f"train: the model returns {tuple(logits.shape)} for {len(images)} images, and "
+                    f"the data has {len(self.data.classes)} classes; build the model with "
+                    f"num_classes={len(self.data.classes)}"
+                )
             loss = F.cross_entropy(logits, targets, label_smoothing=c.label_smoothing)
         self.accelerator.backward(loss)
         if c.clip:

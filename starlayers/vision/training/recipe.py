@@ -1,13 +1,15 @@
 """Recipe of a training run, and the optimizer parts made from it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel
+
+from starlayers.checks import boolean, positive_int
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            positive_int("TrainConfig", name, getattr(self, name))
+        for field in fields(self):
+            value: Any = getattr(self, field.name)
+            if field.type is bool:
+                boolean("TrainConfig", field.name, value)
+            elif field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"TrainConfig: {field.name} must be an integer, got {value!r}")
+            elif field.type is float and (
+                isinstance(value, bool) or not isinstance(value, int | float)
+            ):
+                raise TypeError(f"TrainConfig: {field.name} must be a number, got {value!r}")
         amounts = ("lr", "weight_decay", "clip", "crop", "randaugment", "mixup", "cutmix")
         for name in (*amounts, "workers"):
             if not getattr(self, name) >= 0:  # so that NaN fails too

@@ -1,0 +1,256 @@
+"""Plans of calls, and the conditions under which each path may compute one.
+
+`dispatch` asks here when it has not met a call before.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from starlayers.activations import Activation, get_activation
+from starlayers.kernels import registration
+from starlayers.kernels.registration import MLPWeights, autocasts, compute_dtype
+from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, mlp_tile, split_columns
+
+__all__ = [
+    "Call",
+    "Plan",
+    "call_of",
+    "decide_mlp",
+    "kernel_reason",
+    "rows_of",
+    "small",
+    "too_few",
+    "too_wide",
+]
+
+# Least bytes of one hidden branch for the row-blocked CPU op, from `benchmarks.core sweep`: below,
+# the op's overhead or the two matrix products that its backward recomputes cost more than the
+# memory traffic they save. These products grow with the channels of the input and the traffic does
+# not: in training a layer needs HIDDEN_BYTES_A_CHANNEL for each channel of its input, and one of
+# more than MAX_CHANNELS_TRAINING is never faster. glibc returns allocations above 32 MiB to the
+# system, so that a larger hidden activation pays for its page faults at every use.
+MIN_HIDDEN_BYTES_INFERENCE = 4 * 2**20
+MIN_HIDDEN_BYTES_TRAINING = 16 * 2**20
+HIDDEN_BYTES_A_CHANNEL = 2**19
+MAX_CHANNELS_TRAINING = 128
+
+# Least elements for the fused star (K1) on a GPU: for fewer, the two or three launches of eager
+# PyTorch cost less than dispatching one op. Not measured: a launch takes about 5 us, the time in
+# which an H100 moves this many elements.
+MIN_ELEMENTS_STAR = 2**20
+
+# Least rows for the fused star MLP on a GPU. Each tile of rows runs on one multiprocessor, so with
+# few rows most multiprocessors idle, while cuBLAS splits the columns too. On an H100 a star MLP of
+# 128 channels in bfloat16 takes 23 us fused and 20 us eager for 1024 rows, and 22 us and 60 us for
+# 16384. Rows of at most MAX_BYTES_ANY_ROWS bytes are fast enough at any number of rows.
+MIN_ROWS = 4096
+MAX_BYTES_ANY_ROWS = 128
+
+#: channels of the input, of the product and of the result
+Sizes = tuple[int, int, int]
+
+
+#: exact types of the tensors that kernels accept: a subclass may compute something else
+PLAIN = (Tensor, nn.Parameter)
+
+
+class Plan(NamedTuple):
+    """Path of a call: "eager" for a reason, or one of the fused paths and its weights.
+
+    Fused paths are "cpu" (blocks of rows on a CPU), "star", "star_mlp", "star_mlp_wide" and
+    "block" (a whole StarBlock2d), the others by Triton kernels.
+
+    Example:
+        >>> print(Plan("eager", "autocast is on"))
+        runs eager: autocast is on
+    """
+
+    path: str
+    reason: str = ""
+    weights: MLPWeights | None = None
+    #: tile of the kernel, for people; text is made only when asked for
+    tile: object = None
+
+    @property
+    def fused(self) -> bool:
+        """True unless the definition computes the call."""
+        return not self.reason
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"{'raises' if self.path == 'raises' else 'runs eager'}: {self.reason}"
+        return f"runs fused: {self.path}" + (f", {self.tile}" if self.tile else "")
+
+
+ASKED_FOR = Plan("eager", "the eager backend was asked for")
+COMPILED = Plan("eager", "being compiled or exported")
+ON_CPU = Plan("eager", "no Triton kernel for device 'cpu'")
+CPU_ASKED_FOR = Plan("eager", "the cpu backend was asked for, which has no op of this kind")
+TRANSFORMED = "a functional transform or tracer is active"
+
+
+class Call(NamedTuple):
+    """All that decides about the kernels of a call but its sizes."""
+
+    backend: str
+    activation: Activation
+    #: dtype in which the call is computed
+    dtype: torch.dtype
+    autocast: bool
+    #: "compile", "export" or "transform" while one of them is active
+    tracer: str
+    interpret: bool
+    #: class, device and dtype of the input and of each parameter
+    tensors: tuple[tuple[type, torch.device, torch.dtype], ...]
+
+
+def rows_of(x: Tensor) -> int:
+    """Return the number of rows of `x` (..., channels)."""
+    return x.numel() // (x.shape[-1] or 1)
+
+
+def call_of(backend: str, act: str | None, tracer: str, tensors: tuple[Tensor, ...]) -> Call:
+    """Return what decides about a call on `tensors`, the input first, under a `tracer`."""
+    x = tensors[0]
+    return Call(
+        backend,
+        get_activation(act),
+        compute_dtype(x),
+        autocasts(x),
+        tracer,
+        registration.INTERPRET,
+        tuple((type(t), t.device, t.dtype) for t in tensors),
+    )
+
+
+def kernel_reason(call: Call) -> str:
+    """Return why no Triton kernel may take the tensors of a call; empty if one may."""
+    device = call.tensors[0][1]
+    if device.type != "cuda" and not (call.interpret and device.type == "cpu"):
+        return f"no Triton kernel for device {device.type!r}"
+    if not registration.HAS_TRITON:
+        return "Triton is not installed"
+    if call.interpret and call.backend != "triton":
+        return "the interpreter is for testing: it serves where use_backend('triton') asks for it"
+    other = next((kind for kind, _, _ in call.tensors if kind not in PLAIN), None)
+    if other is not None and call.tracer != "export":
+        return f"an input is a {other.__name__}"
+    if any(place != device for _, place, _ in call.tensors):
+        return "the tensors are on several devices"
+    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"dtype {call.dtype} (needs float32, float16 or bfloat16)"
+    if not call.autocast and any(dtype != call.dtype for _, _, dtype in call.tensors):
+        return "input and parameters differ in dtype and autocast is off"
+    if call.activation.triton is None:
+        return f"activation {call.activation.name!r} has no Triton form"
+    if call.tracer == "export" and call.backend == "auto":
+        return "being exported: the graph stays portable"
+    return TRANSFORMED if call.tracer == "transform" else ""
+
+
+def decide_mlp(
+    call: Call,
+    rows: int,
+    sizes: Sizes,
+    training: bool,
+    takes_wide: bool,
+    residual: tuple[type, torch.device] | None,
+) -> Plan:
+    """Return the plan of a star MLP without its weights.
+
+    Args:
+        call: what decides but sizes.
+        rows: of the input.
+        sizes: channels of the input, of the product and of the result.
+        training: a backward will follow.
+        takes_wide: take the kernels of wide MLPs where the others do not fit.
+        residual: class and device of the residual.
+    """
+    _, device, _ = call.tensors[0]
+    on_cpu = device.type == "cpu" and not (call.backend == "triton" and call.interpret)
+    if residual is not None and (residual[0] not in PLAIN or residual[1] != device):
+        return Plan("eager", f"residual is a {residual[0].__name__} on {residual[1]}")
+    if call.backend == "cpu" or (on_cpu and call.backend == "auto"):
+        reason = cpu_reason(call, rows, sizes, training)
+        return Plan("eager", reason) if reason else Plan("cpu")
+    reason = kernel_reason(call) or too_few(call.backend, call.dtype, rows, sizes)
+    if reason:
+        return Plan("eager", reason)
+    reason = too_wide(device, call.dtype, sizes, training)
+    if not reason:
+        tile = mlp_tile(MLP_FORWARD, device, _held_width(sizes), call.dtype.itemsize)
+        return Plan("star_mlp", tile=tile)
+    wide = takes_wide or call.backend == "triton"
+    return Plan("star_mlp_wide") if wide else Plan("eager", reason)
+
+
+def cpu_reason(call: Call, rows: int, sizes: Sizes, training: bool) -> str:
+    """Return why the row-blocked op for CPUs may not run; empty if it may."""
+    kind, device, dtype = call.tensors[0]
+    if device.type != "cpu":
+        return f"input is on {device.type!r}"
+    if call.tracer in ("compile", "export"):
+        return COMPILED.reason
+    if call.interpret:
+        return "Triton's interpreter replaces the CPU's own kernel"
+    odd = next((k for k, _, _ in call.tensors if k not in PLAIN), None)
+    if odd is not None:
+        what = "input" if kind not in PLAIN else "a parameter"
+        return f"{what} is a {odd.__name__}"
+    other = next((kept for _, _, kept in call.tensors if kept != torch.float32), None)
+    if other is not None:
+        return f"dtype {other} (needs float32)"
+    if any(place != device for _, place, _ in call.tensors):
+        return "the parameters are on another device"
+    if not call.activation.closed_form:
+        return f"activation {call.activation.name!r} was registered without a derivative"
+    if call.autocast:
+        return "autocast is on"
+    if call.tracer:
+        return TRANSFORMED
+    if call.backend != "auto":
+        return ""
+    channels, hidden_bytes = sizes[0], rows * sizes[1] * dtype.itemsize
+    if training and channels > MAX_CHANNELS_TRAINING:
+        return f"in training {channels} channels are too many for what the op computes twice"
+    least = MIN_HIDDEN_BYTES_INFERENCE
+    if training:
+        least = max(MIN_HIDDEN_BYTES_TRAINING, channels * HIDDEN_BYTES_A_CHANNEL)
+    return small(hidden_bytes) if hidden_bytes < least else ""
+
+
+def small(hidden_bytes: int) -> str:
+    """Return in words that a hidden activation of so many bytes runs eager."""
+    return f"hidden activation of {hidden_bytes} bytes is small enough for eager"
+
+
+def too_few(backend: str, dtype: torch.dtype, rows: int, sizes: Sizes) -> str:
+    """Return why there are too few rows for a fused star MLP; empty if enough."""
+    width = max(sizes[0], sizes[2])
+    if backend == "triton" or rows >= MIN_ROWS:
+        return ""
+    if width * dtype.itemsize <= MAX_BYTES_ANY_ROWS:
+        return ""
+    return f"{rows} rows of {width} channels would leave most of a GPU idle"
+
+
+def too_wide(device: torch.device, dtype: torch.dtype, sizes: Sizes, training: bool) -> str:
+    """Return why no tile keeps the hidden activation on chip; empty if one does.
+
+    Input and output channels decide, since a program holds whole rows; training needs a tile of
+    the backward too.
+    """
+    width = _held_width(sizes)
+    needed = {"forward": MLP_FORWARD, **({"backward": MLP_BACKWARD["dx"]} if training else {})}
+    for name, table in needed.items():
+        if mlp_tile(table, device, width, dtype.itemsize) is None:
+            channels = f"{sizes[0]} -> {sizes[2]} channels"
+            return f"{channels} are too wide for a {name} tile in {dtype}"
+    return ""
+
+
+def _held_width(sizes: Sizes) -> int:
+    """Return the columns of the widest row that a program holds."""
+    return max(sum(split_columns(w)) for w in (sizes[0], sizes[2]))

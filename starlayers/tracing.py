@@ -1,0 +1,52 @@
+"""Tracers of PyTorch: what they call with, and what they record."""
+
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from starlayers.drop_path import DropPath
+
+__all__ = ["add_residual", "is_optional", "is_traced", "record"]
+
+
+def is_traced(x: object) -> bool:
+    """Return True if `x` belongs to torch.fx or `torch.jit.trace`, which record no checks."""
+    return hasattr(x, "tracer") or torch._C._get_tracing_state() is not None
+
+
+def is_optional(residual: Tensor) -> bool:
+    """Return True for torch.fx's stand-in of an argument that a caller may leave out."""
+    node: Any = getattr(residual, "node", None)
+    return node is not None and node.op == "placeholder" and node.args != ()
+
+
+def add_residual(y: Tensor, residual: Tensor | None) -> Tensor:
+    """Return `residual + y`, or `y` without a residual; torch.fx records it as one call."""
+    return y if residual is None else residual + y
+
+
+def record(module: nn.Module) -> nn.Module:
+    """Return a module as torch.fx records it, which `torch.jit.script` compiles in its place.
+
+    TorchScript cannot compile the choice of a path and the table of activations.
+
+    Raises:
+        ValueError: parts of the module are dropped at random in training mode, which would be
+            recorded for good; or a part that is recorded has hooks.
+    """
+    for name, part in module.named_modules():
+        recorded = not type(part).__module__.startswith("torch.nn")
+        if recorded and (part._forward_hooks or part._forward_pre_hooks):
+            raise ValueError(
+                f"torch.jit.script: {name or type(part).__name__} has hooks, which a recording "
+                "leaves out; remove them first"
+            )
+        rate = getattr(part, "drop_rate", part.p if isinstance(part, DropPath) else 0)
+        if part.training and rate:
+            raise ValueError(
+                f"torch.jit.script: {name or type(part).__name__} drops at rate {rate} in training "
+                "mode; call eval() first"
+            )
+    return torch.fx.symbolic_trace(module)
