@@ -2,21 +2,15 @@
 
 import inspect
 import os
-from collections.abc import Callable
 from contextlib import ContextDecorator
 from contextvars import ContextVar
-from typing import Any, TypeVar
-
-import torch
-from torch.utils.checkpoint import checkpoint
+from typing import Any
 
 __all__ = ["BACKENDS", "backend_name", "use_backend"]
 
 #: names that `use_backend` and the environment variable accept
 BACKENDS = ("auto", "eager", "cpu", "triton")
 ENV_VAR = "STARLAYERS_BACKEND"
-
-T = TypeVar("T")
 
 # the dictionary behind os.environ: its own look-up of a missing name takes 0.5 us, as long as a
 # matrix product of a small layer
@@ -98,33 +92,6 @@ def _forced_name() -> str | None:
 # once while tracing and keep the result. It is what torch.compiler.assume_constant_result sets; the
 # decorator itself would import the compiler.
 _forced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def with_this_backend(call: Callable[..., T]) -> Callable[..., T]:
-    """Wrap `call` so that it always runs on the backend that is in effect now.
-
-    A checkpoint repeats the forward during the backward. That may happen outside of the
-    `use_backend` block, and on a thread of autograd, which does not see context variables.
-    """
-    if torch.compiler.is_compiling():  # a compiled function keeps its backend anyway
-        return call
-    name = backend_name()
-
-    def wrapped(*args: object, **kwargs: object) -> T:
-        with use_backend(name):
-            return call(*args, **kwargs)
-
-    return wrapped
-
-
-def recomputed(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Run `call(*args)` as a checkpoint: save the inputs, repeat it in the backward.
-
-    The repetition runs on the backend that is in effect now. `kwargs` go to
-    `torch.utils.checkpoint.checkpoint`, which passes those it does not know on to `call`.
-    """
-    y: T = checkpoint(with_this_backend(call), *args, use_reentrant=False, **kwargs)
-    return y
 
 
 def _checked(name: str, where: str) -> str:

@@ -1,8 +1,8 @@
 """Checks of arguments and inputs, with the layer and the value in the message."""
 
-import math
 import operator
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -16,16 +16,6 @@ __all__ = [
     "positive_int",
     "probability",
 ]
-
-
-#: layouts that layers refuse, whatever the size of the call
-SPARSE = (
-    torch.sparse_coo,
-    torch.sparse_csr,
-    torch.sparse_csc,
-    torch.sparse_bsr,
-    torch.sparse_bsc,
-)
 
 
 def one_of(layer: str, name: str, value: str, known: Iterable[str]) -> None:
@@ -48,17 +38,27 @@ def finite(layer: str, name: str, value: float) -> float:
         TypeError: `value` is not a number.
         ValueError: `value` is infinite or NaN.
     """
-    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+    number = None
+    # a number of a tensor that is trained would lose its gradient
+    tensor = isinstance(value, Tensor) and (value.requires_grad or value.ndim)
+    if not (tensor or isinstance(value, str) or type(value).__name__ in ("bool", "bool_")):
+        with suppress(TypeError, ValueError, OverflowError):
+            number = float(value)
+    if number is None:
         raise TypeError(f"{layer}: {name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{layer}: {name} must be finite, got {value}")
-    return float(value)
+    if not abs(number) <= torch.finfo(torch.float32).max:  # NaN too
+        raise ValueError(f"{layer}: {name} must be a float32 that is finite, got {value}")
+    return number
 
 
 def floating_dtype(layer: str, dtype: torch.dtype | None) -> torch.dtype | None:
-    """Return `dtype`; raise TypeError if it is neither a floating dtype nor `None`."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"{layer}: dtype must be a floating torch.dtype or None, got {dtype!r}")
+    """Return `dtype`; raise TypeError if it is neither `None` nor floating, of 16 bits or more."""
+    known = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+    if dtype is not None and not known:
+        raise TypeError(
+            f"{layer}: dtype must be None or a floating torch.dtype of 16 bits or more, such as "
+            f"torch.bfloat16, got {dtype!r}"
+        )
     return dtype
 
 
@@ -72,7 +72,11 @@ def floating_tensor(layer: str, x: Tensor) -> None:
         raise TypeError(f"{layer} expects a tensor, got a {type(x).__name__}{remedy}")
     if not x.is_floating_point():
         raise TypeError(f"{layer} expects a floating tensor, got {x.dtype}; use x.float()")
-    if x.layout in SPARSE:
+    if x.is_nested and x.layout is torch.strided:
+        raise TypeError(
+            f"{layer} expects a dense tensor, got a nested one; use layout=torch.jagged or pad it"
+        )
+    if x.layout not in (torch.strided, torch.jagged):
         raise TypeError(f"{layer} expects a dense tensor, got {x.layout}; use x.to_dense()")
 
 
@@ -85,12 +89,15 @@ def positive_int(layer: str, name: str, value: int) -> int:
         TypeError: `value` is not an integer.
         ValueError: `value` is below 1.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    number = None
+    if not isinstance(value, bool) and not (isinstance(value, Tensor) and value.ndim):
+        with suppress(TypeError):
+            number = operator.index(value)
+    if number is None:
         raise TypeError(f"{layer}: {name} must be an integer, got {value!r}")
-    value = operator.index(value)
-    if value < 1:
-        raise ValueError(f"{layer}: {name} must be at least 1, got {value}")
-    return value
+    if number < 1:
+        raise ValueError(f"{layer}: {name} must be at least 1, got {number}")
+    return number
 
 
 def probability(layer: str, name: str, value: float) -> float:
@@ -99,8 +106,10 @@ def probability(layer: str, name: str, value: float) -> float:
     `layer` and `name` say whose argument it is in the message.
 
     Raises:
+        TypeError: `value` is not a number.
         ValueError: `value` is outside of [0, 1).
     """
-    if not 0.0 <= value < 1.0:
+    number = finite(layer, name, value)
+    if not 0.0 <= number < 1.0:
         raise ValueError(f"{layer}: {name} must be in [0, 1), got {value}")
-    return float(value)
+    return number

@@ -6,18 +6,19 @@ Plans are cached under all values that decide, so that a call that was met befor
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from starlayers import plans
 from starlayers.activations import ACTIVATIONS, get_activation
-from starlayers.backend import backend_name
+from starlayers.backend import backend_name, use_backend
 from starlayers.kernels import registration
 from starlayers.kernels.registration import MLPWeights, needs_gradients
 from starlayers.kernels.tuning import ENV_VAR as TUNING
@@ -40,7 +41,10 @@ __all__ = [
     "plan_early",
     "plan_mlp",
     "plan_star",
+    "recomputed",
 ]
+
+T = TypeVar("T")
 
 
 def plan_star(x1: Tensor, x2: Tensor, act: str | None) -> Plan:
@@ -169,7 +173,8 @@ def _key(
     row = ACTIVATIONS.get(act) or get_activation(act)  # which names an unknown one
     return (
         backend,
-        (row.name, row.closed_form, row.triton),  # a row itself may not be hashable
+        # a row itself may not be hashable
+        (row.name, row.closed_form, row.triton, ACTIVATIONS.get(row.name) is row),
         recompute,
         os.environ.get(TUNING),
         registration.INTERPRET,
@@ -382,9 +387,45 @@ def exporting() -> bool:
 
 
 def _transformed() -> bool:
-    """Return True inside of vmap, grad or jvp."""
-    # PyTorch has no public function for it
+    """Return True inside of vmap, grad, jvp or PyTorch's FLOP counter."""
+    c = torch._C
+    modes = map(c._get_dispatch_stack_at, range(c._len_torch_dispatch_stack()))
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
+        # PyTorch has no public function for these
+        c._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
+        or any(type(mode).__module__ == "torch.utils.flop_counter" for mode in modes)
     )
+
+
+def with_this_backend(call: Callable[..., T]) -> Callable[..., T]:
+    """Wrap `call` so that it always runs on the backend that is in effect now.
+
+    A checkpoint repeats the forward during the backward. That may happen outside of the
+    `use_backend` block, and on a thread of autograd, which does not see context variables.
+    """
+    if torch.compiler.is_compiling():  # a compiled function keeps its backend anyway
+        return call
+    name = backend_name()
+
+    def wrapped(*args: object, **kwargs: object) -> T:
+        with use_backend(name):
+            return call(*args, **kwargs)
+
+    return wrapped
+
+
+def recomputed(
+    call: Callable[..., T], *args: Any, context_fn: Any = noop_context_fn, **kwargs: Any
+) -> T:
+    """Run `call(*args)` as a checkpoint: save the inputs, repeat it in the backward.
+
+    The repetition runs on the backend that is in effect now. `context_fn` is that of
+    `torch.utils.checkpoint.checkpoint`; `kwargs` go to `call`. Transforms of torch.func and
+    `torch.jit.trace` know no checkpoints: under them `call` runs as it is.
+    """
+    if _transformed() or is_traced(None):
+        return call(*args, **kwargs)
+    call = with_this_backend(call)
+    y: T = checkpoint(call, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+    return y

@@ -91,6 +91,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
                 plan = _plan_method(layer)(*args, **kwargs)
         except RuntimeError as error:  # the backend asked for cannot serve
             plan = Plan("raises", str(error))
+        except TypeError as error:
+            plan = Plan("unknown", f"its forward takes other arguments than its plan: {error}")
         finally:
             attach()
         if str(plan) not in map(str, found[layer]):
@@ -106,7 +108,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     for name, layer in layers.items():
         if any(row.plan.fused and name.startswith(f"{row.name}.".lstrip(".")) for row in rows):
             continue
-        plans = found[layer] or [Plan("eager", "not called with these inputs")]
+        plans = found[layer] or [Plan("eager", "not called as a module with these inputs")]
         rows += [Row(name, type(layer).__name__, plan) for plan in plans]
     return Explanation(rows)
 

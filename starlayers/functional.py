@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from starlayers.activations import get_activation
+from starlayers.checks import finite, floating_tensor
 from starlayers.dispatch import plan_mlp, plan_star
 from starlayers.kernels.layer import run_mlp
 from starlayers.kernels.registration import MLPWeights
@@ -30,13 +31,14 @@ def star_product(
 ) -> Tensor:
     """Compute `star_reference`, with the fused kernel if the backend allows it.
 
-    Inputs are not checked.
+    Inputs are not checked. A tensor in the place of `offset`, such as a parameter that replaced a
+    layer's, is trained by the definition.
 
     Example:
         >>> star_product(torch.tensor([2.0]), torch.tensor([3.0]), "relu6")
         tensor([6.])
     """
-    if not plan_star(x1, x2, act).fused:
+    if isinstance(offset, Tensor) or not plan_star(x1, x2, act).fused:
         return star_reference(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
     if x1.ndim == 4 and not x1.is_contiguous() and _channels_last(x1) and _channels_last(x2):
         x1, x2 = x1.permute(0, 2, 3, 1), x2.permute(0, 2, 3, 1)
@@ -75,7 +77,7 @@ def star_packed_product(
         tensor([6.])
     """
     x1, x2 = h.chunk(2, -1)
-    if not plan_star(x1, x2, act).fused:
+    if isinstance(offset, Tensor) or not plan_star(x1, x2, act).fused:
         return star_reference(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
     return _fused_star(h, None, act, offset, clamp1, clamp2)
 
@@ -106,8 +108,10 @@ def star(
         A new tensor of the shape and dtype of the inputs; neither input is written to.
 
     Raises:
-        TypeError: an input is not a floating tensor, or the dtypes differ.
-        ValueError: the shapes differ, `act` is unknown, or a limit is empty or not a pair.
+        TypeError: an input is not a dense floating tensor, the dtypes differ, or `offset` is not a
+            number (a tensor of offsets can be added to `x2`).
+        ValueError: the shapes differ, `act` is unknown, `offset` is not finite, or a limit is empty
+            or not a pair.
 
     Source: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
 
@@ -115,10 +119,8 @@ def star(
         >>> star(torch.tensor([2.0, 9.0]), torch.tensor([3.0, -1.0]))
         tensor([ 6., -6.])
     """
-    if not (x1.is_floating_point() and x2.is_floating_point()):
-        raise TypeError(
-            f"star needs floating tensors, got {x1.dtype} and {x2.dtype}; convert with .float()"
-        )
+    for x in (x1, x2):
+        floating_tensor("star", x)
     if x1.dtype != x2.dtype:
         raise TypeError(f"star needs branches of one dtype, got {x1.dtype} and {x2.dtype}")
     if x1.shape != x2.shape:
@@ -126,6 +128,7 @@ def star(
             f"star needs branches of one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}; "
             "expand() the smaller one"
         )
+    offset = finite("star", "offset", offset)
     _check_limits(clamp1=clamp1, clamp2=clamp2)
     return star_product(x1, x2, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
 
@@ -154,10 +157,10 @@ def star_packed(
         >>> star_packed(torch.tensor([2.0, 9.0, 3.0, -1.0]))
         tensor([ 6., -6.])
     """
+    floating_tensor("star_packed", h)
     if h.ndim == 0 or h.shape[-1] % 2:
         raise ValueError(f"star_packed needs an even last dimension, got shape {tuple(h.shape)}")
-    if not h.is_floating_point():
-        raise TypeError(f"star_packed expects a floating tensor, got {h.dtype}; use .float()")
+    offset = finite("star_packed", "offset", offset)
     _check_limits(clamp1=clamp1, clamp2=clamp2)
     return star_packed_product(h, act, offset=offset, clamp1=clamp1, clamp2=clamp2)
 
@@ -194,8 +197,8 @@ def star_mlp(
         A new tensor of shape (..., out).
 
     Raises:
-        TypeError: an argument is not a floating tensor, or `offset` not a number.
-        ValueError: two shapes do not fit, or `act` is unknown.
+        TypeError: an argument is not a dense floating tensor, or `offset` not a number.
+        ValueError: two shapes do not fit, `offset` is not finite, or `act` is unknown.
         RuntimeError: the backend is "triton" or "cpu" and its kernel does not apply.
 
     Source: Ma et al., "Rewrite the Stars", CVPR 2024, arXiv 2403.19967.
@@ -205,10 +208,8 @@ def star_mlp(
         >>> star_mlp(x, w, None, 3 * w, None, w, None, residual=x)
         tensor([[4., 4.]])
     """
-    if not isinstance(offset, int | float):
-        raise TypeError(f"star_mlp: offset must be a number, got {offset!r}")
     weights = MLPWeights(w1, b1, w2, b2, w3, b3)
-    _check_mlp(x, weights, residual)
+    offset = _check_mlp(x, weights, residual, offset)
     plan = plan_mlp(x, weights, act, residual)
     if plan.weights is not None:
         return run_mlp(plan.path, x, weights, act, offset, residual)
@@ -216,13 +217,14 @@ def star_mlp(
     return y if residual is None else residual + y
 
 
-def _check_mlp(x: Tensor, weights: MLPWeights, residual: Tensor | None) -> None:
+def _check_mlp(x: Tensor, weights: MLPWeights, residual: Tensor | None, offset: float) -> float:
+    """Raise unless all arguments of a star MLP fit together; return the offset as a float."""
+    offset = finite("star_mlp", "offset", offset)
     tensors = {"x": x, **weights._asdict(), "residual": residual}
     for name, t in tensors.items():
         optional = name[0] in "br"
-        if not (t is None and optional) and not (isinstance(t, Tensor) and t.is_floating_point()):
-            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(f"star_mlp: {name} must be a floating tensor, got {got}")
+        if not (t is None and optional):
+            floating_tensor(f"star_mlp: {name}", t)  # type: ignore[arg-type]
     if weights.w1.ndim != 2 or weights.w3.ndim != 2 or x.ndim == 0:
         shapes = {name: tuple(tensors[name].shape) for name in ("x", "w1", "w3")}  # type: ignore[union-attr]
         raise ValueError(f"star_mlp needs x (..., in) and weights (out, in), got {shapes}")
@@ -243,6 +245,7 @@ def _check_mlp(x: Tensor, weights: MLPWeights, residual: Tensor | None) -> None:
                 f"star_mlp: {name} must have shape {tuple(shape)} for w1 {(hidden, width)} and w3 "
                 f"{tuple(weights.w3.shape)}, got {tuple(t.shape)}"
             )
+    return offset
 
 
 def _check_limits(**clamps: Limits | None) -> None:

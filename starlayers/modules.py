@@ -7,7 +7,6 @@ import torch.fx
 from torch import Tensor, nn
 
 from starlayers.activations import get_activation
-from starlayers.backend import recomputed
 from starlayers.checks import (
     boolean,
     finite,
@@ -28,13 +27,16 @@ from starlayers.dispatch import (
     plain_weights,
     plan_mlp,
     plan_star,
+    recomputed,
 )
 from starlayers.drop_path import DropPath
 from starlayers.functional import star_packed_product, star_product
 from starlayers.initialisation import reset_inside, start_smaller
 from starlayers.kernels.layer import run_mlp
 from starlayers.kernels.registration import MLPWeights
+from starlayers.plans import PLAIN
 from starlayers.reference import star_mlp_reference
+from starlayers.state_dicts import pack_branches, remove_old_options, split_branches
 from starlayers.tracing import add_residual, is_optional, is_traced, record
 
 torch.fx.wrap("add_residual")  # torch.fx records its call
@@ -44,6 +46,12 @@ __all__ = ["DropPath", "StarBlock", "StarMLP", "StarOp"]
 #: start of the second branch: as `nn.Linear`, or at `GATE_GAIN` of it
 INITS = ("linear", "near_linear")
 GATE_GAIN = 0.1
+#: dtypes in which layers compute
+WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_floating_point() and x.layout is torch.strided and not x.is_nested
 
 
 class StarOp(nn.Module):
@@ -59,8 +67,7 @@ class StarOp(nn.Module):
             a plain `act(f1(x))`, which makes function-preserving conversion possible.
         bias: give the branches biases.
         packed: compute both branches by one linear layer `f12` of `2 * out_features` outputs, `f1`
-            first. Small layers are faster so. It also loads the state dict of a layer with `f1`
-            and `f2`.
+            first. Small layers are faster so. Either kind loads the other's state dict.
         init: "linear" starts both branches as `nn.Linear`. "near_linear" starts the second at a
             tenth of that and needs an offset: the layer then begins close to
             `offset * act(f1(x))`, and a deep stack without norms can be trained.
@@ -171,7 +178,7 @@ class StarOp(nn.Module):
         """
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return  # a tracer records the network, not its checks
-        if type(x) is not Tensor or not x.is_floating_point() or x.layout is not torch.strided:
+        if type(x) is not Tensor or not _is_dense(x):
             if is_traced(x):
                 return
             floating_tensor(type(self).__name__, x)
@@ -195,37 +202,15 @@ class StarOp(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.packed:
-            for kind in ("weight", "bias"):
-                keys, packed = [f"{prefix}{f}.{kind}" for f in ("f1", "f2")], f"{prefix}f12.{kind}"
-                rows = [getattr(state_dict.get(key), "shape", ())[:1] for key in keys]
-                if rows == [(self.out_features,)] * 2 and packed not in state_dict:
-                    state_dict[packed] = torch.cat([state_dict.pop(key) for key in keys])
+            pack_branches(state_dict, prefix, self.out_features)
+        else:
+            split_branches(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled layer, also of the time when sums and scales were options of it."""
         remove_old_options(type(self).__name__, state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-
-
-#: options that became modules of `starlayers.coefficients.modules`, and their neutral values
-OLD_OPTIONS = {"combine": "mul", "rank": 1, "coefficients": "fixed"}
-
-
-def remove_old_options(layer: str, state: dict[str, Any]) -> None:
-    """Remove options of older versions from a pickled layer's attributes.
-
-    Raises:
-        ValueError: one of them changed what the layer computes.
-    """
-    for option, neutral in OLD_OPTIONS.items():
-        value = state.pop(option, neutral)
-        if value != neutral:
-            raise ValueError(
-                f"{layer} was pickled with {option}={value!r}, which is a module of its own now: "
-                "save the state dict with the older version and load it into SumMLP, RankStarMLP, "
-                "ScaledStarMLP or DynamicStarMLP of starlayers.coefficients.modules"
-            )
 
 
 class StarMLP(StarOp):
@@ -285,7 +270,7 @@ class StarMLP(StarOp):
             self._check_residual(x, residual)
         weights = self.fusable()
         if isinstance(weights, str):
-            declined(weights, "this StarMLP")
+            declined(weights, f"this {type(self).__name__}")
         else:
             plan = plan_mlp(x, weights, self.act, residual, recompute=self.recompute)
             if plan.weights is not None:
@@ -293,7 +278,7 @@ class StarMLP(StarOp):
                 return run_mlp(plan.path, x, weights, *options, recompute=self.recompute)
         if self.recompute and torch.is_grad_enabled():
             y = recomputed(self._definition, x)
-        elif calls_directly(x) and not isinstance(weights, str):
+        elif not (self.recompute or isinstance(weights, str)) and calls_directly(x):
             y = star_mlp_reference(x, *weights, self.act, offset=self.offset)
         else:
             y = self._definition(x)
@@ -307,11 +292,13 @@ class StarMLP(StarOp):
     def _check_residual(self, x: Tensor, residual: Tensor) -> None:
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return
-        if type(residual) is not Tensor or not residual.is_floating_point():
+        if type(residual) is not Tensor or not _is_dense(residual):
             if is_traced(x):
                 return
             floating_tensor(f"{type(self).__name__}: residual", residual)
-        shape = (*x.shape[:-1], self.out_features)
+        # another linear layer may have taken the place of g
+        out = getattr(self._modules["g"], "out_features", self.out_features)
+        shape = (*x.shape[:-1], out)
         if residual.shape != shape:
             raise ValueError(
                 f"{type(self).__name__}: residual must have the shape of the result, {shape}, got "
@@ -332,7 +319,7 @@ class StarMLP(StarOp):
         self.check_input(x)
         weights = self.fusable()
         if isinstance(weights, str):
-            return declined(weights, "this StarMLP")
+            return declined(weights, f"this {type(self).__name__}")
         return plan_mlp(x, weights, self.act, residual, recompute=self.recompute)
 
     def fusable(self) -> MLPWeights | str:
@@ -341,6 +328,8 @@ class StarMLP(StarOp):
         for name, original in OWN_METHODS.items():
             if getattr(kind, name) is not original or name in own:
                 return f"{kind.__name__} computes its products by a method of its own"
+        if isinstance(self.offset, Tensor):
+            return "offset is a tensor, which only the definition trains"
         layers = self._modules
         weights = plain_weights(layers["f1"], layers["f2"], layers["g"])
         if weights is not None:
@@ -377,7 +366,7 @@ class StarBlock(nn.Module):
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: `dim` below 1, or `drop_path` outside [0, 1).
+        ValueError: `dim` below 1, `drop_path` outside [0, 1), or a module changes the shape.
 
     Example:
         >>> block = StarBlock(16, StarMLP(16, 32, act="gelu"), pre=nn.LayerNorm(16))
@@ -404,7 +393,7 @@ class StarBlock(nn.Module):
             if not (module is None or isinstance(module, nn.Module)):
                 raise TypeError(f"{layer}: {name} must be a module or None, got {module!r}")
         for name in ("in_features", "out_features"):
-            if getattr(mlp, name, dim) != dim:
+            if getattr(mlp, name, dim) not in (dim, 0):  # lazy layers have 0
                 size = getattr(mlp, name)
                 raise ValueError(f"{layer}: mlp must keep {dim} channels, its {name} is {size}")
         drop_path = probability(layer, "drop_path", drop_path)
@@ -416,7 +405,9 @@ class StarBlock(nn.Module):
         )
         self.gamma = None
         if layer_scale is not None:
-            like = next(self.mlp.parameters(), torch.empty(0))
+            # parameters of lazy layers have no shape yet, those of quantised ones no such dtype
+            known = (p for p in self.mlp.parameters() if type(p) in PLAIN and p.dtype in WIDE)
+            like = next(known, torch.empty(0))
             self.gamma = nn.Parameter(torch.empty(dim, device=like.device, dtype=like.dtype))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.reset_parameters()
@@ -430,9 +421,19 @@ class StarBlock(nn.Module):
         if self._ends_in_mlp():
             return self.mlp(self.pre(x), x)  # type: ignore[no-any-return]
         y = self.post(self.mlp(self.pre(x)))
+        if not is_traced(x):
+            self._check_shapes(x, y)
         if self.gamma is not None:
             y = y * self.gamma
         return x + self.drop_path(y)  # type: ignore[no-any-return]
+
+    def _check_shapes(self, x: Tensor, y: Tensor) -> None:
+        layer, shape = type(self).__name__, tuple(x.shape)
+        if y.shape != x.shape:
+            inside = ", ".join(type(m).__name__ for m in (self.pre, self.mlp, self.post))
+            raise ValueError(f"{layer}: {inside} must keep the shape {shape}, got {tuple(y.shape)}")
+        if x.ndim == 1 and self.training and isinstance(self.drop_path, DropPath):
+            raise ValueError(f"{layer}: drop_path needs a batch, got shape {shape}; use x[None]")
 
     __prepare_scriptable__ = record
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from starlayers.activations import Activation, get_activation
+from starlayers.activations import ACTIVATIONS, Activation, get_activation
 from starlayers.kernels import registration
 from starlayers.kernels.registration import MLPWeights, autocasts, compute_dtype
 from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, mlp_tile, split_columns
@@ -59,6 +59,8 @@ PLAIN = (Tensor, nn.Parameter)
 class Plan(NamedTuple):
     """Path of a call: "eager" for a reason, or one of the fused paths and its weights.
 
+    `explain` also has "raises", where the backend asked for does not serve a call, and "unknown".
+
     Fused paths are "cpu" (blocks of rows on a CPU), "star", "star_mlp", "star_mlp_wide" and
     "block" (a whole StarBlock2d), the others by Triton kernels.
 
@@ -80,7 +82,8 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         if self.reason:
-            return f"{'raises' if self.path == 'raises' else 'runs eager'}: {self.reason}"
+            verb = self.path if self.path in ("raises", "unknown") else f"runs {self.path}"
+            return f"{verb}: {self.reason}"
         return f"runs fused: {self.path}" + (f", {self.tile}" if self.tile else "")
 
 
@@ -88,7 +91,7 @@ ASKED_FOR = Plan("eager", "the eager backend was asked for")
 COMPILED = Plan("eager", "being compiled or exported")
 ON_CPU = Plan("eager", "no Triton kernel for device 'cpu'")
 CPU_ASKED_FOR = Plan("eager", "the cpu backend was asked for, which has no op of this kind")
-TRANSFORMED = "a functional transform or tracer is active"
+TRANSFORMED = "a functional transform or tracer is active, or a FLOP counter"
 
 
 class Call(NamedTuple):
@@ -96,6 +99,8 @@ class Call(NamedTuple):
 
     backend: str
     activation: Activation
+    #: the table has the activation under its own name, by which ops look it up
+    by_name: bool
     #: dtype in which the call is computed
     dtype: torch.dtype
     autocast: bool
@@ -114,9 +119,11 @@ def rows_of(x: Tensor) -> int:
 def call_of(backend: str, act: str | None, tracer: str, tensors: tuple[Tensor, ...]) -> Call:
     """Return what decides about a call on `tensors`, the input first, under a `tracer`."""
     x = tensors[0]
+    row = get_activation(act)
     return Call(
         backend,
-        get_activation(act),
+        row,
+        ACTIVATIONS.get(row.name) is row,
         compute_dtype(x),
         autocasts(x),
         tracer,
@@ -145,6 +152,8 @@ def kernel_reason(call: Call) -> str:
         return "input and parameters differ in dtype and autocast is off"
     if call.activation.triton is None:
         return f"activation {call.activation.name!r} has no Triton form"
+    if not call.by_name:
+        return _other_name(call.activation)
     if call.tracer == "export" and call.backend == "auto":
         return "being exported: the graph stays portable"
     return TRANSFORMED if call.tracer == "transform" else ""
@@ -206,6 +215,8 @@ def cpu_reason(call: Call, rows: int, sizes: Sizes, training: bool) -> str:
         return "the parameters are on another device"
     if not call.activation.closed_form:
         return f"activation {call.activation.name!r} was registered without a derivative"
+    if not call.by_name:
+        return _other_name(call.activation)
     if call.autocast:
         return "autocast is on"
     if call.tracer:
@@ -219,6 +230,10 @@ def cpu_reason(call: Call, rows: int, sizes: Sizes, training: bool) -> str:
     if training:
         least = max(MIN_HIDDEN_BYTES_TRAINING, channels * HIDDEN_BYTES_A_CHANNEL)
     return small(hidden_bytes) if hidden_bytes < least else ""
+
+
+def _other_name(row: Activation) -> str:
+    return f"the row of the activation is not in ACTIVATIONS under its own name {row.name!r}"
 
 
 def small(hidden_bytes: int) -> str:

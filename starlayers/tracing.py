@@ -24,7 +24,11 @@ def is_optional(residual: Tensor) -> bool:
 
 def add_residual(y: Tensor, residual: Tensor | None) -> Tensor:
     """Return `residual + y`, or `y` without a residual; torch.fx records it as one call."""
-    return y if residual is None else residual + y
+    if residual is None:
+        return y
+    if residual.shape != y.shape:
+        raise ValueError("the residual must have the shape of the result")
+    return residual + y
 
 
 def record(module: nn.Module) -> nn.Module:
@@ -49,4 +53,11 @@ def record(module: nn.Module) -> nn.Module:
                 f"torch.jit.script: {name or type(part).__name__} drops at rate {rate} in training "
                 "mode; call eval() first"
             )
-    return torch.fx.symbolic_trace(module)
+    traced = torch.fx.symbolic_trace(module)
+    for node in traced.graph.nodes:
+        if "dropout" in getattr(node.target, "__name__", "") and node.kwargs.get("training"):
+            raise ValueError(
+                f"torch.jit.script: {node.target.__name__} in {type(module).__name__} would be "
+                "recorded in training mode; call eval() first, or use the module nn.Dropout"
+            )
+    return traced

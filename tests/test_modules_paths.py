@@ -213,3 +213,40 @@ def test_formula_of_a_wrapped_branch_by_weight():
     op, x = StarOp(4, 3, act="silu"), randn(5, 4)
     op.f1 = LowRank(op.f1)
     torch.testing.assert_close(op(x), star_op_formula(op, x))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: StarMLP(4, recompute=True), lambda: RankStarMLP(4, recompute=True)]
+)
+def test_recompute_gives_way_to_transforms_and_tracers(make):
+    """Checkpoints fail under torch.func, and `torch.jit.trace` would record one."""
+    mlp, x = make(), randn(3, 4)
+    weights = dict(mlp.named_parameters())
+
+    def loss(weights):
+        return torch.func.functional_call(mlp, weights, (x,)).square().sum()
+
+    grads = torch.func.grad(loss)(weights)
+    loss(weights).backward()
+    for name, p in mlp.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad)
+    torch.testing.assert_close(torch.jit.trace(mlp, x)(2 * x), mlp(2 * x))
+
+
+def test_a_residual_may_change_before_the_backward():
+    """Its gradient does not depend on it, fused as in the definition."""
+    mlp, x = StarMLP(8), randn(300, 8, grad=True)
+    grads = []
+    for backend in ("cpu", "eager"):
+        residual = randn(300, 8)
+        with use_backend(backend):
+            y = mlp(x, residual)
+        residual.zero_()
+        grads.append(torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()]))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        residual = randn(300, 8)
+    with use_backend("cpu"):
+        mlp(x, residual).sum().backward()
+    assert x.grad.isfinite().all()

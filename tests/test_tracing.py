@@ -5,9 +5,11 @@ import warnings
 import pytest
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from starlayers import ACTIVATIONS, DropPath, StarBlock, StarMLP, StarOp, use_backend
@@ -182,3 +184,34 @@ def test_torch_func_calls_it_with_other_weights(name):
 def test_a_tracer_under_the_triton_backend_is_refused():
     with use_backend("triton"), pytest.raises(RuntimeError, match="transform or tracer"):
         torch.fx.symbolic_trace(StarOp(4, 4))
+
+
+class Dropping(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_script_refuses_a_dropout_that_it_would_record_in_training_mode():
+    block = StarBlock(4, pre=Dropping())
+    with pytest.raises(ValueError, match=r"dropout in StarBlock .*eval"):
+        torch.jit.script(block)
+    x = randn(2, 4)
+    torch.testing.assert_close(torch.jit.script(block.eval())(x), block(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_residual_has_the_shape_of_the_result():
+    mlp, x = StarMLP(4), randn(3, 4)
+    scripted = torch.jit.script(mlp)
+    torch.testing.assert_close(scripted(x, x), mlp(x, x))
+    with pytest.raises(torch.jit.Error, match="must have the shape of the result"):
+        scripted(x, x[:1])
+
+
+@pytest.mark.parametrize("size", [32, 4096])
+def test_flop_counters_see_the_products_at_every_size(size):
+    mlp, rows = StarMLP(size, 2 * size), 4 * 4096 // size
+    with FlopCounterMode(display=False) as counter:
+        mlp(torch.ones(rows, size))
+    assert counter.get_total_flops() == 2 * rows * size * 2 * size * 3

@@ -8,16 +8,17 @@ import copy
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
-from starlayers.backend import recomputed
 from starlayers.checks import boolean, positive_int
-from starlayers.dispatch import Plan, declined, plan_early
+from starlayers.dispatch import Plan, declined, recomputed
 from starlayers.functional import star_product
 from starlayers.initialisation import reset_inside, start_smaller
 from starlayers.kernels.registration import MLPWeights
 from starlayers.modules import StarMLP, StarOp
 from starlayers.reference import sum_reference
+from starlayers.state_dicts import rearrange_ranks
 from starlayers.tracing import record
 
 __all__ = [
@@ -61,17 +62,21 @@ class SumOp(StarOp):
 
     def products(self, x: Tensor) -> Tensor:
         """Compute the sums, which take the place of products."""
+        self._decline()
         return sum_reference(*self.branches(x), self.act)
 
     def plan(self, x: Tensor) -> Plan:
         """Return the plan for the sum, which is always its definition.
 
         Raises:
-            RuntimeError: the backend is "triton".
+            RuntimeError: the backend is "triton" or "cpu".
         """
         self.check_input(x)
+        return self._decline()
+
+    def _decline(self) -> Plan:
         layer = type(self).__name__
-        return plan_early(x) or declined(f"{layer} has no product to fuse", f"this {layer}")
+        return declined(f"{layer} has no product to fuse", f"this {layer}")
 
 
 class SumMLP(StarMLP, SumOp):
@@ -190,6 +195,18 @@ class ScaledStarMLP(StarMLP, ScaledStarOp):
         return f"{type(self).__name__} has factors of its own; fold() makes it a StarMLP"
 
 
+def mean_between(x: Tensor) -> Tensor:
+    """Return the mean over all dimensions between the first and the last, which become 1.
+
+    torch.fx records it as one call, since its dimensions depend on the input.
+    """
+    dims = list(range(1, x.dim() - 1))
+    return x.mean(dims, keepdim=True) if len(dims) > 0 else x
+
+
+torch.fx.wrap("mean_between")
+
+
 class DynamicStarOp(ScaledStarOp):
     """Star with learned factors, and one more of each product that depends on the sample.
 
@@ -220,8 +237,7 @@ class DynamicStarOp(ScaledStarOp):
         start_smaller(last, 0, 0.0)
 
     def _scaled(self, x: Tensor, h2: Tensor) -> Tensor:
-        dims = tuple(range(1, x.ndim - 1))
-        gate = self.gate(x.mean(dims, keepdim=True) if dims else x)
+        gate = self.gate(mean_between(x))
         return super()._scaled(x, h2) * (1 + gate.tanh())  # type: ignore[no-any-return]
 
     def fold(self) -> StarOp:
@@ -248,7 +264,8 @@ class RankStarOp(nn.Module):
 
     The child `star` computes all products, laid out (channels, rank), so that a part of its rows
     holds whole products when tensor parallelism divides them by columns. State dicts of the time
-    when the rank was an option of `StarOp` load, with their rows rearranged.
+    when the rank was an option of `StarOp` load, with their rows rearranged; an optimizer's state
+    of that time does not. Weights of a plain `StarOp` go into the child: `op.star.load_state_dict`.
 
     Shapes: (..., in_features) -> (..., out_features).
 
@@ -300,12 +317,7 @@ class RankStarOp(nn.Module):
     __prepare_scriptable__ = record
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        for name in ("f1.weight", "f1.bias", "f2.weight", "f2.bias"):
-            if prefix + name in state_dict:
-                rows = state_dict.pop(prefix + name)
-                if len(rows) % self.rank == 0:  # a wrong size is named by the layer below
-                    rows = rows.unflatten(0, (self.rank, -1)).transpose(0, 1).flatten(0, 1)
-                state_dict[f"{prefix}star.{name}"] = rows
+        rearrange_ranks(state_dict, prefix, self.rank)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from starlayers.backend import recomputed
 from starlayers.coefficients.form import CHUNK_BYTES, check_bytes, dense, no_autocast
+from starlayers.dispatch import recomputed
 from starlayers.kernels.registration import needs_gradients
 
 

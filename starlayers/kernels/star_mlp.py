@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from starlayers.activations import get_activation
 from starlayers.kernels.registration import (
     MLPGradients,
     MLPWeights,
@@ -62,10 +63,25 @@ star_mlp_backward = define_op(
 )
 
 
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    *tensors, residual, act, offset, stats = inputs
+    ctx.activation = get_activation(act)
+    # without statistics a residual's gradient does not depend on it: it may change or be freed
+    kept = residual if stats else None
+    save_inputs(ctx, (*tensors, kept, act, offset, stats), output)
+
+
 def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, ...]:
     inputs, upstream = saved_inputs(ctx, dy, dmean, dvar)
-    x, *weights, residual = inputs
+    x, *weights, _ = inputs
     act, offset, stats = ctx.options
+    if get_activation(act) is not ctx.activation:
+        raise RuntimeError(
+            f"activation {act!r} was registered again between forward and backward; choose another "
+            "name"
+        )
+    needs = ctx.needs_input_grad[:8]
+    present: tuple[Tensor | None, ...] = (None,) * 7
     if torch.is_grad_enabled():
 
         def definition(x: Tensor, *others: Tensor | None) -> Any:
@@ -74,16 +90,20 @@ def _backward(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, .
             y = y if residual is None else y + residual
             return with_statistics(y, True) if stats else y
 
-        grads = [dy, dmean, dvar] if stats else [dy]
-        needs = ctx.needs_input_grad[:8]
-        return *library_gradients(definition, inputs, needs, grads), None, None, None
-    computed: tuple[Any, ...] = (None,) * 7
+        if stats:
+            grads = library_gradients(definition, inputs, needs, [dy, dmean, dvar])
+            return *grads, None, None, None
+        if any(needs[:7]):
+            needs_but_residual = (*needs[:7], False)
+            present = library_gradients(definition, inputs, needs_but_residual, [dy])[:7]
+        return *present, dy if needs[7] else None, None, None, None
     with no_autocast(dy):
-        if any(ctx.needs_input_grad[:7]):  # else only the residual needs a gradient: skip K4
+        if any(needs[:7]):  # else only the residual needs a gradient: skip the kernel
             computed = star_mlp_backward(*upstream, x, *weights, act, offset)
-        dresidual = None if residual is None else upstream.total()
-    present = (None if t is None else g for t, g in zip(inputs[:7], computed, strict=True))
+            pairs = zip(inputs[:7], computed, strict=True)
+            present = tuple(None if t is None else g for t, g in pairs)
+        dresidual = upstream.total() if needs[7] else None
     return *present, dresidual, None, None, None
 
 
-define_gradient(star_mlp, _backward, save_inputs)
+define_gradient(star_mlp, _backward, _save)

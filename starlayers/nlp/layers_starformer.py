@@ -22,8 +22,8 @@ from .configuration_starformer import ResolvedConfig
 
 try:
     from starlayers.activations import get_activation
-    from starlayers.backend import recomputed
     from starlayers.coefficients.modules import SumMLP
+    from starlayers.dispatch import recomputed
     from starlayers.functional import star_product
     from starlayers.modules import StarBlock, StarMLP
 except ImportError:  # loaded from a folder that `save_with_code` wrote, without starlayers

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from starlayers.backend import recomputed
-from starlayers.dispatch import Plan, attached, declined, plain_weights, plan_mlp, plan_star
+from starlayers.dispatch import (
+    Plan,
+    attached,
+    declined,
+    plain_weights,
+    plan_mlp,
+    plan_star,
+    recomputed,
+)
 from starlayers.functional import star_packed, star_product
 from starlayers.kernels.layer import run_mlp
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection

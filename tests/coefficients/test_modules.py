@@ -1,6 +1,7 @@
 """Sums, several products and learned factors: values, folding, fused paths, old files."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -649,10 +650,13 @@ def test_products_are_stars_that_a_kernel_may_compute(variant):
 
 def test_sums_have_no_kernel():
     op, x = SumOp(4, 6), randn(3, 4)
-    assert op.plan(x).reason == "no Triton kernel for device 'cpu'"
-    assert op.plan(x.to("meta")).reason == "SumOp has no product to fuse"
-    with use_backend("triton"), pytest.raises(RuntimeError, match="this SumOp: SumOp has no"):
-        op.plan(x)
+    assert op.plan(x).reason == "SumOp has no product to fuse"
+    for backend, call in itertools.product(("triton", "cpu"), (op, op.plan)):
+        words = f"the {backend} backend cannot serve this SumOp: SumOp has no product"
+        with use_backend(backend), pytest.raises(RuntimeError, match=words):
+            call(x)
+    with use_backend("eager"):
+        assert op.plan(x).reason == "the eager backend was asked for"
     with pytest.raises(ValueError, match="SumOp expects 4 input features, got 5"):
         op.plan(randn(3, 5))
 
@@ -765,3 +769,13 @@ def test_old_pickles_of_plain_layers_load(module):
     assert not hasattr(star_of(twin), "rank")
     assert torch.equal(twin(x), module(x))
     assert repr(twin) == repr(module)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("shape", [(3, 4), (3, 5, 4), (2, 3, 5, 4)])
+def test_dynamic_factors_are_recorded_for_inputs_of_any_rank(shape):
+    op = build("op", "dynamic")
+    nn.init.normal_(op.gate[-1].bias)
+    x = randn(*shape)
+    torch.testing.assert_close(torch.fx.symbolic_trace(op)(x), op(x))
+    torch.testing.assert_close(torch.jit.script(op)(x), op(x))

@@ -313,3 +313,34 @@ def test_wide_products_of_no_rows_launch_nothing(grids):
         randn(0, 64), Branches(weight, None, weight, None), "silu", 0.0, False
     )
     assert (grids, s.shape) == ([], (0, 64))
+
+
+@pytest.fixture
+def bell():
+    """Activation of a name that a test registers again; the table is as before afterwards."""
+    register_activation("bell", torch.cos, lambda x: -torch.sin(x), aliases=("bells",))
+    yield "bell"
+    for name in ("bell", "bells"):
+        ACTIVATIONS.pop(name, None)
+
+
+def test_an_activation_that_was_registered_again_does_not_take_over_a_backward(bell):
+    mlp, x = StarMLP(5, act=bell), randn(70, 5, grad=True)
+    with use_backend("cpu"):
+        y = mlp(x).sum()
+    del ACTIVATIONS["bell"], ACTIVATIONS["bells"]
+    register_activation("bell", torch.tanh, lambda x: 1 - torch.tanh(x) ** 2)
+    with pytest.raises(RuntimeError, match="'bell' was registered again between forward"):
+        y.backward()
+
+
+def test_a_row_under_another_name_alone_runs_its_own_definition(bell):
+    x, mlp = randn(20_000, 8), StarMLP(8, 64)
+    row = ACTIVATIONS.pop(bell)
+    register_activation("bell", torch.tanh, lambda x: 1 - torch.tanh(x) ** 2)
+    mlp.act = "bells"  # still the cosine
+    expected = mlp.g(row.fn(mlp.f1(x)) * mlp.f2(x))
+    torch.testing.assert_close(mlp(x), expected)
+    assert mlp.plan(x).reason.endswith("not in ACTIVATIONS under its own name 'bell'")
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="under its own name 'bell'"):
+        mlp(x)
