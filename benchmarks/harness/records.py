@@ -84,6 +84,7 @@ def append(record: Record, folder: Path = RESULTS) -> None:
 def load(study: str, folder: Path = RESULTS) -> list[Record]:
     """Read all records of a study, in the order they were written; none without a file.
 
+    A later record of the same run and definition replaces an earlier one: speed is measured again.
     The last line is ignored where it is incomplete.
 
     Raises:
@@ -93,15 +94,18 @@ def load(study: str, folder: Path = RESULTS) -> list[Record]:
     if not file.is_file():
         return []
     *lines, _ = file.read_text().split("\n")
-    records = []
+    records: dict[str, Record] = {}
     for number, line in enumerate(lines, 1):
         try:
             content = json.loads(line)
             known = {name: content.pop(name) for name in FIELDS}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}, line {number}: not a record ({error!r})") from error
-        records.append(Record(**known, marks=content))
-    return records
+        record = Record(**known, marks=content)
+        key = json.dumps((record.run, record.arm, record.seed, record.definition), sort_keys=True)
+        records.pop(key, None)
+        records[key] = record
+    return list(records.values())
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -375,10 +375,11 @@ def test_current_records_are_those_of_the_jobs_definition(tmp_path):
     assert of_arms("s", ["b"], tmp_path) == {}
 
 
-def test_measurements_of_one_run_are_appended(tmp_path):
+def test_a_measurement_is_appended_and_replaces_an_earlier_one(tmp_path):
     for value in (1, 2):
         measure_once("s", job(1), {"v": value}, run="speed", folder=tmp_path)
-    assert [r.metrics["v"] for r in load("s", tmp_path)] == [1, 2]
+    assert [r.metrics["v"] for r in load("s", tmp_path)] == [2]
+    assert len(file_of("s", tmp_path).read_text().splitlines()) == 2
     assert current("s", {"speed": job(1)}, tmp_path)["speed"].metrics == {"v": 2}
 
 
