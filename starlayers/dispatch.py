@@ -6,21 +6,24 @@ Plans are cached under all values that decide, so that a call that was met befor
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
-from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from starlayers import plans
 from starlayers.activations import ACTIVATIONS, get_activation
-from starlayers.backend import backend_name, use_backend
+from starlayers.backend import backend_name
 from starlayers.kernels import registration
-from starlayers.kernels.registration import MLPWeights, needs_gradients
+from starlayers.kernels.registration import (
+    MLPWeights,
+    compute_dtype,
+    needs_gradients,
+)
 from starlayers.kernels.tuning import ENV_VAR as TUNING
 from starlayers.kernels.tuning import tuning
 from starlayers.plans import PLAIN, Plan, call_of, rows_of
@@ -35,16 +38,16 @@ __all__ = [
     "exporting",
     "forget_plans",
     "is_plain",
+    "is_transformed",
+    "launches_directly",
     "linear",
     "plain_weights",
     "plan_block",
     "plan_early",
     "plan_mlp",
     "plan_star",
-    "recomputed",
+    "rules_blocks_out",
 ]
-
-T = TypeVar("T")
 
 
 def plan_star(x1: Tensor, x2: Tensor, act: str | None) -> Plan:
@@ -84,7 +87,9 @@ def plan_early(x: Tensor) -> Plan | None:
         return plans.CPU_ASKED_FOR
     if _recorded(x):
         return declined(plans.TRANSFORMED, "a star or block")
-    return plans.ON_CPU if backend == "auto" and x.is_cpu else None
+    if backend == "auto" and x.is_cpu and "cpu" not in registration.KERNEL_DEVICES:
+        return plans.ON_CPU
+    return None
 
 
 def _recorded(x: Tensor) -> bool:
@@ -180,7 +185,7 @@ def _key(
         registration.INTERPRET,
         autocast and torch.get_autocast_dtype(kind),
         torch.is_grad_enabled(),
-        _transformed(),
+        is_transformed(),
         None if residual is None else (type(residual), residual.device),
         x.shape,
         *[
@@ -207,6 +212,40 @@ def _new_mlp_plan(
         recompute or tuning(),
         None if residual is None else (type(residual), residual.device),
     )
+
+
+def rules_blocks_out(x: Tensor) -> bool:
+    """Return True if nothing but `x` (..., channels) keeps a block from its kernels.
+
+    It is asked before all else: what a network declines should cost it next to nothing.
+    """
+    if type(x) is not Tensor:
+        return False
+    backend = backend_name()
+    if backend != "auto":
+        return backend != "triton"
+    if x.is_cpu and "cpu" not in registration.KERNEL_DEVICES:
+        return True
+    return bool(plans.few(compute_dtype(x), rows_of(x), x.shape[-1]))
+
+
+def launches_directly(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
+    """Return True if kernels on `x` may be launched without PyTorch's dispatcher.
+
+    It would record gradients, and transforms, tracers and modes act through it. A CUDA graph that
+    is being captured needs it as well: what is folded into weights beforehand would go stale.
+    """
+    if type(x) is not Tensor or torch.compiler.is_compiling() or _tracer():
+        return False
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    if torch.is_grad_enabled() and needs_gradients(x, *tensors):
+        return False
+    if not x.is_cuda:
+        return True
+    # Triton launches on the current device
+    here: bool = x.device.index == torch.cuda.current_device()
+    return here and not torch.cuda.is_current_stream_capturing()
 
 
 def plan_block(
@@ -374,7 +413,7 @@ def _tracer() -> str:
         return "export"
     if torch.compiler.is_compiling():
         return "compile"
-    return "transform" if torch._C._get_tracing_state() is not None or _transformed() else ""
+    return "transform" if torch._C._get_tracing_state() is not None or is_transformed() else ""
 
 
 def exporting() -> bool:
@@ -386,7 +425,7 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
-def _transformed() -> bool:
+def is_transformed() -> bool:
     """Return True inside of vmap, grad, jvp or PyTorch's FLOP counter."""
     c = torch._C
     modes = map(c._get_dispatch_stack_at, range(c._len_torch_dispatch_stack()))
@@ -396,36 +435,3 @@ def _transformed() -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or any(type(mode).__module__ == "torch.utils.flop_counter" for mode in modes)
     )
-
-
-def with_this_backend(call: Callable[..., T]) -> Callable[..., T]:
-    """Wrap `call` so that it always runs on the backend that is in effect now.
-
-    A checkpoint repeats the forward during the backward. That may happen outside of the
-    `use_backend` block, and on a thread of autograd, which does not see context variables.
-    """
-    if torch.compiler.is_compiling():  # a compiled function keeps its backend anyway
-        return call
-    name = backend_name()
-
-    def wrapped(*args: object, **kwargs: object) -> T:
-        with use_backend(name):
-            return call(*args, **kwargs)
-
-    return wrapped
-
-
-def recomputed(
-    call: Callable[..., T], *args: Any, context_fn: Any = noop_context_fn, **kwargs: Any
-) -> T:
-    """Run `call(*args)` as a checkpoint: save the inputs, repeat it in the backward.
-
-    The repetition runs on the backend that is in effect now. `context_fn` is that of
-    `torch.utils.checkpoint.checkpoint`; `kwargs` go to `call`. Transforms of torch.func and
-    `torch.jit.trace` know no checkpoints: under them `call` runs as it is.
-    """
-    if _transformed() or is_traced(None):
-        return call(*args, **kwargs)
-    call = with_this_backend(call)
-    y: T = checkpoint(call, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
-    return y

@@ -27,7 +27,6 @@ from starlayers.dispatch import (
     plain_weights,
     plan_mlp,
     plan_star,
-    recomputed,
 )
 from starlayers.drop_path import DropPath
 from starlayers.functional import star_packed_product, star_product
@@ -35,6 +34,7 @@ from starlayers.initialisation import reset_inside, start_smaller
 from starlayers.kernels.layer import run_mlp
 from starlayers.kernels.registration import MLPWeights
 from starlayers.plans import PLAIN
+from starlayers.recompute import recomputed
 from starlayers.reference import star_mlp_reference
 from starlayers.state_dicts import pack_branches, remove_old_options, split_branches
 from starlayers.tracing import add_residual, is_optional, is_traced, record

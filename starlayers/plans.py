@@ -18,6 +18,7 @@ __all__ = [
     "Plan",
     "call_of",
     "decide_mlp",
+    "few",
     "kernel_reason",
     "rows_of",
     "small",
@@ -135,7 +136,7 @@ def call_of(backend: str, act: str | None, tracer: str, tensors: tuple[Tensor, .
 def kernel_reason(call: Call) -> str:
     """Return why no Triton kernel may take the tensors of a call; empty if one may."""
     device = call.tensors[0][1]
-    if device.type != "cuda" and not (call.interpret and device.type == "cpu"):
+    if device.type not in registration.KERNEL_DEVICES:
         return f"no Triton kernel for device {device.type!r}"
     if not registration.HAS_TRITON:
         return "Triton is not installed"
@@ -244,11 +245,14 @@ def small(hidden_bytes: int) -> str:
 def too_few(backend: str, dtype: torch.dtype, rows: int, sizes: Sizes) -> str:
     """Return why there are too few rows for a fused star MLP; empty if enough."""
     width = max(sizes[0], sizes[2])
-    if backend == "triton" or rows >= MIN_ROWS:
-        return ""
-    if width * dtype.itemsize <= MAX_BYTES_ANY_ROWS:
+    if backend == "triton" or not few(dtype, rows, width):
         return ""
     return f"{rows} rows of {width} channels would leave most of a GPU idle"
+
+
+def few(dtype: torch.dtype, rows: int, width: int) -> bool:
+    """Return True if so many rows of `width` channels would leave most of a GPU idle."""
+    return rows < MIN_ROWS and width * dtype.itemsize > MAX_BYTES_ANY_ROWS
 
 
 def too_wide(device: torch.device, dtype: torch.dtype, sizes: Sizes, training: bool) -> str:

@@ -24,9 +24,10 @@ from starlayers import (
 )
 from starlayers.backend import BACKENDS, ENV_VAR
 from starlayers.coefficients.modules import DynamicStarMLP, SumMLP
-from starlayers.dispatch import is_plain, plain_weights, recomputed, with_this_backend
+from starlayers.dispatch import is_plain, plain_weights
 from starlayers.kernels import registration
 from starlayers.kernels.registration import needs_gradients
+from starlayers.recompute import recomputed, with_this_backend
 from tests.helpers import RecordOps, randn, star_mlp_formula, star_op_formula
 
 
@@ -498,6 +499,7 @@ def test_an_activation_without_a_derivative_has_no_fused_op():
 @pytest.mark.usefixtures("eligible")
 def test_the_interpreter_replaces_the_cpus_own_op(monkeypatch):
     monkeypatch.setattr(registration, "INTERPRET", True)
+    monkeypatch.setattr(registration, "KERNEL_DEVICES", {"cpu", "cuda"})
     assert "interpreter replaces" in StarMLP(4).plan(X).reason
     with use_backend("triton"):  # where the conditions are those of a GPU
         assert StarMLP(4).plan(X).reason == ""

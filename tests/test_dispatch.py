@@ -209,7 +209,7 @@ def exporting():
 def compiling():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        patch.setattr(dispatch, "_transformed", lambda: True)
+        patch.setattr(dispatch, "is_transformed", lambda: True)
         yield
 
 
@@ -254,6 +254,7 @@ def kernel_reason(tensors, act):
 def test_conditions_of_every_kernel(tensors, act, context, words, monkeypatch):
     assert kernel_reason(tensors, act).startswith("no Triton kernel for device")
     monkeypatch.setattr(registration, "INTERPRET", True)
+    monkeypatch.setattr(registration, "KERNEL_DEVICES", {"cpu", "cuda"})
     with use_backend("triton"), context():
         reason = kernel_reason(tensors, act)
     assert reason == "" if words is None else re.search(words, reason)
@@ -261,6 +262,7 @@ def test_conditions_of_every_kernel(tensors, act, context, words, monkeypatch):
 
 def test_kernels_need_triton_and_on_a_cpu_its_interpreter(monkeypatch):
     monkeypatch.setattr(registration, "INTERPRET", True)
+    monkeypatch.setattr(registration, "KERNEL_DEVICES", {"cpu", "cuda"})
     for name in ("auto", "eager"):
         with use_backend(name):
             assert "interpreter is for testing" in kernel_reason([ONE], None)
@@ -271,6 +273,7 @@ def test_kernels_need_triton_and_on_a_cpu_its_interpreter(monkeypatch):
 
 def test_an_activation_of_ones_own_has_no_triton_form(monkeypatch):
     monkeypatch.setattr(registration, "INTERPRET", True)
+    monkeypatch.setattr(registration, "KERNEL_DEVICES", {"cpu", "cuda"})
     register_activation("sine", torch.sin, torch.cos)
     try:
         with use_backend("triton"):

@@ -199,7 +199,15 @@ def test_core_import_loads_torch_alone_and_warns_of_nothing(child):
     # ops are registered at once, their Triton code and the adapters are not loaded
     rooms = {name.split(".")[1] for name in own.split() if "." in name}
     core = {"activations", "backend", "checks", "dispatch", "explain", "functional", "modules"}
-    core |= {"drop_path", "initialisation", "plans", "reference", "state_dicts", "tracing"}
+    core |= {
+        "drop_path",
+        "initialisation",
+        "plans",
+        "recompute",
+        "reference",
+        "state_dicts",
+        "tracing",
+    }
     assert rooms == core | {"kernels", "surgery"}
     assert "starlayers.kernels.device" not in own.split()
     assert initialized == "False"

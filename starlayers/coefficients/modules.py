@@ -12,11 +12,12 @@ import torch.fx
 from torch import Tensor, nn
 
 from starlayers.checks import boolean, positive_int
-from starlayers.dispatch import Plan, declined, recomputed
+from starlayers.dispatch import Plan, declined
 from starlayers.functional import star_product
 from starlayers.initialisation import reset_inside, start_smaller
 from starlayers.kernels.registration import MLPWeights
 from starlayers.modules import StarMLP, StarOp
+from starlayers.recompute import recomputed
 from starlayers.reference import sum_reference
 from starlayers.state_dicts import rearrange_ranks
 from starlayers.tracing import record

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from starlayers.coefficients.form import CHUNK_BYTES, check_bytes, dense, no_autocast
-from starlayers.dispatch import recomputed
 from starlayers.kernels.registration import needs_gradients
+from starlayers.recompute import recomputed
 
 
 def squares(w1: Tensor, w2: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from torch import Tensor
 __all__ = [
     "HAS_TRITON",
     "INTERPRET",
+    "KERNEL_DEVICES",
+    "Launch",
     "MLPGradients",
     "MLPWeights",
     "autocasts",
@@ -29,12 +32,15 @@ __all__ = [
     "no_autocast",
     "pointer",
     "precision",
+    "recorded_launches",
     "tap_rows",
     "unit_stride",
 ]
 
 #: True if kernels run in Triton's interpreter, on CPU tensors; read once, as Triton itself does
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+#: types of devices on which kernels run
+KERNEL_DEVICES = {"cuda", "cpu"} if INTERPRET else {"cuda"}
 #: True if Triton is installed; importing it would cost more than looking for it
 HAS_TRITON = find_spec("triton") is not None
 
@@ -173,9 +179,40 @@ def _widened(t: Tensor) -> Tensor:
     return t.float() if t.dtype == torch.bfloat16 else t
 
 
+class Launch(NamedTuple):
+    """Launch of a Triton kernel that was recorded."""
+
+    kernel: Any
+    #: `None` in Triton's interpreter
+    compiled: Any
+    grid: tuple[int, ...]
+    #: in the order of the kernel's own arguments
+    arguments: tuple[Any, ...]
+    #: of the compiler, such as `num_warps`
+    options: dict[str, Any]
+
+
+_recording: ContextVar[list[Launch] | None] = ContextVar("starlayers_launches", default=None)
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Record all launches of this thread inside the `with` block, which run as ever."""
+    launches: list[Launch] = []
+    token = _recording.set(launches)
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch a Triton kernel on a grid of programs."""
-    kernel[grid](*args, **options)
+    compiled = kernel[grid](*args, **options)
+    launches = _recording.get()
+    if launches is not None:
+        named = [options.pop(name) for name in kernel.arg_names[len(args) :]]
+        launches.append(Launch(kernel, compiled, grid, (*args, *named), options))
 
 
 @contextmanager

@@ -23,9 +23,9 @@ from .configuration_starformer import ResolvedConfig
 try:
     from starlayers.activations import get_activation
     from starlayers.coefficients.modules import SumMLP
-    from starlayers.dispatch import recomputed
     from starlayers.functional import star_product
     from starlayers.modules import StarBlock, StarMLP
+    from starlayers.recompute import recomputed
 except ImportError:  # loaded from a folder that `save_with_code` wrote, without starlayers
     from .portable_starformer import (  # type: ignore[assignment]
         StarBlock,

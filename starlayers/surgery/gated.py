@@ -15,10 +15,10 @@ from starlayers.dispatch import (
     plain_weights,
     plan_mlp,
     plan_star,
-    recomputed,
 )
 from starlayers.functional import star_packed, star_product
 from starlayers.kernels.layer import run_mlp
+from starlayers.recompute import recomputed
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
 from starlayers.surgery.site import Site, attribute, with_new_names
 

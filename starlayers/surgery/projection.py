@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from starlayers.dispatch import Plan, plan_star, recomputed
+from starlayers.dispatch import Plan, plan_star
 from starlayers.functional import star_product
+from starlayers.recompute import recomputed
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
 from starlayers.surgery.site import Site, with_new_names
 

@@ -13,7 +13,7 @@ from starlayers.coefficients.modules import RankStarMLP, ScaledStarMLP
 from starlayers.dispatch import Plan
 from starlayers.modules import StarBlock, StarMLP
 from starlayers.tracing import is_traced
-from starlayers.vision.fused_block import fused_block, plan
+from starlayers.vision.fused_block import compute, plan
 
 # importable from here as well: networks pickled as a whole refer to this path
 from starlayers.vision.layout import OnChannelsLast
@@ -152,8 +152,18 @@ class StarBlock2d(StarBlock):
     def forward(self, x: Tensor) -> Tensor:
         check_images(type(self).__name__, x, self.dim)
         x_nhwc = x.permute(0, 2, 3, 1).contiguous()
-        y = fused_block(self, x_nhwc) if plan(self, x_nhwc).fused else super().forward(x_nhwc)
+        y = compute(self, x_nhwc)
+        y = super().forward(x_nhwc) if y is None else y
         return y.permute(0, 3, 1, 2)
+
+    def train(self, mode: bool = True) -> "StarBlock2d":
+        """Set the mode of training, and forget launches recorded for inference.
+
+        They would also be out of date after a change of a weight that PyTorch does not count, as
+        `weight.data` allows.
+        """
+        self.__dict__.pop("recordings", None)
+        return super().train(mode)
 
     def fuse(self) -> None:
         """Fold both BatchNorms and a learned scale into their neighbours, in place.

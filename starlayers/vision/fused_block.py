@@ -1,14 +1,18 @@
-"""Fused GPU path of `StarBlock2d`: three ops for a block in each direction.
+"""Fused GPU path of `StarBlock2d`: three kernels forward, and what lies between folded away.
 
 BatchNorm never runs as an op of its own. The op in front of it also returns mean and variance of
 its output. With these the norm is an affine map per channel, which is folded into the weights of
 the star MLP's branches (they are pointwise, so this is exact), or applied by the second depthwise
 convolution while it reads its input, because the zero padding must come after the norm. Gradients
 reach the norm's parameters by autograd through these small tensors.
+
+Without gradients the folded weights stay the same from call to call. The three launches are then
+recorded once, with these weights, and repeated on later inputs (`launched`).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +23,20 @@ from starlayers.dispatch import (
     declined,
     exporting,
     is_plain,
+    launches_directly,
     plan_block,
     plan_early,
+    rules_blocks_out,
 )
 from starlayers.kernels.dwconv import dwconv
-from starlayers.kernels.registration import compute_dtype, no_autocast
+from starlayers.kernels.registration import (
+    compute_dtype,
+    no_autocast,
+    precision,
+    recorded_launches,
+)
 from starlayers.kernels.star_mlp import star_mlp
+from starlayers.kernels.versions import versions
 from starlayers.modules import DropPath, StarMLP
 from starlayers.vision.layout import OnChannelsLast
 
@@ -52,17 +64,17 @@ def plan(block: "StarBlock2d", x: Tensor) -> Plan:
 
 def _structure_reason(block: "StarBlock2d") -> str:
     """Return what was replaced in or attached to `block`; empty if it is as made."""
-    if not is_plain(block.mlp, StarMLP):
-        return f"the MLP is hooked, wrapped or not a StarMLP but a {type(block.mlp).__name__}"
-    for name, layers, order in (
-        ("pre", block.pre, ["conv", "bn"]),
-        ("post", block.post, ["bn", "conv"]),
-    ):
+    modules = block._modules  # attributes of modules are slow
+    mlp = modules["mlp"]
+    if not is_plain(mlp, StarMLP):
+        return f"the MLP is hooked, wrapped or not a StarMLP but a {type(mlp).__name__}"
+    for name, order in (("pre", ["conv", "bn"]), ("post", ["bn", "conv"])):
+        layers: Any = modules[name]
         if not is_plain(layers, OnChannelsLast) or list(layers._modules) != order:
             return f"{name!r} is hooked, wrapped or not just {' and '.join(order)}"
-        if not (is_plain(layers.conv, nn.Conv2d) and _is_depthwise(layers.conv)):
+        conv, norm = layers._modules["conv"], layers._modules["bn"]
+        if not (is_plain(conv, nn.Conv2d) and _is_depthwise(conv)):
             return "a convolution is hooked, changed or not depthwise with odd kernel and stride 1"
-        norm = layers.bn
         if not (is_plain(norm, nn.Identity) or is_plain(norm, nn.BatchNorm2d)):
             return f"a norm is hooked or a {type(norm).__name__} (needs BatchNorm2d or Identity)"
     return ""
@@ -72,9 +84,8 @@ def _is_depthwise(conv: nn.Conv2d) -> bool:
     """Return True if `conv` is depthwise with odd kernel, stride 1, same padding."""
     size, width = conv.kernel_size[0], conv.in_channels
     # while torch.export traces, parameters are fake tensors
-    plain_weight = type(conv.weight) is nn.Parameter or exporting()
     return (
-        plain_weight
+        (type(conv._parameters.get("weight")) is nn.Parameter or exporting())
         and size % 2 == 1
         and conv.kernel_size == (size, size)
         and conv.stride == (1, 1)
@@ -85,8 +96,111 @@ def _is_depthwise(conv: nn.Conv2d) -> bool:
     )
 
 
+class Recorded(NamedTuple):
+    """Launches of a block, and what they were made from."""
+
+    #: versions of all tensors and settings; other ones need other launches
+    state: tuple[Any, ...]
+    program: Any
+    #: the tensors themselves and their memory, so that no other takes their address
+    kept: tuple[Any, ...]
+
+
+class Recordings(dict[Any, Recorded]):
+    """Kind of input -> launches of a block. Copies and pickles of it are empty."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Recordings, ()
+
+
+#: kinds of inputs for which a block keeps launches
+MOST_RECORDINGS = 16
+
+
+def compute(block: "StarBlock2d", x: Tensor) -> Tensor | None:
+    """Compute `block` on `x` (N, H, W, C) fused; `None` where its definition is to do so."""
+    if rules_blocks_out(x):
+        return None
+    y = launched(block, x)
+    if y is not None:
+        return y
+    if not plan(block, x).fused:
+        return None
+    key = _kind(block, x)
+    state = None if key is None else _state(block)
+    if state is None:
+        return fused_block(block, x)
+    from starlayers.kernels.device.program import Program
+
+    with recorded_launches() as launches:
+        y = fused_block(block, x)
+    try:
+        program = Program(launches, x, y)
+    except ValueError:  # Triton's interpreter casts bfloat16
+        return y
+    recordings = block.__dict__.setdefault("recordings", Recordings())
+    if len(recordings) >= MOST_RECORDINGS:
+        recordings.clear()
+    if x.is_cuda:  # later calls may come on another stream, which must find the weights folded
+        torch.cuda.current_stream(x.device).synchronize()
+    tensors = tuple(_tensors(block))
+    kept = tensors, [None if t is None else t.detach() for t in tensors]
+    recordings[key] = Recorded(state, program, kept)
+    return y
+
+
+def launched(block: "StarBlock2d", x: Tensor) -> Tensor | None:
+    """Repeat the launches that were recorded for inputs like `x`; `None` without up-to-date ones.
+
+    Everything that could make them wrong is asked for anew: what is attached to the block, the
+    versions of its weights and statistics, the mode of the call.
+    """
+    recordings = block.__dict__.get("recordings")
+    recorded = recordings.get(_kind(block, x)) if recordings else None
+    if recorded is None or recorded.state != _state(block):
+        return None
+    return recorded.program(x)  # type: ignore[no-any-return]
+
+
+def _kind(block: "StarBlock2d", x: Tensor) -> Any:
+    """Return all of `x` and of the call on which launches depend; `None` for no such launches."""
+    if x.numel() == 0 or not launches_directly(x, _tensors(block)):
+        return None
+    if compute_dtype(x) != x.dtype:  # a cast is no launch of ours
+        return None
+    return x.shape, x.dtype, x.device, x.data_ptr() % 16, precision(x)
+
+
+def _tensors(block: "StarBlock2d") -> Iterator[Tensor | None]:
+    """Yield parameters and buffers of `block`."""
+    modules = block._modules
+    pre, post, mlp = modules["pre"], modules["post"], modules["mlp"]
+    yield block._parameters.get("gamma")
+    for layers in (pre, post, mlp):
+        for layer in layers._modules.values():  # type: ignore[union-attr]
+            yield from layer._parameters.values()  # type: ignore[union-attr]
+            yield from layer._buffers.values()  # type: ignore[union-attr]
+
+
+def _state(block: "StarBlock2d") -> tuple[Any, ...] | None:
+    """Return versions and settings of `block`; `None` if launches cannot stand for it."""
+    modules: Any = block._modules
+    mlp = modules["mlp"]
+    if _structure_reason(block) or isinstance(mlp.fusable(), str):
+        return None
+    first, last = (modules[name]._modules["bn"] for name in ("pre", "post"))
+    if _uses_batch_statistics(first) or _uses_batch_statistics(last):
+        return None
+    if _drop_path_acts(modules["drop_path"]):
+        return None
+    seen = versions(_tensors(block))
+    if seen is None:
+        return None
+    return (*seen, getattr(first, "eps", 0), getattr(last, "eps", 0), mlp.act, mlp.offset)
+
+
 def fused_block(block: "StarBlock2d", x: Tensor) -> Tensor:
-    """Compute `block` on `x` (N, H, W, C) with the fused kernels.
+    """Compute `block` on `x` (N, H, W, C) with the fused ops.
 
     Call it only if `plan(block, x)` is fused.
     """
@@ -125,7 +239,9 @@ def _drop_path_acts(drop_path: nn.Module) -> bool:
 
 
 def _uses_batch_statistics(norm: nn.Module) -> bool:
-    return isinstance(norm, nn.BatchNorm2d) and (norm.training or norm.running_mean is None)
+    if not isinstance(norm, nn.BatchNorm2d):
+        return False
+    return norm.training or norm._buffers["running_mean"] is None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from starlayers.dispatch import recomputed
+from starlayers.recompute import recomputed
 
 
 def recompute(module: nn.Module, x: Tensor) -> Tensor:
