@@ -1,6 +1,7 @@
 """What differs between a GPU and a dry run: sizes, compilers, CUDA graphs, clocks, counters."""
 
 import gc
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -122,6 +123,8 @@ class Lab:
 
     def prepare(self) -> None:
         """Let the baselines run as well as they can, and definitions in float32 be float32."""
+        # a profiler that is set up anew for every count crashes CUDA graphs before CUDA 12.6
+        os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 

@@ -33,8 +33,7 @@ Times are medians over rounds in which the programs take turns, with a cold L2 c
 
 * "call": what a caller waits for, from a GPU with nothing to do.
 * "GPU": its own time. It sleeps until all launches are queued; "sleep" is how long, 1.5 times what
-  queueing takes. A run with more than a thousand launches does not fit into the queue: there the
-  GPU does not sleep, and its time is the caller's.
+  queueing takes; 0 for a run with more launches than its queue holds, whose time is the caller's.
 * "host": the time to queue the launches while the GPU sleeps.
 * "launches" are the host's (one for a CUDA graph), "kernels" the GPU's, copies and fills included.
 * "ratio": median over rounds of the ratio to the fastest baseline, below 1 where faster: of the

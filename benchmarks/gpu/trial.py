@@ -26,7 +26,6 @@ TIMED = ("ratio", "call_ms", "gpu_ms", "host_us", "sleep_us", "launches", "kerne
 CLOCKS = {"call": ("call_ms", 1e3), "gpu": ("gpu_ms", 1e3), "host": ("host_us", 1e6)}
 SECONDS = 0.5  # of timing for each row
 REPEATS = (5, 50)  # least and most rounds
-QUEUE = 1000  # launches that a GPU's queue takes before the host has to wait
 
 
 @dataclass
@@ -95,7 +94,6 @@ def measure(lab: Lab, trial: Trial) -> dict[str, Any]:
         try:
             if not lab.dry or name not in checked:  # the interpreter is slow: once is enough
                 run()  # captures a graph, and compiles what the gate did not
-            programs[name] |= lab.count(run)
             if not name.endswith(GRAPH):  # a graph has its memory from the capture on
                 programs[name]["peak_mb"] = lab.peak(run)
             if name in trial.held:
@@ -109,10 +107,11 @@ def measure(lab: Lab, trial: Trial) -> dict[str, Any]:
     baselines = [n for n in trial.baselines if n in running] or [trial.yardstick]
     if baselines[0] not in running:
         return row | {"status": "failed", "reason": "no baseline ran"}
-    sleeps = {n: enqueue(lab, run, programs[n]["launches"]) for n, run in running.items()}
+    sleeps = {n: enqueue(lab, run) for n, run in running.items()}
     times, repeats = rounds(lab, running, sleeps)
     for name, sleep in sleeps.items():
-        programs[name]["sleep_us"] = 1e6 * sleep
+        # counted last: a profiler could slow the host down
+        programs[name] |= {"sleep_us": 1e6 * sleep} | lab.count(running[name])
         for clock, (column, unit) in CLOCKS.items():
             programs[name][column] = unit * statistics.median(times[clock][name])
     fastest, ratios = paired(times[trial.clock], baselines)
@@ -121,15 +120,20 @@ def measure(lab: Lab, trial: Trial) -> dict[str, Any]:
     return row | {"status": "measured", "baseline": fastest, "repeats": repeats}
 
 
-def enqueue(lab: Lab, run: Run, launches: int) -> float:
+def enqueue(lab: Lab, run: Run) -> float:
     """Return the seconds that the GPU has to sleep until a run is queued: 1.5 times what it takes.
 
-    0 for more launches than the queue holds: the host would wait for the GPU to wake up.
+    0 if the queue is too short for the run: then the host waits for the GPU to wake up, so that
+    queueing takes the longer, the longer the GPU sleeps.
     """
-    if launches > QUEUE:
+
+    def host(sleep: float) -> float:
+        return statistics.median(lab.clock(run, sleep)[0] for _ in range(3))
+
+    awake = host(0)
+    asleep = host(1.5 * awake)
+    if asleep > 1.4 * awake and host(4.5 * awake) > 2 * asleep:
         return 0.0
-    awake = lab.clock(run, 0)[0]
-    asleep = statistics.median(lab.clock(run, 1.5 * awake)[0] for _ in range(3))
     return 1.5 * asleep
 
 

@@ -15,6 +15,7 @@ from torch.autograd import DeviceType
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import goals, kernels, session, tables, trial, workers
+from benchmarks.gpu import lab as gpu_lab
 from benchmarks.gpu.lab import DryLab, counted
 from benchmarks.gpu.rows import rows
 from benchmarks.gpu.session import Session, finished
@@ -133,14 +134,14 @@ class ScriptedGpu(DryLab):
         return run
 
     def count(self, run):
-        return {"launches": run.launches, "kernels": 7}
+        return {"launches": 3, "kernels": 7}
 
 
-def program(*takes, launches=3):
+def program(*takes):
     def run():
         return [torch.ones(2)]
 
-    run.takes, run.launches = takes, launches
+    run.takes = takes
     return run
 
 
@@ -170,17 +171,60 @@ def test_every_program_has_three_times_and_a_ratio_of_one(clock, ratio):
 
 def test_the_sleep_is_that_of_the_enqueue():
     gpu = ScriptedGpu()
-    assert trial.enqueue(gpu, program(0.2, 1, 1), launches=1000) == pytest.approx(0.3)
-    assert gpu.slept == [0, *[pytest.approx(0.3)] * 3]
+    assert trial.enqueue(gpu, program(0.2, 1, 1)) == pytest.approx(0.3)
+    assert gpu.slept == [0] * 3 + [pytest.approx(0.3)] * 3
+
+
+class ShortQueue(ScriptedGpu):
+    """GPU that has to wake up before the last tenth of a run can be queued."""
+
+    def clock(self, run, sleep):
+        host, total = super().clock(run, sleep)
+        return max(host, sleep + host / 10), total
 
 
 def test_a_gpu_does_not_sleep_over_more_launches_than_its_queue_holds():
-    gpu = ScriptedGpu()
-    many = program(0.2, 1.0, 3.0, launches=1001)
-    row = measure(gpu, scripted(eager=many))
-    assert set(gpu.slept) == {0}
-    assert row["programs"]["eager"]["sleep_us"] == 0
-    assert row["programs"]["eager"]["gpu_ms"] == row["programs"]["eager"]["call_ms"] == 3000
+    gpu = ShortQueue()
+    row = measure(gpu, scripted(eager=program(0.2, 1.0, 3.0)))
+    entry = row["programs"]["eager"]
+    assert entry["sleep_us"] == 0
+    assert entry["host_us"] == pytest.approx(2e5)
+    assert entry["gpu_ms"] == entry["call_ms"] == 3000
+
+
+def test_a_slow_start_of_the_host_is_no_short_queue():
+    gpu, hosts = ScriptedGpu(), iter([1.0] * 3 + [1.6] * 3 + [1.7] * 3)
+    gpu.clock = lambda run, sleep: (next(hosts), 1.0)
+    assert trial.enqueue(gpu, program(0, 0, 0)) == pytest.approx(2.4)
+
+
+@pytest.mark.parametrize("sleep", [0, 0.25])
+def test_the_clock_of_a_gpu_starts_after_its_sleep(monkeypatch, sleep):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 5.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("idle"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(cycles))
+    monkeypatch.setattr(gpu_lab, "FLUSH_BYTES", 4)
+    gpu = gpu_lab.Lab()
+    gpu.device, gpu._cycles = torch.device("cpu"), 1e9
+    host, total = gpu.clock(lambda: (time.sleep(0.02), log.append("run")), sleep)
+    assert log == [250_000_000 if sleep else "idle", "record", "run", "record", "wait"]
+    assert 0.02 <= host < 1
+    assert total == pytest.approx(0.005)
 
 
 def test_launches_and_kernels_are_counted_apart():
