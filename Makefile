@@ -126,6 +126,8 @@ bench-smoke: setup
 	$(BIN)/python -m benchmarks.coefficients cost --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.coefficients searches search --smoke --processes 1 --out runs/smoke
 	$(BIN)/python -m benchmarks.coefficients searches tune --smoke --processes 1 --out runs/smoke
+	$(BIN)/python -m benchmarks.gpu --dry-run
+	$(BIN)/python -m benchmarks.gpu --dry-run --tune
 
 kernels: setup
 	$(BIN)/python -m benchmarks.kernels

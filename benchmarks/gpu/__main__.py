@@ -1,236 +1,147 @@
-"""Everything there is to measure on a GPU, in one command: `python -m benchmarks.gpu`.
+"""Everything there is to measure on a GPU, the most important first: `python -m benchmarks.gpu`.
 
-Writes benchmarks/results/gpu-<device>.json after every comparison, the most important ones first;
-what does not fit into `--budget` seconds is listed there as skipped. `--tables` makes
-docs/kernels-measured.md of the results there are; `--dry-run` needs no GPU and times nothing.
+Compiles on all cores, then measures row by row until `--budget` seconds are over. Each row is one
+line of gpu-<device>.jsonl in `--out`; the next call goes on with the rows that were not reached,
+then with those that failed. `--tables` makes docs/kernels-measured.md of the results there are;
+`--dry-run` runs every row on tiny shapes on a CPU and checks that each one has all columns.
 """
 
 import argparse
-import json
 import os
-import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from benchmarks.gpu.lab import Comparison, Lab
+from benchmarks.harness.environment import conditions
+from benchmarks.harness.records import RESULTS
 
-CASES = (
-    "copy", "K1", "K3", "K6", "K4", "wide", "StarNet", "block", "training", "RL",
-    "max-autotune", "tiles",
-)  # fmt: skip
-LOST = "the process did not come back from it"
-GONE = 75  # exit code of a worker whose GPU no longer answers
-RESTARTS = 20
+if TYPE_CHECKING:
+    from benchmarks.gpu.session import Session
+    from benchmarks.gpu.trial import Row
+
+ROOT = Path(__file__).parents[2]
+WARM = 0.4  # share of the budget, at most, in which to compile
+DRY_WARM = 2  # rows that a dry run compiles for: nothing is kept, only the way is the same
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("benchmarks.gpu", description=__doc__)
     add = parser.add_argument
-    add("--dry-run", action="store_true", help="tiny shapes on the CPU, everything but the timing")
-    add("--only", nargs="+", choices=CASES, metavar="CASE", help=f"of {', '.join(CASES)}")
+    add("--dry-run", action="store_true", help="every row on tiny shapes, without a GPU")
+    add("--only", nargs="+", metavar="CASE", help="some cases alone")
     add("--tune", action="store_true", help="candidate tiles beside those that ship")
-    add("--budget", type=float, default=540, help="seconds (default: 540)")
-    add("--out", type=Path, help="the JSON (default: in benchmarks/results, none in a dry run)")
-    add("--resume", action="store_true", help="keep the comparisons that the JSON has")
-    add("--data", type=Path, help="folder with Fashion-MNIST, for the training run")
+    add("--again", action="store_true", help="measure finished rows again")
+    add("--budget", type=float, default=480, help="seconds of the whole call (default: 480)")
+    add("--out", type=Path, help="folder of the records (a dry run's: temporary)")
+    add("--commit", help="commit of the code, where git cannot tell")
     add("--tables", action="store_true", help="only make docs/kernels-measured.md")
-    add("--worker", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.tune:
-        args.only = ["tiles"]
-    return args
-
-
-def comparisons(data: Path | None = None) -> list["Comparison"]:
-    """All there are: by rank, and within a rank by case."""
-    from benchmarks.gpu import depthwise, kernels, nets, tiles, training
-
-    made = {
-        "copy": kernels.copy(),
-        "K1": kernels.k1(),
-        "K3": kernels.k3(),
-        "K6": depthwise.k6(),
-        "K4": kernels.k4(),
-        "block": nets.block(),
-        "StarNet": nets.starnet(),
-        "wide": kernels.wide(),
-        "training": training.training(data),
-        "RL": nets.rl(),
-        "max-autotune": [*kernels.autotuned(), *nets.autotuned()],
-        "tiles": tiles.tiles(),
-    }
-    return sorted((c for case in CASES for c in made[case]), key=lambda c: c.rank)
-
-
-class Record:
-    """The results of a run, written after every comparison."""
-
-    def __init__(self, path: Path | None, device: str, budget: float, *, resume: bool) -> None:
-        from benchmarks.harness.environment import environment
-
-        self.path, self.budget = path, budget
-        self.began = time.perf_counter()
-        self.content: dict[str, Any] = {
-            "device": device, "rows": [], "skipped": [], "environment": environment(),
-        }  # fmt: skip
-        self.before = 0.0
-        if resume and path and path.is_file():
-            there = json.loads(path.read_text())
-            self.content["rows"], self.before = there["rows"], there["elapsed_s"]
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.began
-
-    def has(self, c: "Comparison") -> bool:
-        return any((r["case"], r["label"]) == (c.case, c.label) for r in self.content["rows"])
-
-    def put(self, c: "Comparison", row: dict[str, Any]) -> None:
-        self.remove(c)
-        self.content["rows"].append({"case": c.case, "label": c.label, **row})
-        self.write()
-
-    def remove(self, c: "Comparison") -> None:
-        self.content["rows"] = [
-            r for r in self.content["rows"] if (r["case"], r["label"]) != (c.case, c.label)
-        ]
-
-    def skip(self, c: "Comparison") -> None:
-        left = max(0, self.budget - self.elapsed)
-        why = f"{left:.0f} s left of {self.budget:.0f}, needs about {c.seconds:.0f}"
-        self.content["skipped"].append({"case": c.case, "label": c.label, "why": why})
-
-    def write(self) -> None:
-        from benchmarks.gpu.tables import index, targets
-        from benchmarks.harness.records import write_json
-
-        rows = index(self.content["rows"])
-        self.content["targets"] = [t.row(rows) for t in targets()]
-        self.content["elapsed_s"] = self.before + self.elapsed
-        if self.path:
-            write_json(self.path, self.content)
-
-
-def run(lab: "Lab", record: Record, todo: Sequence["Comparison"]) -> bool:
-    """Run what fits into the budget; False once the GPU no longer answers."""
-    from benchmarks.gpu.lab import clean, reason
-
-    for c in todo:
-        if record.has(c):
-            continue
-        if record.elapsed + c.seconds > record.budget and not lab.dry:
-            record.skip(c)
-            continue
-        record.put(c, {"status": "failed", "reason": LOST, "programs": {}, "failures": [LOST]})
-        before = time.perf_counter()
-        try:
-            row = c.run(lab)
-        except KeyboardInterrupt:
-            record.remove(c)
-            record.write()
-            raise
-        except Exception as error:
-            why = reason(error)
-            row = {"status": "failed", "reason": why, "programs": {}, "failures": [why]}
-        row["took_s"] = time.perf_counter() - before
-        record.put(c, row)
-        print(f"{c.case}, {c.label}: {row['status']}, {row['took_s']:.1f} s", flush=True)
-        for failure in row["failures"]:
-            print(f"  FAILED {failure}", flush=True)
-        try:
-            clean()
-        except RuntimeError:  # a kernel went out of bounds: nothing runs in this process any more
-            return False
-    record.write()
-    return True
-
-
-def report(record: Record, todo: Sequence["Comparison"]) -> int:
-    """Print the tables; 1 if anything failed."""
-    from benchmarks.gpu.tables import case_table, index, target_table
-
-    rows = index(record.content["rows"])
-    labels: dict[str, list[str]] = {}
-    for c in todo:
-        labels.setdefault(c.case, []).append(c.label)
-    for case, names in labels.items():
-        print(f"\n{case}\n\n{case_table(case, names, rows)}")
-    print(f"\n{target_table(rows)}")
-    for skipped in record.content["skipped"]:
-        print(f"skipped {skipped['case']}, {skipped['label']}: {skipped['why']}")
-    failed = [r for r in record.content["rows"] if r["failures"]]
-    print(f"{len(rows)} comparisons in {record.elapsed:.0f} s, {len(failed)} with failures")
-    return bool(failed)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
+    began = time.monotonic()
     args = arguments(argv)
-    if args.tables:
-        from benchmarks.gpu.tables import PAGE, load, page
-
-        PAGE.write_text(page(load(), comparisons()))
-        return 0
     if args.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
-        return work(args)
+        # Triton reads it when a kernel is imported, here and in the workers
+        os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     import torch
 
-    if not torch.cuda.is_available():
-        print("no GPU: --dry-run does everything but the timing, --tables the page of results")
+    from benchmarks.gpu.rows import rows
+    from benchmarks.gpu.session import Session
+    from benchmarks.gpu.tables import PAGE, devices, page
+
+    if args.tables:
+        PAGE.write_text(page(devices(args.out or RESULTS)))
+        return 0
+    if not args.dry_run and not torch.cuda.is_available():
+        print("no GPU: --dry-run runs all but the timing, --tables makes the page of results")
         return 2
-    if not args.worker:
-        return supervise(argv, args.budget)
-    del sys.argv[sys.argv.index("--worker") :]  # not of the command that results are reported with
-    return work(args)
+    chosen = rows(tune=args.tune)
+    if args.only:
+        cases = dict.fromkeys(row.case for row in chosen)
+        if unknown := [case for case in args.only if case not in cases]:
+            print(f"unknown case {', '.join(unknown)}; choose from {', '.join(cases)}")
+            return 2
+        chosen = [row for row in chosen if row.case in args.only]
+    with tempfile.TemporaryDirectory() as folder:
+        out = args.out or (Path(folder) if args.dry_run else RESULTS)
+        device = "dry run" if args.dry_run else torch.cuda.get_device_name()
+        commit = args.commit or commit_of_code()
+        session = Session(
+            device, out, began, args.budget, args.dry_run, commit, measured_under(commit)
+        )
+        measure(session, session.todo(chosen, again=args.again))
+    return report(session, chosen, goals=not (args.only or args.tune))
 
 
-def supervise(argv: Sequence[str], budget: float) -> int:
-    """Work in another process, and in a new one whenever a kernel takes its process down."""
-    began = time.perf_counter()
-    more: list[str] = []
-    for _ in range(RESTARTS):
-        left = str(budget - (time.perf_counter() - began))
-        command = [sys.executable, "-m", "benchmarks.gpu", *argv, "--worker", "--budget", left]
-        code = subprocess.call(command + more)
-        if code in (0, 1, 2):
-            break
-        more = ["--resume"]
-    return code
+def measure(session: "Session", todo: list["Row"]) -> None:
+    """Compile for all rows, then measure them one by one."""
+    from benchmarks.gpu.workers import compile_first
+
+    print(f"{len(todo)} rows to measure, records in {session.out}", flush=True)
+    done = compile_first(
+        todo[:DRY_WARM] if session.dry else todo,
+        processes=1 if session.dry else os.cpu_count() or 1,
+        deadline=session.began + WARM * session.budget,
+        dry=session.dry,
+    )
+    print(f"{done} jobs compiled, {session.left:.0f} s left", flush=True)
+    session.run(todo)
 
 
-def work(args: argparse.Namespace) -> int:
+def report(session: "Session", rows: list["Row"], *, goals: bool) -> int:
+    """Print the goals and what is missing; return 1 if anything failed.
+
+    The numbers of a dry run say nothing; it fails if a row, or the number for a goal, is missing.
+    """
+    from benchmarks.gpu.goals import GOALS, goal_table
+    from benchmarks.gpu.session import finished, untried
+
+    latest = session.latest
+    waiting = [r.name for r in rows if untried(latest.get(r.name))]
+    failed = [r.name for r in rows if r.name not in waiting and not finished(latest[r.name])]
+    if not session.dry:
+        print(f"\n{goal_table(latest)}")
+    elif goals:
+        failed += [f"goal: {g.name}" for g in GOALS if g.value(latest) is None]
+    for name in failed:
+        print(f"failed {name}")
+    took = session.budget - session.left
+    print(f"{len(rows)} rows, {len(failed)} failed, {len(waiting)} not run, {took:.0f} s")
+    return bool(failed or (session.dry and waiting))
+
+
+def measured_under(commit: str | None) -> dict[str, Any]:
+    """Return hardware with the driver, versions, command and date as fields of records."""
     import torch
 
-    from benchmarks.gpu.lab import Lab
-    from benchmarks.harness.records import RESULTS
-
-    default = [c for c in CASES if c != "tiles"]
-    todo = [c for c in comparisons(args.data) if c.case in (args.only or default)]
-    lab = Lab(torch.device("cpu" if args.dry_run else "cuda"), args.dry_run)
-    device = "none (dry run)" if args.dry_run else torch.cuda.get_device_name()
-    path = args.out
-    if path is None and not args.dry_run:
-        name = re.sub(r"[^a-z0-9]+", "-", "-".join(["gpu", device, *(args.only or [])]).lower())
-        path = RESULTS / f"{name}.json"
-    prepare(lab)
-    record = Record(path, device, args.budget, resume=args.resume)
-    return report(record, todo) if run(lab, record, todo) else GONE
+    found = conditions()
+    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    found["hardware"]["driver"] = driver.splitlines()[0] if driver else None
+    found["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return found | {"marks": {} if commit else {"commit_unknown": "no git where it was measured"}}
 
 
-def prepare(lab: "Lab") -> None:
-    """What holds for every program, so that baselines run as well as they can."""
-    import torch
+def commit_of_code() -> str | None:
+    """Return the commit of the code that is measured, and whether it was changed since."""
+    git = ("git", "-C", str(ROOT))
+    head = output(*git, "rev-parse", "HEAD")
+    code = ("starlayers", "benchmarks", ":!benchmarks/results")
+    changed = output(*git, "diff", "--name-only", "HEAD", "--", *code)
+    return f"{head} and changes" if head and changed else head
 
-    torch.backends.cudnn.benchmark = True
-    # the definitions in float32 have to be float32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    if lab.dry:
-        torch.set_num_threads(1)
+
+def output(*command: str) -> str | None:
+    """Return what a command prints, None if it fails or does not exist."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 if __name__ == "__main__":

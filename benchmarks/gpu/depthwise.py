@@ -1,7 +1,7 @@
-"""Comparisons of the kernels that convolve: K6 and its gradients."""
+"""Rows of the depthwise convolution and its gradients."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -10,27 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.kernels import BASES, BATCH, least_work, stage_label, stages
-from benchmarks.gpu.lab import Comparison, Lab, Trial, trial
+from benchmarks.gpu.lab import Lab
+from benchmarks.gpu.trial import Row, Trial
 from benchmarks.kernels import floor as floors
-from starlayers.kernels import dwconv as depthwise
+from starlayers.kernels import dwconv as dwconv_op
 
 CONVOLUTIONS = ("forward", "dx", "dw", "dx and dw")
+CUDNN = ["cuDNN NCHW", "cuDNN channels_last"]
 
 
-def k6() -> list[Comparison]:
-    found = []
-    for net, base in BASES.items():
-        for stage, side, channels in stages(base):
-            for direction in CONVOLUTIONS:
-                build = partial(_dwconv, side=side, channels=channels, direction=direction)
-                label = f"{stage_label(net, stage)}, {direction}"
-                found.append(trial("K6", label, build, seconds=3, rank=0 if net == "S4" else 2))
-    return found
+def depthwise(net: str, directions: Sequence[str] = CONVOLUTIONS) -> list[Row]:
+    return [
+        Row("depthwise", f"{stage_label(net, stage)}, {direction}",
+            partial(_dwconv, side=side, channels=channels, direction=direction))
+        for direction in directions
+        for stage, side, channels in stages(BASES[net])
+    ]  # fmt: skip
 
 
-def images(lab: Lab, side: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, side, side, C), kernels (C, 1, 7, 7) and bias (C)."""
-    n, side = lab.size((BATCH, side), (1, 4))
+def images(lab: Lab, side: int, channels: int, batch: int = BATCH) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x (N, side, side, C), kernels (C, 1, 7, 7) and bias (C)."""
+    n, side, channels = lab.size((batch, side, channels), (1, 4, 16))
     return (
         lab.randn(n, side, side, channels),
         lab.randn(channels, 1, 7, 7, scale=1 / 7),
@@ -40,6 +40,7 @@ def images(lab: Lab, side: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _dwconv(lab: Lab, side: int, channels: int, direction: str) -> Trial:
     x, k, b = images(lab, side, channels)
+    channels = len(k)
     dy = lab.randn(*x.shape, seed=1)
     gradients = [direction != "dw", direction != "dx", direction == "dx and dw"]
 
@@ -51,20 +52,24 @@ def _dwconv(lab: Lab, side: int, channels: int, direction: str) -> Trial:
             dy, x, k, [channels], [1, 1], [3, 3], [1, 1], False, [0, 0], channels, gradients
         )  # type: ignore[no-any-return]
 
-    leaves = [t.detach().requires_grad_() for t in (x, k, b)]
     flipped = k.flip(-1, -2)
-    y = depthwise.dwconv(*leaves, None, None, None, False)[0]
-    gradient = partial(torch.autograd.grad, y, grad_outputs=dy, retain_graph=True)
+    leaves = [t.detach().requires_grad_() for t in (x, k, b)]
+
+    @cache
+    def gradient() -> Callable[[Any], tuple[Tensor, ...]]:
+        y = dwconv_op.dwconv(*leaves, None, None, None, False)[0]
+        return partial(torch.autograd.grad, y, grad_outputs=dy, retain_graph=True)
 
     def fused() -> tuple[Tensor, ...]:
         if direction == "forward":
-            return (depthwise.dwconv(x, k, b, None, None, None, False)[0],)
+            return (dwconv_op.dwconv(x, k, b, None, None, None, False)[0],)
         if direction == "dx":  # what the gradient launches
-            return (depthwise.dwconv(dy, flipped, None, None, None, None, False)[0],)
+            return (dwconv_op.dwconv(dy, flipped, None, None, None, None, False)[0],)
         if direction == "dw":
-            with mock.patch.object(depthwise, "_convolve", return_value=(unused, unused)):
-                return gradient(leaves[1])
-        return gradient(leaves)
+            run = gradient()
+            with mock.patch.object(dwconv_op, "_convolve", return_value=(unused, unused)):
+                return run(leaves[1])
+        return gradient()(leaves)
 
     unused = torch.empty_like(x)
     last = [t.permute(0, 3, 1, 2) for t in (x, dy)]
@@ -89,7 +94,7 @@ def _dwconv(lab: Lab, side: int, channels: int, direction: str) -> Trial:
         dict(runs),
         {name: check(run, name != "fused") for name, run in runs.items()},
         check(lambda: library(*wide), True),
-        ["cuDNN NCHW", "cuDNN channels_last"],
+        CUDNN,
         yardstick="cuDNN channels_last",
         # either gradient alone moves and multiplies as much as the forward
         work=least_work(floors.depthwise_forward(x[..., 0].numel(), channels))

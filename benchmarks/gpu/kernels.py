@@ -1,4 +1,4 @@
-"""Comparisons of single kernels: K1, K3, K4, and the wide MLP of K2 and K5."""
+"""Rows of single kernels: copy, star product, star MLP, and the wide MLP."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.lab import Comparison, Lab, Subject, Trial, compare, trial
+from benchmarks.gpu.lab import Lab
+from benchmarks.gpu.trial import AUTOTUNED, Row, Subject, Trial, compare
 from benchmarks.kernels import floor as floors
 from starlayers.functional import star_mlp_reference, star_reference
 from starlayers.kernels.star import star
@@ -15,7 +16,7 @@ from starlayers.kernels.star_mlp_wide import star_mlp_wide
 
 BATCH = 256
 BASES = {"S4": 32, "S1": 24}
-AUTOTUNED = "torch.compile max-autotune"
+SEARCHED = f"torch.compile {AUTOTUNED}"
 MODE = "max-autotune-no-cudagraphs"  # graphs are compared apart, for every program alike
 
 
@@ -41,7 +42,7 @@ def double(tensors: list[Tensor]) -> list[Tensor]:
 # ---- copy: what the memory gives
 
 
-def copy() -> list[Comparison]:
+def copy() -> list[Row]:
     def build(lab: Lab) -> Trial:
         x = lab.randn(lab.size(2**29, 2**10))
         y = torch.empty_like(x)
@@ -51,31 +52,23 @@ def copy() -> list[Comparison]:
             yardstick="copy", work={"bytes": 4 * x.numel()},
         )  # fmt: skip
 
-    return [trial("copy", "1 GiB", build, seconds=2, rank=0)]
+    return [Row("copy", "1 GiB", build, seconds=2)]
 
 
-# ---- K1: the element-wise product
+# ---- the element-wise product
 
 
-def k1() -> list[Comparison]:
-    found = []
-    for act, layout in (("silu", "two"), ("relu6", "two"), ("silu", "packed"), ("relu6", "packed")):
-        for direction in ("forward", "backward"):
-            found.append(
-                trial(
-                    "K1", k1_label(act, layout, direction),
-                    partial(_k1, act=act, packed=layout == "packed", direction=direction),
-                    seconds=3, rank=0,
-                )
-            )  # fmt: skip
-    return found
+def product() -> list[Row]:
+    return [
+        Row("product", f"{act}, {layout}, {direction}",
+            partial(_product, act=act, packed=layout == "packed", direction=direction))
+        for layout in ("two", "packed")
+        for act in ("silu", "relu6")
+        for direction in ("forward", "backward")
+    ]  # fmt: skip
 
 
-def k1_label(act: str, layout: str, direction: str) -> str:
-    return f"{act}, {layout}, {direction}"
-
-
-def _k1(lab: Lab, act: str, packed: bool, direction: str, autotuned: bool = False) -> Trial:
+def _product(lab: Lab, act: str, packed: bool, direction: str, autotuned: bool = False) -> Trial:
     rows, cols = lab.size((8192, 14336), (8, 64))
     if packed:
         inputs = [lab.randn(rows, 2 * cols, grad=True)]
@@ -94,7 +87,7 @@ def _k1(lab: Lab, act: str, packed: bool, direction: str, autotuned: bool = Fals
         ),
     }
     if autotuned:
-        subjects[AUTOTUNED] = Subject(partial(lab.compiled(definition, MODE), *inputs), inputs)
+        subjects[SEARCHED] = Subject(partial(lab.compiled(definition, MODE), *inputs), inputs)
     if not packed and act == "silu" and not lab.dry and (liger := _liger()):
         # its backward writes into what it saved, so only its first result is right
         own = [t.detach().clone().requires_grad_() for t in inputs]
@@ -115,32 +108,25 @@ def _liger() -> Callable[..., Tensor] | None:
     return LigerSiLUMulFunction.apply  # type: ignore[no-any-return]
 
 
-# ---- K3 and K4: the narrow star MLP
+# ---- the narrow star MLP
 
 
-def k3() -> list[Comparison]:
-    return _narrow("K3", "forward")
+def star_mlps(case: str, net: str) -> list[Row]:
+    """Return "mlp-forward" or "mlp-backward" at the stages of a net."""
+    return [
+        Row(case, stage_label(net, stage),
+            partial(_star_mlp, rows=BATCH * side * side, channels=channels, direction=case[4:]))
+        for stage, side, channels in stages(BASES[net])
+    ]  # fmt: skip
 
 
-def k4() -> list[Comparison]:
-    return _narrow("K4", "backward")
-
-
-def _narrow(case: str, direction: str) -> list[Comparison]:
-    found = []
-    for net, base in BASES.items():
-        for stage, side, channels in stages(base):
-            build = partial(
-                _star_mlp, rows=BATCH * side * side, channels=channels, direction=direction
-            )
-            rank = 0 if net == "S4" else 2
-            found.append(trial(case, stage_label(net, stage), build, seconds=3, rank=rank))
-    for channels in (64, 256):
-        build = partial(
-            _star_mlp, rows=4096, channels=channels, direction=direction, dtype=torch.float32
-        )
-        found.append(trial(case, f"batch 4096, {channels} channels, fp32", build, 9, rank=2))
-    return found
+def star_mlps_fp32(case: str) -> list[Row]:
+    return [
+        Row(case, f"batch 4096, {channels} channels, fp32",
+            partial(_star_mlp, rows=4096, channels=channels, direction=case[4:],
+                    dtype=torch.float32))
+        for channels in (64, 256)
+    ]  # fmt: skip
 
 
 def mlp_inputs(lab: Lab, rows: int, channels: int, dtype: torch.dtype) -> list[Tensor]:
@@ -171,7 +157,7 @@ def _star_mlp(
     }
     if autotuned:
         compiled = lab.compiled(star_mlp_reference, MODE)
-        subjects[AUTOTUNED] = Subject(partial(compiled, *inputs), inputs)
+        subjects[SEARCHED] = Subject(partial(compiled, *inputs), inputs)
     wide = double(inputs)
     least = floors.mlp_forward if direction == "forward" else floors.mlp_backward_ideal
     return compare(
@@ -183,14 +169,11 @@ def _star_mlp(
     )  # fmt: skip
 
 
-# ---- K2 and K5: the wide MLP
+# ---- the wide MLP
 
 
-def wide() -> list[Comparison]:
-    return [
-        trial("wide", wide_label(tokens), partial(_wide, tokens=tokens), 8, rank=rank)
-        for tokens, rank in ((4096, 0), (8192, 2))
-    ]
+def wide(tokens: int) -> Row:
+    return Row("wide", wide_label(tokens), partial(_wide, tokens=tokens), seconds=8)
 
 
 def wide_label(tokens: int) -> str:
@@ -221,7 +204,7 @@ def _wide(lab: Lab, tokens: int, autotuned: bool = False) -> Trial:
         "triton, recompute": ours("triton", True),
     }
     if autotuned:
-        subjects[AUTOTUNED] = Subject(partial(lab.compiled(definition, MODE), *inputs), inputs)
+        subjects[SEARCHED] = Subject(partial(lab.compiled(definition, MODE), *inputs), inputs)
     wider = double(inputs)
     exact = Subject(partial(definition, *wider), wider)
     return compare(
@@ -230,26 +213,19 @@ def _wide(lab: Lab, tokens: int, autotuned: bool = False) -> Trial:
     )  # fmt: skip
 
 
-# ---- max-autotune, last because it compiles for minutes
+# ---- the compiler given all the time it wants
 
 
-def autotuned() -> list[Comparison]:
-    """The main shapes again, with the compiler given all the time it wants."""
-    found = [
-        trial(
-            "max-autotune", f"K1 {k1_label('silu', 'two', direction)}",
-            partial(_k1, act="silu", packed=False, direction=direction, autotuned=True), 12, rank=3,
-        )
-        for direction in ("forward", "backward")
-    ]  # fmt: skip
+def autotuned() -> list[Row]:
+    act = partial(_product, act="silu", packed=False, autotuned=True)
+    mlp = partial(_star_mlp, direction="forward", autotuned=True)
+    builds: dict[str, Callable[[Lab], Trial]] = {
+        "product, silu, forward": partial(act, direction="forward"),
+        "product, silu, backward": partial(act, direction="backward"),
+    }
     for stage, side, channels in stages(BASES["S4"]):
         if stage in (1, 3):
-            build = partial(
-                _star_mlp, rows=BATCH * side * side, channels=channels, direction="forward",
-                autotuned=True,
-            )  # fmt: skip
-            label = f"K3 {stage_label('S4', stage)}"
-            found.append(trial("max-autotune", label, build, seconds=40, rank=3))
-    build = partial(_wide, tokens=4096, autotuned=True)
-    found.append(trial("max-autotune", wide_label(4096), build, seconds=90, rank=3))
-    return found
+            label = f"mlp-forward, {stage_label('S4', stage)}"
+            builds[label] = partial(mlp, rows=BATCH * side * side, channels=channels)
+    builds[wide_label(4096)] = partial(_wide, tokens=4096, autotuned=True)
+    return [Row("autotune", label, build, seconds=60) for label, build in builds.items()]

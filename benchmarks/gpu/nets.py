@@ -1,4 +1,4 @@
-"""Comparisons of blocks and whole networks: StarBlock2d, StarNet, and the nets of RL."""
+"""Rows of blocks and whole networks: StarBlock2d, StarNet, and the nets of RL."""
 
 import copy
 from collections.abc import Callable
@@ -11,19 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu.kernels import AUTOTUNED, BASES, BATCH, MODE, stage_label, stages
-from benchmarks.gpu.lab import GRAPH, Comparison, Lab, Subject, Trial, compare, reason, trial
+from benchmarks.gpu.kernels import BASES, BATCH, MODE, stage_label, stages
+from benchmarks.gpu.lab import Lab
+from benchmarks.gpu.trial import AUTOTUNED, GRAPH, Row, Subject, Trial, compare, reason
 from starlayers import StarBlock, StarMLP, use_backend, vision
 from starlayers.vision import StarBlock2d, to_timm_state_dict
 
-CLASSES = 1000
 GATED_IMAGES = 16  # float64 activations of a whole batch would fill the GPU
 TIMM = "timm, torch.compile"
-OURS_COMPILED = "fused, torch.compile"
+FUSED = "fused"
+FOLDED = "fused, fuse()"
+DIRECTIONS = {"forward": "inference", "step": "forward and backward"}
 
 
 def on(backend: str, f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f` on a backend, chosen out of a compiler's sight."""
+    """Return `f` on a backend, chosen out of a compiler's sight."""
 
     def call(*args: Any) -> Any:
         with use_backend(backend):
@@ -33,7 +35,7 @@ def on(backend: str, f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def calibrated(model: nn.Module, x: Tensor) -> nn.Module:
-    """`model` with the statistics of one batch, so that its norms do something in eval mode."""
+    """Return `model` with the statistics of one batch, so that its norms act in eval mode."""
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.momentum = 1.0
@@ -45,26 +47,18 @@ def calibrated(model: nn.Module, x: Tensor) -> nn.Module:
 # ---- StarBlock2d
 
 
-def block() -> list[Comparison]:
+def block() -> list[Row]:
     return [
-        trial(
-            "block", block_label(stage, direction),
-            partial(_block, side=side, channels=channels, direction=direction),
-            seconds=7 if direction == "forward" else 20, rank=0 if stage in (1, 3) else 2,
-        )
+        Row("block", f"{stage_label('S4', stage)}, {what}",
+            partial(_block, side=side, channels=channels, direction=direction), 7)
         for stage, side, channels in stages(BASES["S4"])
-        for direction in ("forward", "step")
+        for direction, what in DIRECTIONS.items()
     ]  # fmt: skip
-
-
-def block_label(stage: int, direction: str) -> str:
-    what = {"forward": "inference", "step": "forward and backward"}[direction]
-    return f"{stage_label('S4', stage)}, {what}"
 
 
 def _block(lab: Lab, side: int, channels: int, direction: str) -> Trial:
     torch.manual_seed(0)
-    n, side = lab.size((BATCH, side), (1, 4))
+    n, side, channels = lab.size((BATCH, side, channels), (1, 4, 16))
     model = StarBlock2d(channels, device=lab.device)
     x = lab.randn(n, channels, side, side).contiguous(memory_format=torch.channels_last)
     model = calibrated(model, x[:GATED_IMAGES]).bfloat16().train(direction == "step")
@@ -90,27 +84,32 @@ def _block(lab: Lab, side: int, channels: int, direction: str) -> Trial:
 # ---- StarNet
 
 
-def starnet() -> list[Comparison]:
-    found = []
-    for net, batch, task in product(("s4", "s1"), (256, 1), ("inference", "training")):
-        build = partial(_starnet, name=f"starnet_{net}", batch=batch, training=task == "training")
-        seconds = (40 if task == "inference" else 150) * (1 if net == "s4" else 0.7)
-        # a training step on one image is a curiosity
-        rank = 3 if (batch, task) == (1, "training") else 0 if net == "s4" else 2
-        found.append(trial("StarNet", starnet_label(net, batch, task), build, seconds, rank))
-    return found
+def starnet(net: str, batch: int, task: str) -> Row:
+    """Return the row of "inference" or "training" of a whole network and timm's.
+
+    All programs are timed from Python and as a CUDA graph.
+    """
+    build = partial(_starnet, name=f"starnet_{net}", batch=batch, training=task == "training")
+    warm = (FUSED, TIMM) if task == "training" else (FUSED, TIMM, FOLDED)
+    return Row("starnet", starnet_label(net, batch, task), build, 20, warm)
 
 
 def starnet_label(net: str, batch: int, task: str) -> str:
     return f"{net.upper()}, batch {batch}, {task}"
 
 
-def autotuned() -> list[Comparison]:
-    build = partial(_starnet, name="starnet_s4", batch=256, training=False, autotuned=True)
-    return [trial("max-autotune", starnet_label("s4", 256, "inference"), build, 150, rank=3)]
+def compiled_starnet() -> list[Row]:
+    """Return the rows of our network under the compiler, and of timm's with all its options."""
+    rows = []
+    for task in ("inference", "training"):
+        build = partial(
+            _starnet, name="starnet_s4", batch=256, training=task == "training", compiled=True
+        )
+        rows.append(Row("compiled", starnet_label("s4", 256, task), build, 60))
+    return rows
 
 
-def _starnet(lab: Lab, name: str, batch: int, training: bool, autotuned: bool = False) -> Trial:
+def _starnet(lab: Lab, name: str, batch: int, training: bool, compiled: bool = False) -> Trial:
     """Inference in bfloat16; a training step under autocast with SGD, as training is done."""
     torch.manual_seed(0)
     batch, size = lab.size((batch, 224), (min(batch, 2), 16))
@@ -122,20 +121,20 @@ def _starnet(lab: Lab, name: str, batch: int, training: bool, autotuned: bool = 
         ours = ours.bfloat16()
     models: dict[str, tuple[str, nn.Module, Callable[..., Any]]] = {
         "eager": ("eager", ours, lambda m: m),
-        "fused": ("auto", ours, lambda m: m),
-        OURS_COMPILED: ("auto", ours, lab.compiled),
     }
+    if compiled:
+        models["fused, torch.compile"] = ("auto", ours, lab.compiled)
+    else:
+        models[FUSED] = ("auto", ours, lambda m: m)
+        if not training:
+            # folded in float32: the folded weights are then rounded once
+            folded = copy.deepcopy(ours).float().fuse().bfloat16()
+            models[FOLDED] = ("auto", folded, lambda m: m)
     peer = _timm(name, ours, lab.size({}, small))
     if peer is not None:
         models[TIMM] = ("eager", peer, lab.compiled)
-        if not training:
-            models["timm"] = ("eager", peer, lambda m: m)
-        if autotuned:
+        if compiled:
             models[f"timm, {AUTOTUNED}"] = ("eager", peer, partial(lab.compiled, mode=MODE))
-    if not training:
-        # folded in float32: the folded weights are then rounded once
-        folded = copy.deepcopy(ours).float().fuse().bfloat16()
-        models["fused, fuse()"] = ("auto", folded, lambda m: m)
     make = _training if training else _inference
     programs, checks = {}, {}
     for key, (backend, model, wrap) in models.items():
@@ -149,13 +148,12 @@ def _starnet(lab: Lab, name: str, batch: int, training: bool, autotuned: bool = 
     exact = copy.deepcopy(ours).double()
     return Trial(
         programs, checks, on("eager", make(exact, exact, x[:GATED_IMAGES].double())[1]),
-        [TIMM, TIMM + GRAPH], ahead=False,
-        work={"images": batch},
+        [TIMM, TIMM + GRAPH], clock="call", work={"images": batch},
     )  # fmt: skip
 
 
 def _timm(name: str, ours: nn.Module, changes: dict[str, Any]) -> nn.Module | None:
-    """timm's model with our weights, or None where timm cannot be imported."""
+    """Return timm's model with our weights, or None where timm cannot be imported."""
     try:
         import timm
     except ImportError as error:
@@ -204,27 +202,22 @@ def _training(model: Callable[..., Tensor], owner: nn.Module, x: Tensor) -> Prog
 # ---- nets of reinforcement learning
 
 
-def rl() -> list[Comparison]:
-    """Small batches: what a program is launched with counts, so each one also as a CUDA graph."""
-    found = []
-    shapes = product((64, 128, 256), (torch.float32, torch.bfloat16), ("forward", "step"))
+def rl() -> list[Row]:
+    """Return the rows of small batches, each program also as a CUDA graph: launches count."""
+    rows = []
+    shapes = product((64, 256), (torch.float32, torch.bfloat16), DIRECTIONS)
     for width, dtype, direction in shapes:
         for batch, kind in ((256, StarBlock), (64, StarBlock), (4096, StarBlock), (256, StarMLP)):
-            # the compiler takes longest here: one batch size, one net
+            # one batch size of one net also by the compiler, which takes longest here
             compiled = (batch, kind) == (256, StarBlock)
             build = partial(
                 _policy, kind=kind, batch=batch, width=width, dtype=dtype, direction=direction,
                 compiled=compiled,
             )  # fmt: skip
-            label = rl_label(kind.__name__, batch, width, dtype, direction)
-            rank = 1 if compiled and width == 128 else 2
-            found.append(trial("RL", label, build, seconds=10 if compiled else 3, rank=rank))
-    return found
-
-
-def rl_label(kind: str, batch: int, width: int, dtype: torch.dtype, direction: str) -> str:
-    what = {"forward": "inference", "step": "forward and backward"}[direction]
-    return f"{kind}, batch {batch}, width {width}, {str(dtype).removeprefix('torch.')}, {what}"
+            named = [f"width {width}", str(dtype).removeprefix("torch."), DIRECTIONS[direction]]
+            label = ", ".join([kind.__name__, f"batch {batch}", *named])
+            rows.append(Row("rl", label, build, 4))
+    return rows
 
 
 def _policy(
@@ -237,7 +230,7 @@ def _policy(
     compiled: bool,
 ) -> Trial:
     torch.manual_seed(0)
-    batch, width = lab.size((batch, width), (16, width // 4))
+    batch, width = lab.size((batch, width), (16, 16))
     mlp = StarMLP(width, device=lab.device, dtype=dtype)
     model = StarBlock(width, mlp) if kind is StarBlock else mlp
     x = lab.randn(batch, width, dtype=dtype)
@@ -252,6 +245,6 @@ def _policy(
     if compiled:
         subjects["torch.compile"] = subject("eager", lab.compiled)
     return compare(
-        lab, subjects, subject("eager", kind=torch.float64), direction, graphs=True, ahead=False,
+        lab, subjects, subject("eager", kind=torch.float64), direction, graphs=True, clock="call",
         baselines=["torch.compile" + GRAPH if compiled else "eager" + GRAPH],
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Candidate tiles of K3, K4 and K6, timed beside those that ship."""
+"""Candidate tiles of the star MLP and the depthwise convolution beside those that ship."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.gpu.depthwise import images
 from benchmarks.gpu.kernels import BASES, BATCH, mlp_inputs, stage_label, stages
-from benchmarks.gpu.lab import Comparison, Lab, Subject, Trial, compare, trial
+from benchmarks.gpu.lab import Lab
+from benchmarks.gpu.trial import Row, Subject, Trial, compare
 from starlayers.functional import star_mlp_reference
 from starlayers.kernels import dwconv as depthwise
 from starlayers.kernels import star_mlp_launch
@@ -20,44 +21,46 @@ from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, Tile
 SHIPPED = "shipped"
 #: what each table is tried with: rows, hidden channels, warps, stages
 CANDIDATES = {
-    "K3": [Tile(*t) for t in product((64, 128), (32, 64), (4, 8), (2, 3))],
-    "K4 all": [Tile(*t) for t in product((32, 64), (128,), (4, 8), (1, 2))],
-    "K4 dx": [Tile(*t) for t in product((32, 64, 128), (32, 64), (4, 8), (2,))],
-    "K4 dw": [Tile(*t) for t in product((32, 64), (32, 64), (4, 8), (2,))],
+    "mlp-forward": [Tile(*t) for t in product((64, 128), (32, 64), (4, 8), (2, 3))],
+    "mlp-backward all": [Tile(*t) for t in product((32, 64), (128,), (4, 8), (1, 2))],
+    "mlp-backward dx": [Tile(*t) for t in product((32, 64, 128), (32, 64), (4, 8), (2,))],
+    "mlp-backward dw": [Tile(*t) for t in product((32, 64), (32, 64), (4, 8), (2,))],
 }
-TABLES = {"K3": MLP_FORWARD, **{f"K4 {name}": table for name, table in MLP_BACKWARD.items()}}
+TABLES = {
+    "mlp-forward": MLP_FORWARD,
+    **{f"mlp-backward {name}": table for name, table in MLP_BACKWARD.items()},
+}
 DW_ROWS, DW_ELEMENTS, DW_WARPS = (4, 7, 8), (512, 1024), (4, 8)
 
 
-def tiles() -> list[Comparison]:
-    found = []
+def tiles() -> list[Row]:
+    rows = []
     for net, base in BASES.items():
         for stage, side, channels in stages(base):
             label = stage_label(net, stage)
             for kernel in _kernels(channels):
                 build = partial(_mlp, kernel=kernel, rows=BATCH * side * side, channels=channels)
-                found.append(trial("tiles", f"{kernel} {label}", build, 40))
+                rows.append(Row("tiles", f"{kernel}, {label}", build, 40))
             for direction in ("forward", "step"):
                 build = partial(_dwconv, side=side, channels=channels, direction=direction)
-                what = {"forward": "", "step": ", forward and backward"}[direction]
-                found.append(trial("tiles", f"K6 {label}{what}", build, 40))
-    return found
+                rows.append(Row("tiles", f"depthwise, {label}, {direction}", build, 40))
+    return rows
 
 
 def _kernels(channels: int) -> Iterator[str]:
-    """The tables that have a part in a stage: every gradient at once is for the narrowest alone."""
-    yield "K3"
+    """Yield the tables that serve a stage: the narrowest layers take all gradients at once."""
+    yield "mlp-forward"
     widest = {name: max(table["sm_90"]) for name, table in MLP_BACKWARD.items()}
     if channels <= widest["all"]:
-        yield "K4 all"
+        yield "mlp-backward all"
         return
-    yield "K4 dx"
+    yield "mlp-backward dx"
     if channels <= widest["dw"]:
-        yield "K4 dw"
+        yield "mlp-backward dw"
 
 
 def swapped(kernel: str, tile: Tile, run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` with one tile of one table replaced."""
+    """Return `run` with one tile of one table replaced."""
     original = star_mlp_launch.mlp_tile
 
     def mlp_tile(table: Any, *rest: Any) -> Tile | None:
@@ -76,7 +79,7 @@ def tile_name(tile: Tile) -> str:
 
 def _mlp(lab: Lab, kernel: str, rows: int, channels: int) -> Trial:
     inputs = mlp_inputs(lab, lab.size(rows, 20), channels, torch.bfloat16)
-    direction = "forward" if kernel == "K3" else "backward"
+    direction = "forward" if kernel == "mlp-forward" else "backward"
 
     def fused() -> torch.Tensor:
         return star_mlp(*inputs, None, "relu6", 0.0, False)[0]  # type: ignore[no-any-return]
@@ -113,7 +116,7 @@ def _dwconv(lab: Lab, side: int, channels: int, direction: str) -> Trial:
     exact = Subject(partial(definition, *wide), wide)
     made = compare(lab, subjects, exact, direction, baselines=[SHIPPED])
     shipped = made.programs[SHIPPED]
-    widths = sorted({min(width, max(16, channels)) for width in (16, 32, 64)})
+    widths = sorted({min(width, max(16, len(b))) for width in (16, 32, 64)})
     shapes = list(product(DW_ROWS, DW_ELEMENTS, widths, DW_WARPS))
     for rows, elements, width, warps in lab.size(shapes, shapes[:1]):
         name = f"{rows} x {elements // width} x {width}, {warps} warps"

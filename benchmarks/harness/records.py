@@ -106,11 +106,3 @@ def load(study: str, folder: Path = RESULTS) -> list[Record]:
         records.pop(key, None)
         records[key] = record
     return list(records.values())
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write strict JSON beside the file, then rename it, so that no reader sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(plain(content), indent=1) + "\n")
-    partial.rename(path)

@@ -41,15 +41,27 @@ def interleave(
         for name, run in variants.items():
             times[name].append(clock(run))
     timed = {name: t[warmup:] for name, t in times.items()}
-    baseline = min(baselines, key=lambda name: statistics.median(timed[name]))
+    _, ratios = paired(timed, baselines)
     return {
         name: {
             "median_ms": 1e3 * statistics.median(t),
             "min_ms": 1e3 * min(t),
             "max_ms": 1e3 * max(t),
-            "ratio": statistics.median(a / b for a, b in zip(t, timed[baseline], strict=True)),
+            "ratio": ratios[name],
         }
         for name, t in timed.items()
+    }
+
+
+def paired(times: dict[str, list[float]], baselines: list[str]) -> tuple[str, dict[str, float]]:
+    """Return the baseline with the lowest median, and the ratio of every variant to it.
+
+    `times` has the same rounds for every variant; a ratio is the median of those within the rounds.
+    """
+    baseline = min(baselines, key=lambda name: statistics.median(times[name]))
+    return baseline, {
+        name: statistics.median(a / b for a, b in zip(t, times[baseline], strict=True))
+        for name, t in times.items()
     }
 
 

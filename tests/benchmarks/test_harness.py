@@ -26,7 +26,7 @@ from benchmarks.harness.comparison import (
     with_half,
 )
 from benchmarks.harness.environment import command, conditions, environment
-from benchmarks.harness.records import Record, append, file_of, load, write_json
+from benchmarks.harness.records import Record, append, file_of, load
 from benchmarks.harness.report import conditions as conditions_text
 from benchmarks.harness.report import first_definition, listed, markdown_table
 from benchmarks.harness.runner import current, definition, measure_once, of_arms, run_study
@@ -318,32 +318,6 @@ def test_any_other_bad_line_is_an_error(tmp_path):
         file.write_text(file.read_text().splitlines(True)[0] + bad)
         with pytest.raises(ValueError, match=r"s\.jsonl, line 2: not a record"):
             load("s", tmp_path)
-
-
-def test_write_json_makes_folders_and_replaces(tmp_path):
-    file = tmp_path / "a" / "b" / "result.json"
-    for content in ({"x": [1, 2.5, None]}, {"y": "z"}):
-        write_json(file, content)
-        assert json.loads(file.read_text()) == content
-        assert [p.name for p in file.parent.iterdir()] == ["result.json"]
-
-
-def test_write_json_leaves_the_old_file_when_stopped(tmp_path, monkeypatch):
-    file = tmp_path / "result.json"
-    write_json(file, {"old": 1})
-    with pytest.raises(TypeError):
-        write_json(file, {"new": object()})
-    path = type(file)
-    write = path.write_text
-
-    def killed_half_way(self, text):
-        write(self, text[: len(text) // 2])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(path, "write_text", killed_half_way)
-    with pytest.raises(KeyboardInterrupt):
-        write_json(file, {"new": 2})
-    assert json.loads(file.read_text()) == {"old": 1}
 
 
 # ---- runs
