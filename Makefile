@@ -83,6 +83,7 @@ evidence: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.core overhead
+	$(BIN)/python -m benchmarks.core host
 	$(BIN)/python -m benchmarks.core sweep
 	$(BIN)/python -m benchmarks.core start
 	$(BIN)/python -m benchmarks.vision speed
@@ -109,6 +110,7 @@ bench-gpu: setup
 bench-smoke: export OMP_NUM_THREADS = 1
 bench-smoke: setup
 	$(BIN)/python -m benchmarks.core overhead --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.core host --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.core sweep --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.core start --smoke --processes 1 --out runs/smoke
 	$(BIN)/python -m benchmarks.vision speed --smoke --out runs/smoke

@@ -1,11 +1,13 @@
 """The layers themselves: `python -m benchmarks.core COMMAND [--smoke | --page]`.
 
-`overhead` is what a small layer costs beside its matrix products, `sweep` from which size on a CPU
-runs a star MLP in blocks of rows, `start` what the near-linear start is worth in deep stacks.
+`overhead` is what a small layer costs beside its matrix products, `host` what launching a fused
+block costs, `sweep` from which size on a CPU runs a star MLP in blocks of rows, `start` what the
+near-linear start is worth in deep stacks.
 """
 
 import typer
 
+from benchmarks.core import host as host_study
 from benchmarks.core import overhead as overhead_study
 from benchmarks.core import start as start_study
 from benchmarks.core import sweep as sweep_study
@@ -15,7 +17,7 @@ from benchmarks.harness.study import Out, Page, Processes, Smoke, WritePage
 PAGE = Page(
     "core",
     "Evidence: the layers",
-    (overhead_study.STUDY, sweep_study.STUDY, start_study.STUDY),
+    (overhead_study.STUDY, host_study.STUDY, sweep_study.STUDY, start_study.STUDY),
 )
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 
@@ -26,6 +28,14 @@ def overhead(smoke: Smoke = False, page: WritePage = False, out: Out = RESULTS) 
     if page:
         return PAGE.write()
     overhead_study.STUDY.measure(overhead_study.job(smoke), smoke=smoke, out=out)
+
+
+@app.command()
+def host(smoke: Smoke = False, page: WritePage = False, out: Out = RESULTS) -> None:
+    """Time what Python needs to launch a fused block, on a GPU that computes nothing."""
+    if page:
+        return PAGE.write()
+    host_study.STUDY.measure(host_study.job(smoke), smoke=smoke, out=out)
 
 
 @app.command()

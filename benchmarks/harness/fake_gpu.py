@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Operations", "install", "launched"]
+__all__ = ["install", "launched", "operations"]
 
 #: names of the kernels that were launched
 _launched: list[str] = []
@@ -22,6 +22,8 @@ VIEWS = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "expand", "lift_fresh",
     "permute", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t",
     "transpose", "unbind", "unflatten", "unsqueeze", "view",
+    "resolve_conj", "resolve_neg", "result_type", "set_", "to", "_has_compatible_shallow_copy_type",
+    "contiguous", "chunk", "narrow", "view_as",
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
 }  # fmt: skip
 
@@ -93,18 +95,14 @@ def launched() -> Iterator[list[str]]:
     names += _launched[before:]
 
 
-class Operations(TorchDispatchMode):
-    """Count PyTorch's own operations that would launch a kernel on a GPU.
-
-    It must not be active where launches go around PyTorch: they do not while a mode is.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).split(".")
-        if name[0] != "starlayers" and name[1] not in VIEWS:
-            self.names.append(name[1])
-        return func(*args, **(kwargs or {}))
+@contextmanager
+def operations() -> Iterator[list[str]]:
+    """Collect PyTorch's own operations inside the block that would launch a kernel on a GPU."""
+    names: list[str] = []
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        yield names
+    for event in profiled.events():
+        namespace, _, name = event.name.partition("::")
+        inner = any(child.name.startswith("aten::") for child in event.cpu_children)
+        if namespace == "aten" and name not in VIEWS and not inner:
+            names.append(name)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.core import overhead, start, sweep
+from benchmarks.core import host, overhead, start, sweep
 from benchmarks.core.__main__ import PAGE
 from benchmarks.harness.records import Record
 from starlayers import StarOp, plans
@@ -104,3 +104,13 @@ def test_the_page_names_its_commands():
     assert [study.command for study in PAGE.studies] == [
         f"python -m benchmarks.core {name}" for name in ("overhead", "sweep", "start")
     ]
+
+
+@pytest.mark.slow
+def test_launches_of_a_fused_block_stay_within_their_budget():
+    """Without a GPU: the whole path to a launch runs, and the driver below Triton does nothing."""
+    rows = host.work(host.job(smoke=True))["rows"]
+    assert rows.keys() == {"inference", "folded", "training step"}
+    for name in ("inference", "folded"):
+        assert (rows[name]["launches"], rows[name]["operations"]) == (3, 0)
+    assert rows["training step"]["launches"] <= 16

@@ -1,0 +1,146 @@
+"""Time that Python needs to launch a fused StarBlock2d, on a machine without a GPU."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.harness import fake_gpu
+from benchmarks.harness.report import conditions, first_definition, markdown_table
+from benchmarks.harness.runner import Job, Records
+from benchmarks.harness.study import Study
+from benchmarks.harness.timing import cpu_clock, interleave
+
+TEXT = """\
+## What launching a fused block costs
+
+**Prediction.** A fused StarBlock2d needs at most the host time of its definition: without gradients
+three launches and nothing else, so a tenth of it.
+
+**What was done.** A block of {channels} channels on one image of {side} x {side}, one thread. The
+driver below Triton launches nothing; the definition computes its small convolutions on the CPU,
+which is a part of its time. Fused block and definition in turn, {calls} calls at a time, {rounds}
+rounds of CPU time. Operations are those of PyTorch that would launch a kernel of their own.
+
+{table}
+**Conditions**
+
+{conditions}
+"""
+
+
+def job(smoke: bool = False) -> Job:
+    """Make the job: block, calls and rounds."""
+    sizes = {"calls": 2, "rounds": 2} if smoke else {"calls": 100, "rounds": 30}
+    return {"arm": None, "seed": None, "channels": 32, "side": 7, "clock": "CPU", **sizes}
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Measure in a process of its own, in which nothing was imported with a GPU that computes."""
+    command = [sys.executable, "-m", "benchmarks.core.host", json.dumps(job)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return {"rows": json.loads(done.stdout.splitlines()[-1])}
+
+
+def measure(job: Job) -> dict[str, dict[str, float]]:
+    """Time a block without gradients, with its norms folded, and in a training step."""
+    fake_gpu.install()
+    from starlayers import use_backend
+    from starlayers.vision import StarBlock2d
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    channels, side = job["channels"], job["side"]
+    shape = (1, channels, side, side)
+    x = torch.randn(shape).to(memory_format=torch.channels_last)
+    folded, plain = (StarBlock2d(channels).bfloat16().eval() for _ in range(2))
+    folded.fuse()
+    training = StarBlock2d(channels)
+    with_grad = x.clone().requires_grad_()
+    upstream = torch.randn_like(x)
+
+    def inference(block: Any) -> Callable[[], None]:
+        image = x.bfloat16()
+
+        def call() -> None:
+            with torch.inference_mode():
+                block(image)
+
+        return call
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = training(with_grad)
+        y.backward(upstream.to(y.dtype))
+
+    cases = {"inference": inference(plain), "folded": inference(folded), "training step": step}
+    rows: dict[str, dict[str, float]] = {}
+    for name, call in cases.items():
+        call()
+        call()
+        with fake_gpu.launched() as kernels:
+            call()
+        with fake_gpu.operations() as operations:
+            call()
+
+        def defined(call: Callable[[], None] = call) -> None:
+            with use_backend("eager"):
+                call()
+
+        calls = job["calls"]
+        timed = interleave(
+            {"ours": _times(call, calls), "definition": _times(defined, calls)},
+            baselines=["definition"],
+            repeats=job["rounds"],
+            clock=cpu_clock,
+        )
+        rows[name] = {
+            "launches": len(kernels),
+            "operations": len(operations),
+            "ours_us": 1e3 * timed["ours"]["min_ms"] / calls,
+            "definition_us": 1e3 * timed["definition"]["min_ms"] / calls,
+            "ratio": timed["ours"]["ratio"],
+        }
+    return rows
+
+
+def _times(call: Callable[[], None], calls: int) -> Callable[[], None]:
+    def repeated() -> None:
+        for _ in range(calls):
+            call()
+
+    return repeated
+
+
+def table(records: Records) -> str:
+    """Return launches, operations and times."""
+    (record,) = records.values()
+    header = ["block", "launches", "operations", "us", "definition, us", "median ratio"]
+    body = [
+        [name, str(r["launches"]), str(r["operations"]), f"{r['ours_us']:.1f}",
+         f"{r['definition_us']:.1f}", f"{r['ratio']:.2f}"]
+        for name, r in record.metrics["rows"].items()
+    ]  # fmt: skip
+    return markdown_table(header, body)
+
+
+def text(records: Records) -> str:
+    """Make the page's part."""
+    (record,) = records.values()
+    names = ("channels", "side", "calls", "rounds")
+    return TEXT.format(
+        **{name: first_definition(records)[name] for name in names},
+        table=table(records),
+        conditions=conditions([record]),
+    )
+
+
+STUDY = Study(
+    "core-host", "python -m benchmarks.core host", lambda: {"host": job()}, work, table, text
+)
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.argv[1]))))
