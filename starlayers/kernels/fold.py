@@ -80,7 +80,9 @@ class BranchGradients(NamedTuple):
 
 def _statistics_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
     mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
-    assert mean is not None and var is not None and count is not None
+    assert mean is not None
+    assert var is not None
+    assert count is not None
     return mean, var, count
 
 
