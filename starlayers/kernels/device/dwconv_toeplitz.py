@@ -276,7 +276,7 @@ def dw_weights_toeplitz(
             here_out = _rows(inside_out, top + slot - PAD, HEIGHT, HEIGHT)
             g, t = _load(dy, z, start_out + (slot - PAD) * line, here_out, Z)
             upstream = mapped(g, t, xa, b_shift, center, c_scale, here_out, False, Z, Z)
-            if slot >= PAD and slot < TH + PAD:
+            if slot >= PAD:
                 bias += upstream
             pieces = _pieces(upstream, KIND, Z)
             ring = ring + (pieces[0],)
