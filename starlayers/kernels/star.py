@@ -163,10 +163,12 @@ def _plain_backward(
     a, b = _branches(x1, x2)
     inner = a.clamp(clamp1[0], clamp1[1]) if clamp1 else a
     outer = b.clamp(clamp2[0], clamp2[1]) if clamp2 else b
-    d1 = activation.backward(dy * (outer + offset), inner)
+    outer = outer + offset if offset else outer
     value = activation.fn(inner)
     d2 = dy * value
-    s = (value * (outer + offset)).contiguous() if product else dy.new_empty(0)
+    s = (value * outer).contiguous() if product else dy.new_empty(0)
+    del value  # the peak of a wide MLP's backward is here
+    d1 = activation.backward(dy * outer, inner)
     if clamp1:
         d1 = d1.where((a > clamp1[0]) & (a < clamp1[1]), 0)
     if clamp2:
