@@ -385,7 +385,12 @@ def test_float64_goes_to_the_definition(act, stats, where, launches):
 @in_either
 @pytest.mark.parametrize(
     ("sizes", "stats"),
-    [((133, 24, 72, 24), False), ((133, 24, 72, 24), True), ((133, 96, 300, 96), True)],
+    [
+        ((133, 24, 72, 24), False),
+        ((133, 24, 72, 24), True),
+        ((133, 96, 300, 96), True),
+        ((133, 128, 300, 128), True),
+    ],
     ids=str,
 )
 def test_half_precision_gradients_survive_a_loss_scale_of_65536(sizes, stats):

@@ -89,6 +89,34 @@ def test_no_rows_launch_nothing(launches):
     assert not any(g.any() for g in grads)
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("stats", [False, True])
+def test_nan_is_where_torch_has_it(stats):
+    tensors = mlp_tensors(140, 130, 40, 24)
+    with torch.no_grad():
+        tensors[0][3, 2] = tensors[0][139, 0] = float("nan")
+    op, definition = mlp_pair("silu", 1.0, stats)
+    actual, expected = results(op, tensors), results(definition, tensors)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+@pytest.mark.interpret
+def test_any_layout_yields_the_same_and_no_input_is_written_to(monkeypatch):
+    monkeypatch.setattr(star_mlp_launch, "HIDDEN_BYTES", 0)  # two parts
+    tensors = [t.detach() for t in mlp_tensors(140, 130, 40, 24)]
+    strided = [t.repeat_interleave(2, -1)[..., ::2] for t in tensors]
+    strided[0] = tensors[0].t().contiguous().t()
+    strided[3] = torch.cat((tensors[3], tensors[3]), 1)[:, :130]
+    op, _ = mlp_pair("silu", 1.0, True)
+    dense, kept = converted(tensors, torch.float32), [t.clone() for t in strided]
+    actual = results(op, [t.requires_grad_() for t in strided])
+    torch.testing.assert_close(actual, results(op, dense), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(strided, kept, strict=True))
+    first, again = (torch.autograd.grad(op(*dense)[0].sum(), dense) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 @pytest.mark.parametrize("hidden", [64, 1000])
 @pytest.mark.parametrize("bound", [0, 2**20, 2**26])
 def test_hidden_gradients_in_memory_are_bounded(hidden, bound, monkeypatch):
