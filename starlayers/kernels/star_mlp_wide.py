@@ -19,14 +19,14 @@ from starlayers.kernels.registration import (
     library_gradients,
     no_autocast,
 )
-from starlayers.kernels.star_linear import dgated, star_linear
+from starlayers.kernels.star_linear import dgated, product_dgated, star_linear
 from starlayers.reference import star_mlp_reference
 
 __all__ = ["PROGRAMS", "star_mlp_wide"]
 
 
 #: gemm -> op for both branches and their star, op for the gradients of both branches
-PROGRAMS = {"library": (star_linear.plain, dgated.plain), "triton": (star_linear, dgated)}
+PROGRAMS = {"library": (star_linear.plain, product_dgated), "triton": (star_linear, dgated)}
 
 
 def _forward(
@@ -61,8 +61,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     """Return the gradients of the inputs that need one.
 
-    Every tensor of (rows, hidden) is freed after its last product: at most six of them live at
-    once, and at most three together with the gradient of a weight.
+    Every tensor of (rows, hidden) is freed after its last product: five of them live at once, and
+    at most three together with the gradient of a weight.
     """
     if dy is None:
         return (None,) * 11

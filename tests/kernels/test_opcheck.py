@@ -14,7 +14,7 @@ import torch
 from starlayers import kernels
 from starlayers.kernels import star as star_kernels
 from starlayers.kernels import star_linear as star_linear_kernels
-from starlayers.kernels.star_linear import dgated, star_linear
+from starlayers.kernels.star_linear import dgated, product_dgated, star_linear
 from starlayers.kernels.star_mlp_wide import star_mlp_wide
 from tests.fuzz import laid_out
 from tests.helpers import pairwise, randn
@@ -43,6 +43,7 @@ def wide_calls(*, dtype=torch.float32):
         "star_linear": (star_linear, (x, w1, b1, w2, b2, "silu", 0.5, True)),
         "star_linear bare, not saved": (star_linear, (x, w1, None, w2, None, "relu6", 0, False)),
         "dgated": (dgated, (dy, w3, h1, h2, "silu", 0.5)),
+        "product_dgated": (product_dgated, (dy, w3, h1, h2, "silu", 0.5)),
     }
 
 

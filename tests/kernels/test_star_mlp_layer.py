@@ -10,7 +10,7 @@ from starlayers.functional import star_mlp_reference
 from starlayers.kernels import star_linear as star_linear_module
 from starlayers.kernels import star_mlp_cpu
 from starlayers.kernels.registration import MLPWeights
-from starlayers.kernels.star_linear import Branches, dgated, star_linear
+from starlayers.kernels.star_linear import Branches, dgated, product_dgated, star_linear
 from starlayers.kernels.star_mlp_cpu import blocked_forward
 from starlayers.kernels.star_mlp_wide import PROGRAMS, star_mlp_wide
 from tests.helpers import (
@@ -222,7 +222,7 @@ def tensors_without(missing, dtype=torch.float32):
 
 
 def test_programs_are_the_library_with_k1_or_k2_with_k5():
-    assert PROGRAMS["library"] == (star_linear.plain, dgated.plain)
+    assert PROGRAMS["library"] == (star_linear.plain, product_dgated)
     assert PROGRAMS["triton"] == (star_linear, dgated)
     assert list(PROGRAMS) == ["library", "triton"]
 
