@@ -136,15 +136,16 @@ def mlp_backward_tiles(
     are two passes, while a program can hold weight gradients. Wider layers take "hidden": it writes
     the hidden gradients to memory, and matrix products yield the others.
     """
-
-    def tile(kernel: str) -> Tile | None:
-        return mlp_tile(MLP_BACKWARD[kernel], device, width, element_size)
-
-    whole = tile("all")
+    whole = mlp_tile(MLP_BACKWARD["all"], device, width, element_size)
     if whole is not None and hidden <= whole.hidden:
         return {"all": whole}
-    kernels = ("dx", "dw") if tile("dw") is not None else ("hidden",)
-    return {kernel: t for kernel in kernels if (t := tile(kernel)) is not None}
+    dx, dw = (
+        mlp_tile(MLP_BACKWARD[kernel], device, width, element_size) for kernel in ("dx", "dw")
+    )
+    if dx is not None and dw is not None:
+        return {"dx": dx, "dw": dw}
+    products = mlp_tile(MLP_BACKWARD["hidden"], device, width, element_size)
+    return {} if products is None else {"hidden": products}
 
 
 def mlp_tile(table: Table, device: torch.device, width: int, element_size: int = 2) -> Tile | None:
