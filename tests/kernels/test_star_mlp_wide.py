@@ -100,6 +100,21 @@ def test_a_retained_graph_yields_the_same_gradients_again():
         y.sum().backward()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_compiled_backward_serves_any_number_of_rows(recompute):
+    compiled = torch.compile(
+        lambda *t: star_mlp_wide(*t, "silu", 0.5, recompute, "library")[0],
+        backend="aot_eager", fullgraph=True, dynamic=True,
+    )  # fmt: skip
+    for rows in (6, 9):
+        tensors = mlp_tensors(rows, 5, 9, 3)[:-1]
+        y = star_mlp_reference(*tensors, "silu", offset=0.5)
+        with torch._dynamo.config.patch(error_on_recompile=rows == 9):
+            actual = torch.autograd.grad(compiled(*tensors).sum(), tensors)
+        torch.testing.assert_close(actual, torch.autograd.grad(y.sum(), tensors))
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize(
     ("rows", "hidden", "act", "dtype"),
