@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from starlayers.activations import ACTIVATIONS, Activation, get_activation
 from starlayers.kernels import registration
 from starlayers.kernels.registration import MLPWeights, autocasts, compute_dtype
-from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, mlp_tile, split_columns
+from starlayers.kernels.tiles import MLP_FORWARD, mlp_backward_tiles, mlp_tile, split_columns
 
 __all__ = [
     "Call",
@@ -261,13 +261,13 @@ def too_wide(device: torch.device, dtype: torch.dtype, sizes: Sizes, training: b
     Input and output channels decide, since a program holds whole rows; training needs a tile of
     the backward too.
     """
-    width = _held_width(sizes)
-    needed = {"forward": MLP_FORWARD, **({"backward": MLP_BACKWARD["dx"]} if training else {})}
-    for name, table in needed.items():
-        if mlp_tile(table, device, width, dtype.itemsize) is None:
-            channels = f"{sizes[0]} -> {sizes[2]} channels"
-            return f"{channels} are too wide for a {name} tile in {dtype}"
-    return ""
+    width, size = _held_width(sizes), dtype.itemsize
+    missing = "forward" if mlp_tile(MLP_FORWARD, device, width, size) is None else ""
+    if not missing and training and not mlp_backward_tiles(device, width, sizes[1], size):
+        missing = "backward"
+    if not missing:
+        return ""
+    return f"{sizes[0]} -> {sizes[2]} channels are too wide for a {missing} tile in {dtype}"
 
 
 def _held_width(sizes: Sizes) -> int:

@@ -1,10 +1,12 @@
 """Independent formulas and small tools shared by the tests."""
 
+import gc
 import itertools
 import math
 
 import torch
 from hypothesis import settings
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: name -> closed form from elementary functions, independent of the table that it checks
@@ -153,3 +155,17 @@ class RecordOps(TorchDispatchMode):
         name = func._schema.name
         self.counts[name] = self.counts.get(name, 0) + 1
         return func(*args, **(kwargs or {}))
+
+
+def peak_bytes(run):
+    """Return the most memory on CPUs that `run()` holds at once beyond what was held before.
+
+    Every allocation counts, temporary ones inside an operator too.
+    """
+    gc.collect()  # what is freed inside the block would count against its peak
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        kept = run()
+    events = profiled.profiler.kineto_results.events()
+    changes = [e.nbytes() for e in events if e.name() == "[memory]"]  # in the order of time
+    del kept  # what `run` returns counts until here
+    return max(itertools.accumulate(changes))

@@ -73,7 +73,8 @@ QUESTIONS = {
     "MIN_ROWS": {"plans"},
     "MIN_ELEMENTS_STAR": {"dispatch", "plans"},
     "MIN_HIDDEN_BYTES_TRAINING": {"dispatch", "plans"},
-    "mlp_tile": {"plans", "kernels.star_mlp_launch"},
+    "mlp_tile": {"plans", "kernels.star_mlp_launch", "kernels.tiles"},
+    "mlp_backward_tiles": {"plans", "kernels.star_mlp_launch"},
 }
 
 

@@ -1,6 +1,7 @@
 """Candidate tiles of the star MLP and the depthwise convolution beside those that ship."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from itertools import product
 from typing import Any
@@ -15,6 +16,7 @@ from benchmarks.gpu.trial import Row, Subject, Trial, compare
 from starlayers.functional import star_mlp_reference
 from starlayers.kernels import dwconv as depthwise
 from starlayers.kernels import star_mlp_launch
+from starlayers.kernels import tiles as kernel_tiles
 from starlayers.kernels.star_mlp import star_mlp
 from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, Tile
 
@@ -25,6 +27,9 @@ CANDIDATES = {
     "mlp-backward all": [Tile(*t) for t in product((32, 64), (128,), (4, 8), (1, 2))],
     "mlp-backward dx": [Tile(*t) for t in product((32, 64, 128), (32, 64), (4, 8), (2,))],
     "mlp-backward dw": [Tile(*t) for t in product((32, 64), (32, 64), (4, 8), (2,))],
+    "mlp-backward hidden": [
+        Tile(*t) for t in product((64, 128), (32, 64), (4, 8), (2, 3), (32, 64))
+    ],
 }
 TABLES = {
     "mlp-forward": MLP_FORWARD,
@@ -54,28 +59,32 @@ def _kernels(channels: int) -> Iterator[str]:
     widest = {name: max(table["sm_90"]) for name, table in MLP_BACKWARD.items()}
     if channels <= widest["all"]:
         yield "mlp-backward all"
-        return
-    yield "mlp-backward dx"
-    if channels <= widest["dw"]:
+    elif channels <= widest["dw"]:
+        yield "mlp-backward dx"
         yield "mlp-backward dw"
+    else:
+        yield "mlp-backward hidden"
 
 
 def swapped(kernel: str, tile: Tile, run: Callable[[], Any]) -> Callable[[], Any]:
     """Return `run` with one tile of one table replaced."""
-    original = star_mlp_launch.mlp_tile
+    original = kernel_tiles.mlp_tile
 
     def mlp_tile(table: Any, *rest: Any) -> Tile | None:
         return tile if table is TABLES[kernel] else original(table, *rest)
 
     def call() -> Any:
-        with mock.patch.object(star_mlp_launch, "mlp_tile", mlp_tile):
+        with ExitStack() as patches:
+            for module in (star_mlp_launch, kernel_tiles):
+                patches.enter_context(mock.patch.object(module, "mlp_tile", mlp_tile))
             return run()
 
     return call
 
 
 def tile_name(tile: Tile) -> str:
-    return f"{tile.rows} x {tile.hidden}, {tile.warps} warps, {tile.stages} stages"
+    deep = f", {tile.depth} channels deep" if tile.depth else ""
+    return f"{tile.rows} x {tile.hidden}, {tile.warps} warps, {tile.stages} stages{deep}"
 
 
 def _mlp(lab: Lab, kernel: str, rows: int, channels: int) -> Trial:

@@ -7,9 +7,11 @@ multiply-add counts as two operations.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from benchmarks.harness.report import markdown_table
 from starlayers.kernels.dwconv import BANDS
-from starlayers.kernels.tiles import MLP_BACKWARD, split_columns
+from starlayers.kernels.tiles import Tile, mlp_backward_tiles, split_columns
 from starlayers.vision.models import STARNETS
 
 BANDWIDTH = 3.0e12  # bytes a second that an H100 reaches
@@ -85,27 +87,23 @@ def mlp_backward(rows: int, width: int, hidden: int) -> Work:
     ideal = mlp_backward_ideal(rows, width, hidden)
     x, h, w = (SIZE * n for n in (rows * width, rows * hidden, 3 * width * hidden))
     product = 2 * rows * width * hidden
-    covered = sum(split_columns(width))
+    # without a GPU, the tiles are those of an H100
+    tiles = mlp_backward_tiles(torch.device("cpu"), sum(split_columns(width)), hidden, SIZE)
 
-    def tile(kind: str) -> tuple[int, int] | None:
-        table = MLP_BACKWARD[kind]["sm_90"]
-        fitting = [row for row in table if row >= covered]
-        return (table[min(fitting)].rows, table[min(fitting)].hidden) if fitting else None
-
-    def partial_sums(tile: tuple[int, int]) -> int:
-        chunks = -(-hidden // tile[1])
-        programs = min(2 * MULTIPROCESSORS // chunks, -(-rows // tile[0]))
+    def partial_sums(tile: Tile) -> int:
+        chunks = -(-hidden // tile.hidden)
+        programs = min(2 * MULTIPROCESSORS // chunks, -(-rows // tile.rows))
         return 2 * PARTIAL * programs * hidden * (3 * width + 2)  # written, then read
 
-    whole, separate = tile("all"), tile("dw")
-    if whole and hidden <= whole[1]:
-        name, moved, products = "all", 3 * x + 2 * w + partial_sums(whole), 8
-    elif separate:
+    if "all" in tiles:
+        name, moved, products = "all", 3 * x + 2 * w + partial_sums(tiles["all"]), 8
+    elif "dw" in tiles:
         # dx: 5 products; weights: both branches and ds again, then 3
-        name, moved, products = "dx + dw", 5 * x + 3 * w + partial_sums(separate), 5 + 6
-    elif tile("dx"):
-        # d1, d2, s written, read by 3 products, d1 and d2 once more for the bias gradients
-        name, moved, products = "dx + products", 7 * x + 2 * w + 8 * h, 5 + 3
+        name, moved, products = "dx + dw", 5 * x + 3 * w + partial_sums(tiles["dw"]), 5 + 6
+    elif "hidden" in tiles:
+        # d1, d2, s written; d1, d2 read for dx and for a weight each, s for one; dy for its sum,
+        # the hidden gradients and a weight, x for them and for two weights, dx written
+        name, moved, products = "hidden + products", 7 * x + 2 * w + 8 * h, 3 + 5
     else:
         raise ValueError(f"no K4 tile for {width} channels")
     return Work(

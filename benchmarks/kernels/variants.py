@@ -53,18 +53,23 @@ def variants() -> Iterator[Variant]:
             yield from forward(target, size, row, channels, tile)
     for kernel, table in MLP_BACKWARD.items():
         for key, rows in table.items():
-            separate = max(MLP_BACKWARD["dw"].get(key, {}), default=0)
-            for target, size, row, channels, tile in _placed(key, rows):
-                spill = kernel == "dx" and row > separate
-                yield from backward(kernel, target, size, row, channels, tile, spill=spill)
+            # the products serve what is too wide for "dw"
+            above = max(MLP_BACKWARD["dw"].get(key, {}), default=0) if kernel == "hidden" else 0
+            for target, size, row, channels, tile in _placed(key, rows, above):
+                if kernel == "hidden":
+                    yield from backward_by_products(target, size, row, channels, tile)
+                else:
+                    yield from backward(kernel, target, size, row, channels, tile)
     yield from wide()
 
 
-def _placed(key: str, rows: dict[int, Tile]) -> Iterator[tuple[str, int, int, int, Tile]]:
-    """Target, element size, row, real channels and tile of a family's table."""
+def _placed(
+    key: str, rows: dict[int, Tile], above: int = 0
+) -> Iterator[tuple[str, int, int, int, Tile]]:
+    """Yield target, element size, row, real channels and tile of a family's table."""
     family, _, kind = key.partition(" ")
     for row, tile in rows.items():
-        below = max((r for r in rows if r < row), default=0)
+        below = max((r for r in rows if r < row), default=above)
         for target, channels in product(GPUS[family], WIDTHS):
             if below < sum(split_columns(channels)) <= row:
                 yield target, 4 if kind else 2, row, channels, tile
@@ -208,7 +213,7 @@ def forward(target: str, size: int, row: int, channels: int, tile: Tile) -> Iter
 
 
 def backward(
-    kernel: str, target: str, size: int, row: int, channels: int, tile: Tile, *, spill: bool
+    kernel: str, target: str, size: int, row: int, channels: int, tile: Tile
 ) -> Iterator[Variant]:
     """K4; `affine` is the gradient that statistics of the output send back."""
     # `mlp_dw` alone reads what `mlp_dx` has already added
@@ -216,14 +221,39 @@ def backward(
     for act, affine, ratio in options:
         constants = _matrix(target, size, channels, tile, act, ratio) | {
             "stride_dy": channels, "stride_z": channels, "AFFINE": affine,
-            **({"SPILL": spill} if kernel == "dx" else {"DX": kernel == "all"}),
+            **({} if kernel == "dx" else {"DX": kernel == "all"}),
         }  # fmt: skip
-        text = f"{channels} channels, {act}{', affine' * affine}{', spill' * spill}"
         yield Variant(
-            f"K4 {kernel}", _row(row, tile), text,
+            f"K4 {kernel}", _row(row, tile), f"{channels} channels, {act}{', affine' * affine}",
             f"star_mlp_backward.mlp_{'dx' if kernel == 'dx' else 'dw'}", constants, target, size,
             tile.warps, tile.stages, products=True,
         )  # fmt: skip
+
+
+def backward_by_products(
+    target: str, size: int, row: int, channels: int, tile: Tile
+) -> Iterator[Variant]:
+    """Yield both kernels of the backward whose other gradients are matrix products."""
+    name = f"{_row(row, tile)}, {tile.depth} channels deep"
+    for act, ratio in [(act, 4) for act in ACTIVATIONS] + [("gelu", 3)]:
+        constants = _matrix(target, size, channels, tile, act, ratio)
+        for part in ("C0", "C1", "O0", "O1"):
+            del constants[part]
+        yield Variant(
+            "mlp_hidden", name, f"{channels} channels, {act}", "star_mlp_backward.mlp_hidden",
+            constants | {"stride_g": channels, "BK": tile.depth}, target, size, tile.warps,
+            tile.stages, products=True,
+        )  # fmt: skip
+    o0, o1 = split_columns(channels)
+    constants = {
+        "stride_dy": channels, "stride_z": channels, "H": 4 * channels, "OUT": channels,
+        "AFFINE": True, "BM": tile.rows, "O0": o0, "O1": o1,
+    }  # fmt: skip
+    yield Variant(
+        "mlp_upstream", f"up to {row}: {tile.rows} rows, {tile.warps} warps",
+        f"{channels} channels, affine", "star_mlp_backward.mlp_upstream", constants, target, size,
+        tile.warps,
+    )  # fmt: skip
 
 
 def wide() -> Iterator[Variant]:

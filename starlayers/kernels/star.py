@@ -25,7 +25,7 @@ from starlayers.kernels.registration import (
 )
 from starlayers.reference import star_reference
 
-__all__ = ["star", "star_backward"]
+__all__ = ["Options", "launch_backward", "star", "star_backward"]
 
 ELEMENTS = 2048  # per program: 16 a thread, two 16-byte loads of each bfloat16 operand
 WARPS = 4
@@ -129,6 +129,20 @@ def _backward_kernel(
     d1 = x1.new_empty(x1.shape)
     d2 = x1.new_empty(0 if x2 is None else x2.shape)
     s = x1.new_empty(dy.shape if product else 0)
+    launch_backward(dy, x1, x2, options, d1, d2, s if product else None)
+    return d1, d2, s
+
+
+def launch_backward(
+    dy: Tensor,
+    x1: Tensor,
+    x2: Tensor | None,
+    options: Options,
+    d1: Tensor,
+    d2: Tensor,
+    s: Tensor | None,
+) -> None:
+    """Write both gradients and, if there is one, the star `s`; `d2` may be a dense `dy` itself."""
     if x1.numel():
         from starlayers.kernels.device.star import star_grad
 
@@ -141,11 +155,10 @@ def _backward_kernel(
         else:
             out1, out2 = d1.view(rows, cols), d2.view(rows, cols)
         launch(
-            star_grad, _grid(rows, cols), g, a, b, out1, out2, s if product else d1, rows, cols,
-            g.stride(0), a.stride(0), b.stride(0), out1.stride(0), PRODUCT=product,
+            star_grad, _grid(rows, cols), g, a, b, out1, out2, d1 if s is None else s, rows, cols,
+            g.stride(0), a.stride(0), b.stride(0), out1.stride(0), PRODUCT=s is not None,
             **_constants(options, rows, cols),
         )  # fmt: skip
-    return d1, d2, s
 
 
 def _fake(x1: Tensor, x2: Tensor | None, options: Options) -> Tensor:
@@ -163,10 +176,12 @@ def _plain_backward(
     a, b = _branches(x1, x2)
     inner = a.clamp(clamp1[0], clamp1[1]) if clamp1 else a
     outer = b.clamp(clamp2[0], clamp2[1]) if clamp2 else b
-    d1 = activation.backward(dy * (outer + offset), inner)
+    outer = outer + offset if offset else outer
     value = activation.fn(inner)
     d2 = dy * value
-    s = (value * (outer + offset)).contiguous() if product else dy.new_empty(0)
+    s = (value * outer).contiguous() if product else dy.new_empty(0)
+    del value  # the peak of a wide MLP's backward is here
+    d1 = activation.backward(dy * outer, inner)
     if clamp1:
         d1 = d1.where((a > clamp1[0]) & (a < clamp1[1]), 0)
     if clamp2:

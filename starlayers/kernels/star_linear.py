@@ -3,10 +3,12 @@
 `starlayers::star_linear(x, w1, b1, w2, b2, act, offset, save)` returns `(s, h1, h2)`: both branches
 of x (rows, in) and their star s (rows, out); h1 and h2 are empty without `save`.
 `starlayers::dgated(dy, w3, h1, h2, act, offset)` returns `(d1, d2, s)` for y = s w3': the gradients
-of both branches, and the star again so that it need not be saved.
+of both branches, and the star again so that it need not be saved. `starlayers::product_dgated` is
+the same by a matrix product of the vendor's library and K1.
 
-The kernels need Hopper's tensor descriptors and 16-bit types. Elsewhere `plain` is faster: matrix
-products of the vendor's library and K1. Neither op has a gradient; `star_mlp_wide` combines them.
+The kernels of the first two need Hopper's tensor descriptors and 16-bit types. Elsewhere
+`star_linear.plain` and `product_dgated` are faster. No op of these has a gradient; `star_mlp_wide`
+combines them.
 """
 
 from typing import Any, NamedTuple
@@ -16,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from starlayers.kernels.registration import ceil_div, define_op, launch, pointer
-from starlayers.kernels.star import star, star_backward
+from starlayers.kernels.star import Options, launch_backward, star, star_backward
 
-__all__ = ["dgated", "star_linear"]
+__all__ = ["dgated", "product_dgated", "star_linear"]
 
 BM, BN, BK = 128, 128, 64  # rows, columns and depth of a tile
 GROUP = 8  # row tiles in a group that shares the columns it reads in cache
@@ -94,6 +96,16 @@ def _plain_dgated(
     return star_backward(dy @ w3, h1, h2, act, offset, [], [], True)  # type: ignore[no-any-return]
 
 
+def _product_dgated(
+    dy: Tensor, w3: Tensor, h1: Tensor, h2: Tensor, act: str, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    ds = dy @ w3
+    d1, s = (h1.new_empty(h1.shape) for _ in range(2))
+    # d2 takes the place of ds: one tensor of this size less at the peak of a wide MLP's backward
+    launch_backward(ds, h1, h2, Options(act, offset, [], []), d1, ds, s)
+    return d1, ds, s
+
+
 def _dgated_kernel(
     dy: Tensor, w3: Tensor, h1: Tensor, h2: Tensor, act: str, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,3 +134,6 @@ def _fake_dgated(
 
 
 dgated = define_op("dgated", _dgated_kernel, plain=_plain_dgated, fake=_fake_dgated)
+product_dgated = define_op(
+    "product_dgated", _product_dgated, plain=_plain_dgated, fake=_fake_dgated
+)

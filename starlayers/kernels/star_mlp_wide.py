@@ -13,21 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from starlayers.kernels.registration import (
-    MLPGradients,
     MLPWeights,
     define_gradient,
     define_op,
     library_gradients,
     no_autocast,
 )
-from starlayers.kernels.star_linear import dgated, star_linear
+from starlayers.kernels.star_linear import dgated, product_dgated, star_linear
 from starlayers.reference import star_mlp_reference
 
 __all__ = ["PROGRAMS", "star_mlp_wide"]
 
 
 #: gemm -> op for both branches and their star, op for the gradients of both branches
-PROGRAMS = {"library": (star_linear.plain, dgated.plain), "triton": (star_linear, dgated)}
+PROGRAMS = {"library": (star_linear.plain, product_dgated), "triton": (star_linear, dgated)}
 
 
 def _forward(
@@ -51,74 +50,57 @@ def _fake(
 star_mlp_wide = define_op("star_mlp_wide", None, plain=_forward, fake=_fake)
 
 
-def _gradients(
-    dy: Tensor,
-    x: Tensor,
-    weights: MLPWeights,
-    h1: Tensor,
-    h2: Tensor,
-    act: str,
-    offset: float,
-    recompute: bool,
-    gemm: str,
-) -> MLPGradients:
-    """Return the gradients of x and of all weights; a missing bias has an empty one."""
-    w1, b1, w2, b2, w3, b3 = weights
-    product, gate = PROGRAMS[gemm]
-    if recompute and gemm == "library":  # no star needed here: `gate` returns it
-        h1, h2 = F.linear(x, w1, b1), F.linear(x, w2, b2)
-    elif recompute:
-        _, h1, h2 = product(x, w1, b1, w2, b2, act, offset, True)
-    d1, d2, s = gate(dy, w3, h1, h2, act, offset)
-    dw3 = dy.t() @ s
-    del h1, h2, s
-    dx = (d1 @ w1).addmm_(d2, w2)
-    dw1, dw2 = d1.t() @ x, d2.t() @ x
-    db1, db2, db3 = (_sum(d, b) for d, b in ((d1, b1), (d2, b2), (dy, b3)))
-    return dx, dw1, db1, dw2, db2, dw3, db3
-
-
-def _sum(d: Tensor, b: Tensor | None) -> Tensor:
-    """Return the gradient of bias `b`, the sum of d over its rows; empty without `b`.
-
-    It is a matrix product, because `sum(0)` took three times as long as reading d.
-    """
-    return d.new_empty(0) if b is None else (d.new_ones(1, len(d)) @ d).view(-1)
-
-
-def _fake_gradients(
-    dy: Tensor, x: Tensor, weights: MLPWeights, h1: Tensor, h2: Tensor, *options: Any
-) -> MLPGradients:
-    shapes = (x.shape, *((0,) if w is None else w.shape for w in weights))
-    return tuple(x.new_empty(shape) for shape in shapes)  # type: ignore[return-value]
-
-
-star_mlp_wide_backward = define_op(
-    "star_mlp_wide_backward", None, plain=_gradients, fake=_fake_gradients
-)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.act, ctx.offset, ctx.recompute, ctx.gemm = inputs
     _, h1, h2 = output
     ctx.mark_non_differentiable(h1, h2)
+    ctx.set_materialize_grads(False)  # else the backward gets zeros of (rows, hidden) for both
     ctx.save_for_backward(*tensors, h1, h2)
 
 
-def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    """Return the gradients of the inputs that need one.
+
+    Every tensor of (rows, hidden) is freed after its last product: five of them live at once, and
+    at most three together with the gradient of a weight.
+    """
+    if dy is None:
+        return (None,) * 11
     *inputs, h1, h2 = ctx.saved_tensors
-    nothing = (None,) * 4
+    needs, nothing = ctx.needs_input_grad[:7], (None,) * 4
     if torch.is_grad_enabled():
 
         def definition(*inputs: Any) -> Tensor:
             return star_mlp_reference(*inputs, ctx.act, offset=ctx.offset)  # type: ignore[misc]
 
-        return *library_gradients(definition, inputs, ctx.needs_input_grad[:7], [dy]), *nothing
+        return *library_gradients(definition, inputs, needs, [dy]), *nothing
+    ctx.maybe_clear_saved_tensors()  # else both branches would live until the end
+    x, w1, b1, w2, b2, w3, _ = inputs
+    product, gate = PROGRAMS[ctx.gemm]
     with no_autocast(dy):
-        grads = star_mlp_wide_backward(
-            dy, *inputs, h1, h2, ctx.act, ctx.offset, ctx.recompute, ctx.gemm
-        )
-    return *(None if t is None else g for t, g in zip(inputs, grads, strict=True)), *nothing
+        if ctx.recompute and ctx.gemm == "library":  # no star needed here: `gate` returns it
+            h1, h2 = F.linear(x, w1, b1), F.linear(x, w2, b2)
+        elif ctx.recompute:
+            h1, h2 = product(x, w1, b1, w2, b2, ctx.act, ctx.offset, True)[1:]
+        d1, d2, s = gate(dy, w3, h1, h2, ctx.act, ctx.offset)
+        del h1, h2
+        dw3 = dy.t() @ s if needs[5] else None
+        del s
+        dx = (d1 @ w1).addmm_(d2, w2) if needs[0] else None
+        dw1 = d1.t() @ x if needs[1] else None
+        db1 = _sum(d1) if needs[2] else None
+        del d1
+        dw2 = d2.t() @ x if needs[3] else None
+        db2, db3 = (_sum(d) if need else None for d, need in ((d2, needs[4]), (dy, needs[6])))
+    return dx, dw1, db1, dw2, db2, dw3, db3, *nothing
+
+
+def _sum(d: Tensor) -> Tensor:
+    """Return the sum of d over its rows: the gradient of a bias.
+
+    It is a matrix product, because `sum(0)` took three times as long as reading d.
+    """
+    return (d.new_ones(1, d.shape[0]) @ d).view(-1)
 
 
 define_gradient(star_mlp_wide, _backward, _save)

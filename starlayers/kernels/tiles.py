@@ -1,8 +1,9 @@
 """Tile sizes of the star MLP kernels, by channels and family of GPU.
 
-Tiles of sm_90 for 16-bit types were timed on an H100: some spill registers and are still faster
-than any tile that does not. All others were chosen by ahead-of-time compilation (`make kernels`):
-the most rows without a register spill, because each tile reads all weights once.
+Tiles of sm_90 for 16-bit types, but not those of "hidden", were timed on an H100: some spill
+registers and are still faster than any tile that does not. All others were chosen by ahead-of-time
+compilation (`make kernels`): the most rows without a register spill, because each tile reads all
+weights once.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ __all__ = [
     "MLP_FORWARD",
     "Tile",
     "family",
+    "mlp_backward_tiles",
     "mlp_tile",
     "next_power_of_2",
     "split_columns",
@@ -28,12 +30,16 @@ FAMILIES = ("sm_90", "sm_80", "small")
 
 @dataclass(frozen=True)
 class Tile:
-    """Tile of a launch: rows, hidden channels at a time, warps, pipeline stages."""
+    """Tile of a launch: rows, hidden channels at a time, warps, pipeline stages.
+
+    `depth` is the channels at a time; 0 for a kernel that holds them all.
+    """
 
     rows: int
     hidden: int
     warps: int
     stages: int
+    depth: int = 0
 
 
 Table = dict[str, dict[int, Tile]]
@@ -82,11 +88,22 @@ MLP_FORWARD: Table = {
     "small float32": {32: Tile(128, 32, 8, 1), 64: Tile(64, 16, 8, 1), 128: Tile(16, 16, 4, 1)},
 }
 
-#: kernel -> such a table; "all" computes every gradient in one pass over one hidden chunk
+#: kernel -> such a table; `mlp_backward_tiles` says which kernels serve a layer
 MLP_BACKWARD: dict[str, Table] = {
     "all": {
         "sm_90": {32: Tile(64, 128, 8, 3)},
         "sm_80": {32: Tile(32, 128, 8, 1)},
+    },
+    "dx": {
+        "sm_90": {
+            32: Tile(128, 32, 8, 3),
+            64: Tile(128, 32, 8, 3),
+            96: Tile(128, 32, 8, 2),
+        },
+        "sm_80": {32: Tile(64, 32, 4, 3), 64: Tile(128, 32, 8, 2)},
+        "small": {32: Tile(64, 32, 4, 2), 64: Tile(64, 32, 4, 1)},
+        "sm_90 float32": {32: Tile(128, 32, 8, 2)},
+        "sm_80 float32": {32: Tile(64, 16, 8, 2)},
     },
     "dw": {
         "sm_90": {
@@ -99,36 +116,36 @@ MLP_BACKWARD: dict[str, Table] = {
         "sm_90 float32": {32: Tile(16, 64, 4, 2)},
         "sm_80 float32": {32: Tile(16, 64, 4, 2)},
     },
-    "dx": {
-        "sm_90": {
-            32: Tile(128, 32, 8, 3),
-            64: Tile(128, 32, 8, 3),
-            96: Tile(128, 32, 8, 2),
-            128: Tile(128, 32, 8, 3),
-            192: Tile(64, 32, 8, 3),
-            256: Tile(64, 32, 4, 3),
-        },
-        "sm_80": {
-            32: Tile(64, 32, 4, 3),
-            64: Tile(128, 32, 8, 2),
-            96: Tile(128, 16, 8, 3),
-            128: Tile(64, 32, 8, 3),
-            192: Tile(32, 16, 8, 2),
-            256: Tile(64, 32, 8, 2),
-        },
-        "small": {
-            32: Tile(64, 32, 4, 2),
-            64: Tile(64, 32, 4, 1),
-            96: Tile(64, 32, 8, 1),
-            128: Tile(64, 16, 8, 1),
-            192: Tile(32, 16, 8, 1),
-            256: Tile(16, 16, 4, 1),
-        },
-        "sm_90 float32": {32: Tile(128, 32, 8, 2), 64: Tile(128, 16, 8, 2)},
-        "sm_80 float32": {32: Tile(64, 16, 8, 2), 64: Tile(32, 16, 4, 2)},
-        "small float32": {32: Tile(64, 16, 8, 1), 64: Tile(32, 16, 8, 1)},
+    "hidden": {
+        "sm_90": {256: Tile(128, 64, 8, 3, depth=64)},
+        "sm_80": {256: Tile(128, 64, 8, 3, depth=32)},
+        "small": {256: Tile(128, 64, 8, 2, depth=32)},
+        "sm_90 float32": {64: Tile(64, 64, 8, 2, depth=32)},
+        "sm_80 float32": {64: Tile(64, 32, 4, 2, depth=32)},
+        "small float32": {64: Tile(64, 32, 4, 2, depth=32)},
     },
 }
+
+
+def mlp_backward_tiles(
+    device: torch.device, width: int, hidden: int, element_size: int = 2
+) -> dict[str, Tile]:
+    """Return kernel -> tile of the star MLP's backward; empty if no kernel serves it.
+
+    "all" yields every gradient in one pass, if one chunk holds the whole hidden axis. "dx" and "dw"
+    are two passes, while a program can hold weight gradients. Wider layers take "hidden": it writes
+    the hidden gradients to memory, and matrix products yield the others.
+    """
+    whole = mlp_tile(MLP_BACKWARD["all"], device, width, element_size)
+    if whole is not None and hidden <= whole.hidden:
+        return {"all": whole}
+    dx, dw = (
+        mlp_tile(MLP_BACKWARD[kernel], device, width, element_size) for kernel in ("dx", "dw")
+    )
+    if dx is not None and dw is not None:
+        return {"dx": dx, "dw": dw}
+    products = mlp_tile(MLP_BACKWARD["hidden"], device, width, element_size)
+    return {} if products is None else {"hidden": products}
 
 
 def mlp_tile(table: Table, device: torch.device, width: int, element_size: int = 2) -> Tile | None:

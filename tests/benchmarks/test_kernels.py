@@ -30,7 +30,8 @@ def first(everything, kernel, target, size=2):
 
 
 def test_every_row_of_every_table_is_compiled(everything):
-    rows = {(v.kernel, v.row, v.target, v.size) for v in everything if v.kernel[:2] in ("K3", "K4")}
+    of_tables = ("K3", "K4 all", "K4 dx", "K4 dw", "mlp_hidden")
+    rows = {(v.kernel, v.row, v.target, v.size) for v in everything if v.kernel in of_tables}
     tables = [MLP_FORWARD, *MLP_BACKWARD.values()]
     # a row of the small family is compiled for two GPUs
     count = sum(
@@ -49,14 +50,21 @@ def test_every_row_has_a_hidden_axis_that_is_no_power_of_two(everything):
             assert any(u.constants["H"] & (u.constants["H"] - 1) for u in same)
 
 
-def test_variants_are_what_the_library_would_launch(everything):
+def test_variants_are_what_the_library_would_launch(everything, monkeypatch):
     for v in everything:
-        if v.kernel == "K4 dx":
-            width, kind = sum(split_columns(v.constants["C"])), " float32" * (v.size == 4)
+        kernel = v.kernel.removeprefix("K4 ").removeprefix("mlp_")
+        if kernel in MLP_BACKWARD:
             family = {"sm_90": "sm_90", "sm_80": "sm_80"}.get(v.target, "small")
-            separate = MLP_BACKWARD["dw"].get(family + kind, {})
-            assert v.constants["SPILL"] == (not any(row >= width for row in separate))
+            monkeypatch.setattr(tiles, "family", lambda device, family=family: family)
+            monkeypatch.setattr(tiles, "INTERPRET", False)
+            channels, hidden = v.constants["C"], v.constants["H"] if kernel == "all" else 10**6
+            width = sum(split_columns(channels))
+            chosen = tiles.mlp_backward_tiles(tiles.torch.device("cuda"), width, hidden, v.size)
+            tile = chosen[kernel]
+            assert (tile.rows, tile.hidden) == (v.constants["BM"], v.constants["BH"])
+            assert tile.depth == v.constants.get("BK", 0)
     assert {v.constants["C"] for v in everything if v.kernel == "K3"} == set(WIDTHS)
+    assert {v.constants["C"] for v in everything if v.kernel == "mlp_hidden"} == set(WIDTHS) - {384}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +110,13 @@ def test_depthwise_kernels_are_compiled_for_the_types_that_they_serve(everything
     assert served == {
         ("dwconv", 2): {5}, ("dwconv", 4): {7}, ("dwconv_toeplitz", 2): set(dwconv.BAND_SIZES),
     }  # fmt: skip
+
+
+def test_a_new_kernel_is_none_of_those_that_were_timed(everything):
+    for kernel in ("mlp_hidden", "mlp_upstream"):
+        new = first(everything, kernel, "sm_90")
+        assert kernels.offences(new, replace(FINE, spill=kernels.MAX_SPILL + 4))
+        assert not kernels.offences(new, replace(FINE, spill=kernels.MAX_SPILL))
 
 
 def test_what_is_no_offence_elsewhere(everything):
@@ -235,7 +250,7 @@ def test_the_shipped_backward_costs_more_than_one_pass():
     twice = floors.mlp_backward(256 * 28**2, 64, 256)
     assert (twice.kernel, twice.flops / one.flops) == ("K4 dx + dw", 22 / 16)
     spilt = floors.mlp_backward(256 * 7**2, 256, 1024)
-    assert spilt.kernel == "K4 dx + products"
+    assert spilt.kernel == "K4 hidden + products"
     # 8 passes over (rows, hidden), 7 over (rows, channels), weights in and gradients out
     elements = 256 * 49 * (8 * 1024 + 7 * 256) + 6 * 256 * 1024
     assert spilt.bytes == 2 * elements

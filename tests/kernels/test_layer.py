@@ -20,6 +20,7 @@ from starlayers.kernels.tiles import (
     MLP_FORWARD,
     Tile,
     family,
+    mlp_backward_tiles,
     mlp_tile,
     next_power_of_2,
     split_columns,
@@ -152,6 +153,30 @@ def test_tiles_are_what_triton_can_launch():
             assert size == next_power_of_2(size) >= 16
         assert tile.warps in (4, 8)
         assert 1 <= tile.stages <= 3
+    depths = {
+        kernel: {tile.depth for _, tile in each_tile(MLP_BACKWARD[kernel])}
+        for kernel in MLP_BACKWARD
+    }
+    assert depths.pop("hidden") == {32, 64}
+    assert {tile.depth for _, tile in each_tile(MLP_FORWARD)}.union(*depths.values()) == {0}
+
+
+# channels, hidden, kernels of the backward for 16 bits on an H100, and of float32
+BACKWARD = [
+    (32, 128, {"all"}, {"dx", "dw"}),
+    (32, 129, {"dx", "dw"}, {"dx", "dw"}),
+    (64, 64, {"dx", "dw"}, {"hidden"}),
+    (96, 384, {"dx", "dw"}, set()),
+    (97, 16, {"hidden"}, set()),
+    (256, 1024, {"hidden"}, set()),
+    (257, 16, set(), set()),
+]
+
+
+@pytest.mark.parametrize(("width", "hidden", "half", "single"), BACKWARD)
+def test_kernels_of_the_backward(width, hidden, half, single):
+    assert set(mlp_backward_tiles(CPU, width, hidden)) == half
+    assert set(mlp_backward_tiles(CPU, width, hidden, 4)) == single
 
 
 # channels -> column parts

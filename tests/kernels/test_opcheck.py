@@ -14,8 +14,8 @@ import torch
 from starlayers import kernels
 from starlayers.kernels import star as star_kernels
 from starlayers.kernels import star_linear as star_linear_kernels
-from starlayers.kernels.star_linear import dgated, star_linear
-from starlayers.kernels.star_mlp_wide import star_mlp_wide, star_mlp_wide_backward
+from starlayers.kernels.star_linear import dgated, product_dgated, star_linear
+from starlayers.kernels.star_mlp_wide import star_mlp_wide
 from tests.fuzz import laid_out
 from tests.helpers import pairwise, randn
 from tests.kernels.cases import calls, mlp_tensors
@@ -37,22 +37,13 @@ def wide_calls(*, dtype=torch.float32):
     bare = [None if i in (2, 4, 6) else t for i, t in enumerate(full)]
     x, w1, b1, w2, b2, w3, _ = (t.detach() for t in full)
     h1, h2 = (randn(21, 40, seed=s, dtype=dtype) for s in (7, 8))
-    plain = [None if t is None else t.detach() for t in bare]
-    nothing = h1.new_empty(0)
     return {
         "star_mlp_wide": (star_mlp_wide, (*full, "silu", 0.5, False, "library")),
         "star_mlp_wide bare, recomputed": (star_mlp_wide, (*bare, "gelu", 1.0, True, "triton")),
-        "star_mlp_wide_backward": (
-            star_mlp_wide_backward,
-            (dy, x, w1, b1, w2, b2, w3, full[6].detach(), h1, h2, "silu", 0.5, False, "triton"),
-        ),
-        "star_mlp_wide_backward bare, recomputed": (
-            star_mlp_wide_backward,
-            (dy, *plain, nothing, nothing, "gelu", 1.0, True, "library"),
-        ),
         "star_linear": (star_linear, (x, w1, b1, w2, b2, "silu", 0.5, True)),
         "star_linear bare, not saved": (star_linear, (x, w1, None, w2, None, "relu6", 0, False)),
         "dgated": (dgated, (dy, w3, h1, h2, "silu", 0.5)),
+        "product_dgated": (product_dgated, (dy, w3, h1, h2, "silu", 0.5)),
     }
 
 

@@ -385,7 +385,12 @@ def test_float64_goes_to_the_definition(act, stats, where, launches):
 @in_either
 @pytest.mark.parametrize(
     ("sizes", "stats"),
-    [((133, 24, 72, 24), False), ((133, 24, 72, 24), True), ((133, 96, 300, 96), True)],
+    [
+        ((133, 24, 72, 24), False),
+        ((133, 24, 72, 24), True),
+        ((133, 96, 300, 96), True),
+        ((133, 128, 300, 128), True),
+    ],
     ids=str,
 )
 def test_half_precision_gradients_survive_a_loss_scale_of_65536(sizes, stats):
@@ -414,14 +419,14 @@ def test_half_precision_gradients_survive_a_loss_scale_of_65536(sizes, stats):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize(
-    "hidden",
-    [pytest.param(16, marks=pytest.mark.slow), 140],
-    ids=["one pass", "two passes"],
+    ("channels", "hidden"),
+    [pytest.param(17, 16, marks=pytest.mark.slow), (17, 140), (100, 16)],
+    ids=["one pass", "two passes", "products"],
 )
-def test_a_mean_far_below_a_rounding_step_of_the_gradient_is_not_lost(hidden):
+def test_a_mean_far_below_a_rounding_step_of_the_gradient_is_not_lost(channels, hidden):
     """Check the dither: rounded to nearest, dy + q would be dy nearly everywhere."""
     rows, out, q = 1500, 24, 1e-4
-    tensors = [t.detach() for t in mlp_tensors(rows, 17, hidden, out, dtype=torch.float16)]
+    tensors = [t.detach() for t in mlp_tensors(rows, channels, hidden, out, dtype=torch.float16)]
     dy = randn(rows, out, seed=7, dtype=torch.float16)
     zero = torch.zeros(out)
     *_, db3 = star_mlp_backward(dy, dy, zero, zero, zero + q, *tensors[:7], "silu", 0.0)

@@ -40,6 +40,7 @@ KERNELS = {
     "all": ("mlp_dw", {"DX": True}),
     "dw": ("mlp_dw", {"DX": False}),
     "dx": ("mlp_dx", {}),
+    "hidden": ("mlp_hidden", {}),
 }
 
 
@@ -92,6 +93,7 @@ def test_tile(name, path, dtype, on_family, launches, monkeypatch):
     assert [(o["BM"], o["BH"], o["num_warps"], o["num_stages"]) for o in options] == [
         (tile.rows, tile.hidden, tile.warps, tile.stages)
     ]
+    assert [o.get("BK", 0) for o in options] == [tile.depth]
 
 
 def test_every_row_the_tables_ship_is_run(request):

@@ -1,18 +1,25 @@
-"""K4: star MLP backward in Triton by recomputation; hidden gradients stay on chip.
+"""K4: star MLP backward in Triton by recomputation.
 
-`mlp_dx` goes over row tiles like the forward. `mlp_dw` goes over hidden chunks and keeps the
-gradients of their weights in registers over all its rows; where one chunk is the whole hidden
-axis it yields dx too. Wider than that, `mlp_dx` writes d1, d2 and s out (SPILL) and the weight
-gradients are plain matrix products. No atomics: programs write partial sums.
+Narrow layers keep the hidden gradients on chip. `mlp_dx` goes over row tiles like the forward;
+`mlp_dw` goes over hidden chunks and keeps the gradients of their weights in registers over all its
+rows; where one chunk is the whole hidden axis it yields dx too. For wider layers, whose weight
+gradients no program can hold, `mlp_upstream` and `mlp_hidden` write the gradients of the output and
+of the hidden tensors out for matrix products. No atomics: programs write partial sums.
 """
 
 import triton
 import triton.language as tl
 
 from starlayers.kernels.device.activation import act_backward, act_value
-from starlayers.kernels.device.tile import load_columns, load_rows, load_vector, store_rows
+from starlayers.kernels.device.tile import (
+    load_columns,
+    load_rows,
+    load_slab,
+    load_vector,
+    store_rows,
+)
 
-__all__ = ["mlp_dw", "mlp_dx"]
+__all__ = ["mlp_dw", "mlp_dx", "mlp_hidden", "mlp_upstream"]
 
 
 @triton.jit
@@ -62,29 +69,21 @@ def _store_sums(base, tile, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: t
 
 @triton.jit
 def mlp_dx(
-    dy, z, mean, p, q, x, w1, b1, w2, b2, w3, dx, g, d1, d2, s, sums, M,
+    dy, z, mean, p, q, x, w1, b1, w2, b2, w3, dx, g, M,
     stride_dy: tl.constexpr, stride_z: tl.constexpr, stride_x: tl.constexpr,
     stride_w1: tl.constexpr, stride_w2: tl.constexpr, stride_w3: tl.constexpr, C: tl.constexpr,
     H: tl.constexpr, OUT: tl.constexpr, ACT: tl.constexpr, OFFSET: tl.constexpr,
-    BIAS1: tl.constexpr, BIAS2: tl.constexpr, AFFINE: tl.constexpr, SPILL: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
+    BIAS1: tl.constexpr, BIAS2: tl.constexpr, AFFINE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
     O0: tl.constexpr, O1: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute dx of a row tile; with AFFINE also the upstream gradient g for `mlp_dw`.
-
-    With SPILL also d1, d2 and the product s, for dW by matrix products, and sums over the tile of
-    d1, d2 and g, the bias gradients: (tiles, 2 H + OUT).
-    """
+    """Compute dx of a row tile; with AFFINE also the upstream gradient g for `mlp_dw`."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    sums += tl.program_id(0).to(tl.int64) * (2 * H + OUT)
     live = rows < M
     x0 = load_rows(x, rows, live, stride_x, 0, C0, C)
     g0 = _upstream(dy, z, mean, p, q, rows, live, stride_dy, stride_z, 0, O0, OUT, AFFINE)
     if AFFINE:
         store_rows(g, g0, rows, live, OUT, 0, O0, OUT)
-    else:
-        # through registers: loaded straight into shared memory, 256 channels spill 272 bytes
-        g0 = tl.where(live[:, None], g0, 0.0)
     dx0 = tl.zeros([BM, C0], tl.float32)
     if C1 > 0:
         x1 = load_rows(x, rows, live, stride_x, C0, C1, C)
@@ -122,18 +121,8 @@ def mlp_dx(
         a = act_value(h1, ACT)
         e1 = act_backward(ds * (OFFSET + h2), h1, ACT)
         e2 = ds * a
-        if SPILL:
-            tl.store(sums + hidden, tl.sum(tl.where(live[:, None], e1, 0.0), axis=0), mask=there)
-            at = sums + H + hidden
-            tl.store(at, tl.sum(tl.where(live[:, None], e2, 0.0), axis=0), mask=there)
         e1 = e1.to(x.dtype.element_ty)
         e2 = e2.to(x.dtype.element_ty)
-        if SPILL:
-            at = rows.to(tl.int64)[:, None] * H + hidden[None, :]
-            inside = live[:, None] & there[None, :]
-            tl.store(d1 + at, e1, mask=inside)
-            tl.store(d2 + at, e2, mask=inside)
-            tl.store(s + at, (a * (OFFSET + h2)).to(x.dtype.element_ty), mask=inside)
         dx0 = tl.dot(e1, u0, dx0, input_precision=PRECISION)
         dx0 = tl.dot(e2, v0, dx0, input_precision=PRECISION)
         if C1 > 0:
@@ -142,10 +131,6 @@ def mlp_dx(
     store_rows(dx, dx0, rows, live, C, 0, C0, C)
     if C1 > 0:
         store_rows(dx, dx1, rows, live, C, C0, C1, C)
-    if SPILL:
-        _store_sums(sums + 2 * H, g0, live, 0, O0, OUT)
-        if O1 > 0:
-            _store_sums(sums + 2 * H, g1, live, O0, O1, OUT)
 
 
 @triton.jit
@@ -252,3 +237,79 @@ def mlp_dw(
         if O1 > 0:
             cols = O0 + tl.arange(0, O1)
             tl.store(parts3 + program * OUT + cols, db3_1, mask=cols < OUT)
+
+
+@triton.jit
+def mlp_upstream(
+    dy, z, mean, p, q, g, sums, M, stride_dy: tl.constexpr, stride_z: tl.constexpr, H: tl.constexpr,
+    OUT: tl.constexpr, AFFINE: tl.constexpr, BM: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr,
+):  # fmt: skip
+    """Sum the upstream gradient g over a row tile; with AFFINE store g too.
+
+    `sums` is (tiles, 2 H + OUT); its last OUT columns are written here, the others by `mlp_hidden`.
+    """
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    live = rows < M
+    sums += tl.program_id(0).to(tl.int64) * (2 * H + OUT) + 2 * H
+    g0 = _upstream(dy, z, mean, p, q, rows, live, stride_dy, stride_z, 0, O0, OUT, AFFINE)
+    _store_sums(sums, g0, live, 0, O0, OUT)
+    if AFFINE:
+        store_rows(g, g0, rows, live, OUT, 0, O0, OUT)
+    if O1 > 0:
+        g1 = _upstream(dy, z, mean, p, q, rows, live, stride_dy, stride_z, O0, O1, OUT, AFFINE)
+        _store_sums(sums, g1, live, O0, O1, OUT)
+        if AFFINE:
+            store_rows(g, g1, rows, live, OUT, O0, O1, OUT)
+
+
+@triton.jit
+def mlp_hidden(
+    g, x, w1, b1, w2, b2, w3, d, sums, M,
+    stride_g: tl.constexpr, stride_x: tl.constexpr, stride_w1: tl.constexpr,
+    stride_w2: tl.constexpr, stride_w3: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    OUT: tl.constexpr, ACT: tl.constexpr, OFFSET: tl.constexpr, BIAS1: tl.constexpr,
+    BIAS2: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Compute a tile of d1, d2 and the product s from x and the upstream gradient g.
+
+    `d` is (M, 3 H): d1, d2 and s side by side, so that two matrix products take both gradients at
+    once. `sums` is (tiles, 2 H + OUT): sums over the tile of d1 and d2, the bias gradients.
+    """
+    ACROSS: tl.constexpr = (H + BH - 1) // BH
+    tile = tl.program_id(0) // ACROSS  # neighbours share their rows in cache
+    h = (tl.program_id(0) % ACROSS) * BH
+    rows = tile * BM + tl.arange(0, BM)
+    live = rows < M
+    hidden = h + tl.arange(0, BH)
+    there = hidden < H
+    h1 = tl.zeros([BM, BH], tl.float32)
+    h2 = tl.zeros([BM, BH], tl.float32)
+    ds = tl.zeros([BM, BH], tl.float32)
+    for k in tl.range(0, C, BK, num_stages=STAGES):
+        t = load_slab(x, rows, live, stride_x, k, BK, C)
+        u = load_slab(w1, hidden, there, stride_w1, k, BK, C)
+        v = load_slab(w2, hidden, there, stride_w2, k, BK, C)
+        h1 = tl.dot(t, tl.trans(u), h1, input_precision=PRECISION)
+        h2 = tl.dot(t, tl.trans(v), h2, input_precision=PRECISION)
+    for k in tl.range(0, OUT, BK, num_stages=STAGES):
+        t = load_slab(g, rows, live, stride_g, k, BK, OUT)
+        w = load_columns(w3, hidden, there, stride_w3, k, BK, OUT)
+        ds = tl.dot(t, w, ds, input_precision=PRECISION)
+    if BIAS1:
+        h1 += load_vector(b1, h, BH, H)[None, :]
+    if BIAS2:
+        h2 += load_vector(b2, h, BH, H)[None, :]
+    a = act_value(h1, ACT)
+    h2 += OFFSET
+    kind = d.dtype.element_ty
+    at = d + rows.to(tl.int64)[:, None] * (3 * H) + hidden[None, :]
+    inside = live[:, None] & there[None, :]
+    tl.store(at + 2 * H, (a * h2).to(kind), mask=inside)
+    sums += tile.to(tl.int64) * (2 * H + OUT) + hidden
+    e2 = ds * a
+    tl.store(at + H, e2.to(kind), mask=inside)
+    tl.store(sums + H, tl.sum(tl.where(live[:, None], e2, 0.0), axis=0), mask=there)
+    e1 = act_backward(ds * h2, h1, ACT)
+    tl.store(at, e1.to(kind), mask=inside)
+    tl.store(sums, tl.sum(tl.where(live[:, None], e1, 0.0), axis=0), mask=there)

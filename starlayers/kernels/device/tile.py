@@ -10,6 +10,7 @@ import triton.language as tl
 __all__ = [
     "load_columns",
     "load_rows",
+    "load_slab",
     "load_vector",
     "merge_statistics",
     "merged_statistics",
@@ -29,11 +30,19 @@ def load_rows(base, rows, live, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def load_columns(
-    w, hidden, there, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Load [WIDTH, BH]: rows FIRST.. of w (N, hidden), at the columns `hidden`."""
-    out = FIRST + tl.arange(0, WIDTH)
+def load_slab(base, rows, live, stride, first, WIDTH: tl.constexpr, N: tl.constexpr):
+    """Load [rows, WIDTH] as `load_rows` does, for a multiple `first` of WIDTH in a loop."""
+    cols = first + tl.arange(0, WIDTH)
+    at = base + rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    if N % WIDTH == 0:
+        return tl.load(at, mask=live[:, None], other=0.0)
+    return tl.load(at, mask=live[:, None] & (cols < N)[None, :], other=0.0)
+
+
+@triton.jit
+def load_columns(w, hidden, there, stride, first, WIDTH: tl.constexpr, N: tl.constexpr):
+    """Load [WIDTH, BH]: rows first.. of w (N, hidden), at the columns `hidden`."""
+    out = first + tl.arange(0, WIDTH)
     at = w + out[:, None] * stride + hidden[None, :]
     return tl.load(at, mask=(out < N)[:, None] & there[None, :], other=0.0)
 
