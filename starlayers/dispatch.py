@@ -229,23 +229,29 @@ def rules_blocks_out(x: Tensor) -> bool:
     return bool(plans.few(compute_dtype(x), rows_of(x), x.shape[-1]))
 
 
-def launches_directly(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
+def launches_directly(
+    x: Tensor, tensors: Iterable[Tensor | None], *, gradients: bool = False
+) -> bool:
     """Return True if kernels on `x` may be launched without PyTorch's dispatcher.
 
-    It would record gradients, and transforms, tracers and modes act through it. A CUDA graph that
-    is being captured needs it as well: what is folded into weights beforehand would go stale.
+    Transforms, tracers and modes act through it, and it would record gradients: the caller records
+    them itself with `gradients`. Without, nothing is launched so while a CUDA graph is captured:
+    what is folded into weights beforehand would go stale.
     """
     if type(x) is not Tensor or torch.compiler.is_compiling() or _tracer():
         return False
-    if torch._C._len_torch_dispatch_stack():
+    # the interpreter computes bfloat16 in float32, which the ops see to
+    if torch._C._len_torch_dispatch_stack() or (
+        registration.INTERPRET and x.dtype == torch.bfloat16
+    ):
         return False
-    if torch.is_grad_enabled() and needs_gradients(x, *tensors):
+    if not gradients and torch.is_grad_enabled() and needs_gradients(x, *tensors):
         return False
     if not x.is_cuda:
         return True
     # Triton launches on the current device
     here: bool = x.device.index == torch.cuda.current_device()
-    return here and not torch.cuda.is_current_stream_capturing()
+    return here and (gradients or not torch.cuda.is_current_stream_capturing())
 
 
 def plan_block(

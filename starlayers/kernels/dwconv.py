@@ -35,7 +35,14 @@ from starlayers.kernels.statistics import (
     with_statistics,
 )
 
-__all__ = ["dwconv", "dwconv_backward"]
+__all__ = [
+    "Affine",
+    "convolve",
+    "dwconv",
+    "dwconv_backward",
+    "input_gradient",
+    "kernel_sums",
+]
 
 
 ROWS = (14, 8, 7, 4, 2)  # candidates for TH, output rows of a tile
@@ -166,7 +173,7 @@ def _kernel(
     """Launch K6 forward; the module's docstring has arguments and results."""
     scale, shift = affine.checked()
     reduce = "statistics" if stats else ""
-    y, parts = _convolve(x, k, b=b, scale=scale, shift=shift, residual=residual, reduce=reduce)
+    y, parts = convolve(x, k, b=b, scale=scale, shift=shift, residual=residual, reduce=reduce)
     if not stats:
         return y, *empty_statistics(x)
     return y, *merged_statistics(parts)
@@ -176,13 +183,40 @@ def _backward_kernel(
     upstream: Upstream, x: Tensor, k: Tensor, affine: Affine
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch K6 backward; returns dx, dk, db, dscale, dshift."""
+    dx, parts = input_gradient(upstream, x, k, affine)
+    total = kernel_sums(upstream, x, k, affine).sum(0)
+    dk = k.new_empty(k.shape)
+    dk.copy_(total[:-1].t().reshape(k.shape))
+    db = total[-1].clone()
+    if affine.scale is None:
+        return dx, dk, db, *empty_statistics(x)
+    dshift, dscale = parts.sum(0).unbind(0)
+    return dx, dk, db, dscale.clone(), dshift.clone()
+
+
+def input_gradient(
+    upstream: Upstream,
+    x: Tensor,
+    k: Tensor,
+    affine: Affine,
+    *,
+    taps: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return dx, plus `residual`; and with a map its gradients as (tiles, 2, C): shift, scale."""
+    dy, z, mean, p, q = upstream
+    reduce = "" if affine.scale is None else "dot"
+    return convolve(
+        dy, k, taps=taps, flip=True, shift=q, z=z, zmean=mean, zscale=p, factor=affine.scale,
+        other=x, residual=residual, reduce=reduce,
+    )  # fmt: skip
+
+
+def kernel_sums(upstream: Upstream, x: Tensor, k: Tensor, affine: Affine) -> Tensor:
+    """Return the gradients of kernel and bias, (programs, K K + 1, C) to be summed."""
     dy, z, mean, p, q = upstream
     scale, shift = affine
     x, dy, z = x.contiguous(), dy.contiguous(), None if z is None else z.contiguous()
-    reduce = "" if scale is None else "dot"
-    dx, parts = _convolve(
-        dy, k, flip=True, shift=q, z=z, zmean=mean, zscale=p, factor=scale, other=x, reduce=reduce
-    )
     _, height, width, channels = x.shape
     size = k.shape[-1]
     over = tiling(x, size, ROWS_WEIGHTS)
@@ -196,14 +230,7 @@ def _backward_kernel(
             HEIGHT=height, WIDTH=width, C=channels, K=size, Z=z is not None,
             AFFINE=scale is not None, **over.constants,
         )  # fmt: skip
-    total = sums.sum(0)
-    dk = k.new_empty(k.shape)
-    dk.copy_(total[:-1].t().reshape(k.shape))
-    db = total[-1].clone()
-    if scale is None:
-        return dx, dk, db, *empty_statistics(x)
-    dshift, dscale = parts.sum(0).unbind(0)
-    return dx, dk, db, dscale.clone(), dshift.clone()
+    return sums
 
 
 def _device_kernels(x: Tensor, size: int) -> tuple[Any, Any]:
@@ -217,10 +244,11 @@ def _device_kernels(x: Tensor, size: int) -> tuple[Any, Any]:
     return dwconv.dw_convolve, dwconv.dw_weights
 
 
-def _convolve(
+def convolve(
     x: Tensor,
     k: Tensor,
     *,
+    taps: Tensor | None = None,
     b: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -233,8 +261,11 @@ def _convolve(
     flip: bool = False,
     reduce: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """Launch `dw_convolve`, which documents the arguments; returns y and tile sums."""
-    x, taps, size = x.contiguous(), tap_rows(k), k.shape[-1]
+    """Launch `dw_convolve`, which documents the arguments; returns y and tile sums.
+
+    `taps` are `tap_rows(k)`, where the caller has them.
+    """
+    x, taps, size = x.contiguous(), tap_rows(k) if taps is None else taps, k.shape[-1]
     _, height, width, channels = x.shape
     over = tiling(x, size)
     y = x.new_empty(x.shape)

@@ -11,6 +11,7 @@ from starlayers.kernels.tiles import next_power_of_2
 __all__ = [
     "BranchGradients",
     "Folded",
+    "Norm",
     "NormGradients",
     "Scaled",
     "affine_norm",
@@ -23,6 +24,27 @@ __all__ = [
 
 #: elements of a tile that is summed over its rows
 ELEMENTS = 8192
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class Norm(NamedTuple):
+    """BatchNorm in training: its parameters and running statistics."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    tracked: Tensor
+    eps: float
+    momentum: float
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d) -> "Norm | None":
+        """Return the tensors of `norm`, `None` if it lacks some or normalises in another way."""
+        tensors = (norm.weight, norm.bias, *(norm._buffers.get(name) for name in STATISTICS))
+        if not norm.training or norm.momentum is None or any(t is None for t in tensors):
+            return None
+        return cls(*tensors, norm.eps, norm.momentum)  # type: ignore[arg-type, call-arg]
 
 
 class Folded(NamedTuple):
@@ -54,7 +76,7 @@ class NormGradients(NamedTuple):
     q: Tensor
 
     @classmethod
-    def empty(cls, norm: nn.BatchNorm2d) -> "NormGradients":
+    def empty(cls, norm: Norm) -> "NormGradients":
         """Return memory for the gradients of `norm`."""
         w = norm.weight
         wide = [w.new_empty(w.shape, dtype=torch.float32) for _ in range(2)]
@@ -78,14 +100,6 @@ class BranchGradients(NamedTuple):
     strides: tuple[int, int, int]
 
 
-def _statistics_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
-    mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
-    assert mean is not None
-    assert var is not None
-    assert count is not None
-    return mean, var, count
-
-
 def prepare_weights(
     k1: Tensor, k2: Tensor, w3: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,9 +120,7 @@ def prepare_weights(
     return taps1, taps2, last
 
 
-def fold_branches(
-    parts: Tensor, weights: MLPWeights, norm: nn.BatchNorm2d, dtype: torch.dtype
-) -> Folded:
+def fold_branches(parts: Tensor, weights: MLPWeights, norm: Norm, dtype: torch.dtype) -> Folded:
     """Fold a norm in training into the branches behind it; update its running statistics.
 
     `parts` are the statistics of the tiles of its input; the folded weights have `dtype`.
@@ -123,7 +135,7 @@ def fold_branches(
     columns, rows = max(16, next_power_of_2(channels)), 16
     launch(
         fold_branches, (ceil_div(hidden, rows),), parts, w1, pointer(b1, w1), w2, pointer(b2, w1),
-        norm.weight, norm.bias, *_statistics_of(norm), v1, c1, v2, c2, mean, rstd, len(parts),
+        norm.weight, norm.bias, *norm[2:5], v1, c1, v2, c2, mean, rstd, len(parts),
         hidden, stride_w1=w1.stride(0), stride_w2=w2.stride(0), C=channels, EPS=norm.eps,
         MOMENTUM=norm.momentum, BIAS1=b1 is not None, BIAS2=b2 is not None,
         BT=max(1, ELEMENTS // columns), BH=rows, BC=columns, num_warps=8,
@@ -131,7 +143,7 @@ def fold_branches(
     return Folded(v1, c1, v2, c2, mean, rstd)
 
 
-def affine_norm(parts: Tensor, norm: nn.BatchNorm2d) -> Scaled:
+def affine_norm(parts: Tensor, norm: Norm) -> Scaled:
     """Return a norm in training as an affine map, and update its running statistics."""
     from starlayers.kernels.device.fold import affine_norm
 
@@ -139,7 +151,7 @@ def affine_norm(parts: Tensor, norm: nn.BatchNorm2d) -> Scaled:
     scaled = Scaled(*(parts.new_empty(channels) for _ in range(4)))
     launch(
         affine_norm, (ceil_div(channels, block),), parts, norm.weight, norm.bias,
-        *_statistics_of(norm), *scaled, len(parts), C=channels, EPS=norm.eps,
+        *norm[2:5], *scaled, len(parts), C=channels, EPS=norm.eps,
         MOMENTUM=norm.momentum, BT=ELEMENTS // block, BC=block, num_warps=8,
     )  # fmt: skip
     return scaled
@@ -147,7 +159,7 @@ def affine_norm(parts: Tensor, norm: nn.BatchNorm2d) -> Scaled:
 
 def finish_depthwise(
     sums: Tensor, k: Tensor, bias: Tensor | None,
-    dots: Tensor | None = None, norm: nn.BatchNorm2d | None = None, scaled: Scaled | None = None,
+    dots: Tensor | None = None, norm: Norm | None = None, scaled: Scaled | None = None,
     count: int = 1,
 ) -> tuple[Tensor, Tensor, NormGradients | None]:  # fmt: skip
     """Return the gradients of a depthwise kernel and its bias, and of the norm in front of it.
@@ -209,7 +221,7 @@ def unfold_branches(
 
 
 def finish_norm(
-    parts: Tensor, norm: nn.BatchNorm2d, rstd: Tensor, count: int,
+    parts: Tensor, norm: Norm, rstd: Tensor, count: int,
     b3: Tensor | None = None, parts3: Tensor | None = None,
 ) -> tuple[NormGradients, Tensor | None]:  # fmt: skip
     """Return the gradients of a norm that was folded, and the bias's of the last layer.

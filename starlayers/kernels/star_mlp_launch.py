@@ -1,6 +1,6 @@
 """Launches of the star MLP kernels K3 and K4: tiles, strides and partial sums."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from starlayers.kernels.tiles import (
     split_columns,
 )
 
-__all__ = ["star_mlp_backward_kernel", "star_mlp_kernel"]
+__all__ = ["ProgramSums", "backward", "forward", "star_mlp_backward_kernel", "star_mlp_kernel"]
 
 #: most bytes of hidden gradients in memory at once. One part serves StarNet-S4 at batch 256 (154 MB
 #: at 128 channels, 77 at 256), so that small layers are not launched in pieces
@@ -34,7 +34,17 @@ HIDDEN_BYTES = 256 * 2**20
 def star_mlp_kernel(
     x: Tensor, weights: MLPWeights, residual: Tensor | None, act: str, offset: float, stats: bool
 ) -> Outputs:
-    """Launch K3; `starlayers.kernels.star_mlp` documents arguments and results."""
+    """Compute the op `star_mlp`; `starlayers.kernels.star_mlp` documents arguments and results."""
+    y, parts = forward(x, weights, residual, act, offset, stats)
+    if not stats:
+        return y, *empty_statistics(x)
+    return y, *merged_statistics(parts)
+
+
+def forward(
+    x: Tensor, weights: MLPWeights, residual: Tensor | None, act: str, offset: float, stats: bool
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward; returns y and, with `stats`, statistics of its tiles."""
     w1, b1, w2, b2, w3, b3 = weights
     x, w1, w2, w3 = (unit_stride(t) for t in (x, w1, w2, w3))
     rows, (channels, hidden, out) = x.shape[0], weights.sizes
@@ -62,18 +72,39 @@ def star_mlp_kernel(
             PRECISION=precision(x), BM=tile.rows, BH=tile.hidden, C0=c0, C1=c1, O0=o0, O1=o1,
             STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    if not stats:
-        return y, *empty_statistics(x)
-    return y, *merged_statistics(parts)
+    return y, parts
 
 
 def star_mlp_backward_kernel(
     upstream: Upstream, x: Tensor, weights: MLPWeights, act: str, offset: float
 ) -> MLPGradients:
-    """Launch the kernels of the backward; return the gradients of x and of all weights.
+    """Launch the kernels of the backward; return the gradients of x and of all weights."""
+    computed = backward(upstream, x, weights, act, offset)
+    if not isinstance(computed, ProgramSums):
+        return computed
+    channels, _, out = weights.sizes
+    dw1, dw2, dw3, db = computed.parts.sum(0).split((channels, channels, out, 2), 1)
+    grads = (dw1, db[:, 0], dw2, db[:, 1], dw3.t(), computed.parts3.sum(0))
+    # copies, because outputs of an op may not share memory and these are views of the same sums
+    return computed.dx, *(_copied(t, weights.w1) for t in grads)  # type: ignore[return-value]
 
-    `mlp_backward_tiles` chooses the kernels.
+
+class ProgramSums(NamedTuple):
+    """Gradient of x, and those of the weights to be summed over programs.
+
+    `parts` is (programs, hidden, 2 in + out + 2): columns for dw1, dw2, the transposed dw3, db1 and
+    db2. `parts3` is (programs, out), for db3.
     """
+
+    dx: Tensor
+    parts: Tensor
+    parts3: Tensor
+
+
+def backward(
+    upstream: Upstream, x: Tensor, weights: MLPWeights, act: str, offset: float
+) -> MLPGradients | ProgramSums:
+    """Launch the kernels of the backward that `mlp_backward_tiles` chooses."""
     dy, z, mean, p, q = upstream
     w1, b1, w2, b2, w3, b3 = weights
     dy, x, w1, w2, w3 = (unit_stride(t) for t in (dy, x, w1, w2, w3))
@@ -101,7 +132,7 @@ def _on_chip(
     weights: MLPWeights,
     tiles: dict[str, Tile],
     options: dict[str, Any],
-) -> MLPGradients:
+) -> ProgramSums:
     """Compute all gradients in one pass ("all") or in two ("dx" and "dw")."""
     from starlayers.kernels.device.star_mlp_backward import mlp_dw, mlp_dx
 
@@ -134,10 +165,7 @@ def _on_chip(
             mlp_dw, (chunks, programs), dy, *inputs, dx, parts, parts3, rows, programs, DX=whole,
             AFFINE=whole and z is not None, **options, **_tile_options(tile),
         )  # fmt: skip
-    dw1, dw2, dw3, db = parts.sum(0).split((channels, channels, out, 2), 1)
-    grads = (dw1, db[:, 0], dw2, db[:, 1], dw3.t(), parts3.sum(0))
-    # copies, because outputs of an op may not share memory and these are views of the same sums
-    return dx, *(_copied(t, w1) for t in grads)  # type: ignore[return-value]
+    return ProgramSums(dx, parts, parts3)
 
 
 def _by_products(

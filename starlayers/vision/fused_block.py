@@ -28,7 +28,9 @@ from starlayers.dispatch import (
     plan_early,
     rules_blocks_out,
 )
+from starlayers.kernels.block import BlockWeights, train_block
 from starlayers.kernels.dwconv import dwconv
+from starlayers.kernels.fold import Norm
 from starlayers.kernels.registration import (
     compute_dtype,
     no_autocast,
@@ -126,6 +128,9 @@ def compute(block: "StarBlock2d", x: Tensor) -> Tensor | None:
         return y
     if not plan(block, x).fused:
         return None
+    weights = _trained(block, x)
+    if weights is not None:
+        return train_block(x, weights, block.mlp.act, block.mlp.offset)
     key = _kind(block, x)
     state = None if key is None else _state(block)
     if state is None:
@@ -197,6 +202,23 @@ def _state(block: "StarBlock2d") -> tuple[Any, ...] | None:
     if seen is None:
         return None
     return (*seen, getattr(first, "eps", 0), getattr(last, "eps", 0), mlp.act, mlp.offset)
+
+
+def _trained(block: "StarBlock2d", x: Tensor) -> BlockWeights | None:
+    """Return the parameters of a block that is trained by `train_block`; `None` by the ops."""
+    if not launches_directly(x, (), gradients=True) or compute_dtype(x) != x.dtype:
+        return None
+    if block.gamma is not None or _drop_path_acts(block.drop_path) or x.numel() == 0:
+        return None
+    norms = [layers.bn for layers in (block.pre, block.post)]
+    first, last = (Norm.of(m) if isinstance(m, nn.BatchNorm2d) else None for m in norms)
+    mlp = block.mlp.fusable()
+    if first is None or last is None or isinstance(mlp, str):
+        return None
+    if not all(w is None or w.is_contiguous() for w in (*mlp, block.pre.conv.weight)):
+        return None
+    before, after = block.pre.conv, block.post.conv
+    return BlockWeights(before.weight, before.bias, first, mlp, last, after.weight, after.bias)
 
 
 def fused_block(block: "StarBlock2d", x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 
 from starlayers.kernels.fold import (
     BranchGradients,
+    Norm,
     affine_norm,
     finish_depthwise,
     finish_norm,
@@ -65,7 +66,7 @@ def test_folded_branches_are_the_norm_and_the_branches(channels, missing):
     norm, y = norm_of(channels), 3 + randn(37, channels)
     weights = weights_of(channels, 19, 5, missing)
     expected = statistics_after(norm, y)
-    folded = fold_branches(tiles_of(y, 10), weights, norm, torch.float32)
+    folded = fold_branches(tiles_of(y, 10), weights, Norm.of(norm), torch.float32)
     normed = copy.deepcopy(norm).train()(y.t()[None, :, :, None])[0, :, :, 0].t()
     for v, c, w, b in ((*folded[:2], *weights[:2]), (*folded[2:4], *weights[2:4])):
         close(y @ v.t() + c, normed @ w.t() + (0 if b is None else b), 1e-4)
@@ -80,7 +81,7 @@ def test_folded_branches_are_the_norm_and_the_branches(channels, missing):
 def test_an_affine_norm_is_the_norm(channels):
     norm, y = norm_of(channels), randn(23, channels) - 2
     expected = statistics_after(norm, y)
-    scaled = affine_norm(tiles_of(y, 8), norm)
+    scaled = affine_norm(tiles_of(y, 8), Norm.of(norm))
     normed = copy.deepcopy(norm).train()(y.t()[None, :, :, None])[0, :, :, 0].t()
     close(scaled.scale * y + scaled.shift, normed)
     close(scaled.mean, y.mean(0))
@@ -93,7 +94,7 @@ def test_gradients_of_a_folded_norm_are_autograds(programs, missing):
     channels, hidden, out, count = 12, 7, 5, 31
     norm, y = norm_of(channels), 1 + randn(count, channels)
     weights = weights_of(channels, hidden, out, missing)
-    folded = fold_branches(tiles_of(y, 9), weights, copy.deepcopy(norm), torch.float32)
+    folded = fold_branches(tiles_of(y, 9), weights, Norm.of(copy.deepcopy(norm)), torch.float32)
     width = 2 * channels + out + 2
     sums = randn(programs, hidden, width, seed=7)
     sums3 = randn(programs, out, seed=8)
@@ -101,8 +102,8 @@ def test_gradients_of_a_folded_norm_are_autograds(programs, missing):
         sums, sums[..., width - 2 :], sums[..., channels:], sums[..., width - 1 :],
         sums[..., 2 * channels :], programs, (hidden * width, width, width),
     )  # fmt: skip
-    grads, parts = unfold_branches(found, weights, folded, norm)
-    of_norm, db3 = finish_norm(parts, norm, folded.rstd, count, weights.b3, sums3)
+    grads, parts = unfold_branches(found, weights, folded, Norm.of(norm))
+    of_norm, db3 = finish_norm(parts, Norm.of(norm), folded.rstd, count, weights.b3, sums3)
     assert (db3 is None) == (weights.b3 is None)
 
     # autograd through the fold as it is written in PyTorch, in float64
@@ -137,11 +138,11 @@ def test_gradients_of_a_folded_norm_are_autograds(programs, missing):
 def test_gradients_of_a_depthwise_convolution_and_the_norm_in_front_of_it(channels, taps, programs):
     count, norm = 29, norm_of(channels)
     z = randn(count, channels) - 1
-    scaled = affine_norm(tiles_of(z, 10), copy.deepcopy(norm))
+    scaled = affine_norm(tiles_of(z, 10), Norm.of(copy.deepcopy(norm)))
     size = int(taps**0.5)
     k, b = randn(channels, 1, size, size), randn(channels)
     sums, dots = randn(programs, taps + 1, channels), randn(3, 2, channels, seed=4)
-    dk, db, grads = finish_depthwise(sums, k, b, dots, norm, scaled, count)
+    dk, db, grads = finish_depthwise(sums, k, b, dots, Norm.of(norm), scaled, count)
     close(dk, sums.double().sum(0)[:-1].t().reshape(k.shape), 1e-4)
     close(db, sums.double().sum(0)[-1], 1e-4)
     zz, weight, bias = (t.detach().double().requires_grad_() for t in (z, norm.weight, norm.bias))
@@ -165,3 +166,14 @@ def test_prepared_weights_are_laid_out_and_cast(dtype):
     assert torch.equal(taps2, k2.reshape(6, 9).t())
     assert torch.equal(last, w3.to(dtype))
     assert (last is w3) == (dtype == torch.float32)
+
+
+def test_norms_that_normalise_in_another_way_are_none_of_these():
+    for norm in (
+        nn.BatchNorm2d(3).eval(),
+        nn.BatchNorm2d(3, affine=False),
+        nn.BatchNorm2d(3, track_running_stats=False),
+        nn.BatchNorm2d(3, momentum=None),
+    ):
+        assert Norm.of(norm) is None
+    assert Norm.of(nn.BatchNorm2d(3)).momentum == 0.1
