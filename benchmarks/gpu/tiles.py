@@ -35,7 +35,8 @@ TABLES = {
     "mlp-forward": MLP_FORWARD,
     **{f"mlp-backward {name}": table for name, table in MLP_BACKWARD.items()},
 }
-DW_ROWS, DW_ELEMENTS, DW_WARPS = (4, 7, 8), (512, 1024), (4, 8)
+# of the depthwise convolution on tensor cores: rows of a strip, channels, warps
+DW_CANDIDATES = [(7, 8, 8), (14, 8, 8), (28, 8, 8), (7, 8, 4), (14, 8, 4), (28, 8, 4), (14, 16, 8)]
 
 
 def tiles() -> list[Row]:
@@ -125,18 +126,20 @@ def _dwconv(lab: Lab, side: int, channels: int, direction: str) -> Trial:
     exact = Subject(partial(definition, *wide), wide)
     made = compare(lab, subjects, exact, direction, baselines=[SHIPPED])
     shipped = made.programs[SHIPPED]
-    widths = sorted({min(width, max(16, len(b))) for width in (16, 32, 64)})
-    shapes = list(product(DW_ROWS, DW_ELEMENTS, widths, DW_WARPS))
-    for rows, elements, width, warps in lab.size(shapes, shapes[:1]):
-        name = f"{rows} x {elements // width} x {width}, {warps} warps"
-        run = _reshaped((rows, elements // width, width), warps, shipped)
-        made.programs[name] = made.checks[name] = run
+    for rows, width, warps in lab.size(DW_CANDIDATES, DW_CANDIDATES[:1]):
+        name = f"{rows} rows, {width} channels, {warps} warps"
+        made.programs[name] = made.checks[name] = _reshaped(rows, width, warps, shipped)
     return made
 
 
-def _reshaped(shape: tuple[int, int, int], warps: int, run: Callable[[], Any]) -> Callable[[], Any]:
+def _reshaped(rows: int, width: int, warps: int, run: Callable[[], Any]) -> Callable[[], Any]:
+    band = depthwise.BANDS["cuda"] | {"BC": width, "num_warps": warps}
+
     def call() -> Any:
-        with mock.patch.multiple(depthwise, tile_shape=lambda *_: shape, WARPS=warps):
+        with (
+            mock.patch.dict(depthwise.BANDS, cuda=band),
+            mock.patch.object(depthwise, "strip_rows", return_value=rows),
+        ):
             return run()
 
     return call

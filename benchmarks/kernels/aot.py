@@ -57,8 +57,12 @@ def compile_kernel(
     target: str,
     warps: int,
     stages: int,
+    small_products: bool = False,
 ) -> Stats:
-    """Compile with every pointer and every size of `types` divisible by 16, as in ordinary use."""
+    """Compile with every pointer and every size of `types` divisible by 16, as in ordinary use.
+
+    `small_products` counts the matrix instructions that sm_90 has in common with older GPUs.
+    """
     names = list(kernel.arg_names)
     signature = {n: types.get(n, "constexpr") for n in names}
     constexprs = {(names.index(n),): v for n, v in constants.items()}
@@ -78,10 +82,14 @@ def compile_kernel(
     shared = compiled.metadata.shared
     if t.backend == "hip":
         return amd_stats(compiled.asm["amdgcn"], shared, t, warps)
-    return _nvidia_stats(compiled.asm["ptx"], log.getvalue(), shared, t, warps)
+    hopper = t.arch == 90 and not small_products
+    matrix = len(
+        re.findall(r"\bwgmma\.mma_async" if hopper else r"\bmma\.sync", compiled.asm["ptx"])
+    )
+    return _nvidia_stats(matrix, log.getvalue(), shared, t, warps)
 
 
-def _nvidia_stats(ptx: str, log: str, shared: int, t: Target, warps: int) -> Stats:
+def _nvidia_stats(matrix: int, log: str, shared: int, t: Target, warps: int) -> Stats:
     registers, spill = parse_ptxas(log)
     # registers are given out 8 a thread at a time
     fitting = (
@@ -89,7 +97,6 @@ def _nvidia_stats(ptx: str, log: str, shared: int, t: Target, warps: int) -> Sta
         t.shared_total // (shared + t.shared_reserved),
         t.warps_total // warps,
     )
-    matrix = len(re.findall(r"\bwgmma\.mma_async" if t.arch == 90 else r"\bmma\.sync", ptx))
     return Stats(registers, spill, shared, matrix, min(fitting), "are serialized" in log)
 
 

@@ -37,6 +37,7 @@ class Variant:
     stages: int = 3
     descriptors: dict[str, str] | None = None
     products: bool = False  # whether it multiplies matrices
+    small_products: bool = False  # too small for Hopper's own matrix instructions
 
 
 def variants() -> Iterator[Variant]:
@@ -45,6 +46,7 @@ def variants() -> Iterator[Variant]:
         yield from element_wise(target, size)
         yield from depthwise(target, size)
     for target in TARGETS:
+        yield from depthwise_toeplitz(target)
         yield from statistics(target)
     for key, rows in MLP_FORWARD.items():
         for target, size, row, channels, tile in _placed(key, rows):
@@ -91,39 +93,66 @@ def element_wise(target: str, size: int) -> Iterator[Variant]:
             )  # fmt: skip
 
 
+CONVOLUTION_FLAGS = ("FLIP", "SCALE", "SHIFT", "Z", "BIAS", "FACTOR", "RESIDUAL")
+#: options of both convolutions of a StarNet block and their input gradients: flags, sums
+CONVOLUTIONS: dict[str, tuple[set[str], str]] = {
+    "forward, statistics": ({"BIAS"}, "statistics"),
+    "forward, scale, shift, residual": ({"BIAS", "SCALE", "SHIFT", "RESIDUAL"}, ""),
+    "dx, z": ({"FLIP", "SHIFT", "Z"}, ""),
+    "dx, factor, dot": ({"FLIP", "FACTOR"}, "dot"),
+}
+#: and of their kernel gradients
+KERNEL_GRADIENTS = {
+    "dw, z": {"Z": True, "AFFINE": False},
+    "dw, affine": {"Z": False, "AFFINE": True},
+}
+
+
+def _convolution(options: str) -> dict[str, Any]:
+    """Return the options of a convolution as constants of its kernel."""
+    flags, reduce = CONVOLUTIONS[options]
+    return {**{f: f in flags for f in CONVOLUTION_FLAGS}, "REDUCE": reduce}
+
+
 def depthwise(target: str, size: int) -> Iterator[Variant]:
-    """K6: both convolutions of a StarNet block, and their gradients; of float32 the heaviest."""
-    flags = ("FLIP", "SCALE", "SHIFT", "Z", "BIAS", "FACTOR", "RESIDUAL")
-    convolutions = {
-        "forward, statistics": ({"BIAS"}, "statistics"),
-        "forward, scale, shift, residual": ({"BIAS", "SCALE", "SHIFT", "RESIDUAL"}, ""),
-        "dx, z": ({"FLIP", "SHIFT", "Z"}, ""),
-        "dx, factor, dot": ({"FLIP", "FACTOR"}, "dot"),
-    }
-    weights = {"dw, z": (True, False), "dw, affine": (False, True)}
-    if size == 4:
-        convolutions = {k: convolutions[k] for k in ("forward, statistics", "dx, z")}
+    """Yield depthwise convolution on CUDA cores; of float32 the heaviest options."""
+    convolutions = CONVOLUTIONS if size == 2 else ("forward, statistics", "dx, z")
+    taps = 5 if size == 2 else 7  # 16-bit types have other kernels for 7 rows of taps
     for height, channels in STAGES:
         for kernel, among in (("convolution", dwconv.ROWS), ("weights", dwconv.ROWS_WEIGHTS)):
             th, bp, bc = dwconv.tile_shape(height, channels, among)
             tile = f"{th} x {bp} x {bc}, {dwconv.WARPS} warps"
             row = f"{height}x{height}, {channels} channels: {tile}"
-            shape = {"HEIGHT": height, "WIDTH": height, "C": channels, "K": 7}
+            shape = {"HEIGHT": height, "WIDTH": height, "C": channels, "K": taps}
             shape |= {"TH": th, "BP": bp, "BC": bc}
             if kernel == "weights":
-                function = "dwconv.dw_weights"
-                more = {n: {"Z": z, "AFFINE": affine} for n, (z, affine) in weights.items()}
+                function, more = "dwconv.dw_weights", KERNEL_GRADIENTS
             else:
                 function = "dwconv.dw_convolve"
-                more = {
-                    name: {**{f: f in given for f in flags}, "REDUCE": reduce}
-                    for name, (given, reduce) in convolutions.items()
-                }
+                more = {options: _convolution(options) for options in convolutions}
             for options, constants in more.items():
                 yield Variant(
                     f"K6 {kernel}", row, options, function, shape | constants, target, size,
                     dwconv.WARPS,
                 )  # fmt: skip
+
+
+def depthwise_toeplitz(target: str) -> Iterator[Variant]:
+    """Yield depthwise convolution on tensor cores, for large and small images."""
+    band = dict(dwconv.BANDS["hip" if TARGETS[target].backend == "hip" else "cuda"])
+    warps, stages = band.pop("num_warps"), band.pop("num_stages")
+    more = {"dw_weights_toeplitz": KERNEL_GRADIENTS}
+    more["dw_convolve_toeplitz"] = {options: _convolution(options) for options in CONVOLUTIONS}
+    for taps, (height, channels), kernel in product(dwconv.BAND_SIZES, ((56, 24), (7, 256)), more):
+        rows = 4 * taps if height > 7 else taps
+        tile = " x ".join(str(n) for n in (band["BS"], rows, band["BW"], band["BC"]))
+        row = f"{taps} rows of taps: {tile}, {warps} warps, {stages} stage"
+        shape = {"HEIGHT": height, "WIDTH": height, "C": channels, "K": taps, "TH": rows, **band}
+        for options, constants in more[kernel].items():
+            yield Variant(
+                kernel, row, options, f"dwconv_toeplitz.{kernel}", shape | constants, target, 2,
+                warps, stages, products=True, small_products=True,
+            )  # fmt: skip
 
 
 def statistics(target: str) -> Iterator[Variant]:

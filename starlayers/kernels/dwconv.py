@@ -45,6 +45,16 @@ ELEMENTS = 512  # BP * BC, columns by channels: four elements a thread
 WARPS = 4
 RESIDENT = 8  # programs of the kernel gradient per multiprocessor
 
+#: sizes of the kernels that tensor cores apply: those that fit a band and fill most of it
+BAND_SIZES = (7, 9)
+#: tiles there, of NVIDIA's and AMD's GPUs: a channel's products are (BS, BI) by (BI, BW), the least
+#: that the hardware has; BI is at least BW + size - 1
+BANDS = {
+    "cuda": {"BS": 16, "BW": 8, "BI": 16, "BC": 8, "num_warps": 8, "num_stages": 1},
+    "hip": {"BS": 16, "BW": 16, "BI": 32, "BC": 8, "num_warps": 4, "num_stages": 1},
+}
+BAND_RESIDENT = 2  # programs per multiprocessor, as registers allow
+
 
 class Affine(NamedTuple):
     """Affine map per channel before the convolution, `scale x + shift`; both `None` for none."""
@@ -89,6 +99,67 @@ def tile_shape(height: int, channels: int, among: tuple[int, ...] = ROWS) -> tup
     return rows, ELEMENTS // block, block
 
 
+def on_tensor_cores(x: Tensor, size: int) -> bool:
+    """Return True if kernels of this size are applied to `x` on tensor cores.
+
+    CUDA cores apply all others: tensor cores would round float32 images, and bands of fewer taps
+    are mostly zeros.
+    """
+    return x.dtype in (torch.float16, torch.bfloat16) and size in BAND_SIZES
+
+
+def strip_rows(shape: torch.Size, size: int, band: dict[str, int], slots: int) -> int:
+    """Return TH, the rows of a strip, for images of `shape` (N, height, width, C).
+
+    A program takes a step for each of the TH + size - 1 rows that its strips read, in turns of
+    `size`, and `slots` programs run at a time. Fewer rows mean more steps in total, but more
+    programs to share them.
+    """
+    n, height, width, channels = shape
+
+    def turns(rows: int) -> int:
+        groups = ceil_div(n * ceil_div(height, rows), band["BS"])
+        programs = groups * ceil_div(width, band["BW"]) * ceil_div(channels, band["BC"])
+        return ceil_div(programs, slots) * ceil_div(rows + size - 1, size)
+
+    return min((size, 2 * size, 4 * size, 8 * size), key=lambda rows: (turns(rows), rows))
+
+
+class Tiling(NamedTuple):
+    """Tiles that cover a batch of images, and what a launch needs of them."""
+
+    extent: int  #: columns of all images in one line, or strips of them
+    tiles: int  #: tiles, for each block of channels
+    blocks: int  #: blocks of channels
+    sums: int  #: partial sums of the kernel gradient
+    shares: int  #: programs that compute such a sum for a block of channels
+    constants: dict[str, int]  #: sizes of a tile, and options of a launch
+
+
+def tiling(x: Tensor, size: int, among: tuple[int, ...] = ROWS) -> Tiling:
+    """Return the tiles of images `x` (N, height, width, C) for kernels of `size`."""
+    n, height, width, channels = x.shape
+    processors = multiprocessors(x.device)
+    if on_tensor_cores(x, size):
+        band = BANDS["hip" if torch.version.hip else "cuda"]
+        resident, shares = BAND_RESIDENT, 1
+        rows = strip_rows(x.shape, size, band, resident * processors)
+        extent = n * ceil_div(height, rows)
+        tiles = ceil_div(extent, band["BS"]) * ceil_div(width, band["BW"])
+        blocks = ceil_div(channels, band["BC"])
+        constants = {"TH": rows, **band}
+    else:
+        # one program per column of taps: the K columns read the same images, from the cache
+        resident, shares = RESIDENT, size
+        rows, columns, block = tile_shape(height, channels, among)
+        extent = n * width
+        tiles = ceil_div(extent, columns) * ceil_div(height, rows)
+        blocks = ceil_div(channels, block)
+        constants = {"TH": rows, "BP": columns, "BC": block, "num_warps": WARPS}
+    sums = min(tiles, max(1, resident * processors // (blocks * shares)))
+    return Tiling(extent, tiles, blocks, sums, shares, constants)
+
+
 def _kernel(
     x: Tensor, k: Tensor, b: Tensor | None, affine: Affine, residual: Tensor | None, stats: bool
 ) -> Outputs:
@@ -112,23 +183,18 @@ def _backward_kernel(
     dx, parts = _convolve(
         dy, k, flip=True, shift=q, z=z, zmean=mean, zscale=p, factor=scale, other=x, reduce=reduce
     )
-    n, height, width, channels = x.shape
+    _, height, width, channels = x.shape
     size = k.shape[-1]
-    th, bp, bc = tile_shape(height, channels, ROWS_WEIGHTS)
-    tiles = ceil_div(n * width, bp) * ceil_div(height, th)
-    blocks = ceil_div(channels, bc)
-    # one program per column of taps: the K columns read the same images, from the cache
-    programs = min(tiles, max(1, RESIDENT * multiprocessors(x.device) // (blocks * size)))
-    sums = x.new_empty(programs, size * size + 1, channels, dtype=torch.float32)
+    over = tiling(x, size, ROWS_WEIGHTS)
+    sums = x.new_empty(over.sums, size * size + 1, channels, dtype=torch.float32)
     if x.numel():
-        from starlayers.kernels.device.dwconv import dw_weights
-
+        _, dw_weights = _device_kernels(x, size)
         launch(
-            dw_weights, (programs * blocks * size,),
+            dw_weights, (over.sums * over.blocks * over.shares,),
             dy, pointer(z, k), x, pointer(q, k), pointer(mean, k), pointer(p, k),
-            pointer(scale, k), pointer(shift, k), sums,
-            n * width, tiles, programs, HEIGHT=height, WIDTH=width, C=channels, K=size,
-            Z=z is not None, AFFINE=scale is not None, TH=th, BP=bp, BC=bc, num_warps=WARPS,
+            pointer(scale, k), pointer(shift, k), sums, over.extent, over.tiles, over.sums,
+            HEIGHT=height, WIDTH=width, C=channels, K=size, Z=z is not None,
+            AFFINE=scale is not None, **over.constants,
         )  # fmt: skip
     total = sums.sum(0)
     dk = k.new_empty(k.shape)
@@ -138,6 +204,17 @@ def _backward_kernel(
         return dx, dk, db, *empty_statistics(x)
     dshift, dscale = parts.sum(0).unbind(0)
     return dx, dk, db, dscale.clone(), dshift.clone()
+
+
+def _device_kernels(x: Tensor, size: int) -> tuple[Any, Any]:
+    """Return the Triton kernels that convolve `x` and that sum its kernel gradient."""
+    if on_tensor_cores(x, size):
+        from starlayers.kernels.device import dwconv_toeplitz
+
+        return dwconv_toeplitz.dw_convolve_toeplitz, dwconv_toeplitz.dw_weights_toeplitz
+    from starlayers.kernels.device import dwconv
+
+    return dwconv.dw_convolve, dwconv.dw_weights
 
 
 def _convolve(
@@ -158,27 +235,25 @@ def _convolve(
 ) -> tuple[Tensor, Tensor]:
     """Launch `dw_convolve`, which documents the arguments; returns y and tile sums."""
     x, taps, size = x.contiguous(), tap_rows(k), k.shape[-1]
-    n, height, width, channels = x.shape
-    th, bp, bc = tile_shape(height, channels)
-    tiles = ceil_div(n * width, bp) * ceil_div(height, th)
+    _, height, width, channels = x.shape
+    over = tiling(x, size)
     y = x.new_empty(x.shape)
     sums = {"": 0, "dot": 2, "statistics": 3}[reduce]
-    parts = x.new_empty(tiles if sums else 0, sums, channels, dtype=torch.float32)
+    parts = x.new_empty(over.tiles if sums else 0, sums, channels, dtype=torch.float32)
     z, residual, other = (None if t is None else t.contiguous() for t in (z, residual, other))
     optional = (b, scale, shift, zmean, zscale, residual, other, factor)
     b_, scale_, shift_, zmean_, zscale_, residual_, other_, factor_ = (
         pointer(t, k) for t in optional
     )
     if x.numel():
-        from starlayers.kernels.device.dwconv import dw_convolve
-
+        dw_convolve, _ = _device_kernels(x, size)
         launch(
-            dw_convolve, (tiles * ceil_div(channels, bc),),
+            dw_convolve, (over.tiles * over.blocks,),
             x, pointer(z, k), taps, b_, scale_, shift_, zmean_, zscale_, residual_,
-            other_, factor_, y, parts, n * width, HEIGHT=height, WIDTH=width, C=channels,
+            other_, factor_, y, parts, over.extent, HEIGHT=height, WIDTH=width, C=channels,
             K=size, FLIP=flip, SCALE=scale is not None, SHIFT=shift is not None,
             Z=z is not None, BIAS=b is not None, FACTOR=factor is not None,
-            RESIDUAL=residual is not None, REDUCE=reduce, TH=th, BP=bp, BC=bc, num_warps=WARPS,
+            RESIDUAL=residual is not None, REDUCE=reduce, **over.constants,
         )  # fmt: skip
     return y, parts
 

@@ -12,7 +12,7 @@ behind it send.
 import triton
 import triton.language as tl
 
-__all__ = ["dw_convolve", "dw_weights"]
+__all__ = ["channel_vector", "dw_convolve", "dw_weights", "mapped", "store_pixels"]
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _position(cols_total, pid, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TH, BP
 
 
 @triton.jit
-def _vector(base, channel, real, PRESENT: tl.constexpr):
+def channel_vector(base, channel, real, PRESENT: tl.constexpr):
     """Load the channels' elements in float32; zeros unless PRESENT."""
     if PRESENT:
         return tl.load(base + channel, mask=real, other=0.0).to(tl.float32)
@@ -40,17 +40,56 @@ def _row(
     """Load v at row i and columns j of the images: [BP, BC] in float32, 0 outside."""
     inside = (there & (i >= 0) & (i < HEIGHT) & (j >= 0) & (j < WIDTH))[:, None] & real[None, :]
     at = ((image.to(tl.int64) * HEIGHT + i) * WIDTH + j)[:, None] * C + channel[None, :]
-    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if SCALE:
-        v = v * scale[None, :]
-    if SHIFT:
-        v = v + shift[None, :]
+    v = tl.load(x + at, mask=inside, other=0.0)
+    t = v
     if Z:
-        t = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-        v = v + zscale[None, :] * (t - zmean[None, :])
+        t = tl.load(z + at, mask=inside, other=0.0)
+    return mapped(
+        v, t, scale[None, :], shift[None, :], zmean[None, :], zscale[None, :], inside,
+        SCALE, SHIFT, Z,
+    )  # fmt: skip
+
+
+@triton.jit
+def mapped(
+    v, t, scale, shift, zmean, zscale, inside,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, Z: tl.constexpr,
+):  # fmt: skip
+    """Return scale v + shift + zscale (t - zmean) in float32, and 0 unless `inside`."""
+    v = v.to(tl.float32)
+    if SCALE:
+        v = v * scale
+    if SHIFT:
+        v = v + shift
+    if Z:
+        v = v + zscale * (t.to(tl.float32) - zmean)
     if SHIFT or Z:
         v = tl.where(inside, v, 0.0)
     return v
+
+
+@triton.jit
+def store_pixels(
+    value, bias, by, residual, y, at, live,
+    BIAS: tl.constexpr, FACTOR: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Store by (value + bias) + residual; return it as stored, and value + bias as it follows.
+
+    A BatchNorm whose sums are of what was stored takes the rounding errors out of its mean, too.
+    """
+    if BIAS:
+        value = value + bias
+    undone = value
+    if FACTOR:
+        value = value * by
+    if RESIDUAL:
+        value += tl.load(residual + at, mask=live, other=0.0).to(tl.float32)
+    rounded = value.to(y.dtype.element_ty)
+    tl.store(y + at, rounded, mask=live)
+    stored = rounded.to(tl.float32)
+    if FACTOR:
+        undone = tl.where(by == 0.0, undone, stored / tl.where(by == 0.0, 1.0, by))
+    return stored, undone
 
 
 @triton.jit
@@ -74,10 +113,10 @@ def dw_convolve(
     channel = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
     real = channel < C
     image, column, top, there = _position(COLUMNS, tile, HEIGHT, WIDTH, TH, BP)
-    a = _vector(scale, channel, real, SCALE)
-    b_shift = _vector(shift, channel, real, SHIFT)
-    center = _vector(zmean, channel, real, Z)
-    c_scale = _vector(zscale, channel, real, Z)
+    a = channel_vector(scale, channel, real, SCALE)
+    b_shift = channel_vector(shift, channel, real, SHIFT)
+    center = channel_vector(zmean, channel, real, Z)
+    c_scale = channel_vector(zscale, channel, real, Z)
     sums = ()
     for _ in tl.static_range(TH):
         sums = sums + (tl.zeros([BP, BC], tl.float32),)
@@ -102,36 +141,25 @@ def dw_convolve(
                 else:
                     added = added + (sums[t],)
             sums = added
-    bias = _vector(b, channel, real, BIAS)[None, :]
-    by = _vector(factor, channel, real, FACTOR)[None, :]
+    bias = channel_vector(b, channel, real, BIAS)[None, :]
+    by = channel_vector(factor, channel, real, FACTOR)[None, :]
     # summed over the tile once, at the end: a sum across warps costs two barriers
     total = tl.zeros([BP, BC], tl.float32)
     second = tl.zeros([BP, BC], tl.float32)
     done = ()
     for t in tl.static_range(TH):
-        value = sums[t]
-        if BIAS:
-            value = value + bias
         live = (there & (top + t < HEIGHT))[:, None] & real[None, :]
         at = ((image.to(tl.int64) * HEIGHT + top + t) * WIDTH + column)[:, None] * C
         at = at + channel[None, :]
-        undone = value
-        if FACTOR:
-            value = value * by
-        if RESIDUAL:
-            value += tl.load(residual + at, mask=live, other=0.0).to(tl.float32)
-        rounded = value.to(y.dtype.element_ty)
-        tl.store(y + at, rounded, mask=live)
+        value, undone = store_pixels(
+            sums[t], bias, by, residual, y, at, live, BIAS, FACTOR, RESIDUAL
+        )
         if REDUCE == "dot":
-            # of what was stored: a BatchNorm's mean then takes out the rounding errors, too
-            if FACTOR:
-                stored = rounded.to(tl.float32) / tl.where(by == 0.0, 1.0, by)
-                undone = tl.where(by == 0.0, undone, stored)
             undone = tl.where(live, undone, 0.0)
             total += undone
             second += undone * tl.load(other + at, mask=live, other=0.0).to(tl.float32)
         if REDUCE == "statistics":
-            value = tl.where(live, rounded.to(tl.float32), 0.0)
+            value = tl.where(live, value, 0.0)
             total += value
         done = done + (value,)
     if REDUCE == "dot":
@@ -169,11 +197,11 @@ def dw_weights(
     j = (tl.program_id(0) // blocks) % K
     channel = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
     real = channel < C
-    b_shift = _vector(shift, channel, real, Z)
-    center = _vector(zmean, channel, real, Z)
-    c_scale = _vector(zscale, channel, real, Z)
-    xa = _vector(x_scale, channel, real, AFFINE)
-    xb = _vector(x_shift, channel, real, AFFINE)
+    b_shift = channel_vector(shift, channel, real, Z)
+    center = channel_vector(zmean, channel, real, Z)
+    c_scale = channel_vector(zscale, channel, real, Z)
+    xa = channel_vector(x_scale, channel, real, AFFINE)
+    xb = channel_vector(x_shift, channel, real, AFFINE)
     bias = tl.zeros([BP, BC], tl.float32)
     sums = ()
     for _ in tl.static_range(K):

@@ -13,6 +13,7 @@ __all__ = [
     "load_slab",
     "load_vector",
     "merge_statistics",
+    "merged_statistics",
     "store_rows",
     "store_statistics",
 ]
@@ -83,14 +84,13 @@ def store_statistics(
 
 
 @triton.jit
-def merge_statistics(parts, mean, var, TILES, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """Merge the tiles of `store_statistics` into mean and biased variance of channels.
+def merged_statistics(
+    parts, TILES, cols, inside, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """Return count, mean and biased variance of channels from the tiles of `store_statistics`.
 
-    A program takes BC channels in one pass.
     Each lane merges its tiles by Chan's formula, then the lanes are merged; nothing cancels.
     """
-    cols = tl.program_id(0) * BC + tl.arange(0, BC)
-    inside = cols < C
     n = tl.zeros([BT, BC], tl.float32)
     m = tl.zeros([BT, BC], tl.float32)
     squares = tl.zeros([BT, BC], tl.float32)
@@ -109,6 +109,14 @@ def merge_statistics(parts, mean, var, TILES, C: tl.constexpr, BT: tl.constexpr,
     near = tl.sum(tl.where((tl.arange(0, BT) == 0)[:, None], m, 0.0), axis=0)
     center = near + tl.sum(n * (m - near[None, :]), axis=0) / total
     off = m - center[None, :]
-    deviations = tl.sum(squares + n * off * off, axis=0)
+    return total, center, tl.sum(squares + n * off * off, axis=0) / total
+
+
+@triton.jit
+def merge_statistics(parts, mean, var, TILES, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """Store mean and biased variance of channels, BC a program, as `merged_statistics` has them."""
+    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    inside = cols < C
+    _, center, variance = merged_statistics(parts, TILES, cols, inside, C, BT, BC)
     tl.store(mean + cols, center, mask=inside)
-    tl.store(var + cols, deviations / total, mask=inside)
+    tl.store(var + cols, variance, mask=inside)
