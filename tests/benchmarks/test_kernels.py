@@ -93,13 +93,6 @@ def test_a_tile_that_nobody_timed_may_hardly_spill(everything):
         assert not kernels.offences(variant, replace(FINE, spill=kernels.MAX_SPILL))
 
 
-def test_a_new_kernel_is_none_of_those_that_were_timed(everything):
-    for kernel in ("mlp_hidden", "mlp_upstream"):
-        new = first(everything, kernel, "sm_90")
-        assert kernels.offences(new, replace(FINE, spill=kernels.MAX_SPILL + 4))
-        assert not kernels.offences(new, replace(FINE, spill=kernels.MAX_SPILL))
-
-
 def test_small_products_on_hopper_have_older_instructions_and_were_not_timed(everything):
     variant = first(everything, "dw_convolve_toeplitz", "sm_90")
     assert not kernels.offences(variant, replace(FINE, spill=kernels.MAX_SPILL))
@@ -117,6 +110,13 @@ def test_depthwise_kernels_are_compiled_for_the_types_that_they_serve(everything
     assert served == {
         ("dwconv", 2): {5}, ("dwconv", 4): {7}, ("dwconv_toeplitz", 2): set(dwconv.BAND_SIZES),
     }  # fmt: skip
+
+
+def test_a_new_kernel_is_none_of_those_that_were_timed(everything):
+    for kernel in ("mlp_hidden", "mlp_upstream"):
+        new = first(everything, kernel, "sm_90")
+        assert kernels.offences(new, replace(FINE, spill=kernels.MAX_SPILL + 4))
+        assert not kernels.offences(new, replace(FINE, spill=kernels.MAX_SPILL))
 
 
 def test_what_is_no_offence_elsewhere(everything):
