@@ -7,6 +7,7 @@ and takes the fold apart. Nothing else is launched up to 64 channels; wider star
 products of the library in their backward.
 """
 
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,10 @@ class _Kept(NamedTuple):
     scaled: Scaled
 
 
+#: tensors of `_Kept` in front of its groups
+SINGLES = len(_Kept._fields) - 2
+
+
 def train_block(x: Tensor, weights: BlockWeights, act: str, offset: float) -> Tensor:
     """Compute a StarBlock2d on `x` (N, H, W, C) with statistics of the batch.
 
@@ -97,32 +102,29 @@ class _Block(torch.autograd.Function):
         weights = _grouped(rest, parameters)
         out, kept = _forward(x, weights, act, offset)
         ctx.rest, ctx.act, ctx.offset = rest, act, offset
-        *tensors, folded, scaled = kept
-        ctx.save_for_backward(*tensors, *folded, *scaled, *parameters)
+        ctx.save_for_backward(*kept[:SINGLES], *kept.folded, *kept.scaled, *parameters)
         return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
-        saved = list(ctx.saved_tensors)
-        singles, folded, scaled = len(_Kept._fields) - 2, len(Folded._fields), len(Scaled._fields)
-        parts = [saved[:singles]]
-        for size in (folded, scaled):
-            start = sum(map(len, parts))
-            parts.append(saved[start : start + size])
-        parameters = saved[sum(map(len, parts)) :]
+        saved = iter(ctx.saved_tensors)  # read once: a checkpoint unpacks each only once
+        singles, folded, scaled = (
+            list(islice(saved, n)) for n in (SINGLES, len(Folded._fields), len(Scaled._fields))
+        )
+        x, parameters = singles[0], list(saved)
         needs = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
 
             def definition(x: Tensor, *parameters: Any) -> Tensor:
                 return _definition(x, _grouped(ctx.rest, parameters), ctx.act, ctx.offset)
 
-            grads = library_gradients(definition, [saved[0], *parameters], needs, [dy])
+            grads = library_gradients(definition, [x, *parameters], needs, [dy])
         else:
-            kept = _Kept(*parts[0], Folded(*parts[1]), Scaled(*parts[2]))
+            kept = _Kept(*singles, Folded(*folded), Scaled(*scaled))  # type: ignore[call-arg]
             weights = _grouped(ctx.rest, parameters)
             with no_autocast(dy):
                 computed = _backward(dy, kept, weights, ctx.act, ctx.offset)
-            pairs = zip(computed, [saved[0], *parameters], needs, strict=True)
+            pairs = zip(computed, [x, *parameters], needs, strict=True)
             grads = tuple(g if need and t is not None else None for g, t, need in pairs)
         return None, None, None, *grads
 
@@ -182,8 +184,8 @@ def _backward(
         parts3: Tensor | None = computed.parts3
         dpixels = computed.dx
     else:
-        dpixels, *dbranches, dw3, db3 = computed
-        found = BranchGradients(*dbranches, None, 1, (0, mlp.w1.shape[1], 1))
+        dpixels, dw1, db1, dw2, db2, dw3, db3 = computed
+        found = BranchGradients(dw1, db1, dw2, db2, None, 1, (0, mlp.w1.shape[1], 1))
         dw3, parts3 = dw3.to(mlp.w3.dtype), None
         db3 = None if mlp.b3 is None else db3.to(mlp.b3.dtype)
     branches, parts = unfold_branches(found, mlp, folded, norm1)

@@ -192,7 +192,7 @@ def finish_depthwise(
 
 
 def unfold_branches(
-    found: BranchGradients, weights: MLPWeights, folded: Folded, norm: nn.BatchNorm2d
+    found: BranchGradients, weights: MLPWeights, folded: Folded, norm: Norm
 ) -> tuple[MLPWeights, Tensor]:
     """Return the gradients of the branches in front of the fold, and parts of the norm's.
 

@@ -208,7 +208,12 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch a Triton kernel on a grid of programs."""
-    compiled = kernel[grid](*args, **options)
+    if INTERPRET:
+        compiled = kernel[grid](*args, **options)
+    else:
+        from starlayers.kernels.device.compiled import launch_compiled  # which needs Triton
+
+        compiled = launch_compiled(kernel, grid, args, options)
     launches = _recording.get()
     if launches is not None:
         named = [options.pop(name) for name in kernel.arg_names[len(args) :]]

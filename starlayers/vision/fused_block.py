@@ -31,6 +31,7 @@ from starlayers.dispatch import (
 from starlayers.kernels.block import BlockWeights, train_block
 from starlayers.kernels.dwconv import dwconv
 from starlayers.kernels.fold import Norm
+from starlayers.kernels.program import Program
 from starlayers.kernels.registration import (
     compute_dtype,
     no_autocast,
@@ -103,7 +104,7 @@ class Recorded(NamedTuple):
 
     #: versions of all tensors and settings; other ones need other launches
     state: tuple[Any, ...]
-    program: Any
+    program: Program
     #: the tensors themselves and their memory, so that no other takes their address
     kept: tuple[Any, ...]
 
@@ -135,8 +136,6 @@ def compute(block: "StarBlock2d", x: Tensor) -> Tensor | None:
     state = None if key is None else _state(block)
     if state is None:
         return fused_block(block, x)
-    from starlayers.kernels.device.program import Program
-
     with recorded_launches() as launches:
         y = fused_block(block, x)
     try:
@@ -164,7 +163,8 @@ def launched(block: "StarBlock2d", x: Tensor) -> Tensor | None:
     recorded = recordings.get(_kind(block, x)) if recordings else None
     if recorded is None or recorded.state != _state(block):
         return None
-    return recorded.program(x)  # type: ignore[no-any-return]
+    y: Tensor = recorded.program(x)
+    return y
 
 
 def _kind(block: "StarBlock2d", x: Tensor) -> Any:

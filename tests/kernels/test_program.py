@@ -3,6 +3,7 @@
 import copy
 import io
 import threading
+import time
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 
 from starlayers import use_backend
 from starlayers.kernels import versions as versions_module
+from starlayers.kernels.program import Program
+from starlayers.kernels.registration import Launch
 from starlayers.kernels.versions import versions
 from starlayers.vision import StarBlock2d, fused_block
 from tests.helpers import randn
@@ -193,23 +196,74 @@ def test_launches_are_kept_for_a_few_kinds_and_not_copied(monkeypatch):
     assert "recordings" not in block.train().__dict__
 
 
-def test_threads_share_a_recording():
-    block, inputs = made(), [randn(2, 16, 3, 3, seed=i) for i in range(8)]
-    expected = [eagerly(block, x) for x in inputs]
-    fused(block, inputs[0])
-    results = [None] * len(inputs)
+class Kernel:
+    """Stands for a Triton kernel: y = w x, with a pause between reading and writing."""
+
+    arg_names = ("x", "w", "y")
+
+    def __getitem__(self, grid):
+        def launch(x, w, y, *, pause):
+            product = w * x
+            time.sleep(pause)
+            y.copy_(product)
+
+        return launch
+
+
+def program_of(weights, x, y=None):
+    """Return a program that multiplies by each weight in turn, and what it recorded."""
+    launches, first = [], x
+    for w in weights:
+        out = torch.empty_like(x)
+        out.copy_(w * first)
+        launches.append(Launch(Kernel(), None, (1,), (first, w, out), {"pause": 0.002}))
+        first = out
+    return Program(launches, x, first if y is None else y), first
+
+
+def test_a_program_repeats_its_launches_on_other_inputs():
+    x = randn(5)
+    program, y = program_of([randn(5, seed=1), randn(5, seed=2)], x)
+    torch.testing.assert_close(y, randn(5, seed=1) * randn(5, seed=2) * x)
+    other = randn(5, seed=3)
+    for _ in range(2):
+        torch.testing.assert_close(program(other), y / x * other)
+
+
+def test_a_program_holds_nothing_of_its_calls():
+    x = randn(1000)
+    program, y = program_of([randn(1000, seed=1)] * 3, x)
+    kept = {id(a) for step in program.steps for a in step.arguments if a is not None}
+    assert not kept & {id(x), id(y)}
+    freed = [number for step in program.steps for number in step.freed]
+    assert freed == [0, 1, 2]
+
+
+def test_what_launches_did_not_compute_is_no_program():
+    x = randn(5)
+    for y in (x.clone(), x):
+        with pytest.raises(ValueError, match="something other than the launches"):
+            program_of([randn(5, seed=1)], x, y)
+    launches = [Launch(Kernel(), None, (1,), (a, x, torch.empty(5)), {}) for a in (x, x.clone())]
+    with pytest.raises(ValueError, match="something other than the launches"):
+        Program(launches, x, launches[1].arguments[2])
+
+
+def test_threads_share_a_program():
+    program, y = program_of([torch.full((9,), 2.0), torch.full((9,), 3.0)], torch.ones(9))
+    assert torch.equal(y, torch.full((9,), 6.0))
+    results = {}
 
     def call(i):
-        for _ in range(3):
-            results[i] = fused(block, inputs[i])
+        results[i] = [program(torch.full((9,), float(i))) for _ in range(5)]
 
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(inputs))]
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for y, y_expected in zip(results, expected, strict=True):
-        assert_same(y, y_expected)
+    for i in range(8):
+        assert all(torch.equal(y, torch.full((9,), 6.0 * i)) for y in results[i])
 
 
 def test_memory_of_weights_is_not_given_to_others():

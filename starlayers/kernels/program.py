@@ -1,9 +1,4 @@
-"""Programs: launches of compiled kernels, repeated without Python in between.
-
-A launch through Triton's JIT binds and specialises all arguments anew, 15 us for 30 of them. A
-compiled kernel takes 1 us. It may be launched again with arguments of the same kind: equal
-integers and constants, and tensors of the same dtype, whose addresses are as well aligned.
-"""
+"""Programs: launches that were recorded, to be repeated without what came between them."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,15 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton import knobs
-from triton.runtime import driver
 
 from starlayers.kernels.registration import INTERPRET, Launch
 
-__all__ = ["ALIGNMENT", "Program"]
-
-#: bytes to which Triton specialises the addresses of tensors
-ALIGNMENT = 16
+__all__ = ["Program"]
 
 #: arguments by which a kernel of this library names what it writes
 OUTPUTS = ("y", "parts")
@@ -67,6 +57,7 @@ class Program:
                     if isinstance(t, Tensor) and t.data_ptr() in numbers
                 )
             )
+        self.stream = _stream_function()
         self.size, self.result = len(allocations), len(allocations) - 1
         used = [{number for _, number in step} for step in places]
         uses = Counter(number for step in used for number in step)
@@ -88,7 +79,7 @@ class Program:
         """Run the program on `x`, which has shape, dtype and alignment of the recorded input."""
         tensors: list[Any] = [None] * self.size
         tensors[0] = x
-        stream = None if INTERPRET else _stream()
+        stream = self.stream()
         for run, template, places, made, freed in self.steps:
             for number, allocate in made:
                 tensors[number] = allocate()
@@ -101,26 +92,19 @@ class Program:
         return tensors[self.result]  # type: ignore[no-any-return]
 
 
-def _stream() -> int:
-    active = driver.active
-    return active.get_current_stream(active.get_current_device())  # type: ignore[no-any-return]
-
-
 def _runner(launch: Launch) -> Callable[[Any, list[Any]], object]:
     """Return a function of a stream and arguments that launches the kernel again."""
-    kernel, compiled, grid, options = launch.kernel, launch.compiled, launch.grid, launch.options
+    if not INTERPRET:
+        from starlayers.kernels.device.compiled import repeated
+
+        return repeated(launch.compiled, launch.grid)
+    kernel, grid, options = launch.kernel, launch.grid, launch.options
+    return lambda stream, arguments: kernel[grid](*arguments, **options)
+
+
+def _stream_function() -> Callable[[], Any]:
     if INTERPRET:
-        return lambda stream, arguments: kernel[grid](*arguments, **options)
-    x, y, z = (*grid, 1, 1)[:3]
-    run, handle, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    runtime = knobs.runtime
+        return lambda: None
+    from starlayers.kernels.device.compiled import stream
 
-    def direct(stream: int, arguments: list[Any]) -> None:
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-        if enter is None or not enter.calls:  # a profiler's hooks want more than we pass
-            run(x, y, z, stream, handle, metadata, None, None, None, *arguments)
-            return
-        about = compiled.launch_metadata(grid, stream, *arguments)
-        run(x, y, z, stream, handle, metadata, about, enter, leave, *arguments)
-
-    return direct
+    return stream
