@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ three launches and nothing else, so a tenth of it.
 **What was done.** A block of {channels} channels on one image of {side} x {side}, one thread. The
 driver below Triton launches nothing; the definition computes its small convolutions on the CPU,
 which is a part of its time. Fused block and definition in turn, {calls} calls at a time, {rounds}
-rounds of CPU time. Operations are those of PyTorch that would launch a kernel of their own.
+rounds of CPU time. Operations are those of PyTorch that would launch a kernel of their own. Tracing
+is what torch.compile does before it generates code, of two blocks with gradients.
 
 {table}
 **Conditions**
@@ -32,9 +34,14 @@ rounds of CPU time. Operations are those of PyTorch that would launch a kernel o
 """
 
 
+#: row of the time that tracing takes
+TRACED = "two blocks traced, training"
+
+
 def job(smoke: bool = False) -> Job:
     """Make the job: block, calls and rounds."""
-    sizes = {"calls": 2, "rounds": 2} if smoke else {"calls": 100, "rounds": 30}
+    sizes = {"calls": 2, "rounds": 2, "traces": 1}
+    sizes = sizes if smoke else {"calls": 100, "rounds": 30, "traces": 9}
     return {"arm": None, "seed": None, "channels": 32, "side": 7, "clock": "CPU", **sizes}
 
 
@@ -104,7 +111,32 @@ def measure(job: Job) -> dict[str, dict[str, float]]:
             "definition_us": 1e3 * timed["definition"]["min_ms"] / calls,
             "ratio": timed["ours"]["ratio"],
         }
+    timed = interleave(
+        {"ours": partial(_trace, channels), "definition": partial(_trace, channels, "eager")},
+        baselines=["definition"],
+        repeats=job["traces"],
+        clock=cpu_clock,
+    )
+    rows[TRACED] = {
+        "ours_us": 1e3 * timed["ours"]["min_ms"],
+        "definition_us": 1e3 * timed["definition"]["min_ms"],
+        "ratio": timed["ours"]["ratio"],
+    }
     return rows
+
+
+def _trace(channels: int, backend: str = "auto") -> None:
+    """Trace two blocks, forward and backward, without generating code."""
+    from starlayers import use_backend
+    from starlayers.vision import StarBlock2d
+
+    torch._dynamo.reset()
+    blocks = torch.nn.Sequential(*(StarBlock2d(channels) for _ in range(2)))
+    compiled = torch.compile(blocks, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, channels, 14, 14).bfloat16().to(memory_format=torch.channels_last)
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        y = compiled(x.requires_grad_())
+    y.sum().backward()
 
 
 def _times(call: Callable[[], None], calls: int) -> Callable[[], None]:
@@ -120,7 +152,7 @@ def table(records: Records) -> str:
     (record,) = records.values()
     header = ["block", "launches", "operations", "us", "definition, us", "median ratio"]
     body = [
-        [name, str(r["launches"]), str(r["operations"]), f"{r['ours_us']:.1f}",
+        [name, str(r.get("launches", "")), str(r.get("operations", "")), f"{r['ours_us']:.1f}",
          f"{r['definition_us']:.1f}", f"{r['ratio']:.2f}"]
         for name, r in record.metrics["rows"].items()
     ]  # fmt: skip

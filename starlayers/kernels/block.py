@@ -51,7 +51,7 @@ class BlockWeights(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What the backward needs besides the parameters."""
+    """Tensors that the backward needs beside the parameters."""
 
     x: Tensor
     #: after the first convolution, and after the star MLP
