@@ -74,7 +74,7 @@ def test_only_norms_in_training_ask_for_statistics(monkeypatch, training):
 
     for name in ("dwconv", "star_mlp"):
         monkeypatch.setattr(fused_block, name, recording(getattr(fused_block, name)))
-    with use_backend("triton"), torch.no_grad():
+    with use_backend("triton"), torch.no_grad(), RecordOps():  # a mode sees the ops
         lively(StarBlock2d(16, 3, act="silu")).train(training)(randn(1, 16, 5, 5))
     # the last convolution is followed by no norm
     assert asked == [training, training, False]

@@ -159,7 +159,7 @@ def test_checkpointing_gives_the_same_gradients():
 def test_auto_leaves_cpu_tensors_alone_in_the_interpreter():
     mlp, x = StarMLP(16), randn(9, 16)
     assert "small enough for eager" in mlp.plan(x).reason
-    assert "Triton kernel" in plan_star(x, x, "relu6").reason
+    assert "interpreter is for testing" in plan_star(x, x, "relu6").reason
     with RecordOps() as ops:
         torch.testing.assert_close(mlp(x), star_mlp_formula(mlp, x))
     assert not any(name.startswith("starlayers") for name in ops.counts)

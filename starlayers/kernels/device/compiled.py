@@ -67,7 +67,7 @@ def _kind(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
 def _hooked() -> bool:
     """Return True if a profiler has hooks in launches, which want more than is passed here."""
     enter = knobs.runtime.launch_enter_hook
-    return enter is not None and bool(enter.calls)
+    return enter is not None and bool(getattr(enter, "calls", True))
 
 
 def repeated(compiled: Any, grid: tuple[int, ...]) -> Callable[[int, list[Any]], object]:
