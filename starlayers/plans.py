@@ -37,7 +37,7 @@ MIN_HIDDEN_BYTES_TRAINING = 16 * 2**20
 HIDDEN_BYTES_A_CHANNEL = 2**19
 MAX_CHANNELS_TRAINING = 128
 
-# Least elements for the fused star (K1) on a GPU: for fewer, the two or three launches of eager
+# Least elements for the fused star on a GPU: for fewer, the two or three launches of eager
 # PyTorch cost less than dispatching one op. Not measured: a launch takes about 5 us, the time in
 # which an H100 moves this many elements.
 MIN_ELEMENTS_STAR = 2**20

@@ -51,7 +51,7 @@ OFFSETS = (0, 0.0, 1, 1.0, -0.5, 2.75)
 CLAMPS = (None, None, (-1, 1), (-0.5, 2.25), (-INF, 0.75), (-0.25, INF), (-INF, INF), (0.5, 0.5))
 WIDTHS = (1, 2, 3, 5, 7, 8, 9, 12, 16, 17, 24, 31, 33)
 #: in, hidden, out for other tiles of the Triton kernels than narrow layers have, and for more than
-#: one; the last two are too wide for a tile and multiples of 8, as K2 and K5 require
+#: one; the last two are too wide for a tile and multiples of 8, as those of wide layers require
 WIDE = ((40, 70, 48), (96, 33, 9), (5, 140, 100), (200, 17, 130), (304, 24, 8), (16, 40, 400))
 #: points where the first or second derivative of an activation jumps
 KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "squared_relu": (0.0,), "hardswish": (-3.0, 3.0)}

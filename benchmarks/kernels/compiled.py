@@ -52,7 +52,7 @@ NVIDIA, where none but what was timed (bf16 on sm_90, but not the Toeplitz kerne
 `mlp_`) may spill more than {spill}, and scratch memory on AMD. `KiB` is shared memory per program,
 `matrix` the matrix instructions (HGMMA on sm_90, HMMA on sm_80 and sm_89, MFMA on gfx942; "in turn"
 where ptxas says that it waits for each) and `programs` how many fit on a multiprocessor. Tiles of
-K3, K4 and `mlp_hidden` are rows x hidden channels, for so many channels at most; of K6, rows x
+the star MLP are rows x hidden channels, for so many channels at most; of `dw_` kernels, rows x
 columns x channels of an image. The Toeplitz kernels convolve 16-bit images with {sizes} rows of
 taps; their tiles are strips x rows x columns x channels, and their matrix instructions are HMMA on
 sm_90 too.

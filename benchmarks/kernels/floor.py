@@ -46,29 +46,29 @@ class Work:
 
 
 def star_forward(elements: int) -> Work:
-    """K1: both branches in, the product out."""
+    """Element-wise star: both branches in, the product out."""
     n = SIZE * elements
-    return Work("K1 forward", 3 * n, eager=(2 + 3) * n, inductor=3 * n)
+    return Work("star forward", 3 * n, eager=(2 + 3) * n, inductor=3 * n)
 
 
 def star_backward(elements: int) -> Work:
-    """K1: gradient and branches in, two gradients out; eager by three kernels of three tensors."""
+    """Gradient and branches of the star in, two gradients out; eager by three kernels."""
     n = SIZE * elements
-    return Work("K1 backward", 5 * n, eager=9 * n, inductor=5 * n)
+    return Work("star backward", 5 * n, eager=9 * n, inductor=5 * n)
 
 
 def mlp_forward(rows: int, width: int, hidden: int) -> Work:
-    """K3: x and the weights in, y out; three products of rows x width x hidden."""
+    """Star MLP: x and the weights in, y out; three products of rows x width x hidden."""
     x, h, w = (SIZE * n for n in (rows * width, rows * hidden, 3 * width * hidden))
     products = 3 * x + w + 3 * h  # unfused: x read twice, y written; h1, h2 written, s read
     return Work(
-        "K3", 2 * x + w, flops=6 * rows * width * hidden,
+        "star_mlp", 2 * x + w, flops=6 * rows * width * hidden,
         eager=products + (2 + 3) * h, inductor=products + 3 * h,
     )  # fmt: skip
 
 
 def mlp_backward_ideal(rows: int, width: int, hidden: int) -> Work:
-    """K4 if all gradients came of one pass: x, dy and weights in, dx and weight gradients out.
+    """Star MLP backward in one pass: x, dy and weights in, dx and weight gradients out.
 
     Eight products: both branches again, ds, two for dx, three for the weights. Unfused, the
     branches are kept instead (six products); eager keeps the activation and the product too.
@@ -77,13 +77,13 @@ def mlp_backward_ideal(rows: int, width: int, hidden: int) -> Work:
     # dy and x read twice, dx written, read and written; ds written; d1, d2 read twice, s once
     products = 7 * x + 2 * w + 6 * h
     return Work(
-        "K4 ideal, one pass", 3 * x + 2 * w, flops=16 * rows * width * hidden,
+        "star_mlp_backward ideal, one pass", 3 * x + 2 * w, flops=16 * rows * width * hidden,
         eager=products + 9 * h, inductor=products + 6 * h,
     )  # fmt: skip
 
 
 def mlp_backward(rows: int, width: int, hidden: int) -> Work:
-    """K4 as it is launched on an H100 for this shape (`star_mlp_launch.py`)."""
+    """Star MLP backward as it is launched on an H100 for this shape (`star_mlp_launch.py`)."""
     ideal = mlp_backward_ideal(rows, width, hidden)
     x, h, w = (SIZE * n for n in (rows * width, rows * hidden, 3 * width * hidden))
     product = 2 * rows * width * hidden
@@ -105,9 +105,13 @@ def mlp_backward(rows: int, width: int, hidden: int) -> Work:
         # the hidden gradients and a weight, x for them and for two weights, dx written
         name, moved, products = "hidden + products", 7 * x + 2 * w + 8 * h, 3 + 5
     else:
-        raise ValueError(f"no K4 tile for {width} channels")
+        raise ValueError(f"no star_mlp_backward tile for {width} channels")
     return Work(
-        f"K4 {name}", moved, flops=products * product, eager=ideal.eager, inductor=ideal.inductor
+        f"star_mlp_backward {name}",
+        moved,
+        flops=products * product,
+        eager=ideal.eager,
+        inductor=ideal.inductor,
     )
 
 
@@ -117,24 +121,26 @@ def banded(rows: int, width: int, kernel: int) -> int:
 
 
 def depthwise_forward(rows: int, width: int, kernel: int = 7) -> Work:
-    """K6 with statistics of y, for which an unfused program reads y again."""
+    """Depthwise convolution with statistics of y, for which an unfused program reads y again."""
     x = SIZE * rows * width
-    return Work("K6 forward", 2 * x, flops=banded(rows, width, kernel), eager=3 * x, inductor=3 * x)
+    return Work(
+        "dwconv forward", 2 * x, flops=banded(rows, width, kernel), eager=3 * x, inductor=3 * x
+    )
 
 
 def depthwise_dx(rows: int, width: int, kernel: int = 7) -> Work:
-    """K6 input gradient of dy + q + p z, which an unfused program writes and reads."""
+    """Depthwise input gradient of dy + q + p z, which an unfused program writes and reads."""
     x = SIZE * rows * width
     return Work(
-        "K6 dx", 3 * x, flops=banded(rows, width, kernel), eager=(2 + 2 + 3 + 2) * x,
+        "dwconv dx", 3 * x, flops=banded(rows, width, kernel), eager=(2 + 2 + 3 + 2) * x,
         inductor=(3 + 2) * x,
     )  # fmt: skip
 
 
 def depthwise_weights(rows: int, width: int, kernel: int = 7) -> Work:
-    """K6 weight gradient, from the same dy + q + p z; unfused, it is there already."""
+    """Depthwise weight gradient, from the same dy + q + p z; unfused, it is there already."""
     x = SIZE * rows * width
-    return Work("K6 dw", 3 * x, flops=banded(rows, width, kernel), eager=2 * x, inductor=2 * x)
+    return Work("dwconv dw", 3 * x, flops=banded(rows, width, kernel), eager=2 * x, inductor=2 * x)
 
 
 def workloads() -> Iterator[tuple[str, list[Work]]]:

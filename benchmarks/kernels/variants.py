@@ -13,7 +13,8 @@ from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, Tile, split_colu
 #: the GPUs each family of tiles is compiled for
 GPUS = {"sm_90": ("sm_90",), "sm_80": ("sm_80",), "small": ("sm_89", "gfx942")}
 #: channels of StarNets at four stages (S1, S4, S100) and of policies, and one wider. Without the 20
-#: of S100: their rows are not whole 16 bytes, and K4 in one pass spills up to 48 bytes on sm_80
+#: of S100: their rows are not whole 16 bytes, and the backward in one pass spills up to 48 bytes
+#: on sm_80
 WIDTHS = (24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 384)
 #: cheap, with one exponential, and the one with most registers in flight
 ACTIVATIONS = ("relu6", "silu", "gelu")
@@ -76,7 +77,7 @@ def _placed(
 
 
 def element_wise(target: str, size: int) -> Iterator[Variant]:
-    """K1: one long row, and rows of 128 and 16 columns."""
+    """Element-wise star: one long row, and rows of 128 and 16 columns."""
     for (rows, cols), act in product(((1, 4096), (4096, 128), (4096, 16)), ACTIVATIONS):
         br, bc = star.tile_shape(rows, cols)
         clamp = act == "silu"
@@ -88,7 +89,7 @@ def element_wise(target: str, size: int) -> Iterator[Variant]:
         directions = {"forward": ("star_forward", {}), "backward": ("star_grad", {"PRODUCT": True})}
         for name, (function, more) in directions.items():
             yield Variant(
-                f"K1 {name}", f"{br} x {bc}, {star.WARPS} warps", act + ", clamps" * clamp,
+                f"star {name}", f"{br} x {bc}, {star.WARPS} warps", act + ", clamps" * clamp,
                 f"star.{function}", constants | more, target, size, star.WARPS,
             )  # fmt: skip
 
@@ -99,6 +100,7 @@ CONVOLUTIONS: dict[str, tuple[set[str], str]] = {
     "forward, statistics": ({"BIAS"}, "statistics"),
     "forward, scale, shift, residual": ({"BIAS", "SCALE", "SHIFT", "RESIDUAL"}, ""),
     "dx, z": ({"FLIP", "SHIFT", "Z"}, ""),
+    "dx, z, residual": ({"FLIP", "SHIFT", "Z", "RESIDUAL"}, ""),
     "dx, factor, dot": ({"FLIP", "FACTOR"}, "dot"),
 }
 #: and of their kernel gradients
@@ -132,7 +134,7 @@ def depthwise(target: str, size: int) -> Iterator[Variant]:
                 more = {options: _convolution(options) for options in convolutions}
             for options, constants in more.items():
                 yield Variant(
-                    f"K6 {kernel}", row, options, function, shape | constants, target, size,
+                    function.split(".")[1], row, options, function, shape | constants, target, size,
                     dwconv.WARPS,
                 )  # fmt: skip
 
@@ -176,7 +178,7 @@ def statistics(target: str) -> Iterator[Variant]:
 def _matrix(
     target: str, size: int, channels: int, tile: Tile, act: str, ratio: int
 ) -> dict[str, Any]:
-    """Return the options that K3 and K4 have in common."""
+    """Return the options that both directions of the star MLP have in common."""
     c0, c1 = split_columns(channels)
     hidden = ratio * channels
     return {
@@ -198,7 +200,7 @@ def _row(channels: int, tile: Tile) -> str:
 
 
 def forward(target: str, size: int, row: int, channels: int, tile: Tile) -> Iterator[Variant]:
-    """K3 with what surrounds it."""
+    """Star MLP forward, with what surrounds it."""
     options = [(act, "statistics", 4) for act in ACTIVATIONS] + [("gelu", "residual", 3)]
     for act, extra, ratio in options:
         constants = _matrix(target, size, channels, tile, act, ratio) | {
@@ -206,7 +208,7 @@ def forward(target: str, size: int, row: int, channels: int, tile: Tile) -> Iter
             "STATS": extra == "statistics",
         }  # fmt: skip
         yield Variant(
-            "K3", _row(row, tile), f"{channels} channels, {act}, {extra}",
+            "mlp_forward", _row(row, tile), f"{channels} channels, {act}, {extra}",
             "star_mlp_forward.mlp_forward", constants, target, size, tile.warps, tile.stages,
             products=True,
         )  # fmt: skip
@@ -215,7 +217,7 @@ def forward(target: str, size: int, row: int, channels: int, tile: Tile) -> Iter
 def backward(
     kernel: str, target: str, size: int, row: int, channels: int, tile: Tile
 ) -> Iterator[Variant]:
-    """K4; `affine` is the gradient that statistics of the output send back."""
+    """Star MLP backward; `affine` is the gradient that statistics of the output send back."""
     # `mlp_dw` alone reads what `mlp_dx` has already added
     options = [(act, kernel != "dw", 4) for act in ACTIVATIONS] + [("gelu", False, 3)]
     for act, affine, ratio in options:
@@ -224,7 +226,8 @@ def backward(
             **({} if kernel == "dx" else {"DX": kernel == "all"}),
         }  # fmt: skip
         yield Variant(
-            f"K4 {kernel}", _row(row, tile), f"{channels} channels, {act}{', affine' * affine}",
+            f"mlp_backward {kernel}", _row(row, tile),
+            f"{channels} channels, {act}{', affine' * affine}",
             f"star_mlp_backward.mlp_{'dx' if kernel == 'dx' else 'dw'}", constants, target, size,
             tile.warps, tile.stages, products=True,
         )  # fmt: skip
@@ -257,7 +260,7 @@ def backward_by_products(
 
 
 def wide() -> Iterator[Variant]:
-    """K2 and K5, over tensor descriptors: Hopper only, and 16-bit types."""
+    """`star_linear` and `dgated`, over tensor descriptors: Hopper only, and 16-bit types."""
     bm, bn, bk = star_linear.BM, star_linear.BN, star_linear.BK
     shape = {"OFFSET": 0.0, "BM": bm, "BN": bn, "BK": bk, "GROUP": star_linear.GROUP}
     inputs = {"x": (bm, bk), "w1": (bn, bk), "w2": (bn, bk)}
@@ -266,11 +269,11 @@ def wide() -> Iterator[Variant]:
     for act, save in product(ACTIVATIONS, (False, True)):
         constants = {**shape, "ACT": act, "BIAS1": True, "BIAS2": True, "SAVE": save}
         options = f"{act}{', branches saved' * save}"
-        yield _described("K2", "star_linear", options, constants, inputs | branches)
+        yield _described("star_linear", "star_linear", options, constants, inputs | branches)
     for act in ACTIVATIONS:
         constants = {**shape, "ACT": act}
         blocks = {"dy": (bm, bk), "w3": (bk, bn)} | halves
-        yield _described("K5", "dgated", act, constants, blocks)
+        yield _described("dgated", "dgated", act, constants, blocks)
 
 
 def _described(

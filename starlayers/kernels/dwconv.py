@@ -170,7 +170,7 @@ def tiling(x: Tensor, size: int, among: tuple[int, ...] = ROWS) -> Tiling:
 def _kernel(
     x: Tensor, k: Tensor, b: Tensor | None, affine: Affine, residual: Tensor | None, stats: bool
 ) -> Outputs:
-    """Launch K6 forward; the module's docstring has arguments and results."""
+    """Compute the op `dwconv`; the module's docstring has arguments and results."""
     scale, shift = affine.checked()
     reduce = "statistics" if stats else ""
     y, parts = convolve(x, k, b=b, scale=scale, shift=shift, residual=residual, reduce=reduce)
@@ -182,7 +182,7 @@ def _kernel(
 def _backward_kernel(
     upstream: Upstream, x: Tensor, k: Tensor, affine: Affine
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch K6 backward; returns dx, dk, db, dscale, dshift."""
+    """Compute the op `dwconv_backward`; returns dx, dk, db, dscale, dshift."""
     dx, parts = input_gradient(upstream, x, k, affine)
     total = kernel_sums(upstream, x, k, affine).sum(0)
     dk = k.new_empty(k.shape)

@@ -98,7 +98,7 @@ def _gemm(x: Tensor, weights: MLPWeights, act: str, offset: float) -> str:
 
 
 def _descriptors_serve(x: Tensor, weights: MLPWeights) -> bool:
-    """Return True if K2 and K5 can run: 16-bit types, aligned rows, a Hopper GPU.
+    """Return True if `star_linear` and `dgated` run: 16-bit types, aligned rows, a Hopper GPU.
 
     Tensor descriptors want rows of a multiple of 16 bytes, and their tiles were made for Hopper.
     """

@@ -1,4 +1,4 @@
-"""Element-wise star as library ops, over two tensors or one packed tensor (K1).
+"""Element-wise star as library ops, over two tensors or one packed tensor.
 
 `starlayers::star(x1, x2, act, offset, clamp1, clamp2)` is `reference.star_reference`. With
 `x2=None`, `x1` holds both branches in the halves of its last dimension, and so does its gradient.

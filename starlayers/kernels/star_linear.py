@@ -1,10 +1,10 @@
-"""Matrix products of a wide star MLP with the star fused, as library ops (K2, K5).
+"""Matrix products of a wide star MLP with the star fused, as library ops.
 
 `starlayers::star_linear(x, w1, b1, w2, b2, act, offset, save)` returns `(s, h1, h2)`: both branches
 of x (rows, in) and their star s (rows, out); h1 and h2 are empty without `save`.
 `starlayers::dgated(dy, w3, h1, h2, act, offset)` returns `(d1, d2, s)` for y = s w3': the gradients
 of both branches, and the star again so that it need not be saved. `starlayers::product_dgated` is
-the same by a matrix product of the vendor's library and K1.
+the same by a matrix product of the vendor's library and `star`.
 
 The kernels of the first two need Hopper's tensor descriptors and 16-bit types. Elsewhere
 `star_linear.plain` and `product_dgated` are faster. No op of these has a gradient; `star_mlp_wide`

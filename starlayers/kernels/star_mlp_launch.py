@@ -1,4 +1,4 @@
-"""Launches of the star MLP kernels K3 and K4: tiles, strides and partial sums."""
+"""Launches of the star MLP kernels: tiles, strides and partial sums."""
 
 from typing import Any, NamedTuple
 

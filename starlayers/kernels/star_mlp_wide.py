@@ -1,9 +1,9 @@
-"""Star MLP too wide to stay on chip: matrix products and K1, or K2 and K5.
+"""Star MLP too wide to stay on chip: matrix products and the star.
 
 `starlayers::star_mlp_wide(x, w1, b1, w2, b2, w3, b3, act, offset, recompute, gemm)` returns
 `(y, h1, h2)`: y is `reference.star_mlp_reference`. The branches h1 and h2 are kept for the
 backward; with `recompute` they are empty, and the backward computes them again. Their product is
-never kept. `gemm` is "library" (cuBLAS, then K1) or "triton" (K2 and K5).
+never kept. `gemm` is "library" (cuBLAS, then `star`) or "triton" (`star_linear` and `dgated`).
 """
 
 from typing import Any

@@ -30,7 +30,13 @@ def first(everything, kernel, target, size=2):
 
 
 def test_every_row_of_every_table_is_compiled(everything):
-    of_tables = ("K3", "K4 all", "K4 dx", "K4 dw", "mlp_hidden")
+    of_tables = (
+        "mlp_forward",
+        "mlp_backward all",
+        "mlp_backward dx",
+        "mlp_backward dw",
+        "mlp_hidden",
+    )
     rows = {(v.kernel, v.row, v.target, v.size) for v in everything if v.kernel in of_tables}
     tables = [MLP_FORWARD, *MLP_BACKWARD.values()]
     # a row of the small family is compiled for two GPUs
@@ -45,14 +51,16 @@ def test_every_row_of_every_table_is_compiled(everything):
 
 def test_every_row_has_a_hidden_axis_that_is_no_power_of_two(everything):
     for v in everything:
-        if v.kernel == "K3":
-            same = [u for u in everything if (u.kernel, u.row, u.size) == ("K3", v.row, v.size)]
+        if v.kernel == "mlp_forward":
+            same = [
+                u for u in everything if (u.kernel, u.row, u.size) == ("mlp_forward", v.row, v.size)
+            ]
             assert any(u.constants["H"] & (u.constants["H"] - 1) for u in same)
 
 
 def test_variants_are_what_the_library_would_launch(everything, monkeypatch):
     for v in everything:
-        kernel = v.kernel.removeprefix("K4 ").removeprefix("mlp_")
+        kernel = v.kernel.removeprefix("mlp_backward ").removeprefix("mlp_")
         if kernel in MLP_BACKWARD:
             family = {"sm_90": "sm_90", "sm_80": "sm_80"}.get(v.target, "small")
             monkeypatch.setattr(tiles, "family", lambda device, family=family: family)
@@ -63,7 +71,7 @@ def test_variants_are_what_the_library_would_launch(everything, monkeypatch):
             tile = chosen[kernel]
             assert (tile.rows, tile.hidden) == (v.constants["BM"], v.constants["BH"])
             assert tile.depth == v.constants.get("BK", 0)
-    assert {v.constants["C"] for v in everything if v.kernel == "K3"} == set(WIDTHS)
+    assert {v.constants["C"] for v in everything if v.kernel == "mlp_forward"} == set(WIDTHS)
     assert {v.constants["C"] for v in everything if v.kernel == "mlp_hidden"} == set(WIDTHS) - {384}
 
 
@@ -79,7 +87,7 @@ def test_variants_are_what_the_library_would_launch(everything, monkeypatch):
     ],
 )
 def test_offences(everything, change, words):
-    reasons = kernels.offences(first(everything, "K3", "sm_90"), replace(FINE, **change))
+    reasons = kernels.offences(first(everything, "mlp_forward", "sm_90"), replace(FINE, **change))
     assert len(reasons) == len(words)
     for reason, word in zip(reasons, words, strict=True):
         assert word in reason
@@ -87,7 +95,7 @@ def test_offences(everything, change, words):
 
 def test_a_tile_that_nobody_timed_may_hardly_spill(everything):
     for target, size in (("sm_80", 2), ("sm_90", 4)):
-        variant = first(everything, "K3", target, size=size)
+        variant = first(everything, "mlp_forward", target, size=size)
         (reason,) = kernels.offences(variant, replace(FINE, spill=kernels.MAX_SPILL + 4))
         assert f"spills {kernels.MAX_SPILL + 4} bytes" in reason
         assert not kernels.offences(variant, replace(FINE, spill=kernels.MAX_SPILL))
@@ -121,11 +129,11 @@ def test_a_new_kernel_is_none_of_those_that_were_timed(everything):
 
 def test_what_is_no_offence_elsewhere(everything):
     scalar = replace(FINE, matrix=0)
-    assert not kernels.offences(first(everything, "K3", "sm_80"), scalar)
-    assert not kernels.offences(first(everything, "K3", "sm_90", size=4), scalar)
-    assert not kernels.offences(first(everything, "K6 weights", "sm_90"), scalar)
+    assert not kernels.offences(first(everything, "mlp_forward", "sm_80"), scalar)
+    assert not kernels.offences(first(everything, "mlp_forward", "sm_90", size=4), scalar)
+    assert not kernels.offences(first(everything, "dw_weights", "sm_90"), scalar)
     # 64 KiB is all an MI300 has; its compiler's scratch memory is reported only
-    amd = first(everything, "K3", "gfx942")
+    amd = first(everything, "mlp_forward", "gfx942")
     assert not kernels.offences(amd, replace(FINE, spill=64))
     assert kernels.offences(amd, replace(FINE, shared=65537))
     assert kernels.offences(amd, "CompilationError: no") == [
@@ -134,20 +142,23 @@ def test_what_is_no_offence_elsewhere(everything):
 
 
 def test_an_offence_fails_the_program_and_is_named(everything, monkeypatch, tmp_path, capsys):
-    chosen = [first(everything, "K3", "sm_90"), first(everything, "K4 dx", "sm_80")]
+    chosen = [
+        first(everything, "mlp_forward", "sm_90"),
+        first(everything, "mlp_backward dx", "sm_80"),
+    ]
     monkeypatch.setattr(kernels, "variants", lambda: iter(chosen))
     monkeypatch.setattr(kernels, "compile_all", lambda todo: [FINE, replace(FINE, spill=220)])
     page = tmp_path / "page.md"
     with pytest.raises(kernels.typer.Exit) as failure:
         kernels.main(out=page)
     assert failure.value.exit_code == 1
-    assert "K4 dx" in (err := capsys.readouterr().err)
+    assert "mlp_backward dx" in (err := capsys.readouterr().err)
     assert "spills 220 bytes a thread" in err
-    assert page.read_text().count("\n| K") == 2
+    assert page.read_text().count("\n| mlp_") == 2
 
 
 def test_the_table_shows_the_worst_variant_of_a_row(everything):
-    v = first(everything, "K3", "sm_90")
+    v = first(everything, "mlp_forward", "sm_90")
     same = [u for u in everything if (u.row, u.kernel, u.target) == (v.row, v.kernel, v.target)]
     found = {u: replace(FINE, registers=100 + i) for i, u in enumerate(same)}
     found[same[1]] = replace(FINE, spill=4)
@@ -181,7 +192,7 @@ def test_a_small_configuration_compiles_for_every_gpu(everything):
     chosen = {
         v.target: i
         for i, v in enumerate(everything)
-        if (v.kernel, v.size, v.constants.get("C")) == ("K3", 2, 32)
+        if (v.kernel, v.size, v.constants.get("C")) == ("mlp_forward", 2, 32)
     }
     assert set(chosen) == set(TARGETS)
     # in a process of its own: this one may run kernels in the interpreter
@@ -243,18 +254,18 @@ def test_the_shipped_backward_costs_more_than_one_pass():
     rows, hidden = 256 * 56**2, 128
     one = floors.mlp_backward_ideal(rows, 32, hidden)
     shipped = floors.mlp_backward(rows, 32, hidden)
-    assert shipped.kernel == "K4 all"
+    assert shipped.kernel == "star_mlp_backward all"
     assert shipped.flops == one.flops
     # 264 programs write sums of 128 x 98 floats, which are read once
     assert shipped.bytes - one.bytes == 2 * 4 * 264 * 128 * 98
     twice = floors.mlp_backward(256 * 28**2, 64, 256)
-    assert (twice.kernel, twice.flops / one.flops) == ("K4 dx + dw", 22 / 16)
+    assert (twice.kernel, twice.flops / one.flops) == ("star_mlp_backward dx + dw", 22 / 16)
     spilt = floors.mlp_backward(256 * 7**2, 256, 1024)
-    assert spilt.kernel == "K4 hidden + products"
+    assert spilt.kernel == "star_mlp_backward hidden + products"
     # 8 passes over (rows, hidden), 7 over (rows, channels), weights in and gradients out
     elements = 256 * 49 * (8 * 1024 + 7 * 256) + 6 * 256 * 1024
     assert spilt.bytes == 2 * elements
-    with pytest.raises(ValueError, match="no K4 tile"):
+    with pytest.raises(ValueError, match="no star_mlp_backward tile"):
         floors.mlp_backward(64, 512, 2048)
 
 
@@ -273,4 +284,6 @@ def test_the_floor_table_has_every_workload(capsys):
     kernels.main(floor=True)
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 2 + 8 * 6 + 2 + 4 * 3
-    assert "starnet_s4, 56x56, 32 -> 128 | K3 | 102.8 | 19.73 | 34.3 | 25.0 |" in "\n".join(lines)
+    assert "starnet_s4, 56x56, 32 -> 128 | star_mlp | 102.8 | 19.73 | 34.3 | 25.0 |" in "\n".join(
+        lines
+    )

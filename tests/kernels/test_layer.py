@@ -194,7 +194,7 @@ def test_column_parts(width, parts):
     assert split_columns(width) == parts
 
 
-# in, hidden, out, dtype, compute capability, HIP version, can K2 and K5 run?
+# in, hidden, out, dtype, compute capability, HIP version, can star_linear and dgated run?
 DESCRIPTORS = [
     (64, 72, 80, BF16, (9, 0), None, True),
     (64, 72, 80, F16, (9, 1), None, True),
@@ -222,7 +222,7 @@ def test_descriptors(width, hidden, out, dtype, gpu, hip, serve, monkeypatch):
 
 @pytest.fixture
 def wide_layer(monkeypatch):
-    """Return input, parameters and layer; K2 and K5 can run, nothing is measured yet."""
+    """Return input, parameters and layer that fused products serve; nothing is measured yet."""
     monkeypatch.setattr(layer, "_descriptors_serve", lambda x, weights: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())

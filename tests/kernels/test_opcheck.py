@@ -54,7 +54,7 @@ def all_calls(*, dtype=torch.float32):
 
 @pytest.fixture
 def wide(launches, monkeypatch):
-    """Record the launches of K2 and K5 too."""
+    """Record the launches of `star_linear` and `dgated` too."""
     monkeypatch.setattr(star_linear_kernels, "launch", star_kernels.launch)
 
 

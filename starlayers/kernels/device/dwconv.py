@@ -1,4 +1,4 @@
-"""K6: depthwise convolution over (N, height, width, C) in Triton, with gradients.
+"""Depthwise convolution over (N, height, width, C) in Triton, with gradients.
 
 A program owns TH output rows of BP columns (columns of all images in one line, so that no width
 wastes a lane) and BC channels. Each input row is loaded once per horizontal tap and used for up to

@@ -1,4 +1,4 @@
-"""K1: the element-wise star and its backward in Triton; one pass over memory each."""
+"""Element-wise star and its backward in Triton; one pass over memory each."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""K2 and K5: fused matrix products of the wide star MLP, over tensor descriptors.
+"""Fused matrix products of the wide star MLP, over tensor descriptors.
 
 Descriptors (TMA on Hopper) keep addresses out of registers: with pointers two accumulators of
 128 x 128 and three outputs need all 255 registers and spill, with descriptors 172.

@@ -1,4 +1,4 @@
-"""K4: star MLP backward in Triton by recomputation.
+"""Star MLP backward in Triton by recomputation.
 
 Narrow layers keep the hidden gradients on chip. `mlp_dx` goes over row tiles like the forward;
 `mlp_dw` goes over hidden chunks and keeps the gradients of their weights in registers over all its

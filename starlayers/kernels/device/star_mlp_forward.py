@@ -1,4 +1,4 @@
-"""K3: star MLP forward in Triton; the hidden activation never leaves the chip.
+"""Star MLP forward in Triton; the hidden activation never leaves the chip.
 
 A program owns BM rows: their x tile stays resident while it loops over BH hidden channels at a
 time, so memory sees x, y and the weights only.
