@@ -29,13 +29,14 @@ PROCESSES = 2
 
 #: these were chosen by time, on an H100: twice the rows a tile can be worth what they spill
 TIMED = ("sm_90", 2)
-UNTIMED = {"mlp_hidden", "mlp_upstream"}  # kernels that came later
+UNTIMED = {"mlp_hidden", "mlp_upstream", "fold"}  # kernels that came later
 #: bytes a thread that others may spill: two dozen registers, stored and loaded
 MAX_SPILL = 192
 
 #: arguments that are numbers, and vectors that are float32 whatever the type of the matrices
 SIZES = {"M", "N", "K", "COLUMNS", "STRIPS", "TILES", "PROGRAMS", "rows", "cols"}
-SIZES |= {"stride1", "stride2", "stride_dy", "stride_d"}
+SIZES |= {"stride1", "stride2", "stride_dy", "stride_d", "stride_program", "stride_dv", "stride_dc"}
+SIZES |= {"COUNT", "H", "N3"}
 VECTORS = {"b", "factor", "k", "mean", "p", "parts", "parts3", "q", "scale", "shift"}
 VECTORS |= {"sums", "var", "x_scale", "x_shift", "zmean", "zscale"}
 
@@ -77,6 +78,10 @@ def compile_variant(v: Variant) -> Stats | str:
 def _type(name: str, v: Variant) -> str:
     if v.descriptors and name in v.descriptors:
         return v.descriptors[name]
+    if name == "tracked":
+        return "*i64"
+    if v.function.startswith("fold.") and name not in SIZES:  # parameters of a network under AMP
+        return f"*{KINDS[v.size]}" if name in {"v1", "v2", "cast3"} else "*fp32"
     if name in SIZES:
         return "i32"
     return "*fp32" if name in VECTORS else f"*{KINDS[v.size]}"

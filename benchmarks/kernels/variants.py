@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from benchmarks.kernels.aot import TARGETS
-from starlayers.kernels import dwconv, star, star_linear
+from starlayers.kernels import dwconv, fold, star, star_linear
 from starlayers.kernels import statistics as kernel_statistics
 from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, Tile, split_columns
 
@@ -49,6 +49,7 @@ def variants() -> Iterator[Variant]:
     for target in TARGETS:
         yield from depthwise_toeplitz(target)
         yield from statistics(target)
+        yield from folds(target)
     for key, rows in MLP_FORWARD.items():
         for target, size, row, channels, tile in _placed(key, rows):
             yield from forward(target, size, row, channels, tile)
@@ -173,6 +174,34 @@ def statistics(target: str) -> Iterator[Variant]:
         4,
         kernel_statistics.WARPS,
     )
+
+
+def folds(target: str) -> Iterator[Variant]:
+    """Yield the launches between the large kernels of a block in training, at its widest."""
+    tall = fold.ELEMENTS
+    for c in (32, 64, 128, 256):
+        norm = {"C": c, "EPS": 1e-5, "MOMENTUM": 0.1}
+        strides = {"stride_w1": c, "stride_w2": c, "BIAS1": True, "BIAS2": True, "C": c}
+        launches: dict[str, tuple[dict[str, Any], int]] = {
+            "prepare_weights": ({"C": c, "TAPS": 49, "CAST": True, "BLOCK": 1024}, 4),
+            "fold_branches": ({**norm, **strides, "BT": tall // c, "BH": 16, "BC": c}, 8),
+            "affine_norm": ({**norm, "BT": tall // 8, "BC": 8}, 8),
+            "finish_depthwise": (
+                {"C": c, "TAPS": 49, "NORM": True, "BT": tall // 32, "BC": 32},
+                8,
+            ),
+            "unfold_branches": (
+                {**strides, "H": 4 * c, "OUT": c, "LAST": True, "BT": 64, "BC": c, "BO": c},
+                4,
+            ),
+            "finish_norm": (
+                {"H": 4 * c, "C": c, "OUT": c, "BIAS3": True, "BT": tall // 8, "BC": 8},
+                8,
+            ),
+        }
+        for name, (constants, warps) in launches.items():
+            row = f"{name}, {warps} warps"
+            yield Variant("fold", row, f"{c} channels", f"fold.{name}", constants, target, 2, warps)
 
 
 def _matrix(
