@@ -59,6 +59,51 @@ print("done")
 """
 
 
+#: compares the launches of a recorded block with those of the ops, on another input
+BLOCK = """
+from benchmarks.harness import fake_gpu
+fake_gpu.install()
+import torch
+from starlayers.kernels.registration import recorded_launches
+from starlayers.vision import StarBlock2d, fused_block
+
+block = StarBlock2d(32).bfloat16().eval()
+x, other = (torch.randn(1, 7, 7, 32).bfloat16() for _ in range(2))
+with torch.no_grad():
+    fused_block.compute(block, x)
+    (recorded,) = block.recordings.values()
+    with recorded_launches() as launches:
+        fused_block.fused_block(block, other)
+    assert len(recorded.program.steps) == len(launches) == 3
+    for step, launch in zip(recorded.program.steps, launches):
+        places = dict(step.places)
+        for i, (kept, argument) in enumerate(zip(step.arguments, launch.arguments)):
+            if i in places:
+                assert kept is None and isinstance(argument, torch.Tensor)
+            elif isinstance(argument, torch.Tensor):
+                assert torch.equal(kept, argument) and kept.dtype == argument.dtype, i
+            else:
+                assert kept == argument and type(kept) is type(argument), i
+    with fake_gpu.launched() as names:
+        fused_block.compute(block, other)
+    assert names == [launch.kernel.fn.__name__ for launch in launches]
+    # another alignment is another kind, of kernels that Triton compiled for it
+    shifted = torch.randn(1 + 7 * 7 * 32).bfloat16()[1:].view(1, 7, 7, 32)
+    fused_block.compute(block, shifted)
+    aligned, unaligned = (r.program for r in block.recordings.values())
+    assert aligned.steps[0].run is not unaligned.steps[0].run
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_recorded_launches_have_the_arguments_of_the_ops():
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCK], capture_output=True, text=True, timeout=600
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_a_compiled_kernel_is_launched_where_triton_would_choose_it():
     done = subprocess.run(

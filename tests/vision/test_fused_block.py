@@ -12,6 +12,7 @@ from torch import nn
 
 from starlayers import DropPath, StarMLP, plans, use_backend
 from starlayers.coefficients.modules import RankStarMLP, ScaledStarMLP, SumMLP
+from starlayers.kernels import registration
 from starlayers.vision import StarBlock2d, fused_block
 from starlayers.vision.fused_block import plan
 from starlayers.vision.layout import OnChannelsLast
@@ -283,3 +284,19 @@ def test_a_large_mean_cancels_in_the_rounded_weight():
     assert w1.dtype == torch.bfloat16
     x = torch.full((1, 6), 1000.0)  # the norm's mean, so that only the bias remains
     torch.testing.assert_close(x @ w1.float().T + b1, mlp.f1.bias[None], rtol=0, atol=1e-3)
+
+
+def test_a_declined_block_is_not_planned(monkeypatch):
+    """What a whole network declines, at batch 1 for example, should cost it next to nothing."""
+    block, x = StarBlock2d(64).eval(), pixels(64, 7, 1)
+    monkeypatch.setattr(registration, "KERNEL_DEVICES", {"cpu", "cuda"})
+    assert fused_block.plan(block, x).reason
+    asked = []
+    monkeypatch.setattr(fused_block, "plan", lambda *_: asked.append(1))
+    monkeypatch.setattr(fused_block, "_kind", lambda *_: asked.append(2))
+    assert fused_block.compute(block, x) is None
+    with use_backend("eager"):
+        assert fused_block.compute(block, x) is None
+    with use_backend("cpu"):
+        assert fused_block.compute(block, x) is None
+    assert asked == []
