@@ -58,10 +58,12 @@ def compile_kernel(
     warps: int,
     stages: int,
     small_products: bool = False,
+    uneven: tuple[str, ...] = (),
 ) -> Stats:
     """Compile with every pointer and every size of `types` divisible by 16, as in ordinary use.
 
-    `small_products` counts the matrix instructions that sm_90 has in common with older GPUs.
+    Those named in `uneven` are not. `small_products` counts the matrix instructions that sm_90 has
+    in common with older GPUs.
     """
     names = list(kernel.arg_names)
     signature = {n: types.get(n, "constexpr") for n in names}
@@ -69,7 +71,7 @@ def compile_kernel(
     attrs = {
         (names.index(n),): [["tt.divisibility", 16]]
         for n, kind in types.items()
-        if not kind.startswith("tensordesc")
+        if not kind.startswith("tensordesc") and n not in uneven
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     t = TARGETS[target]

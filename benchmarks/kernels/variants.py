@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.kernels.aot import TARGETS
 from starlayers.kernels import dwconv, fold, star, star_linear
 from starlayers.kernels import statistics as kernel_statistics
-from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, Tile, split_columns
+from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, Tile, next_power_of_2, split_columns
 
 #: the GPUs each family of tiles is compiled for
 GPUS = {"sm_90": ("sm_90",), "sm_80": ("sm_80",), "small": ("sm_89", "gfx942")}
@@ -20,6 +20,10 @@ WIDTHS = (24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 384)
 ACTIVATIONS = ("relu6", "silu", "gelu")
 #: (height = width, channels) of StarNet stages: every tile shape, with and without idle channels
 STAGES = ((56, 16), (56, 24), (28, 64), (14, 96), (7, 256))
+#: channels of StarNets that a block folds norms into
+FOLDED_WIDTHS = (24, 32, 64, 96, 128, 192, 256)
+#: addresses of the gradients that `mlp_dw` leaves: rows are two elements longer than a multiple
+UNEVEN_SUMS = ("dc2", "stride_dv", "stride_dc")
 KINDS = {2: "bf16", 4: "fp32"}
 
 
@@ -36,7 +40,8 @@ class Variant:
     size: int  # bytes of an element
     warps: int
     stages: int = 3
-    descriptors: dict[str, str] | None = None
+    types: dict[str, str] | None = None  # of arguments, where they are not as usual
+    uneven: tuple[str, ...] = ()  # arguments that are not divisible by 16
     products: bool = False  # whether it multiplies matrices
     small_products: bool = False  # too small for Hopper's own matrix instructions
 
@@ -177,31 +182,62 @@ def statistics(target: str) -> Iterator[Variant]:
 
 
 def folds(target: str) -> Iterator[Variant]:
-    """Yield the launches between the large kernels of a block in training, at its widest."""
-    tall = fold.ELEMENTS
-    for c in (32, 64, 128, 256):
-        norm = {"C": c, "EPS": 1e-5, "MOMENTUM": 0.1}
-        strides = {"stride_w1": c, "stride_w2": c, "BIAS1": True, "BIAS2": True, "C": c}
-        launches: dict[str, tuple[dict[str, Any], int]] = {
-            "prepare_weights": ({"C": c, "TAPS": 49, "CAST": True, "BLOCK": 1024}, 4),
-            "fold_branches": ({**norm, **strides, "BT": tall // c, "BH": 16, "BC": c}, 8),
-            "affine_norm": ({**norm, "BT": tall // 8, "BC": 8}, 8),
-            "finish_depthwise": (
-                {"C": c, "TAPS": 49, "NORM": True, "BT": tall // 32, "BC": 32},
-                8,
-            ),
-            "unfold_branches": (
-                {**strides, "H": 4 * c, "OUT": c, "LAST": True, "BT": 64, "BC": c, "BO": c},
-                4,
-            ),
-            "finish_norm": (
-                {"H": 4 * c, "C": c, "OUT": c, "BIAS3": True, "BT": tall // 8, "BC": 8},
-                8,
-            ),
-        }
-        for name, (constants, warps) in launches.items():
-            row = f"{name}, {warps} warps"
-            yield Variant("fold", row, f"{c} channels", f"fold.{name}", constants, target, 2, warps)
+    """Yield the launches between the large kernels of a block in training, as `fold` has them."""
+    family = next(family for family, gpus in GPUS.items() if target in gpus)
+    for size, channels in product(KINDS, FOLDED_WIDTHS):
+        key = f"{family} float32" if size == 4 else family
+        width = sum(split_columns(channels))
+        on_chip, served = (
+            width <= max(MLP_BACKWARD[kernel].get(key, {}), default=0)
+            for kernel in ("dw", "hidden")
+        )
+        if on_chip or served:
+            yield from _folds(target, size, channels, on_chip)
+
+
+def _folds(target: str, size: int, channels: int, on_chip: bool) -> Iterator[Variant]:
+    """Yield the launches at `channels`; `on_chip` if programs of the star MLP sum gradients."""
+    hidden, columns, tall = 4 * channels, max(16, next_power_of_2(channels)), fold.ELEMENTS
+    norm = {"C": channels, "EPS": 1e-5, "MOMENTUM": 0.1}
+    branches = {"stride_w1": channels, "stride_w2": channels, "BIAS1": True, "BIAS2": True}
+    last = {"H": hidden, "C": channels, "OUT": channels}
+    options = "summed over programs" if on_chip else "by products"
+    # Triton compiles a size of 1 as a constant
+    sums: dict[str, Any] = {} if on_chip else {"PROGRAMS": 1, "stride_dc": 1}
+
+    def launched(
+        name: str, options: str, constants: dict[str, Any], tile: tuple[str, ...], warps: int = 8
+    ) -> Variant:
+        row = f"{' x '.join(str(constants[side]) for side in tile)}, {warps} warps"
+        options = f"{channels} channels{options and ', '}{options}"
+        types = dict.fromkeys(("dv1", "dc1", "dv2", "dc2", "dv3"), f"*{KINDS[size]}")
+        return Variant(
+            name, row, options, f"fold.{name}", constants, target, size, warps,
+            types=None if on_chip else types, uneven=UNEVEN_SUMS if on_chip else (),
+        )  # fmt: skip
+
+    yield launched(
+        "fold_branches", "",
+        norm | branches | {"BT": max(1, tall // columns), "BH": 16, "BC": columns},
+        ("BT", "BH", "BC"),
+    )  # fmt: skip
+    yield launched(
+        "unfold_branches", options,
+        branches | last | sums
+        | {"LAST": on_chip, "BT": 64 if on_chip else 1, "BC": columns, "BO": columns},
+        ("BT", "BC", "BO"), 4,
+    )  # fmt: skip
+    if channels not in (FOLDED_WIDTHS[0], FOLDED_WIDTHS[-1]):
+        return  # the tiles of the others are the same at every width
+    yield launched("affine_norm", "", norm | {"BT": tall // 8, "BC": 8}, ("BT", "BC"))
+    for with_norm in (False, True):
+        shape = {"C": channels, "TAPS": 49, "NORM": with_norm, "BT": tall // 32, "BC": 32}
+        shape |= {} if with_norm else {"COUNT": 1}
+        yield launched("finish_depthwise", "norm" * with_norm, shape, ("BT", "BC"))
+    shape = last | {"OUT": channels * on_chip, "BIAS3": on_chip, "BT": tall // 8, "BC": 8}
+    yield launched("finish_norm", options, shape, ("BT", "BC"))
+    shape = {"C": channels, "TAPS": 49, "CAST": size == 2, "BLOCK": 1024}
+    yield launched("prepare_weights", "", shape, ("BLOCK",), 4)
 
 
 def _matrix(
@@ -314,8 +350,8 @@ def _described(
 ) -> Variant:
     stages, warps = star_linear.STAGES[function], star_linear.WARPS
     row = f"{star_linear.BM} x {star_linear.BN} x {star_linear.BK}, {warps} warps, {stages} stages"
-    descriptors = {n: f"tensordesc<bf16[{a},{b}]>" for n, (a, b) in blocks.items()}
+    types = {n: f"tensordesc<bf16[{a},{b}]>" for n, (a, b) in blocks.items()}
     return Variant(
         kernel, row, options, f"star_linear.{function}", constants, "sm_90", 2, warps, stages,
-        descriptors, products=True,
+        types, products=True,
     )  # fmt: skip

@@ -6,6 +6,8 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 from benchmarks.kernels import floor as floors
 
@@ -13,8 +15,9 @@ triton = pytest.importorskip("triton")
 
 from benchmarks.kernels import compiled as kernels  # noqa: E402
 from benchmarks.kernels.aot import TARGETS, Stats, amd_stats, parse_ptxas  # noqa: E402
-from benchmarks.kernels.variants import WIDTHS, variants  # noqa: E402
-from starlayers.kernels import dwconv, tiles  # noqa: E402
+from benchmarks.kernels.variants import FOLDED_WIDTHS, WIDTHS, variants  # noqa: E402
+from starlayers.kernels import block, dwconv, fold, star_mlp_launch, tiles  # noqa: E402
+from starlayers.kernels.registration import MLPWeights  # noqa: E402
 from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, split_columns  # noqa: E402
 
 FINE = Stats(registers=168, spill=0, shared=65536, matrix=12, programs=2)
@@ -75,6 +78,89 @@ def test_variants_are_what_the_library_would_launch(everything, monkeypatch):
     assert {v.constants["C"] for v in everything if v.kernel == "mlp_hidden"} == set(WIDTHS) - {384}
 
 
+def recorded_step(monkeypatch, channels, dtype):
+    """Return (kernel, arguments, warps) of every launch of a training step, on "meta" tensors."""
+    launches = []
+
+    def record(kernel, grid, *args, num_warps=4, num_stages=3, **options):
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | options
+        launches.append((kernel.__name__, arguments, num_warps))
+
+    for module in (dwconv, fold, star_mlp_launch):
+        monkeypatch.setattr(module, "launch", record)
+    monkeypatch.setattr(tiles, "INTERPRET", False)
+    hidden = 4 * channels
+    shapes = (hidden, channels), (hidden,), (hidden, channels), (hidden,), (channels, hidden)
+    mlp = MLPWeights(*(torch.empty(s, device="meta") for s in (*shapes, (channels,))))
+    norms = [fold.Norm.of(nn.BatchNorm2d(channels, device="meta")) for _ in range(2)]
+    kernel, bias = torch.empty(channels, 1, 7, 7, device="meta"), mlp.b3
+    weights = block.BlockWeights(kernel, bias, norms[0], mlp, norms[1], kernel, bias)
+    x = torch.empty(256, 14, 14, channels, dtype=dtype, device="meta")
+    out, kept = block._forward(x, weights, "relu6", 0.0)
+    block._backward(out, kept, weights, "relu6", 0.0)
+    return launches
+
+
+FOLDS = {"prepare_weights", "fold_branches", "affine_norm", "finish_depthwise", "unfold_branches"}
+FOLDS |= {"finish_norm"}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+
+
+#: (channels, bytes of an element) that a backward on sm_90 serves
+FOLDED = [(c, 2) for c in FOLDED_WIDTHS] + [(c, 4) for c in (24, 32, 64)]
+
+
+@pytest.mark.parametrize(("channels", "size"), FOLDED)
+def test_folds_are_compiled_as_a_training_step_launches_them(
+    everything, monkeypatch, channels, size
+):
+    of_width = [
+        v
+        for v in everything
+        if v.kernel in FOLDS and (v.target, v.size) == ("sm_90", size)
+        and v.constants.get("C") == channels
+    ]  # fmt: skip
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    step = recorded_step(monkeypatch, channels, dtype)
+    assert {name for name, *_ in step} > FOLDS
+    compiled = set()
+    for name, arguments, warps in step:
+        same = [
+            v
+            for v in of_width
+            if v.kernel == name and v.constants.get("NORM") == arguments.get("NORM")
+        ]
+        if not same:  # of another width is the same tile
+            assert name not in FOLDS or channels not in (FOLDED_WIDTHS[0], FOLDED_WIDTHS[-1])
+            continue
+        (v,) = same
+        compiled.add(v)
+        assert v.warps == warps
+        for argument, value in arguments.items():
+            if isinstance(value, torch.Tensor):
+                assert kernels._type(argument, v) == POINTERS[value.dtype], (name, argument)
+                aligned = value.storage_offset() * value.element_size() % 16 == 0
+            elif argument in v.constants:
+                assert v.constants[argument] == value, (name, argument)
+                continue
+            else:
+                assert kernels._type(argument, v) == "i32", (name, argument)
+                assert value != 1, (name, argument)  # Triton makes that a constant
+                aligned = value % 16 == 0 or "stride" not in argument
+            assert aligned == (argument not in v.uneven), (name, argument, value)
+    assert compiled == set(of_width)
+
+
+def test_folds_are_compiled_where_a_backward_serves_them(everything):
+    served = {
+        (v.constants["C"], v.size)
+        for v in everything
+        if (v.kernel, v.target) == ("fold_branches", "sm_90")
+    }
+    assert served == set(FOLDED)
+    assert max(MLP_BACKWARD["hidden"]["sm_90 float32"]) == 64
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -121,7 +207,7 @@ def test_depthwise_kernels_are_compiled_for_the_types_that_they_serve(everything
 
 
 def test_a_new_kernel_is_none_of_those_that_were_timed(everything):
-    for kernel in ("mlp_hidden", "mlp_upstream"):
+    for kernel in ("mlp_hidden", "mlp_upstream", "fold_branches"):
         new = first(everything, kernel, "sm_90")
         assert kernels.offences(new, replace(FINE, spill=kernels.MAX_SPILL + 4))
         assert not kernels.offences(new, replace(FINE, spill=kernels.MAX_SPILL))
