@@ -151,6 +151,23 @@ def test_folds_are_compiled_as_a_training_step_launches_them(
     assert compiled == set(of_width)
 
 
+@pytest.mark.parametrize(
+    ("channels", "dtype", "launches", "between"),
+    [
+        (32, torch.bfloat16, 15, ["mlp_dw"]),
+        (64, torch.bfloat16, 16, ["mlp_dx", "mlp_dw"]),
+        (96, torch.bfloat16, 16, ["mlp_dx", "mlp_dw"]),
+        (128, torch.bfloat16, 16, ["mlp_upstream", "mlp_hidden"]),
+        (32, torch.float32, 16, ["mlp_dx", "mlp_dw"]),
+        (64, torch.float32, 16, ["mlp_upstream", "mlp_hidden"]),
+    ],
+)
+def test_launches_of_a_training_step_by_width(monkeypatch, channels, dtype, launches, between):
+    names = [name for name, *_ in recorded_step(monkeypatch, channels, dtype)]
+    assert len(names) == launches
+    assert names[names.index("finish_depthwise") + 1 : names.index("unfold_branches")] == between
+
+
 def test_folds_are_compiled_where_a_backward_serves_them(everything):
     served = {
         (v.constants["C"], v.size)
