@@ -75,6 +75,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     asked = backend_name()
     forced = asked in ("triton", "cpu")
     hooks: list[Any] = []
+    nothing: set[nn.Module] = set()
 
     def attach() -> None:
         for layer in found:
@@ -95,7 +96,9 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
             plan = Plan("unknown", f"its forward takes other arguments than its plan: {error}")
         finally:
             attach()
-        if str(plan) not in map(str, found[layer]):
+        if plan is None:  # of a network that plans nothing as a whole
+            nothing.add(layer)
+        elif str(plan) not in map(str, found[layer]):
             found[layer].append(plan)
 
     attach()
@@ -108,6 +111,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     for name, layer in layers.items():
         if any(row.plan.fused and name.startswith(f"{row.name}.".lstrip(".")) for row in rows):
             continue
+        if layer in nothing:
+            continue
         plans = found[layer] or [Plan("eager", "not called as a module with these inputs")]
         rows += [Row(name, type(layer).__name__, plan) for plan in plans]
     return Explanation(rows)
@@ -116,7 +121,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
 def _plan_method(layer: nn.Module) -> Any:
     for name in ("plan", "star_plan"):
         method = getattr(type(layer), name, None)
-        if getattr(method, "__annotations__", {}).get("return") is Plan:
+        if getattr(method, "__annotations__", {}).get("return") in (Plan, Plan | None):
             return getattr(layer, name)
     return None
 

@@ -21,6 +21,7 @@ GATED_IMAGES = 16  # float64 activations of a whole batch would fill the GPU
 TIMM = "timm, torch.compile"
 FUSED = "fused"
 FOLDED = "fused, fuse()"
+GRAPHED = "fused, fuse(graph=True)"
 DIRECTIONS = {"forward": "inference", "step": "forward and backward"}
 
 
@@ -130,6 +131,8 @@ def _starnet(lab: Lab, name: str, batch: int, training: bool, compiled: bool = F
             # folded in float32: the folded weights are then rounded once
             folded = copy.deepcopy(ours).float().fuse().bfloat16()
             models[FOLDED] = ("auto", folded, lambda m: m)
+            graphed = copy.deepcopy(ours).float().fuse(graph=True).bfloat16()
+            models[GRAPHED] = ("auto", graphed, lambda m: m)
     peer = _timm(name, ours, lab.size({}, small))
     if peer is not None:
         models[TIMM] = ("eager", peer, lab.compiled)
@@ -144,7 +147,8 @@ def _starnet(lab: Lab, name: str, batch: int, training: bool, compiled: bool = F
             # on a copy: a training step's check leaves running statistics and gradients behind
             gated = copy.deepcopy(own)
             checks[key] = on(backend, make(gated, gated, x[:GATED_IMAGES])[1])
-        programs[key + GRAPH] = lab.captured(programs[key])
+        if key != GRAPHED:  # which captures itself
+            programs[key + GRAPH] = lab.captured(programs[key])
     exact = copy.deepcopy(ours).double()
     return Trial(
         programs, checks, on("eager", make(exact, exact, x[:GATED_IMAGES].double())[1]),

@@ -42,7 +42,8 @@ class Norm(NamedTuple):
     def of(cls, norm: nn.BatchNorm2d) -> "Norm | None":
         """Return the tensors of `norm`, `None` if it lacks some or normalises in another way."""
         tensors = (norm.weight, norm.bias, *(norm._buffers.get(name) for name in STATISTICS))
-        if not norm.training or norm.momentum is None or any(t is None for t in tensors):
+        usual = norm.training and norm.track_running_stats and norm.momentum is not None
+        if not usual or any(t is None for t in tensors):
             return None
         return cls(*tensors, norm.eps, norm.momentum)  # type: ignore[arg-type, call-arg]
 

@@ -11,10 +11,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from starlayers.activations import get_activation
 from starlayers.checks import positive_int, probability
 from starlayers.coefficients.modules import ScaledStarOp
+from starlayers.dispatch import Plan
 from starlayers.initialisation import shrink
 from starlayers.modules import StarMLP, StarOp
 from starlayers.tracing import record
 from starlayers.vision.blocks import ConvNorm, StarBlock2d, check_images, hidden_channels
+from starlayers.vision.graphs import Graphs
 from starlayers.vision.layout import to_channels_last
 from starlayers.vision.recompute import recompute
 
@@ -299,11 +301,28 @@ class StarNet(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        graphs = self.__dict__.get("graphs")
+        y = None if graphs is None else graphs.replayed(self, x)
+        return self.forward_head(self.forward_features(x)) if y is None else y
 
     __prepare_scriptable__ = record
 
-    def fuse(self) -> "StarNet":
+    def plan(self, x: Tensor) -> Plan | None:
+        """Return the plan for images `x`: a CUDA graph or why not; `None` if none was asked for."""
+        graphs = self.__dict__.get("graphs")
+        if graphs is None:
+            return None
+        reason = graphs.reason(self, x)
+        return Plan("step by step", reason) if reason else Plan("CUDA graph")
+
+    def train(self, mode: bool = True) -> "StarNet":
+        """Set the mode of training, and drop CUDA graphs, which are captured again."""
+        graphs = self.__dict__.get("graphs")
+        if graphs is not None:
+            graphs.forget()
+        return super().train(mode)
+
+    def fuse(self, *, graph: bool | str = False) -> "StarNet":
         """Fold every BatchNorm into its neighbour for inference, in place.
 
         Switches to eval mode, because only running statistics can be folded. The last norm has a
@@ -319,12 +338,17 @@ class StarNet(nn.Module):
             >>> any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
             False
         """
+        if graph not in (False, True, "auto"):
+            raise ValueError(f"StarNet: graph must be True, False or 'auto', got {graph!r}")
         self.eval()
         for m in self.modules():
             if isinstance(m, ConvNorm | StarBlock2d):
                 m.fuse()
         if isinstance(self.norm, nn.BatchNorm2d):
             self.norm = _norm_as_conv(self.norm)
+        self.__dict__.pop("graphs", None)
+        if graph:
+            self.graphs = Graphs(always=graph is True)
         return self
 
 

@@ -177,3 +177,6 @@ def test_norms_that_normalise_in_another_way_are_none_of_these():
     ):
         assert Norm.of(norm) is None
     assert Norm.of(nn.BatchNorm2d(3)).momentum == 0.1
+    untracked = nn.BatchNorm2d(3)
+    untracked.track_running_stats = False  # its statistics stay as they are
+    assert Norm.of(untracked) is None
