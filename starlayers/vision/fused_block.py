@@ -33,6 +33,7 @@ from starlayers.kernels.dwconv import dwconv
 from starlayers.kernels.fold import Norm
 from starlayers.kernels.program import Program
 from starlayers.kernels.registration import (
+    autocasts,
     compute_dtype,
     no_autocast,
     precision,
@@ -171,9 +172,10 @@ def _kind(block: "StarBlock2d", x: Tensor) -> Any:
     """Return all of `x` and of the call on which launches depend; `None` for no such launches."""
     if x.numel() == 0 or not launches_directly(x, _tensors(block)):
         return None
-    if compute_dtype(x) != x.dtype:  # a cast is no launch of ours
+    # a cast is no launch of ours; on AMD's GPUs Triton also looks at the size of an input's storage
+    if compute_dtype(x) != x.dtype or torch.version.hip:
         return None
-    return x.shape, x.dtype, x.device, x.data_ptr() % 16, precision(x)
+    return x.shape, x.dtype, x.device, x.data_ptr() % 16, precision(x), autocasts(x)
 
 
 def _tensors(block: "StarBlock2d") -> Iterator[Tensor | None]:

@@ -57,8 +57,6 @@ def _contents(m: nn.Module) -> tuple[tuple[Any, ...], ...]:
     return tuple(children.values()), tuple(parameters.values()), tuple(buffers.values()), attributes
 
 
-#: plain unless all modules are hooked
-PROBE = nn.Identity()
 #: attributes of blocks and networks that hold launches
 OWN = ("recordings", "graphs")
 
@@ -143,8 +141,7 @@ class Graphs:
             return "the eager backend was asked for"
         if not launches_directly(x, model.parameters()):
             return "gradients, a compiler, a transform, a mode or another capture wants each step"
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-        if hooked or not is_plain(PROBE, nn.Identity):
+        if not all(is_plain(m, type(m)) for m in model.modules()):
             return "a module has hooks"
         if not self.always:
             layers = sum(bool(m._parameters) for m in model.modules())
