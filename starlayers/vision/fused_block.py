@@ -7,7 +7,7 @@ convolution while it reads its input, because the zero padding must come after t
 reach the norm's parameters by autograd through these small tensors.
 
 Without gradients the folded weights stay the same from call to call. The three launches are then
-recorded once, with these weights, and repeated on later inputs (`launched`).
+recorded once, with these weights, and repeated on later inputs (`compute`).
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from starlayers.activations import get_activation
 from starlayers.dispatch import (
     FORWARDS,
     Plan,
@@ -125,18 +126,21 @@ def compute(block: "StarBlock2d", x: Tensor) -> Tensor | None:
     """Compute `block` on `x` (N, H, W, C) fused; `None` where its definition is to do so."""
     if rules_blocks_out(x):
         return None
-    y = launched(block, x)
-    if y is not None:
-        return y
-    if not plan(block, x).fused:
-        return None
-    weights = _trained(block, x)
-    if weights is not None:
-        return train_block(x, weights, block.mlp.act, block.mlp.offset)
+    # everything that could make recorded launches wrong is asked for anew: what is attached to the
+    # block, the versions of its weights and statistics, the mode of the call
     key = _kind(block, x)
     state = None if key is None else _state(block)
+    recordings = block.__dict__.get("recordings", {})
+    recorded = None if state is None else recordings.get(key)
+    if recorded is not None and recorded.state == state:
+        return recorded.program(x)  # type: ignore[no-any-return]
+    if not plan(block, x).fused:
+        return None
     if state is None:
-        return fused_block(block, x)
+        weights = _trained(block, x)
+        if weights is None:
+            return fused_block(block, x)
+        return train_block(x, weights, block.mlp.act, block.mlp.offset)
     with recorded_launches() as launches:
         y = fused_block(block, x)
     try:
@@ -154,23 +158,9 @@ def compute(block: "StarBlock2d", x: Tensor) -> Tensor | None:
     return y
 
 
-def launched(block: "StarBlock2d", x: Tensor) -> Tensor | None:
-    """Repeat the launches that were recorded for inputs like `x`; `None` without up-to-date ones.
-
-    Everything that could make them wrong is asked for anew: what is attached to the block, the
-    versions of its weights and statistics, the mode of the call.
-    """
-    recordings = block.__dict__.get("recordings")
-    recorded = recordings.get(_kind(block, x)) if recordings else None
-    if recorded is None or recorded.state != _state(block):
-        return None
-    y: Tensor = recorded.program(x)
-    return y
-
-
 def _kind(block: "StarBlock2d", x: Tensor) -> Any:
     """Return all of `x` and of the call on which launches depend; `None` for no such launches."""
-    if x.numel() == 0 or not launches_directly(x, _tensors(block)):
+    if not launches_directly(x, _tensors(block)) or x.numel() == 0:
         return None
     # a cast is no launch of ours; on AMD's GPUs Triton also looks at the size of an input's storage
     if compute_dtype(x) != x.dtype or torch.version.hip:
@@ -180,13 +170,13 @@ def _kind(block: "StarBlock2d", x: Tensor) -> Any:
 
 def _tensors(block: "StarBlock2d") -> Iterator[Tensor | None]:
     """Yield parameters and buffers of `block`."""
-    modules = block._modules
-    pre, post, mlp = modules["pre"], modules["post"], modules["mlp"]
+    modules: Any = block._modules
     yield block._parameters.get("gamma")
-    for layers in (pre, post, mlp):
-        for layer in layers._modules.values():  # type: ignore[union-attr]
-            yield from layer._parameters.values()  # type: ignore[union-attr]
-            yield from layer._buffers.values()  # type: ignore[union-attr]
+    for name in ("pre", "post", "mlp"):
+        for layer in modules[name]._modules.values():
+            if layer is not None:
+                yield from layer._parameters.values()
+                yield from layer._buffers.values()
 
 
 def _state(block: "StarBlock2d") -> tuple[Any, ...] | None:
@@ -203,7 +193,8 @@ def _state(block: "StarBlock2d") -> tuple[Any, ...] | None:
     seen = versions(_tensors(block))
     if seen is None:
         return None
-    return (*seen, getattr(first, "eps", 0), getattr(last, "eps", 0), mlp.act, mlp.offset)
+    settings = getattr(first, "eps", 0), getattr(last, "eps", 0), mlp.act, mlp.offset
+    return (*seen, *settings, get_activation(mlp.act))
 
 
 def _trained(block: "StarBlock2d", x: Tensor) -> BlockWeights | None:
@@ -217,7 +208,7 @@ def _trained(block: "StarBlock2d", x: Tensor) -> BlockWeights | None:
     mlp = block.mlp.fusable()
     if first is None or last is None or isinstance(mlp, str):
         return None
-    if not all(w is None or w.is_contiguous() for w in (*mlp, block.pre.conv.weight)):
+    if not all(w is None or w.is_contiguous() for w in mlp):
         return None
     before, after = block.pre.conv, block.post.conv
     return BlockWeights(before.weight, before.bias, first, mlp, last, after.weight, after.bias)

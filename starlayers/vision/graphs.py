@@ -17,6 +17,8 @@ __all__ = ["Graphs"]
 
 #: graphs that a network keeps; the one that was used longest ago goes
 MOST_GRAPHS = 8
+#: kinds of inputs that it remembers to have met once
+MOST_MET = 1024
 #: runs before a capture, which compile kernels and settle their choice
 WARM_UPS = 3
 #: seconds that a launch costs the host, and bytes that a GPU copies in a second. "auto" wants the
@@ -119,6 +121,8 @@ class Graphs:
             if kind in self.failed:
                 return None
             if not self.always and kind not in self.met:
+                if len(self.met) >= MOST_MET:
+                    self.met.clear()
                 self.met.add(kind)
                 return None
             known = self._capture(model, x, kind)
