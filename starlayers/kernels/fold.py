@@ -43,7 +43,7 @@ class Norm(NamedTuple):
         """Return the tensors of `norm`, `None` if it lacks some or normalises in another way."""
         tensors = (norm.weight, norm.bias, *(norm._buffers.get(name) for name in STATISTICS))
         usual = norm.training and norm.track_running_stats and norm.momentum is not None
-        if not usual or any(t is None for t in tensors):
+        if not usual or any(t is None or not t.is_contiguous() for t in tensors):
             return None
         return cls(*tensors, norm.eps, norm.momentum)  # type: ignore[arg-type, call-arg]
 

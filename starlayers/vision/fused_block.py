@@ -185,6 +185,15 @@ def _state(block: "StarBlock2d") -> tuple[Any, ...] | None:
     mlp = modules["mlp"]
     if _structure_reason(block) or isinstance(mlp.fusable(), str):
         return None
+    # a tensor that is no parameter or buffer has no version here
+    layers = [m for name in ("pre", "post") for m in modules[name]._modules.values()]
+    own = (m._parameters.keys() | m._buffers.keys() for m in layers if type(m) is not nn.Identity)
+    if "gamma" not in block._parameters and block.gamma is not None:
+        return None
+    if any(not {"weight", "bias"} <= names for names in own):
+        return None
+    if any("running_var" not in m._buffers for m in layers if isinstance(m, nn.BatchNorm2d)):
+        return None
     first, last = (modules[name]._modules["bn"] for name in ("pre", "post"))
     if _uses_batch_statistics(first) or _uses_batch_statistics(last):
         return None
