@@ -144,6 +144,24 @@ def test_other_blocks_take_the_ops(change, steps):
     assert steps == []
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("side", ["pre", "post"])
+def test_strided_tensors_of_a_norm_are_read_and_written_where_they_are(side, name, steps):
+    block, x = made(), randn(2, 16, 3, 4)
+    eager = copy.deepcopy(block)  # before: a copy would not be strided
+    memory = torch.full((32,), 7.0)
+    memory[::2] = getattr(block, side).bn.get_parameter(name) if name in (
+        "weight", "bias") else getattr(block, side).bn.get_buffer(name)  # fmt: skip
+    kinds = {"weight": nn.Parameter, "bias": nn.Parameter}
+    setattr(getattr(block, side).bn, name, kinds.get(name, torch.Tensor)(memory.detach()[::2]))
+    ours, theirs = step(block, x, "triton"), step(eager, x, "eager")
+    assert steps == []
+    assert torch.equal(memory[1::2], torch.full((16,), 7.0))
+    for a, b in zip((ours[0], *ours[1], *ours[2]), (theirs[0], *theirs[1], *theirs[2]),
+                    strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
 def test_half_precision_under_autocast(steps):
     block, x = made(), randn(2, 16, 3, 4).half()
     exact = step(copy.deepcopy(block).double(), x.double(), "eager")

@@ -151,6 +151,27 @@ def test_what_cannot_be_recorded_takes_the_ops(op_calls):
     assert versions(unversioned.parameters()) is None
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("pre.bn", "weight"), ("post.bn", "bias"), ("post.bn", "running_var"), ("pre.conv", "bias"),
+     ("", "gamma")],
+)  # fmt: skip
+def test_tensors_that_are_no_parameters_are_not_recorded(path, name):
+    """Their versions are not seen: launches that hold them would go stale."""
+    block, x = made(layer_scale=0.5), randn(2, 16, 3, 4)
+    owner = block.get_submodule(path)
+    value = getattr(owner, name).detach().clone()
+    delattr(owner, name)
+    setattr(owner, name, value)
+    first = fused(block, x)
+    setattr(owner, name, value * 3)
+    assert_same(fused(block, x), eagerly(block, x))
+    getattr(owner, name).mul_(2)
+    assert_same(fused(block, x), eagerly(block, x))
+    assert not torch.allclose(first, fused(block, x))
+
+
 @pytest.mark.parametrize(
     "x",
     [
