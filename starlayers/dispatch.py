@@ -26,6 +26,7 @@ from starlayers.kernels.registration import (
 )
 from starlayers.kernels.tuning import ENV_VAR as TUNING
 from starlayers.kernels.tuning import tuning
+from starlayers.kernels.versions import weights_stay
 from starlayers.plans import PLAIN, Plan, call_of, rows_of
 from starlayers.tracing import is_traced
 
@@ -236,7 +237,7 @@ def launches_directly(
 
     Transforms, tracers and modes act through it, and it would record gradients: the caller records
     them itself with `gradients`. Without, nothing is launched so while a CUDA graph is captured:
-    what is folded into weights beforehand would go stale.
+    what is folded into weights beforehand would go stale, unless `folded_weights_stay`.
     """
     if type(x) is not Tensor or torch.compiler.is_compiling() or _tracer():
         return False
@@ -251,7 +252,7 @@ def launches_directly(
         return True
     # Triton launches on the current device
     here: bool = x.device.index == torch.cuda.current_device()
-    return here and (gradients or not torch.cuda.is_current_stream_capturing())
+    return here and (gradients or weights_stay() or not torch.cuda.is_current_stream_capturing())
 
 
 def plan_block(

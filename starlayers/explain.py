@@ -78,7 +78,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     nothing: set[nn.Module] = set()
 
     def attach() -> None:
-        for layer in found:
+        for layer in found.keys() - {model}:
             hooks.append(layer.register_forward_pre_hook(note, with_kwargs=True))
 
     def detach() -> None:
@@ -101,8 +101,11 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         elif str(plan) not in map(str, found[layer]):
             found[layer].append(plan)
 
-    attach()
     try:
+        if model in found:
+            note(model, args, kwargs)  # with its own buffers, which its CUDA graphs ask about
+        else:
+            attach()
         with _unchanged(model), use_backend("eager") if forced else nullcontext():
             model(*args, **kwargs)
     finally:

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from starlayers.coefficients.modules import DynamicStarMLP, ScaledStarMLP, SumML
 from starlayers.dispatch import Plan, plain_weights, plan_star
 from starlayers.kernels import registration
 from starlayers.kernels.registration import compute_dtype
+from starlayers.kernels.versions import folded_weights_stay
 from starlayers.reference import star_reference
 from tests.helpers import RecordOps, randn, star_mlp_formula, star_op_formula
 
@@ -338,3 +340,17 @@ def test_stars_without_an_op_of_the_cpu_run_their_definition_there():
             assert "the cpu backend was asked for" in plan.reason
         assert torch.equal(star(x1, x2), star_reference(x1, x2))
         assert StarOp(4, 3)(torch.ones(2, 4)).shape == (2, 3)
+
+
+def test_captures_launch_nothing_directly_unless_folded_weights_stay(monkeypatch):
+    x = torch.ones(2, 4)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: x.device.index)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not dispatch.launches_directly(x, ())
+    assert dispatch.launches_directly(x, (), gradients=True)  # which folds at every step
+    with folded_weights_stay():
+        assert dispatch.launches_directly(x, ())
+        with ThreadPoolExecutor(1) as other:
+            assert not other.submit(dispatch.launches_directly, x, ()).result()
+    assert not dispatch.launches_directly(x, ())

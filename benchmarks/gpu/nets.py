@@ -22,6 +22,7 @@ TIMM = "timm, torch.compile"
 FUSED = "fused"
 FOLDED = "fused, fuse()"
 GRAPHED = "fused, fuse(graph=True)"
+STEPS = "fused, graph_training()"
 DIRECTIONS = {"forward": "inference", "step": "forward and backward"}
 
 
@@ -127,7 +128,9 @@ def _starnet(lab: Lab, name: str, batch: int, training: bool, compiled: bool = F
         models["fused, torch.compile"] = ("auto", ours, lab.compiled)
     else:
         models[FUSED] = ("auto", ours, lambda m: m)
-        if not training:
+        if training:
+            models[STEPS] = ("auto", ours, partial(_graphed_steps, lab))
+        else:
             # folded in float32: the folded weights are then rounded once
             folded = copy.deepcopy(ours).float().fuse().bfloat16()
             models[FOLDED] = ("auto", folded, lambda m: m)
@@ -146,8 +149,8 @@ def _starnet(lab: Lab, name: str, batch: int, training: bool, compiled: bool = F
         if "torch.compile" not in key:  # it would compile again for the gated batch
             # on a copy: a training step's check leaves running statistics and gradients behind
             gated = copy.deepcopy(own)
-            checks[key] = on(backend, make(gated, gated, x[:GATED_IMAGES])[1])
-        if key != GRAPHED:  # which captures itself
+            checks[key] = on(backend, make(wrap(gated), gated, x[:GATED_IMAGES])[1])
+        if key not in (GRAPHED, STEPS):  # which capture themselves
             programs[key + GRAPH] = lab.captured(programs[key])
     exact = copy.deepcopy(ours).double()
     return Trial(
@@ -166,6 +169,18 @@ def _timm(name: str, ours: nn.Module, changes: dict[str, Any]) -> nn.Module | No
     model = timm.create_model(name, **changes)
     model.load_state_dict(to_timm_state_dict(ours))
     return model.to(next(ours.parameters())).train(ours.training)  # type: ignore[no-any-return]
+
+
+def _graphed_steps(lab: Lab, model: Any) -> Callable[[Tensor], Tensor]:
+    """Return `model` with its steps captured on the first call, under the autocast of that call."""
+
+    def call(x: Tensor) -> Tensor:
+        if not lab.dry and "training_graph" not in vars(model):
+            model.graph_training(x)
+        y: Tensor = model(x)
+        return y
+
+    return call
 
 
 Program = tuple[Callable[[], object], Callable[[], list[Tensor]]]

@@ -1,12 +1,14 @@
 """Versions of weights, by which what was computed from them is found to be out of date."""
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["versions"]
+__all__ = ["folded_weights_stay", "versions", "weights_stay"]
 
 #: steps of all optimizers of this process: fused ones change weights without a new version
 _steps = 0
@@ -45,3 +47,24 @@ def versions(tensors: Iterable[Tensor | None]) -> tuple[Any, ...] | None:
             # the layout too: `w.data = w.data.t()` changes neither version nor address
             seen += (id(t), t._version, t.data_ptr(), t.stride())
     return tuple(seen)
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def folded_weights_stay() -> Iterator[None]:
+    """Let a CUDA graph be captured with weights that were folded before, in this thread.
+
+    The caller drops the graph when a weight changes, and keeps the folded weights until then.
+    """
+    _thread.weights_stay = True
+    try:
+        yield
+    finally:
+        _thread.weights_stay = False
+
+
+def weights_stay() -> bool:
+    """Return True inside of `folded_weights_stay`."""
+    return getattr(_thread, "weights_stay", False)

@@ -141,6 +141,8 @@ def compute(block: "StarBlock2d", x: Tensor) -> Tensor | None:
         if weights is None:
             return fused_block(block, x)
         return train_block(x, weights, block.mlp.act, block.mlp.offset)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return fused_block(block, x)  # a capture cannot wait until the weights are folded
     with recorded_launches() as launches:
         y = fused_block(block, x)
     try:

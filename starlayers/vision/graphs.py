@@ -2,7 +2,7 @@
 
 import warnings
 from collections import OrderedDict
-from operator import is_
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from starlayers.backend import backend_name
 from starlayers.dispatch import is_plain, launches_directly
-from starlayers.kernels.registration import autocasts
-from starlayers.kernels.versions import versions
+from starlayers.kernels.registration import autocasts, precision
+from starlayers.kernels.versions import folded_weights_stay
+from starlayers.vision.network_state import NetworkState
 
-__all__ = ["Graphs"]
+__all__ = ["Graphs", "attached", "kind_of", "run"]
 
 #: graphs that a network keeps; the one that was used longest ago goes
 MOST_GRAPHS = 8
@@ -26,50 +27,19 @@ WARM_UPS = 3
 LAUNCH_S, COPY_BYTES_S = 5e-6, 1e12
 
 
-class State:
-    """All of a network in eval mode that a graph of it was captured from, to be compared later.
-
-    That is its modules and whatever is attached to or set in them, and memory and versions of its
-    parameters and buffers. Holding them keeps others from their addresses.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = {m: _contents(m) for m in model.modules()}
-        self.tensors = [*model.parameters(), *model.buffers()]
-        self.memory = [t.detach() for t in self.tensors]
-        self.version = self._version()
-
-    def same(self) -> bool:
-        """Return True if the network is as it was."""
-        for m, known in self.modules.items():
-            for before, now in zip(known, _contents(m), strict=True):
-                if len(before) != len(now) or not all(map(is_, before, now)):
-                    return False
-        return self._version() == self.version
-
-    def _version(self) -> tuple[Any, ...]:
-        addresses = [t.data_ptr() for t in self.tensors]
-        return versions(()), [t._version for t in self.tensors], addresses
-
-
-def _contents(m: nn.Module) -> tuple[tuple[Any, ...], ...]:
-    """Return children, parameters, buffers and attributes of a module."""
-    children, parameters, buffers = m._modules, m._parameters, m._buffers
-    attributes = tuple(v for k, v in m.__dict__.items() if k not in OWN)
-    return tuple(children.values()), tuple(parameters.values()), tuple(buffers.values()), attributes
-
-
-#: attributes of blocks and networks that hold launches
-OWN = ("recordings", "graphs")
-
-
 class Captured(NamedTuple):
     """Graph, its tensors, and the network that it was captured from."""
 
-    state: State
+    state: NetworkState
     graph: Any
     source: Tensor
     result: Tensor
+    #: launches of blocks with the weights that they folded, which the graph reads
+    recordings: list[Any]
+
+    def shows(self, model: nn.Module) -> bool:
+        """Return True if a replay computes what `model` would."""
+        return self.state.modules[0] is model and self.state.same()
 
 
 class Graphs:
@@ -80,8 +50,9 @@ class Graphs:
             only where the launches saved cost more than the copies added.
 
     A graph repeats the kernels that were captured, with their addresses. It is dropped as soon as a
-    parameter, a buffer, a module or a setting is another one. Copies and pickles of this object are
-    empty.
+    parameter, a buffer, a module or a setting is another one. The graphs of a network share the
+    memory between their kernels: they run one after the other, whatever threads and streams they
+    are called from. Copies and pickles of this object are empty.
     """
 
     def __init__(self, always: bool) -> None:
@@ -89,76 +60,109 @@ class Graphs:
         self.captured: OrderedDict[Any, Captured] = OrderedDict()
         self.met: set[Any] = set()
         self.failed: dict[Any, str] = {}
+        self.lock = Lock()
+        self.done: Any = None
 
     def __reduce__(self) -> tuple[type, tuple[bool]]:
         return Graphs, (self.always,)
 
     def forget(self) -> None:
         """Drop all graphs; kinds of inputs that were met or failed are met anew."""
-        self.captured.clear()
-        self.met.clear()
-        self.failed.clear()
+        with self.lock:
+            for kind in list(self.captured):
+                self._drop(kind)
+            self.met.clear()
+            self.failed.clear()
 
     def reason(self, model: nn.Module, x: Tensor) -> str:
         """Return why a call on `x` now would not replay a graph; empty if it would."""
-        reason = self._obstacle(model, x)
+        reason = self._obstacle(x) or obstacle(model, x)
         if reason:
             return reason
-        kind = _kind(x)
+        kind = kind_of(x)
         known = self.captured.get(kind)
-        if known is not None and known.state.same():
+        if known is not None and known.shows(model):
             return ""
-        return self.failed.get(kind) or "no graph of this kind of input is captured yet"
+        return (
+            self.failed.get(kind)
+            or self._not_worth_it(model, x)
+            or "no graph of this kind of input is captured yet"
+        )
 
     def replayed(self, model: nn.Module, x: Tensor) -> Tensor | None:
         """Return `model(x)` by a graph, in new memory; `None` where the model has to be called."""
-        if self._obstacle(model, x):
+        if self._obstacle(x):
             return None
-        kind = _kind(x)
-        known = self.captured.get(kind)
-        if known is None or not known.state.same():
-            self.captured.pop(kind, None)
-            if kind in self.failed:
+        with self.lock:
+            kind = kind_of(x)
+            known = self.captured.get(kind)
+            if known is not None and not known.shows(model):
+                self._drop(kind)
+                known = None
+            # what is the same needs no second look at hooks
+            if obstacle(model, x, None if known is None else known.state):
                 return None
-            if not self.always and kind not in self.met:
-                if len(self.met) >= MOST_MET:
-                    self.met.clear()
-                self.met.add(kind)
-                return None
-            known = self._capture(model, x, kind)
+            known = known or self._capture(model, x, kind)
             if known is None:
                 return None
-        self.captured.move_to_end(kind)
+            self.captured.move_to_end(kind)
+            return self._replay(known, x)
+
+    def _replay(self, known: Captured, x: Tensor) -> Tensor:
+        if self.done is not None:  # the last replay may be running on another stream
+            torch.cuda.current_stream(x.device).wait_event(self.done)
         known.source.copy_(x)
         known.graph.replay()
-        return known.result.clone()
+        y = known.result.clone()
+        if x.is_cuda:
+            self.done = torch.cuda.Event()
+            self.done.record()
+        return y
 
-    def _obstacle(self, model: nn.Module, x: Tensor) -> str:
-        """Return what keeps every graph from a call, whatever was captured."""
+    def _drop(self, kind: Any) -> None:
+        """Drop a graph; its memory is free for others once its last replay is done."""
+        if self.done is not None:
+            self.done.synchronize()
+        del self.captured[kind]
+
+    def _obstacle(self, x: Tensor) -> str:
+        """Return what keeps every graph from a call on `x`, whatever the network is."""
         if type(x) is not Tensor:
             return f"input is a {type(x).__name__}"
         if x.device.type not in DEVICES:
             return f"input is on {x.device.type!r}, and graphs are CUDA's"
-        if model.training:
-            return "the network is in training mode"
-        if backend_name() == "eager":
-            return "the eager backend was asked for"
-        if not launches_directly(x, model.parameters()):
-            return "gradients, a compiler, a transform, a mode or another capture wants each step"
-        if not all(is_plain(m, type(m)) for m in model.modules()):
-            return "a module has hooks"
-        if not self.always:
-            layers = sum(bool(m._parameters) for m in model.modules())
-            # a launch for each at least; the output is smaller than the input
-            if 2 * x.numel() * x.element_size() / COPY_BYTES_S > layers * LAUNCH_S:
-                return f"copying {tuple(x.shape)} costs more than {layers} launches"
+        return ""
+
+    def _not_worth_it(self, model: nn.Module, x: Tensor) -> str:
+        """Return why "auto" does not capture a graph for `x`; empty if it does."""
+        if self.always:
+            return ""
+        layers = sum(bool(m._parameters) for m in model.modules())
+        # a launch for each at least; the output is smaller than the input
+        if 2 * x.numel() * x.element_size() / COPY_BYTES_S > layers * LAUNCH_S:
+            return f"copying {tuple(x.shape)} costs more than {layers} launches"
         return ""
 
     def _capture(self, model: nn.Module, x: Tensor, kind: Any) -> Captured | None:
+        if kind in self.failed:
+            return None
+        if not self.always and kind not in self.met:
+            if len(self.met) >= MOST_MET:
+                self.met.clear()
+            self.met.add(kind)
+            return None
+        reason = self._not_worth_it(model, x)
         try:
-            source = x.detach().clone(memory_format=torch.preserve_format)
-            graph, result = capture(model, source)
-            known = Captured(State(model), graph, source, result)
+            if reason:
+                self.failed[kind] = reason
+                return None
+            with torch.inference_mode(False):  # its memory is written in whatever mode comes later
+                source = x.detach().clone(memory_format=torch.preserve_format)
+            pools = (c.graph.pool() for c in self.captured.values() if c.source.device == x.device)
+            with folded_weights_stay():
+                graph, result = capture(model, source, next(pools, None))
+            recordings = [dict(m.__dict__.get("recordings", {})) for m in model.modules()]
+            known = Captured(NetworkState(model), graph, source, result, recordings)
         except RuntimeError as error:
             self.failed[kind] = f"a capture failed: {error}"
             warnings.warn(
@@ -168,7 +172,7 @@ class Graphs:
             )
             return None
         while len(self.captured) >= MOST_GRAPHS:
-            self.captured.popitem(last=False)
+            self._drop(next(iter(self.captured)))
         self.captured[kind] = known
         return known
 
@@ -177,26 +181,49 @@ class Graphs:
 DEVICES = {"cuda"}
 
 
-def capture(model: nn.Module, source: Tensor) -> tuple[Any, Tensor]:
-    """Capture `model.forward_features` and head on `source`; returns the graph and its result."""
+def obstacle(model: nn.Module, x: Tensor, state: NetworkState | None = None) -> str:
+    """Return what about a network and the call keeps graphs without gradients from it.
+
+    A network that was found to be in `state` has no hooks.
+    """
+    if model.training:
+        return "the network is in training mode"
+    if backend_name() == "eager":
+        return "the eager backend was asked for"
+    if not launches_directly(x, model.parameters() if state is None else state.tensors):
+        return "gradients, a compiler, a transform, a mode or another capture wants each step"
+    return "" if state is not None else attached(model)
+
+
+def attached(model: nn.Module) -> str:
+    """Return what graphs of `model` would skip; empty if there is nothing."""
+    if getattr(model, "_is_replica", False):
+        return "the network is a replica of nn.DataParallel, made anew for every call"
+    return "" if all(is_plain(m, type(m)) for m in model.modules()) else "a module has hooks"
+
+
+def capture(model: nn.Module, source: Tensor, pool: Any) -> tuple[Any, Tensor]:
+    """Capture `run(model, source)`, with memory of `pool`; returns the graph and its result."""
     stream = torch.cuda.Stream(source.device)
     stream.wait_stream(torch.cuda.current_stream(source.device))
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
-            _run(model, source)
+            run(model, source)
     torch.cuda.current_stream(source.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = _run(model, source)
+    # threads that load data go on calling CUDA meanwhile
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = run(model, source)
     return graph, result
 
 
-def _run(model: Any, x: Tensor) -> Tensor:
+def run(model: Any, x: Tensor) -> Tensor:
+    """Compute a StarNet step by step."""
     y: Tensor = model.forward_head(model.forward_features(x))
     return y
 
 
-def _kind(x: Tensor) -> Any:
+def kind_of(x: Tensor) -> Any:
     """Return what a graph is captured for, beside the network."""
     autocast = torch.get_autocast_dtype(x.device.type) if autocasts(x) else None
-    return x.shape, x.stride(), x.dtype, x.device, autocast, backend_name()
+    return x.shape, x.stride(), x.dtype, x.device, autocast, precision(x), backend_name()

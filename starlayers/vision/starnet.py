@@ -19,6 +19,7 @@ from starlayers.vision.blocks import ConvNorm, StarBlock2d, check_images, hidden
 from starlayers.vision.graphs import Graphs
 from starlayers.vision.layout import to_channels_last
 from starlayers.vision.recompute import recompute
+from starlayers.vision.training_graph import TrainingGraph
 
 STEM_CHANNELS = 32
 
@@ -301,26 +302,66 @@ class StarNet(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        graphs = self.__dict__.get("graphs")
+        graphs = self._graphs()
         y = None if graphs is None else graphs.replayed(self, x)
         return self.forward_head(self.forward_features(x)) if y is None else y
 
     __prepare_scriptable__ = record
 
+    def _graphs(self) -> Graphs | TrainingGraph | None:
+        """Return the CUDA graphs that were asked for, if there are any those of the mode."""
+        if torch.compiler.is_compiling():
+            return None
+        graphs = self.__dict__.get("graphs")
+        return self.__dict__.get("training_graph", graphs) if self.training else graphs
+
     def plan(self, x: Tensor) -> Plan | None:
         """Return the plan for images `x`: a CUDA graph or why not; `None` if none was asked for."""
-        graphs = self.__dict__.get("graphs")
+        graphs = self._graphs()
         if graphs is None:
             return None
         reason = graphs.reason(self, x)
         return Plan("step by step", reason) if reason else Plan("CUDA graph")
 
     def train(self, mode: bool = True) -> "StarNet":
-        """Set the mode of training, and drop CUDA graphs, which are captured again."""
+        """Set the mode of training, and drop graphs of inference, which are captured again."""
         graphs = self.__dict__.get("graphs")
         if graphs is not None:
             graphs.forget()
         return super().train(mode)
+
+    def graph_training(self, x: Tensor) -> "StarNet":
+        """Capture a training step on images like `x` as CUDA graphs; steps replay them from now on.
+
+        The forward and the backward are then one launch each, whatever the host is doing. Images
+        of another shape, type or autocast, such as a last smaller batch, run as before, and
+        `explain(model, x)` says why. Call it in training mode, under the autocast of the steps,
+        before the network is wrapped for data-parallel training, and again after it was changed
+        (`.to`, another head, frozen parameters). Second derivatives are not captured.
+
+        Args:
+            x: images (N, in_chans, H, W) on a GPU.
+
+        Returns:
+            The model. Buffers and random numbers are as they were.
+
+        Raises:
+            RuntimeError: the step cannot be captured, with the reason.
+
+        Example:
+            >>> model = StarNet(8, (1,), stage_strides=(2,))
+            >>> model.graph_training(torch.randn(2, 3, 32, 32))
+            Traceback (most recent call last):
+            ...
+            RuntimeError: StarNet: no CUDA graph of training: input is a Tensor on 'cpu', and ...
+        """
+        self.training_graph = TrainingGraph()  # a part of the state that is captured
+        try:
+            self.training_graph.capture(self, x)
+        except BaseException:
+            del self.training_graph
+            raise
+        return self
 
     def fuse(self, *, graph: bool | str = False) -> "StarNet":
         """Fold every BatchNorm into its neighbour for inference, in place.

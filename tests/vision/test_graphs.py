@@ -2,12 +2,16 @@
 
 import copy
 import io
+import threading
+import time
 
 import pytest
 import torch
 from torch import nn
 
 from starlayers import explain, use_backend
+from starlayers.kernels import versions
+from starlayers.modules import StarMLP
 from starlayers.vision import StarNet, graphs
 from tests.helpers import randn
 
@@ -15,13 +19,19 @@ from tests.helpers import randn
 class Recorded:
     """Stands for a CUDA graph: repeats the network on the memory that it was captured with."""
 
-    def __init__(self, model, source, result):
+    def __init__(self, model, source, result, memory):
         self.model, self.source, self.result = model, source, result
-        self.replays = 0
+        self.replays, self.memory = 0, memory
+        self.weights_stayed = versions.weights_stay()
 
     def replay(self):
         self.replays += 1
-        self.result.copy_(self.model.forward_head(self.model.forward_features(self.source)))
+        result = self.model.forward_head(self.model.forward_features(self.source))
+        with torch.inference_mode(self.result.is_inference()):
+            self.result.copy_(result)
+
+    def pool(self):
+        return self.memory
 
 
 @pytest.fixture
@@ -29,9 +39,9 @@ def captures(monkeypatch):
     """Let networks on the CPU be captured; returns the list of graphs."""
     made = []
 
-    def capture(model, source):
+    def capture(model, source, pool):
         result = model.forward_head(model.forward_features(source))
-        made.append(Recorded(model, source, result))
+        made.append(Recorded(model, source, result, pool or object()))
         return made[-1], result
 
     monkeypatch.setattr(graphs, "capture", capture)
@@ -49,6 +59,11 @@ def starnet(graph, **options):
 
 
 X = randn(2, 3, 32, 32)
+
+
+class Doubled(StarMLP):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 def defined(net, x):
@@ -105,6 +120,7 @@ CHANGES = {
     "a state dict": lambda net: net.load_state_dict(starnet(False).state_dict()),
     "a fused optimizer": sgd,
     "another memory": other_memory,
+    "another class": lambda net: setattr(net.stages[0][1].mlp, "__class__", Doubled),
     "another parameter": lambda net: setattr(net.head, "bias", nn.Parameter(torch.ones(3))),
     "another module": lambda net: setattr(net, "norm", nn.Identity()),
     "another head": lambda net: net.reset_classifier(5),
@@ -128,6 +144,107 @@ def test_a_changed_network_is_captured_anew(name, captures):
     assert len(captures) == 2
     net(X)
     assert [g.replays for g in captures] == [1, 2]
+
+
+@torch.no_grad()
+def test_another_layout_and_another_parameter_of_equal_value_are_captured_anew(captures):
+    net = starnet(True)
+    net.reset_classifier(8)  # as many as features
+    net(X)
+    net.head.weight.data = net.head.weight.data.t()
+    torch.testing.assert_close(net(X), defined(net, X))
+    assert len(captures) == 2
+    net.head.weight = nn.Parameter(net.head.weight.detach().clone())
+    net(X)
+    net.head.weight.mul_(2)
+    torch.testing.assert_close(net(X), defined(net, X))
+    assert len(captures) == 4
+
+
+@torch.no_grad()
+def test_a_tensor_in_the_place_of_a_setting_is_a_change(captures):
+    net = starnet(True)
+    net.note = torch.zeros(2)
+    net(X)
+    net.note = torch.ones(2)
+    net(X)
+    assert len(captures) == 2
+
+
+def test_a_graph_captured_in_inference_mode_serves_other_modes_too(captures):
+    net = starnet(True)
+    with torch.inference_mode():
+        net(X)
+    with torch.no_grad():
+        torch.testing.assert_close(net(2 * X), defined(net, 2 * X))
+    assert [g.replays for g in captures] == [2]
+
+
+@torch.no_grad()
+def test_graphs_of_a_network_share_memory_and_keep_folded_weights(captures):
+    net = starnet(True)
+    net(X)
+    net(X[:1])
+    assert captures[0].memory is captures[1].memory
+    assert all(g.weights_stayed for g in captures)
+    assert not versions.weights_stay()
+    net.stages[0][1].recordings = {"kind": "launches"}
+    net(X)
+    (known,) = (c for c in net.graphs.captured.values() if len(c.source) == 2)
+    net.stages[0][1].train().eval()  # which forgets them
+    assert {"kind": "launches"} in known.recordings
+
+
+@torch.no_grad()
+def test_threads_get_results_of_their_own_inputs(captures, monkeypatch):
+    net = starnet(True)
+    inputs = [k * X for k in range(1, 5)]
+    wanted = [defined(net, x) for x in inputs]
+    net(X)
+    replay = Recorded.replay
+
+    def slow(self):
+        time.sleep(0.002)  # the others would write their input now
+        replay(self)
+
+    monkeypatch.setattr(Recorded, "replay", slow)
+    got = [[] for _ in inputs]
+    start = threading.Barrier(len(inputs))
+
+    def call(i):
+        start.wait()
+        with torch.no_grad():
+            got[i].extend(net(inputs[i]) for _ in range(5))
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for results, y in zip(got, wanted, strict=True):
+        assert len(results) == 5
+        for result in results:
+            torch.testing.assert_close(result, y)
+
+
+@torch.no_grad()
+def test_graphs_are_of_the_very_network_and_not_of_its_replicas(captures):
+    net = starnet(True)
+    net(X)
+    twin = copy.copy(net)  # shares the graphs
+    twin._modules = dict(net._modules, norm=nn.Identity())
+    torch.testing.assert_close(twin(X), defined(twin, X))
+    torch.testing.assert_close(net(X), defined(net, X))
+    replica = net._replicate_for_data_parallel()
+    assert replica.plan(X).reason.startswith("the network is a replica of nn.DataParallel")
+
+
+@torch.no_grad()
+def test_a_compiler_sees_the_steps(captures):
+    net = starnet(True)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), defined(net, X))
+    assert captures == []
 
 
 def test_calls_that_no_graph_serves_run_step_by_step_and_say_why(captures):
@@ -173,7 +290,7 @@ def test_explain_tells_whether_a_graph_is_replayed(captures):
 def test_a_failed_capture_is_told_once_and_not_tried_again(monkeypatch, captures):
     calls = []
 
-    def fails(model, source):
+    def fails(model, source, pool):
         calls.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
