@@ -138,4 +138,5 @@ def test_hidden_gradients_in_memory_are_bounded(hidden, bound, monkeypatch):
     weight = channels * hidden * 2
     # dx; sums in float32; the stacked weights; of each weight gradient a sum, its parts and copies
     others = rows * channels * 2 + 4 * 24 * (2 * hidden + channels) + 2 * weight + 3 * 6 * weight
+    others += 2**16  # for the products themselves, on CPUs that have none for bfloat16
     assert in_memory - TILE.rows * row <= peak_bytes(backward) <= in_memory + others
