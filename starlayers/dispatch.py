@@ -205,6 +205,8 @@ def _new_mlp_plan(
     recompute: bool,
 ) -> Plan:
     parameters = tuple(w for w in weights if w is not None)
+    if not exporting() and weights.misfit:
+        return Plan("eager", weights.misfit)
     return plans.decide_mlp(
         call_of(backend, act, _tracer(), (x, *parameters)),
         rows_of(x),
@@ -270,7 +272,8 @@ def plan_block(
         return plan
     tensors = (x, *parameters)
     call = call_of(backend_name(), act, _tracer(), tensors)
-    reason = "the batch is empty" if x.numel() == 0 else plans.kernel_reason(call)
+    reason = "the batch is empty" if x.numel() == 0 else weights.misfit
+    reason = reason or plans.kernel_reason(call)
     reason = reason or plans.too_few(call.backend, call.dtype, rows_of(x), weights.sizes)
     reason = reason or plans.too_wide(
         x.device, call.dtype, weights.sizes, needs_gradients(*tensors)

@@ -330,6 +330,8 @@ class StarMLP(StarOp):
                 return f"{kind.__name__} computes its products by a method of its own"
         if isinstance(self.offset, Tensor):
             return "offset is a tensor, which only the definition trains"
+        if self.act is None:
+            return "act is None; the fused paths need a name"
         layers = self._modules
         weights = plain_weights(layers["f1"], layers["f2"], layers["g"])
         if weights is not None:

@@ -22,7 +22,7 @@ from starlayers import (
 from starlayers.coefficients.modules import DynamicStarMLP, ScaledStarMLP, SumMLP
 from starlayers.dispatch import Plan, plain_weights, plan_star
 from starlayers.kernels import registration
-from starlayers.kernels.registration import compute_dtype
+from starlayers.kernels.registration import MLPWeights, compute_dtype
 from starlayers.kernels.versions import folded_weights_stay
 from starlayers.reference import star_reference
 from tests.helpers import RecordOps, randn, star_mlp_formula, star_op_formula
@@ -354,3 +354,16 @@ def test_captures_launch_nothing_directly_unless_folded_weights_stay(monkeypatch
         with ThreadPoolExecutor(1) as other:
             assert not other.submit(dispatch.launches_directly, x, ()).result()
     assert not dispatch.launches_directly(x, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("w2", (1, 8)), ("b1", (1,)), ("b2", (16, 1)), ("w3", (8, 1)), ("b3", (1,))],
+)
+def test_parameters_that_are_broadcast_are_left_to_the_definition(name, shape):
+    shapes = ((16, 8), (16,), (16, 8), (16,), (8, 16), (8,))
+    weights = MLPWeights(*(randn(*s) for s in shapes))
+    x = randn(2**16, 8)
+    assert not dispatch.plan_mlp(x, weights, "relu6").reason
+    changed = weights._replace(**{name: randn(*shape)})
+    assert f"{name} has shape {shape}, not" in dispatch.plan_mlp(x, changed, "relu6").reason

@@ -65,6 +65,16 @@ class MLPWeights(NamedTuple):
         """Channels of the input, of the product and of the result."""
         return self.w1.shape[1], self.w1.shape[0], self.w3.shape[0]
 
+    @property
+    def misfit(self) -> str:
+        """Say which parameter has a shape that its layer has not, as one that is broadcast has."""
+        width, hidden, out = self.sizes
+        shapes = ((hidden, width), (hidden,), (hidden, width), (hidden,), (out, hidden), (out,))
+        for name, t, shape in zip(self._fields, self, shapes, strict=True):
+            if t is not None and t.shape != shape:
+                return f"{name} has shape {tuple(t.shape)}, not {shape}"
+        return ""
+
     def cast(self, dtype: torch.dtype) -> "MLPWeights":
         """Return all parameters in `dtype`."""
         return MLPWeights(*(cast(t, dtype) for t in self))

@@ -60,7 +60,7 @@ def plan(block: "StarBlock2d", x: Tensor) -> Plan:
     plan = plan_early(x)
     if plan is not None:
         return plan
-    reason = _structure_reason(block)
+    reason = _structure_reason(block) or _misfit(block, x.shape[-1])
     weights = reason or block.mlp.fusable()
     if isinstance(weights, str):
         return declined(weights, "this StarBlock2d")
@@ -72,7 +72,9 @@ def _structure_reason(block: "StarBlock2d") -> str:
     modules = block._modules  # attributes of modules are slow
     mlp = modules["mlp"]
     if not is_plain(mlp, StarMLP):
-        return f"the MLP is hooked, wrapped or not a StarMLP but a {type(mlp).__name__}"
+        kind = type(mlp)
+        hooked = "the MLP is hooked or has another forward"
+        return hooked if kind is StarMLP else f"the MLP is no StarMLP but a {kind.__name__}"
     for name, order in (("pre", ["conv", "bn"]), ("post", ["bn", "conv"])):
         layers: Any = modules[name]
         if not is_plain(layers, OnChannelsLast) or list(layers._modules) != order:
@@ -82,6 +84,26 @@ def _structure_reason(block: "StarBlock2d") -> str:
             return "a convolution is hooked, changed or not depthwise with odd kernel and stride 1"
         if not (is_plain(norm, nn.Identity) or is_plain(norm, nn.BatchNorm2d)):
             return f"a norm is hooked or a {type(norm).__name__} (needs BatchNorm2d or Identity)"
+    return ""
+
+
+def _misfit(block: "StarBlock2d", channels: int) -> str:
+    """Say which tensor in front of or behind the MLP has a shape that its layer has not.
+
+    The definition may broadcast it, or raises.
+    """
+    named = [("gamma", block.gamma, (channels,))]
+    for part in ("pre", "post"):
+        conv, norm = block._modules[part].conv, block._modules[part].bn  # type: ignore[union-attr]
+        size = conv.kernel_size[0]
+        named.append((f"{part}.conv.weight", conv.weight, (channels, 1, size, size)))
+        named.append((f"{part}.conv.bias", conv.bias, (channels,)))
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            named.append((f"{part}.bn.{name}", getattr(norm, name, None), (channels,)))
+    named.append(("mlp.f1.weight", block.mlp.f1.weight, (block.mlp.hidden_features, channels)))
+    for name, t, shape in named:
+        if t is not None and t.shape != shape:
+            return f"{name} has shape {tuple(t.shape)}, not {shape}"
     return ""
 
 
@@ -267,7 +289,7 @@ def _drop_path_acts(drop_path: nn.Module) -> bool:
 def _uses_batch_statistics(norm: nn.Module) -> bool:
     if not isinstance(norm, nn.BatchNorm2d):
         return False
-    return norm.training or norm._buffers["running_mean"] is None
+    return norm.training or norm.running_mean is None
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ REFUSED = {
     ),
     "norm": (lambda b: setattr(b.post, "bn", nn.InstanceNorm2d(16)), "InstanceNorm2d"),
     "branch": (lambda b: b.mlp.f1.register_forward_hook(lambda *_: None), "f1 has hooks"),
-    "rank": (lambda b: setattr(b, "mlp", RankStarMLP(16)), "not a StarMLP but a RankStarMLP"),
+    "rank": (lambda b: setattr(b, "mlp", RankStarMLP(16)), "no StarMLP but a RankStarMLP"),
 }
 
 

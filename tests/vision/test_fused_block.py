@@ -43,7 +43,7 @@ def test_the_backend_is_asked_first():
         assert plan(block, x).reason == "the eager backend was asked for"
         assert plan(block, x.to("meta")).reason == "the eager backend was asked for"
     other = plan(block, x.to("meta")).reason  # a device that may have kernels
-    assert other == "the MLP is hooked, wrapped or not a StarMLP but a Identity"
+    assert other == "the MLP is no StarMLP but a Identity"
 
 
 class Changed(StarMLP):
@@ -71,13 +71,13 @@ def replaced(name, **kwargs):
 
 CONV = "a convolution is hooked, changed or not depthwise with odd kernel and stride 1"
 NORM = "a norm is hooked or a {} (needs BatchNorm2d or Identity)"
-MLP = "the MLP is hooked, wrapped or not a StarMLP but a {}"
+MLP = "the MLP is no StarMLP but a {}"
 STRUCTURE = {
     "as_made": (lambda b: None, NO_KERNEL),
     "folded": (lambda b: b.eval().fuse(), NO_KERNEL),
     "same_convolution": (replaced("pre"), NO_KERNEL),
     "kernel_5": (replaced("post", kernel_size=5, padding=2), NO_KERNEL),
-    "mlp_hooked": (lambda b: hooked(b.mlp), MLP.format("StarMLP")),
+    "mlp_hooked": (lambda b: hooked(b.mlp), "the MLP is hooked or has another forward"),
     "mlp_subclass": (lambda b: setattr(b, "mlp", Changed(8)), MLP.format("Changed")),
     "pre_hooked": (lambda b: hooked(b.pre), "'pre' is hooked, wrapped or not just conv and bn"),
     "post_hooked": (lambda b: hooked(b.post), "'post' is hooked, wrapped or not just bn and conv"),
@@ -300,3 +300,43 @@ def test_a_declined_block_is_not_planned(monkeypatch):
     with use_backend("cpu"):
         assert fused_block.compute(block, x) is None
     assert asked == []
+
+
+MISFITS = {
+    "gamma": (lambda b: setattr(b, "gamma", nn.Parameter(torch.ones(()))), "gamma has shape ()"),
+    "taps": (
+        lambda b: setattr(b.pre.conv, "weight", nn.Parameter(torch.ones(16, 1, 5, 5))),
+        "pre.conv.weight has shape (16, 1, 5, 5), not (16, 1, 7, 7)",
+    ),
+    "a bias": (
+        lambda b: setattr(b.post.conv, "bias", nn.Parameter(torch.ones(1))),
+        "post.conv.bias has shape (1,), not (16,)",
+    ),
+    "a norm": (lambda b: setattr(b.pre, "bn", nn.BatchNorm2d(8)), "pre.bn.weight has shape (8,)"),
+    "a branch": (
+        lambda b: setattr(b.mlp.f2, "weight", nn.Parameter(torch.ones(1, 16))),
+        "w2 has shape (1, 16), not (64, 16)",
+    ),
+    "the MLP": (lambda b: setattr(b, "mlp", StarMLP(8)), "mlp.f1.weight has shape (32, 8)"),
+    "act": (lambda b: setattr(b.mlp, "act", None), "act is None"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_tensors_of_other_shapes_are_left_to_the_definition(name, monkeypatch):
+    """Kernels read as much as a layer says that it has."""
+    monkeypatch.setattr(registration, "KERNEL_DEVICES", {"cpu", "cuda"})
+    block, x = StarBlock2d(16, layer_scale=1.0).eval(), pixels(16, 56, 4).bfloat16()
+    assert fused_block.plan(block.bfloat16(), x).fused
+    change, words = MISFITS[name]
+    change(block)
+    assert words in fused_block.plan(block, x).reason
+
+
+def test_a_running_mean_that_is_no_buffer_is_found(monkeypatch):
+    norm = norm_2d().eval()
+    mean = norm.running_mean
+    del norm.running_mean
+    norm.running_mean = mean.clone()
+    assert not fused_block._uses_batch_statistics(norm)
+    assert torch.equal(fused_block._norm_as_affine(norm, None, None, 5).center, mean)
