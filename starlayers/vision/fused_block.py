@@ -92,9 +92,10 @@ def _misfit(block: "StarBlock2d", channels: int) -> str:
 
     The definition may broadcast it, or raises.
     """
-    named = [("gamma", block.gamma, (channels,))]
+    named: list[tuple[str, Any, Any]] = [("gamma", block.gamma, (channels,))]
     for part in ("pre", "post"):
-        conv, norm = block._modules[part].conv, block._modules[part].bn  # type: ignore[union-attr]
+        layers: Any = block._modules[part]
+        conv, norm = layers.conv, layers.bn
         size = conv.kernel_size[0]
         named.append((f"{part}.conv.weight", conv.weight, (channels, 1, size, size)))
         named.append((f"{part}.conv.bias", conv.bias, (channels,)))
