@@ -27,10 +27,7 @@ from starlayers.kernels.dwconv import BAND_SIZES
 PAGE = Path(__file__).parents[2] / "docs/kernels-compiled.md"
 PROCESSES = 2
 
-#: these were chosen by time, on an H100: twice the rows a tile can be worth what they spill
-TIMED = ("sm_90", 2)
-UNTIMED = {"star_mlp_backward.mlp_hidden", "star_mlp_backward.mlp_upstream"}  # came later
-#: bytes a thread that others may spill: two dozen registers, stored and loaded
+#: bytes a thread that a kernel may spill: two dozen registers, stored and loaded
 MAX_SPILL = 192
 
 #: arguments that are numbers, and vectors that are float32 whatever the type of the matrices
@@ -49,8 +46,7 @@ figure here is a measurement of speed.
 
 Each row is one tile configuration on one GPU, shown with the options that need most; `compiled`
 counts the variants behind it. `registers` and `spill` are per thread: bytes stored and loaded on
-NVIDIA, where none but what was timed (bf16 on sm_90, but not the Toeplitz kernels, `mlp_hidden`,
-`mlp_upstream` and those that fold norms) may spill more than {spill}, and scratch memory on AMD.
+NVIDIA, where none may spill more than {spill}, and scratch memory on AMD.
 `KiB` is shared memory per program, `matrix` the matrix instructions (HGMMA on sm_90, HMMA on sm_80
 and sm_89, MFMA on gfx942; "in turn" where ptxas says that it waits for each) and `programs` how
 many fit on a multiprocessor. Tiles of the star MLP are rows x hidden channels, for so many channels
@@ -92,20 +88,13 @@ def _type(name: str, v: Variant) -> str:
     return "*fp32" if name in VECTORS else f"*{KINDS[v.size]}"
 
 
-def _is_new(v: Variant) -> bool:
-    """Return True for kernels that came after the tiles were timed."""
-    return v.function in UNTIMED or v.function.startswith("fold.")
-
-
 def offences(v: Variant, stats: Stats | str) -> list[str]:
     """Return the reasons why a variant must not ship; scratch memory on AMD is no reason."""
     if isinstance(stats, str):
         return [f"does not compile: {stats}"]
     target = TARGETS[v.target]
     reasons = []
-    timed = (v.target, v.size) == TIMED
-    timed = timed and not v.small_products and not _is_new(v)
-    if stats.spill > MAX_SPILL and target.backend == "cuda" and not timed:
+    if stats.spill > MAX_SPILL and target.backend == "cuda":
         reasons.append(f"spills {stats.spill} bytes a thread")
     if stats.shared > target.shared_limit:
         reasons.append(f"{stats.shared} bytes of shared memory, {target.shared_limit} there are")

@@ -77,6 +77,7 @@ IN_TRITON = [
     ((70, 96, 40, 48), "hardswish", 1.0, ("b3",), True, "bf16", 1),
     ((40, 100, 24, 132), "identity", -0.5, (), True, "f16", 1),
     ((20, 8, 136, 100), "squared_relu", 1.0, OPTIONAL, True, "f32", 1),
+    ((130, 17, 24, 250), "relu6", 0.0, (), True, "bf16", 1),  # the output in halves
 ]
 
 

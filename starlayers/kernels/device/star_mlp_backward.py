@@ -68,6 +68,17 @@ def _store_sums(base, tile, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, N: t
 
 
 @triton.jit
+def _column_sums(tile, LATER: tl.constexpr):
+    """Sum a tile over its rows to (1, columns); with LATER widen it to float32 only.
+
+    The sum waits for all warps. A program with narrow tiles therefore adds them up whole, and sums
+    the rows once in the end; wider tiles would take too many registers.
+    """
+    tile = tile.to(tl.float32)
+    return tile if LATER else tl.sum(tile, axis=0)[None, :]
+
+
+@triton.jit
 def mlp_dx(
     dy, z, mean, p, q, x, w1, b1, w2, b2, w3, dx, g, M,
     stride_dy: tl.constexpr, stride_z: tl.constexpr, stride_x: tl.constexpr,
@@ -162,7 +173,8 @@ def mlp_dw(
     dw3_0 = tl.zeros([BH, O0], tl.float32)
     db1 = tl.zeros([BH], tl.float32)
     db2 = tl.zeros([BH], tl.float32)
-    db3_0 = tl.zeros([O0], tl.float32)
+    LANES: tl.constexpr = BM if DX else 1  # rows of db3 that are left to sum in the end
+    db3_0 = tl.zeros([LANES, O0], tl.float32)
     if C1 > 0:
         u1 = load_rows(w1, hidden, there, stride_w1, C0, C1, C)
         v1 = load_rows(w2, hidden, there, stride_w2, C0, C1, C)
@@ -171,22 +183,22 @@ def mlp_dw(
     if O1 > 0:
         t1 = load_columns(w3, hidden, there, stride_w3, O0, O1, OUT)
         dw3_1 = tl.zeros([BH, O1], tl.float32)
-        db3_1 = tl.zeros([O1], tl.float32)
+        db3_1 = tl.zeros([LANES, O1], tl.float32)
     for m in tl.range(program * BM, M, PROGRAMS * BM, num_stages=STAGES):
         rows = m + tl.arange(0, BM)
         live = rows < M
         x0 = load_rows(x, rows, live, stride_x, 0, C0, C)
         g0 = _upstream(dy, z, mean, p, q, rows, live, stride_dy, stride_z, 0, O0, OUT, AFFINE)
+        db3_0 += _column_sums(g0, DX)
+        if O1 > 0:
+            g1 = _upstream(dy, z, mean, p, q, rows, live, stride_dy, stride_z, O0, O1, OUT, AFFINE)
+            db3_1 += _column_sums(g1, DX)
         h1 = tl.dot(u0, tl.trans(x0), input_precision=PRECISION)
         h2 = tl.dot(v0, tl.trans(x0), input_precision=PRECISION)
-        ds = tl.dot(tl.trans(w0), tl.trans(g0), input_precision=PRECISION)
         if C1 > 0:
             x1 = load_rows(x, rows, live, stride_x, C0, C1, C)
             h1 = tl.dot(u1, tl.trans(x1), h1, input_precision=PRECISION)
             h2 = tl.dot(v1, tl.trans(x1), h2, input_precision=PRECISION)
-        if O1 > 0:
-            g1 = _upstream(dy, z, mean, p, q, rows, live, stride_dy, stride_z, O0, O1, OUT, AFFINE)
-            ds = tl.dot(tl.trans(t1), tl.trans(g1), ds, input_precision=PRECISION)
         if BIAS1:
             h1 += load_vector(b1, chunk * BH, BH, H)[:, None]
         if BIAS2:
@@ -194,23 +206,24 @@ def mlp_dw(
         a = act_value(h1, ACT)
         h2 += OFFSET
         s = (a * h2).to(x.dtype.element_ty)
-        dw3_0 = tl.dot(s, g0, dw3_0, input_precision=PRECISION)
+        # only now, and all gradients before the next products: few float32 tiles live at once
+        ds = tl.dot(tl.trans(w0), tl.trans(g0), input_precision=PRECISION)
         if O1 > 0:
-            dw3_1 = tl.dot(s, g1, dw3_1, input_precision=PRECISION)
-            db3_1 += tl.sum(g1.to(tl.float32), axis=0)
-        db3_0 += tl.sum(g0.to(tl.float32), axis=0)
+            ds = tl.dot(tl.trans(t1), tl.trans(g1), ds, input_precision=PRECISION)
         e2 = ds * a
-        db2 += tl.sum(e2, axis=1)
-        e2 = e2.to(x.dtype.element_ty)
-        dw2_0 = tl.dot(e2, x0, dw2_0, input_precision=PRECISION)
-        if C1 > 0:
-            dw2_1 = tl.dot(e2, x1, dw2_1, input_precision=PRECISION)
         e1 = act_backward(ds * h2, h1, ACT)
         db1 += tl.sum(e1, axis=1)
+        db2 += tl.sum(e2, axis=1)
         e1 = e1.to(x.dtype.element_ty)
+        e2 = e2.to(x.dtype.element_ty)
+        dw2_0 = tl.dot(e2, x0, dw2_0, input_precision=PRECISION)
         dw1_0 = tl.dot(e1, x0, dw1_0, input_precision=PRECISION)
+        dw3_0 = tl.dot(s, g0, dw3_0, input_precision=PRECISION)
         if C1 > 0:
+            dw2_1 = tl.dot(e2, x1, dw2_1, input_precision=PRECISION)
             dw1_1 = tl.dot(e1, x1, dw1_1, input_precision=PRECISION)
+        if O1 > 0:
+            dw3_1 = tl.dot(s, g1, dw3_1, input_precision=PRECISION)
         if DX:
             dx0 = tl.dot(tl.trans(e1), u0, input_precision=PRECISION)
             dx0 = tl.dot(tl.trans(e2), v0, dx0, input_precision=PRECISION)
@@ -233,10 +246,10 @@ def mlp_dw(
     tl.store(base + hidden.to(tl.int64) * WIDTH + 2 * C + OUT + 1, db2, mask=there)
     if chunk == 0:
         cols = tl.arange(0, O0)
-        tl.store(parts3 + program * OUT + cols, db3_0, mask=cols < OUT)
+        tl.store(parts3 + program * OUT + cols, tl.sum(db3_0, axis=0), mask=cols < OUT)
         if O1 > 0:
             cols = O0 + tl.arange(0, O1)
-            tl.store(parts3 + program * OUT + cols, db3_1, mask=cols < OUT)
+            tl.store(parts3 + program * OUT + cols, tl.sum(db3_1, axis=0), mask=cols < OUT)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from starlayers.kernels.device.activation import act_value
 from starlayers.kernels.device.tile import (
+    halves,
     load_columns,
     load_rows,
     load_vector,
@@ -17,6 +18,24 @@ from starlayers.kernels.device.tile import (
 )
 
 __all__ = ["mlp_forward"]
+
+
+@triton.jit
+def _finish(
+    tile, b3, residual, y, parts, rows, live, count, part, stride_r: tl.constexpr,
+    OUT: tl.constexpr, BIAS3: tl.constexpr, RESIDUAL: tl.constexpr, STATS: tl.constexpr,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Add bias and residual to columns FIRST.. of the output; store them and their statistics."""
+    if BIAS3:
+        tile += load_vector(b3, FIRST, WIDTH, OUT)[None, :]
+    if RESIDUAL:
+        tile += load_rows(residual, rows, live, stride_r, FIRST, WIDTH, OUT).to(tl.float32)
+    if STATS:
+        # of the rounded values, which are what the next op reads
+        tile = tile.to(y.dtype.element_ty).to(tl.float32)
+        store_statistics(parts, tile, live, count, part, FIRST, WIDTH, OUT)
+    store_rows(y, tile, rows, live, OUT, FIRST, WIDTH, OUT)
 
 
 @triton.jit
@@ -61,21 +80,24 @@ def mlp_forward(
             w = load_columns(w3, hidden, there, stride_w3, O0, O1, OUT)
             y1 = tl.dot(s, tl.trans(w), y1, input_precision=PRECISION)
     count = tl.minimum(M - part * BM, BM).to(tl.float32)
-    if BIAS3:
-        y0 += load_vector(b3, 0, O0, OUT)[None, :]
-    if RESIDUAL:
-        y0 += load_rows(residual, rows, live, stride_r, 0, O0, OUT).to(tl.float32)
-    if STATS:
-        # of the rounded values, which are what the next op reads
-        y0 = y0.to(y.dtype.element_ty).to(tl.float32)
-        store_statistics(parts, y0, live, count, part, 0, O0, OUT)
-    store_rows(y, y0, rows, live, OUT, 0, O0, OUT)
+    if O0 > 128:
+        # what is added and summed takes as many registers as the columns it is for
+        left, right = halves(y0)
+        _finish(
+            left, b3, residual, y, parts, rows, live, count, part, stride_r, OUT, BIAS3, RESIDUAL,
+            STATS, 0, O0 // 2,
+        )  # fmt: skip
+        _finish(
+            right, b3, residual, y, parts, rows, live, count, part, stride_r, OUT, BIAS3, RESIDUAL,
+            STATS, O0 // 2, O0 // 2,
+        )  # fmt: skip
+    else:
+        _finish(
+            y0, b3, residual, y, parts, rows, live, count, part, stride_r, OUT, BIAS3, RESIDUAL,
+            STATS, 0, O0,
+        )  # fmt: skip
     if O1 > 0:
-        if BIAS3:
-            y1 += load_vector(b3, O0, O1, OUT)[None, :]
-        if RESIDUAL:
-            y1 += load_rows(residual, rows, live, stride_r, O0, O1, OUT).to(tl.float32)
-        if STATS:
-            y1 = y1.to(y.dtype.element_ty).to(tl.float32)
-            store_statistics(parts, y1, live, count, part, O0, O1, OUT)
-        store_rows(y, y1, rows, live, OUT, O0, O1, OUT)
+        _finish(
+            y1, b3, residual, y, parts, rows, live, count, part, stride_r, OUT, BIAS3, RESIDUAL,
+            STATS, O0, O1,
+        )  # fmt: skip

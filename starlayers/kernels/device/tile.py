@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "halves",
     "load_columns",
     "load_rows",
     "load_slab",
@@ -17,6 +18,12 @@ __all__ = [
     "store_rows",
     "store_statistics",
 ]
+
+
+@triton.jit
+def halves(tile):
+    """Return the left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), 0, 2, 1))
 
 
 @triton.jit
