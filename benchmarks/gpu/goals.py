@@ -103,6 +103,12 @@ def _goals() -> list[Goal]:
         Goal("StarNet-S4, batch 1, inference: time to that of timm + compile", 0.6,
              quotient(single, [FUSED, FOLDED, FUSED + GRAPH, *graphed], timm, "call_ms")),
         *(
+            Goal(f"StarNet-S4, batch {batch}, inference, {what}: time to that of the definition", 1,
+                 quotient(row, [ours], ["eager"], "call_ms"))
+            for batch, row in ((1, single), (256, inference))
+            for what, ours in (("from Python", FUSED), ("fuse() in a graph", GRAPHED))
+        ),
+        *(
             Goal(f"depthwise 7x7, {direction}: speed over the better cuDNN layout, worst S4 stage",
                  limit, speed([f"depthwise: {stage}, {direction}" for stage in stages],
                               [FUSED], CUDNN, "gpu_ms"), least=True)
