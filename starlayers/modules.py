@@ -7,6 +7,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from starlayers.activations import get_activation
+from starlayers.attached import attached
 from starlayers.checks import (
     boolean,
     finite,
@@ -19,7 +20,6 @@ from starlayers.checks import (
 from starlayers.dispatch import (
     FORWARDS,
     Plan,
-    attached,
     calls_directly,
     declined,
     is_plain,

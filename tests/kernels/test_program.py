@@ -16,7 +16,7 @@ from starlayers.kernels import versions as versions_module
 from starlayers.kernels.program import Program
 from starlayers.kernels.registration import Launch
 from starlayers.kernels.versions import versions
-from starlayers.vision import StarBlock2d, fused_block
+from starlayers.vision import StarBlock2d, fused_block, recordings
 from tests.helpers import randn
 from tests.kernels.test_block2d_triton import lively
 
@@ -197,7 +197,7 @@ def test_inputs_of_each_kind_have_launches_of_their_own(x, op_calls):
 
 
 def test_launches_are_kept_for_a_few_kinds_and_not_copied(monkeypatch):
-    monkeypatch.setattr(fused_block, "MOST_RECORDINGS", 2)
+    monkeypatch.setattr(recordings, "MOST_RECORDINGS", 2)
     block = made()
     for width in (1, 2, 3):
         fused(block, randn(1, 16, 1, width))
