@@ -153,7 +153,7 @@ def _trained(block: "StarBlock2d", x: Tensor) -> BlockWeights | None:
     """Return the parameters of a block that is trained by `train_block`; `None` by the ops."""
     if not launches_directly(x, (), gradients=True) or compute_dtype(x) != x.dtype:
         return None
-    if block.gamma is not None or _drop_path_acts(block.drop_path) or x.numel() == 0:
+    if block.gamma is not None or _drop_path_acts(block.drop_path) or x.numel() == 0 or x.is_neg():
         return None
     norms = [layers.bn for layers in (block.pre, block.post)]
     first, last = (Norm.of(m) if isinstance(m, nn.BatchNorm2d) else None for m in norms)

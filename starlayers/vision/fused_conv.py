@@ -21,6 +21,7 @@ from starlayers.dispatch import (
 )
 from starlayers.kernels.conv import Convolution, convolve
 from starlayers.kernels.versions import versions
+from starlayers.tracing import is_traced
 from starlayers.vision.norms import norm_as_affine
 from starlayers.vision.recordings import kind_of, known, record, settled
 
@@ -78,7 +79,7 @@ def compute(layer: "ConvNorm", x: Tensor, act: str | None = None) -> Tensor | No
 
     Returns `None` where the definition is to do so.
     """
-    if rules_kernels_out(x):
+    if rules_kernels_out(x) or torch.compiler.is_compiling() or is_traced(x):
         return None
     conv = _convolution(layer, x)
     if isinstance(conv, str) or rules_convolution_out(x, conv):
