@@ -41,10 +41,10 @@ def plan(layer: "ConvNorm", x: Tensor, act: str | None = None) -> Plan:
     conv = _convolution(layer, x)
     if isinstance(conv, str):
         return plan_convolution(x, None, (), act, conv)
-    reason = ""
-    if kind_of(x, _tensors(layer)) is None:
+    reason = "" if x.numel() else "the batch is empty"
+    if not reason and kind_of(x, _tensors(layer)) is None:
         reason = AMD if torch.version.hip else EACH_STEP
-    elif _state(layer, conv, act) is None:
+    elif not reason and _state(layer, conv, act) is None:
         reason = "the norm uses statistics of the batch, or a tensor is no parameter or buffer"
     tensors = [t for t in _tensors(layer) if t is not None and t.ndim]  # without a norm's counter
     if any(t.ndim != 4 and t.shape != (conv.out_channels,) for t in tensors):

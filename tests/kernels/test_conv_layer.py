@@ -204,6 +204,26 @@ def test_what_launches_cannot_stand_for_is_computed_by_the_definition(name, kind
         assert reason in part(module).plan(x).reason
 
 
+@pytest.mark.parametrize(
+    ("options", "fusable"),
+    [
+        ({"momentum": None}, True),
+        ({"affine": False}, True),
+        ({"eps": 0.5}, True),
+        ({"track_running_stats": False}, False),
+    ],
+)
+def test_norms_of_each_kind(options, fusable, recorded):
+    layer, x = made(), images()
+    layer.bn = nn.BatchNorm2d(20, **options).eval()
+    for t in (layer.bn.weight, layer.bn.running_var):
+        if t is not None:
+            nn.init.uniform_(t, 0.5, 2.0)
+    for _ in range(2):
+        assert_same(fused(layer, x), eagerly(layer, x))
+    assert len(recorded) == fusable
+
+
 def test_groups_are_computed_by_the_definition(recorded):
     layer, x = lively(ConvNorm(6, 12, 3, groups=3)).eval(), images()
     torch.testing.assert_close(fused(layer, x), eagerly(layer, x))
@@ -405,10 +425,16 @@ def test_a_stem_reads_images_as_they_are(monkeypatch, recorded):
     assert seen == []
     eagerly(module, x)
     assert len(seen) == 1
+    for _ in range(2):  # without the activation it is another launch of the same layer
+        assert_same(fused(module.net.stem, x), eagerly(module.net.stem, x))
+        assert_same(fused(module, x), eagerly(module, x))
+    assert recorded == ["relu6", None]
+    seen.clear()
     hooked(module.net.stem)  # which a fused stem would skip
     assert_same(fused(module, x), eagerly(module, x))
-    assert len(seen) == 3
-    assert recorded == ["relu6", None]  # the hooks of the layer itself run around its forward
+    assert len(seen) == 2
+    # its hooks run around its forward, which gets a copy in channels_last
+    assert recorded == ["relu6", None, None]
 
 
 @pytest.mark.parametrize("act", ["identity", "silu", "gelu"])

@@ -43,6 +43,24 @@ def test_a_declined_layer_is_not_looked_at(monkeypatch):
     assert asked == ["kind_of"]
 
 
+def test_launches_on_amd_are_not_recorded(monkeypatch):
+    monkeypatch.setattr(registration, "KERNEL_DEVICES", {"cpu", "cuda"})
+    monkeypatch.setattr(registration, "INTERPRET", False)
+    layer, x = ConvNorm(3, 8, 3, stride=2).eval().to(BF16), image(1, 3, 9, 9, dtype=BF16)
+    with torch.no_grad():
+        assert layer.plan(x).path == "convolution"
+        assert layer.plan(x.float()).reason.startswith("input and parameters differ in dtype")
+        assert layer.plan(x[:0]).reason == "the batch is empty"
+        monkeypatch.setattr(torch.version, "hip", "6.0")
+        assert layer.plan(x).reason == "launches on AMD's GPUs are not recorded"
+        assert torch.equal(layer(x), layer.bn(layer.conv(x)))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert layer.plan(x).reason == fused_conv.EACH_STEP  # of gradients
+    with torch.no_grad():
+        layer.train()
+        assert "statistics of the batch" in layer.plan(x).reason
+
+
 def unsuited(conv, *shape, dtype=BF16, channels_last=True):
     x = torch.empty(shape, dtype=dtype, device="meta")
     return plans.unsuited(conv, x.to(memory_format=torch.channels_last) if channels_last else x)
