@@ -6,7 +6,7 @@ Plans are cached under all values that decide, so that a call that was met befor
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from starlayers import plans
 from starlayers.activations import ACTIVATIONS, get_activation
 from starlayers.backend import backend_name
 from starlayers.kernels import registration
+from starlayers.kernels.conv import Convolution
 from starlayers.kernels.registration import (
     MLPWeights,
     compute_dtype,
@@ -33,7 +34,6 @@ from starlayers.tracing import is_traced
 __all__ = [
     "FORWARDS",
     "Plan",
-    "attached",
     "calls_directly",
     "declined",
     "exporting",
@@ -44,10 +44,13 @@ __all__ = [
     "linear",
     "plain_weights",
     "plan_block",
+    "plan_convolution",
     "plan_early",
     "plan_mlp",
     "plan_star",
     "rules_blocks_out",
+    "rules_convolution_out",
+    "rules_kernels_out",
 ]
 
 
@@ -217,19 +220,27 @@ def _new_mlp_plan(
     )
 
 
-def rules_blocks_out(x: Tensor) -> bool:
-    """Return True if nothing but `x` (..., channels) keeps a block from its kernels.
+def rules_kernels_out(x: Tensor) -> bool:
+    """Return True if the class and device of `x`, or the backend, alone keep convolutions from it.
 
     It is asked before all else: what a network declines should cost it next to nothing.
     """
+    backend = backend_name()
+    if type(x) is not Tensor or backend not in ("auto", "triton"):
+        return True
+    return backend == "auto" and x.is_cpu and "cpu" not in registration.KERNEL_DEVICES
+
+
+def rules_blocks_out(x: Tensor) -> bool:
+    """Return True if nothing but `x` (..., channels) keeps a block from its kernels.
+
+    A tensor of another class has a plan, which says why it is declined.
+    """
     if type(x) is not Tensor:
         return False
-    backend = backend_name()
-    if backend != "auto":
-        return backend != "triton"
-    if x.is_cpu and "cpu" not in registration.KERNEL_DEVICES:
+    if rules_kernels_out(x):
         return True
-    return bool(plans.few(compute_dtype(x), rows_of(x), x.shape[-1]))
+    return backend_name() == "auto" and plans.few(compute_dtype(x), rows_of(x), x.shape[-1])
 
 
 def launches_directly(
@@ -279,6 +290,28 @@ def plan_block(
         x.device, call.dtype, weights.sizes, needs_gradients(*tensors)
     )
     return declined(reason, "this StarBlock2d") if reason else Plan("block", weights=weights)
+
+
+def rules_convolution_out(x: Tensor, conv: Convolution) -> bool:
+    """Return True if sizes or dtype keep a convolution of `x` (N, C, H, W) from its kernel."""
+    return backend_name() == "auto" and plans.unsuited(conv, x) != ""
+
+
+def plan_convolution(
+    x: Tensor, conv: Convolution | None, tensors: Iterable[Tensor], act: str | None, reason: str
+) -> Plan:
+    """Return the plan for a convolution of `x` by `tensors`; a `reason` of its layer declines it.
+
+    No backend asks for it alone, so none raises: the definition serves where it is declined.
+    """
+    backend = backend_name()
+    if backend in ("eager", "cpu"):
+        return plans.ASKED_FOR if backend == "eager" else plans.CPU_ASKED_FOR
+    call = call_of(backend, act, _tracer(), (x, *tensors))
+    reason = plans.kernel_reason(call) or reason
+    if not reason and conv is not None and backend == "auto":
+        reason = plans.unsuited(conv, x)
+    return Plan("eager", reason) if reason else Plan("convolution")
 
 
 def declined(reason: str, what: str) -> Plan:
@@ -383,39 +416,6 @@ def is_plain(m: nn.Module | None, kind: type[nn.Module]) -> bool:
         or kind.forward is not FORWARDS.get(kind, kind.forward)
         or hooks._has_any_global_hook()
     )
-
-
-def attached(layers: Mapping[str, nn.Module | None]) -> str:
-    """Return in words what keeps fused paths from linear layers.
-
-    Example:
-        >>> attached({"f1": nn.Linear(2, 2), "g": nn.Identity()})
-        'g is an Identity, not nn.Linear'
-    """
-    for name, layer in layers.items():
-        kind = type(layer)
-        where = f"{kind.__module__}.{kind.__name__}"
-        if kind is not nn.Linear:
-            article = "an" if kind.__name__[0] in "AEIOU" else "a"
-            what = f"{article} {kind.__name__}, not nn.Linear"
-            if torch.nn.utils.parametrize.is_parametrized(layer):  # type: ignore[arg-type]
-                what = "parametrised"
-            elif "lora" in where.lower() or where.startswith("peft."):
-                what = f"an adapter, {where}; merge it to fuse"
-            elif "quant" in where.lower() or "bnb" in where.lower() or "bits" in where.lower():
-                what = f"quantised, {where}"
-            return f"{name} is {what}"
-        if is_plain(layer, nn.Linear):
-            weight = layer._parameters.get("weight")  # type: ignore[union-attr]
-            if weight is None or "bias" not in layer._parameters:  # type: ignore[union-attr]
-                return f"{name} has a weight or bias that is no parameter of it"
-            if not (type(weight) in PLAIN or exporting()):
-                return f"{name} has a weight of type {type(weight).__name__}"
-            continue
-        if kind.forward is not FORWARDS[kind] or "forward" in layer.__dict__:
-            return f"{name} has a forward that was replaced"
-        return f"{name} has hooks"
-    return f"{', '.join(layers)} do not fit together"
 
 
 def _tracer() -> str:

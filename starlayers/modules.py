@@ -7,6 +7,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from starlayers.activations import get_activation
+from starlayers.attached import attached
 from starlayers.checks import (
     boolean,
     finite,
@@ -19,7 +20,6 @@ from starlayers.checks import (
 from starlayers.dispatch import (
     FORWARDS,
     Plan,
-    attached,
     calls_directly,
     declined,
     is_plain,
@@ -328,10 +328,8 @@ class StarMLP(StarOp):
         for name, original in OWN_METHODS.items():
             if getattr(kind, name) is not original or name in own:
                 return f"{kind.__name__} computes its products by a method of its own"
-        if isinstance(self.offset, Tensor):
-            return "offset is a tensor, which only the definition trains"
-        if self.act is None:
-            return "act is None; the fused paths need a name"
+        if isinstance(self.offset, Tensor) or self.act is None:
+            return "offset is a tensor or act is None, which only the definition computes"
         layers = self._modules
         weights = plain_weights(layers["f1"], layers["f2"], layers["g"])
         if weights is not None:

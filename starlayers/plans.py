@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from starlayers.activations import ACTIVATIONS, Activation, get_activation
 from starlayers.kernels import registration
+from starlayers.kernels.conv import PATCH_CHANNELS, Convolution
 from starlayers.kernels.registration import MLPWeights, autocasts, compute_dtype
 from starlayers.kernels.tiles import MLP_FORWARD, mlp_backward_tiles, mlp_tile, split_columns
 
@@ -24,6 +25,7 @@ __all__ = [
     "small",
     "too_few",
     "too_wide",
+    "unsuited",
 ]
 
 # Least bytes of one hidden branch for the row-blocked CPU op, from `benchmarks.core sweep`: below,
@@ -49,6 +51,13 @@ MIN_ELEMENTS_STAR = 2**20
 MIN_ROWS = 4096
 MAX_BYTES_ANY_ROWS = 128
 
+# Most products that each output of a fused convolution may sum. PyTorch runs a convolution, its
+# bias and its norm as three kernels, so that fusing them saves four passes over the result: 8 bytes
+# an output in 16-bit types, 2.7 ps at 3 TB/s. 1152 products (128 channels, nine taps) take an H100
+# 5.8 ps at half its peak. Not measured: with more, cuDNN's products would save more than the passes
+# cost.
+MAX_CONTRACTION = 1152
+
 #: channels of the input, of the product and of the result
 Sizes = tuple[int, int, int]
 
@@ -62,8 +71,8 @@ class Plan(NamedTuple):
 
     `explain` also has "raises", where the backend asked for does not serve a call, and "unknown".
 
-    Fused paths are "cpu" (blocks of rows on a CPU), "star", "star_mlp", "star_mlp_wide" and
-    "block" (a whole StarBlock2d), the others by Triton kernels.
+    Fused paths are "cpu" (blocks of rows on a CPU), "star", "star_mlp", "star_mlp_wide", "block" (a
+    whole StarBlock2d) and "convolution" (with norm and activation), the others by Triton kernels.
 
     Example:
         >>> print(Plan("eager", "autocast is on"))
@@ -253,6 +262,23 @@ def too_few(backend: str, dtype: torch.dtype, rows: int, sizes: Sizes) -> str:
 def few(dtype: torch.dtype, rows: int, width: int) -> bool:
     """Return True if so many rows of `width` channels would leave most of a GPU idle."""
     return rows < MIN_ROWS and width * dtype.itemsize > MAX_BYTES_ANY_ROWS
+
+
+def unsuited(conv: Convolution, x: Tensor) -> str:
+    """Return why cuDNN should compute a convolution of `x` (N, C, H, W); empty if the kernel may.
+
+    cuDNN computes float32, because nothing shows yet that three TF32 products are faster.
+    """
+    if x.dtype == torch.float32:
+        return "cuDNN computes float32 convolutions"
+    if conv.contraction > MAX_CONTRACTION:
+        return f"{conv.contraction} products an output are more than the saved passes are worth"
+    if conv.in_channels > PATCH_CHANNELS and x.stride(1) != 1:
+        return f"{conv.in_channels} channels that are not channels_last"
+    pixels, channels = conv.pixels(x.shape), max(conv.in_channels, conv.out_channels)
+    if few(x.dtype, pixels, channels):
+        return f"{pixels} pixels of {channels} channels would leave most of a GPU idle"
+    return ""
 
 
 def too_wide(device: torch.device, dtype: torch.dtype, sizes: Sizes, training: bool) -> str:

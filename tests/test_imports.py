@@ -80,9 +80,9 @@ QUESTIONS = {
 
 #: what decides, or what a decision is made from
 DECIDING = {
-    "attached", "calls_directly", "declined", "exporting", "is_plain", "launches_directly",
-    "linear", "plain_weights", "rules_blocks_out",
-    "plan_block", "plan_early", "plan_mlp", "plan_star", "is_transformed",
+    "calls_directly", "declined", "exporting", "is_plain", "launches_directly",
+    "linear", "plain_weights", "rules_blocks_out", "rules_convolution_out", "rules_kernels_out",
+    "plan_block", "plan_convolution", "plan_early", "plan_mlp", "plan_star", "is_transformed",
 }  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def test_layers_get_their_plans_from_dispatch_alone():
         if alias.name in DECIDING
     }
     assert {source for _, source, _ in imported} == {"starlayers.dispatch"}
-    assert {name for _, _, name in imported} | {"exporting"} == DECIDING
+    assert {name for _, _, name in imported} == DECIDING
     assert set(dispatch.__all__) == DECIDING | {"FORWARDS", "Plan", "forget_plans"}
 
 

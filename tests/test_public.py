@@ -200,6 +200,7 @@ def test_core_import_loads_torch_alone_and_warns_of_nothing(child):
     rooms = {name.split(".")[1] for name in own.split() if "." in name}
     core = {"activations", "backend", "checks", "dispatch", "explain", "functional", "modules"}
     core |= {
+        "attached",
         "drop_path",
         "initialisation",
         "plans",

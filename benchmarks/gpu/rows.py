@@ -1,5 +1,6 @@
 """All rows, the most important first."""
 
+from benchmarks.gpu.convolution import convolutions
 from benchmarks.gpu.depthwise import depthwise
 from benchmarks.gpu.host import host
 from benchmarks.gpu.kernels import (
@@ -25,6 +26,7 @@ def rows(*, tune: bool = False) -> list[Row]:
         starnet("s4", 1, "inference"),
         starnet("s4", 256, "inference"),
         *depthwise("S4"),
+        *convolutions("S4"),
         *reversed(star_mlps("mlp-backward", "S4")),
         wide(4096),
         # the rest
@@ -35,6 +37,7 @@ def rows(*, tune: bool = False) -> list[Row]:
         starnet("s1", 256, "inference"),
         starnet("s1", 256, "training"),
         starnet("s1", 1, "inference"),
+        *convolutions("S1"),
         *depthwise("S1", ["forward", "dx", "dw"]),
         *star_mlps("mlp-forward", "S1"),
         *star_mlps("mlp-backward", "S1"),

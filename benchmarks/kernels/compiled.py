@@ -46,13 +46,14 @@ figure here is a measurement of speed.
 
 Each row is one tile configuration on one GPU, shown with the options that need most; `compiled`
 counts the variants behind it. `registers` and `spill` are per thread: bytes stored and loaded on
-NVIDIA, where none may spill more than {spill}, and scratch memory on AMD.
-`KiB` is shared memory per program, `matrix` the matrix instructions (HGMMA on sm_90, HMMA on sm_80
-and sm_89, MFMA on gfx942; "in turn" where ptxas says that it waits for each) and `programs` how
-many fit on a multiprocessor. Tiles of the star MLP are rows x hidden channels, for so many channels
-at most; of `dw_` kernels, rows x columns x channels of an image. The Toeplitz kernels convolve
-16-bit images with {sizes} rows of taps; their tiles are strips x rows x columns x channels, and
-their matrix instructions are HMMA on sm_90 too.
+NVIDIA, where none may spill more than {spill}, and scratch memory on AMD. `KiB` is shared memory
+per program, `matrix` the matrix instructions (HGMMA on sm_90, HMMA on sm_80 and sm_89, MFMA on
+gfx942; "in turn" where ptxas says that it waits for each) and `programs` how many fit on a
+multiprocessor. Tiles of the star MLP are rows x hidden channels, for so many channels at most; of
+`dw_` kernels, rows x columns x channels of an image; of `convolve`, output pixels x output channels
+x depth of a product, after the channels of images and result. The Toeplitz kernels convolve 16-bit
+images with {sizes} rows of taps; their tiles are strips x rows x columns x channels, and their
+matrix instructions are HMMA on sm_90 too.
 
 `fold_branches`, `affine_norm`, `finish_depthwise`, `unfold_branches`, `finish_norm` and
 `prepare_weights` fold the norms of a StarBlock2d in training and take their gradients apart. Their

@@ -13,6 +13,7 @@ from benchmarks.harness.report import markdown_table
 from starlayers.kernels.dwconv import BANDS
 from starlayers.kernels.tiles import Tile, mlp_backward_tiles, split_columns
 from starlayers.vision.models import STARNETS
+from starlayers.vision.starnet import STEM_CHANNELS
 
 BANDWIDTH = 3.0e12  # bytes a second that an H100 reaches
 MATRIX = 790e12  # operations a second in dense bfloat16 products
@@ -143,10 +144,35 @@ def depthwise_weights(rows: int, width: int, kernel: int = 7) -> Work:
     return Work("dwconv dw", 3 * x, flops=banded(rows, width, kernel), eager=2 * x, inductor=2 * x)
 
 
+def convolution(side: int, channels: int, out: int, act: bool, batch: int = BATCH) -> Work:
+    """3x3 convolution of stride 2 with bias, norm and activation: images and weights in, y out.
+
+    Unfused, convolution, bias, norm and activation each read and write y; Inductor fuses the last
+    three.
+    """
+    pixels, weights = batch * (-(-side // 2)) ** 2, 9 * channels * out
+    x, y, w = (SIZE * n for n in (batch * side**2 * channels, pixels * out, weights))
+    return Work(
+        "convolve", x + w + y, flops=2 * pixels * weights,
+        eager=x + w + (5 + 2 * act) * y, inductor=x + w + 3 * y,
+    )  # fmt: skip
+
+
+def convolutions(base: int) -> Iterator[tuple[int, int, int]]:
+    """Height (and width), channels and output channels of a StarNet's strided convolutions."""
+    channels, side = 3, IMAGE
+    for out in (STEM_CHANNELS, *(base << i for i in range(4))):
+        yield side, channels, out
+        channels, side = out, side // 2
+
+
 def workloads() -> Iterator[tuple[str, list[Work]]]:
     """StarNet stages, a Llama MLP and policies, each with the kernels that serve it."""
     for name in ("starnet_s1", "starnet_s4"):
         variant = STARNETS[name]
+        for side, channels, out in convolutions(variant.base_dim):
+            work = convolution(side, channels, out, act=channels == 3)
+            yield f"{name}, {side}x{side}, {channels} -> {out}, stride 2", [work]
         for stage in range(4):
             side, width = IMAGE // 4 >> stage, variant.base_dim << stage
             rows, hidden = BATCH * side**2, variant.mlp_ratio * width

@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from benchmarks.kernels.aot import TARGETS
-from starlayers.kernels import dwconv, fold, star, star_linear
+from starlayers.kernels import conv, dwconv, fold, star, star_linear
 from starlayers.kernels import statistics as kernel_statistics
 from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, Tile, next_power_of_2, split_columns
 
@@ -22,6 +22,12 @@ ACTIVATIONS = ("relu6", "silu", "gelu")
 STAGES = ((56, 16), (56, 24), (28, 64), (14, 96), (7, 256))
 #: channels of StarNets that a block folds norms into
 FOLDED_WIDTHS = (24, 32, 64, 96, 128, 192, 256)
+#: (channels, channels of the result, height = width of images): a StarNet's stem at 224 x 224, and
+#: the convolutions that begin the stages of S4 and of S1
+STRIDED = (
+    (3, 32, 224), (32, 32, 112), (32, 64, 56), (64, 128, 28), (128, 256, 14),
+    (32, 24, 112), (24, 48, 56), (48, 96, 28), (96, 192, 14),
+)  # fmt: skip
 #: addresses of the gradients that `mlp_dw` leaves: rows are two elements longer than a multiple
 UNEVEN_SUMS = ("dc2", "stride_dv", "stride_dc")
 KINDS = {2: "bf16", 4: "fp32"}
@@ -51,6 +57,7 @@ def variants() -> Iterator[Variant]:
     for target, size in product(TARGETS, KINDS):
         yield from element_wise(target, size)
         yield from depthwise(target, size)
+        yield from strided(target, size)
     for target in TARGETS:
         yield from depthwise_toeplitz(target)
         yield from statistics(target)
@@ -163,6 +170,34 @@ def depthwise_toeplitz(target: str) -> Iterator[Variant]:
             )  # fmt: skip
 
 
+def strided(target: str, size: int) -> Iterator[Variant]:
+    """Yield the strided convolutions of StarNets; the stem reads images as they are."""
+    of = _family(target)
+    for channels, out, side in STRIDED:
+        tile = conv.tile_of(conv.Convolution(channels, out, 3, 2), of, size)
+        patch, plane = channels <= conv.PATCH_CHANNELS, side * side
+        strides = (plane, side, 1) if patch else (1, side * channels, channels)
+        names = ("STRIDE_C", "STRIDE_H", "STRIDE_W")
+        for act in ACTIVATIONS if patch else ("identity",):
+            constants = {
+                "STRIDE_N": channels * plane, **dict(zip(names, strides)), "C": channels,
+                "HEIGHT": side, "WIDTH": side, "OUT": out, "K": 3, "STRIDE": 2, "ACT": act,
+                "PRECISION": _precision(target, size), "PATCH": patch, "BM": tile.rows,
+                "BN": tile.columns, "BK": tile.depth,
+            }  # fmt: skip
+            yield Variant(
+                "convolve",
+                f"{channels} -> {out}: {tile.rows} x {tile.columns} x {tile.depth}, "
+                f"{tile.warps} warps, {tile.stages} stages",
+                f"{side}x{side}, {act}", "conv.convolve", constants, target, size, tile.warps,
+                tile.stages, products=True,
+            )  # fmt: skip
+
+
+def _family(target: str) -> str:
+    return next(family for family, gpus in GPUS.items() if target in gpus)
+
+
 def statistics(target: str) -> Iterator[Variant]:
     """Yield the kernels that merge the statistics of tiles, at their widest."""
     constants = {"C": 32, "BT": kernel_statistics.TILES, "BC": kernel_statistics.CHANNELS}
@@ -183,7 +218,7 @@ def statistics(target: str) -> Iterator[Variant]:
 
 def folds(target: str) -> Iterator[Variant]:
     """Yield the launches between the large kernels of a block in training, as `fold` has them."""
-    family = next(family for family, gpus in GPUS.items() if target in gpus)
+    family = _family(target)
     for size, channels in product(KINDS, FOLDED_WIDTHS):
         key = f"{family} float32" if size == 4 else family
         width = sum(split_columns(channels))

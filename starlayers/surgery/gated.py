@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from starlayers.attached import attached
 from starlayers.dispatch import (
     Plan,
-    attached,
     declined,
     plain_weights,
     plan_mlp,

@@ -10,17 +10,20 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from starlayers.checks import positive_int
 from starlayers.coefficients.modules import RankStarMLP, ScaledStarMLP
-from starlayers.dispatch import Plan
+from starlayers.dispatch import FORWARDS, Plan
 from starlayers.modules import StarBlock, StarMLP
-from starlayers.tracing import is_traced
-from starlayers.vision.fused_block import compute, plan
+from starlayers.tracing import is_traced, record
+from starlayers.vision import fused_block, fused_conv
 
 # importable from here as well: networks pickled as a whole refer to this path
 from starlayers.vision.layout import OnChannelsLast
+from starlayers.vision.recordings import forget
 
 
 class ConvNorm(nn.Sequential):
     """Convolution with "same" padding, followed by BatchNorm.
+
+    On a GPU and without gradients it is one launch, whose result is in channels_last.
 
     Shapes: (N, in_chans, H, W) -> (N, out_chans, ceil(H / stride), ceil(W / stride)).
 
@@ -61,6 +64,21 @@ class ConvNorm(nn.Sequential):
         )
         super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_chans, **factory)))
 
+    __prepare_scriptable__ = record
+
+    def plan(self, x: Tensor) -> Plan:
+        """Return the plan for images (N, in_chans, H, W): one launch, or why not."""
+        return fused_conv.plan(self, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = fused_conv.compute(self, x)
+        return super().forward(x) if y is None else y  # type: ignore[no-untyped-call]
+
+    def train(self, mode: bool = True) -> "ConvNorm":
+        """Set the mode of training, and forget launches recorded for inference."""
+        forget(self)
+        return super().train(mode)
+
     def fuse(self) -> None:
         """Fold the BatchNorm into the convolution, in place.
 
@@ -69,6 +87,9 @@ class ConvNorm(nn.Sequential):
         if isinstance(self.bn, nn.BatchNorm2d):
             self.conv = fuse_conv_bn_eval(self.conv, self.bn)
             self.bn = nn.Identity()
+
+
+FORWARDS[ConvNorm] = ConvNorm.forward
 
 
 class StarBlock2d(StarBlock):
@@ -147,22 +168,18 @@ class StarBlock2d(StarBlock):
         Raises:
             RuntimeError: the backend is "triton" and cannot serve the block.
         """
-        return plan(self, x.permute(0, 2, 3, 1))
+        return fused_block.plan(self, x.permute(0, 2, 3, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(type(self).__name__, x, self.dim)
         x_nhwc = x.permute(0, 2, 3, 1).contiguous()
-        y = compute(self, x_nhwc)
+        y = fused_block.compute(self, x_nhwc)
         y = super().forward(x_nhwc) if y is None else y
         return y.permute(0, 3, 1, 2)
 
     def train(self, mode: bool = True) -> "StarBlock2d":
-        """Set the mode of training, and forget launches recorded for inference.
-
-        They would also be out of date after a change of a weight that PyTorch does not count, as
-        `weight.data` allows.
-        """
-        self.__dict__.pop("recordings", None)
+        """Set the mode of training, and forget launches recorded for inference."""
+        forget(self)
         return super().train(mode)
 
     def fuse(self) -> None:

@@ -11,8 +11,8 @@ recorded once, with these weights, and repeated on later inputs (`compute`).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,18 +32,13 @@ from starlayers.dispatch import (
 from starlayers.kernels.block import BlockWeights, train_block
 from starlayers.kernels.dwconv import dwconv
 from starlayers.kernels.fold import Norm
-from starlayers.kernels.program import Program
-from starlayers.kernels.registration import (
-    autocasts,
-    compute_dtype,
-    no_autocast,
-    precision,
-    recorded_launches,
-)
+from starlayers.kernels.registration import compute_dtype, no_autocast
 from starlayers.kernels.star_mlp import star_mlp
 from starlayers.kernels.versions import versions
 from starlayers.modules import DropPath, StarMLP
 from starlayers.vision.layout import OnChannelsLast
+from starlayers.vision.norms import Affine, norm_as_affine, uses_batch_statistics
+from starlayers.vision.recordings import kind_of, known, record, settled
 
 if TYPE_CHECKING:
     from starlayers.vision.blocks import StarBlock2d
@@ -124,73 +119,25 @@ def _is_depthwise(conv: nn.Conv2d) -> bool:
     )
 
 
-class Recorded(NamedTuple):
-    """Launches of a block, and what they were made from."""
-
-    #: versions of all tensors and settings; other ones need other launches
-    state: tuple[Any, ...]
-    program: Program
-    #: the tensors themselves and their memory, so that no other takes their address
-    kept: tuple[Any, ...]
-
-
-class Recordings(dict[Any, Recorded]):
-    """Kind of input -> launches of a block. Copies and pickles of it are empty."""
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Recordings, ()
-
-
-#: kinds of inputs for which a block keeps launches
-MOST_RECORDINGS = 16
-
-
 def compute(block: "StarBlock2d", x: Tensor) -> Tensor | None:
     """Compute `block` on `x` (N, H, W, C) fused; `None` where its definition is to do so."""
     if rules_blocks_out(x):
         return None
     # everything that could make recorded launches wrong is asked for anew: what is attached to the
     # block, the versions of its weights and statistics, the mode of the call
-    key = _kind(block, x)
+    key = kind_of(x, _tensors(block))
     state = None if key is None else _state(block)
-    recordings = block.__dict__.get("recordings", {})
-    recorded = None if state is None else recordings.get(key)
-    if recorded is not None and recorded.state == state:
-        return recorded.program(x)  # type: ignore[no-any-return]
+    program = None if state is None else known(block, key, state)
+    if program is not None:
+        return program(x)
     if not plan(block, x).fused:
         return None
-    if state is None:
-        weights = _trained(block, x)
-        if weights is None:
-            return fused_block(block, x)
-        return train_block(x, weights, block.mlp.act, block.mlp.offset)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return fused_block(block, x)  # a capture cannot wait until the weights are folded
-    with recorded_launches() as launches:
-        y = fused_block(block, x)
-    try:
-        program = Program(launches, x, y)
-    except ValueError:  # Triton's interpreter casts bfloat16
-        return y
-    recordings = block.__dict__.setdefault("recordings", Recordings())
-    if len(recordings) >= MOST_RECORDINGS:
-        recordings.clear()
-    if x.is_cuda:  # later calls may come on another stream, which must find the weights folded
-        torch.cuda.current_stream(x.device).synchronize()
-    tensors = tuple(_tensors(block))
-    kept = tensors, [None if t is None else t.detach() for t in tensors]
-    recordings[key] = Recorded(state, program, kept)
-    return y
-
-
-def _kind(block: "StarBlock2d", x: Tensor) -> Any:
-    """Return all of `x` and of the call on which launches depend; `None` for no such launches."""
-    if not launches_directly(x, _tensors(block)) or x.numel() == 0:
-        return None
-    # a cast is no launch of ours; on AMD's GPUs Triton also looks at the size of an input's storage
-    if compute_dtype(x) != x.dtype or torch.version.hip:
-        return None
-    return x.shape, x.dtype, x.device, x.data_ptr() % 16, precision(x), autocasts(x)
+    if state is not None:
+        return record(block, key, state, x, _tensors(block), partial(fused_block, block, x))
+    weights = _trained(block, x)
+    if weights is None:
+        return fused_block(block, x)
+    return train_block(x, weights, block.mlp.act, block.mlp.offset)
 
 
 def _tensors(block: "StarBlock2d") -> Iterator[Tensor | None]:
@@ -210,18 +157,12 @@ def _state(block: "StarBlock2d") -> tuple[Any, ...] | None:
     mlp = modules["mlp"]
     if _structure_reason(block) or isinstance(mlp.fusable(), str):
         return None
-    # a tensor that is no parameter or buffer has no version here
     layers = [m for name in ("pre", "post") for m in modules[name]._modules.values()]
-    own = (m._parameters.keys() | m._buffers.keys() for m in layers if type(m) is not nn.Identity)
     if "gamma" not in block._parameters and block.gamma is not None:
         return None
-    if any(not {"weight", "bias"} <= names for names in own):
-        return None
-    if any("running_var" not in m._buffers for m in layers if isinstance(m, nn.BatchNorm2d)):
+    if not settled(layers):
         return None
     first, last = (modules[name]._modules["bn"] for name in ("pre", "post"))
-    if _uses_batch_statistics(first) or _uses_batch_statistics(last):
-        return None
     if _drop_path_acts(modules["drop_path"]):
         return None
     seen = versions(_tensors(block))
@@ -235,7 +176,7 @@ def _trained(block: "StarBlock2d", x: Tensor) -> BlockWeights | None:
     """Return the parameters of a block that is trained by `train_block`; `None` by the ops."""
     if not launches_directly(x, (), gradients=True) or compute_dtype(x) != x.dtype:
         return None
-    if block.gamma is not None or _drop_path_acts(block.drop_path) or x.numel() == 0:
+    if block.gamma is not None or _drop_path_acts(block.drop_path) or x.numel() == 0 or x.is_neg():
         return None
     norms = [layers.bn for layers in (block.pre, block.post)]
     first, last = (Norm.of(m) if isinstance(m, nn.BatchNorm2d) else None for m in norms)
@@ -260,14 +201,14 @@ def fused_block(block: "StarBlock2d", x: Tensor) -> Tensor:
     count = x[..., 0].numel()
     with no_autocast(x):
         v = x.to(dtype)
-        return_statistics = [_uses_batch_statistics(m.bn) for m in (block.pre, block.post)]
+        return_statistics = [uses_batch_statistics(m.bn) for m in (block.pre, block.post)]
         y, mean, var = dwconv(v, first.weight, first.bias, None, None, None, return_statistics[0])
-        branches = _folded_branches(mlp, _norm_as_affine(block.pre.bn, mean, var, count), dtype)
+        branches = _folded_branches(mlp, norm_as_affine(block.pre.bn, mean, var, count), dtype)
         pixels = y.view(-1, mlp.in_features)
         pixels, mean, var = star_mlp(
             pixels, *branches, w3, b3, None, mlp.act, mlp.offset, return_statistics[1]
         )
-        y, affine = pixels.view(x.shape), _norm_as_affine(block.post.bn, mean, var, count)
+        y, affine = pixels.view(x.shape), norm_as_affine(block.post.bn, mean, var, count)
         k, kb = last.weight, last.bias
         if block.gamma is not None:
             k = k * block.gamma[:, None, None, None]
@@ -287,69 +228,8 @@ def _drop_path_acts(drop_path: nn.Module) -> bool:
     return not (idle or is_plain(drop_path, nn.Identity))
 
 
-def _uses_batch_statistics(norm: nn.Module) -> bool:
-    if not isinstance(norm, nn.BatchNorm2d):
-        return False
-    return norm.training or norm.running_mean is None
-
-
-@dataclass(frozen=True)
-class _Affine:
-    """Affine map per channel of a BatchNorm: `scale * (x - center) + bias`, float32."""
-
-    scale: Tensor
-    center: Tensor
-    bias: Tensor
-
-    @property
-    def shift(self) -> Tensor:
-        """Constant term of the map: `scale * x + shift`."""
-        return self.bias - self.scale * self.center
-
-
-def _norm_as_affine(
-    norm: nn.Module, mean: Tensor | None, var: Tensor | None, count: int
-) -> _Affine | None:
-    """Return `norm` as an affine map, or `None` for an Identity.
-
-    `mean` and `var` are the batch's, over `count` values per channel. A norm in training uses them
-    and updates its running statistics; one in eval uses its running statistics.
-    """
-    if not isinstance(norm, nn.BatchNorm2d):
-        return None
-    if _uses_batch_statistics(norm):
-        if count == 1:
-            raise ValueError("BatchNorm in training needs more than 1 value per channel, got 1")
-        _update_statistics(norm, cast(Tensor, mean), cast(Tensor, var), count)
-    else:
-        mean, var = norm.running_mean, norm.running_var
-    center = cast(Tensor, mean).float()
-    scale = torch.rsqrt(cast(Tensor, var).float() + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    bias = torch.zeros_like(center) if norm.bias is None else norm.bias.float()
-    return _Affine(scale, center, bias)
-
-
-@torch.no_grad()
-def _update_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Update the running statistics as `nn.BatchNorm2d` does in training."""
-    if not (norm.training and norm.track_running_stats):
-        return
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    if norm.running_mean is None or norm.running_var is None:
-        return
-    momentum: float | Tensor = norm.momentum or 0.0
-    if norm.momentum is None and norm.num_batches_tracked is not None:
-        momentum = 1.0 / norm.num_batches_tracked.float()
-    unbiased = var * (count / (count - 1))
-    for running, now in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-        running.add_((now.to(running.dtype) - running) * momentum)
-
-
 def _folded_branches(
-    mlp: StarMLP, affine: _Affine | None, dtype: torch.dtype
+    mlp: StarMLP, affine: Affine | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
     """Return w1, b1, w2, b2 of `mlp` with the affine map of its input folded in."""
     folded: list[Tensor | None] = []

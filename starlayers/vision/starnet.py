@@ -11,11 +11,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from starlayers.activations import get_activation
 from starlayers.checks import positive_int, probability
 from starlayers.coefficients.modules import ScaledStarOp
-from starlayers.dispatch import Plan
+from starlayers.dispatch import Plan, is_plain
 from starlayers.initialisation import shrink
 from starlayers.modules import StarMLP, StarOp
 from starlayers.tracing import record
 from starlayers.vision.blocks import ConvNorm, StarBlock2d, check_images, hidden_channels
+from starlayers.vision.fused_conv import compute
 from starlayers.vision.graphs import Graphs
 from starlayers.vision.layout import to_channels_last
 from starlayers.vision.recompute import recompute
@@ -275,6 +276,9 @@ class StarNet(nn.Module):
 
     def _stem(self, x: Tensor) -> Tensor:
         check_images("StarNet", x, self.in_chans)
+        y = compute(self.stem, x, self.act) if is_plain(self.stem, ConvNorm) else None
+        if y is not None:
+            return y
         return get_activation(self.act).fn(self.stem(to_channels_last(x)))
 
     def _stage(self, i: int, x: Tensor) -> Tensor:

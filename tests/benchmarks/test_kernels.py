@@ -15,8 +15,8 @@ triton = pytest.importorskip("triton")
 
 from benchmarks.kernels import compiled as kernels  # noqa: E402
 from benchmarks.kernels.aot import TARGETS, Stats, amd_stats, parse_ptxas  # noqa: E402
-from benchmarks.kernels.variants import FOLDED_WIDTHS, WIDTHS, variants  # noqa: E402
-from starlayers.kernels import block, dwconv, fold, star_mlp_launch, tiles  # noqa: E402
+from benchmarks.kernels.variants import FOLDED_WIDTHS, STRIDED, WIDTHS, variants  # noqa: E402
+from starlayers.kernels import block, conv, dwconv, fold, star_mlp_launch, tiles  # noqa: E402
 from starlayers.kernels.registration import MLPWeights  # noqa: E402
 from starlayers.kernels.tiles import MLP_BACKWARD, MLP_FORWARD, split_columns  # noqa: E402
 
@@ -99,6 +99,36 @@ def recorded_step(monkeypatch, channels, dtype):
     out, kept = block._forward(x, weights, "relu6", 0.0)
     block._backward(out, kept, weights, "relu6", 0.0)
     return launches
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("channels", "out", "side"), STRIDED)
+def test_strided_convolutions_are_compiled_as_they_are_launched(
+    everything, monkeypatch, channels, out, side, dtype
+):
+    launches = []
+    monkeypatch.setattr(conv, "launch", lambda *args, **options: launches.append((args, options)))
+    x = torch.empty(256, channels, side, side, dtype=dtype, device="meta")
+    if channels > conv.PATCH_CHANNELS:
+        x = x.to(memory_format=torch.channels_last)
+    w, scale = torch.empty(out, channels, 3, 3, device="meta"), torch.empty(out, device="meta")
+    act = "relu6" if channels == 3 else "identity"
+    y = conv.convolve(x, w, scale, scale, stride=2, act=act)
+    assert y.shape == (256, side // 2, side // 2, out)
+    (((kernel, _, *args), options),) = launches
+    compiled = [
+        v.constants | {"num_warps": v.warps, "num_stages": v.stages}
+        for v in everything
+        if (v.kernel, v.target, v.size) == ("convolve", "sm_90", dtype.itemsize)
+    ]
+    assert options in compiled
+    assert [*kernel.arg_names[: len(args)], *options] == [
+        *kernel.arg_names, "num_warps", "num_stages",
+    ]  # fmt: skip
+    v = first(everything, "convolve", "sm_90", dtype.itemsize)
+    for name, argument in zip(kernel.arg_names, args, strict=False):
+        kind = POINTERS[argument.dtype] if isinstance(argument, torch.Tensor) else "i32"
+        assert kernels._type(name, v) == kind
 
 
 FOLDS = {"prepare_weights", "fold_branches", "affine_norm", "finish_depthwise", "unfold_branches"}
@@ -385,7 +415,7 @@ def test_floors_of_llama_and_policies():
 def test_the_floor_table_has_every_workload(capsys):
     kernels.main(floor=True)
     lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 2 + 8 * 6 + 2 + 4 * 3
+    assert len(lines) == 2 + 8 * 6 + 2 * 5 + 2 + 4 * 3
     assert "starnet_s4, 56x56, 32 -> 128 | star_mlp | 102.8 | 19.73 | 34.3 | 25.0 |" in "\n".join(
         lines
     )

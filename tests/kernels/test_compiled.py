@@ -96,6 +96,64 @@ print("done")
 """
 
 
+#: counts launches, and operations of PyTorch, of convolutions and of a whole network
+NETWORK = """
+from benchmarks.harness import fake_gpu
+fake_gpu.install()
+import torch
+from starlayers.vision import ConvNorm, StarNet
+
+net = StarNet(32, (1, 2), stage_strides=(2, 2), num_classes=5).bfloat16().eval()
+x = torch.randn(1, 3, 64, 64).bfloat16()
+block = ["dw_convolve_toeplitz", "mlp_forward", "dw_convolve_toeplitz"]
+for fold in (False, True):
+    if fold:
+        net.fuse()
+    with torch.no_grad():
+        y = net._stem(x)
+        for i in range(2):
+            y = net._stage(i, y)
+        with fake_gpu.operations() as tail:
+            net.forward_head(net.norm(y))
+        with fake_gpu.operations() as operations:
+            net(x)
+        with fake_gpu.launched() as names:
+            net(x)
+    assert names == ["convolve", "convolve", *block, "convolve", *block, *block], names
+    assert operations == tail, (operations, tail)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+layer = net.stages[1][0]
+images = torch.randn(2, 1, 32, 8, 8).bfloat16().transpose(2, -1).contiguous().transpose(2, -1)
+with torch.no_grad():
+    layer(images[0])
+    kept = len(layer.recordings)
+    with fake_gpu.launched() as names, fake_gpu.operations() as operations:
+        layer(images[1])
+    assert (names, operations, len(layer.recordings)) == (["convolve"], [], kept)
+    # another alignment is another kind, of a kernel that Triton compiled for it
+    shifted = torch.randn(1 + 8 * 8 * 32).bfloat16()[1:].view(1, 8, 8, 32).permute(0, 3, 1, 2)
+    layer(shifted)
+    *_, aligned, unaligned = (r.program for r in layer.recordings.values())
+    assert aligned.steps[0].run is not unaligned.steps[0].run
+    # what "auto" declines is the definition, without a launch
+    for change in (torch.Tensor.float, lambda t: t.contiguous()):
+        other = ConvNorm(32, 64, 3, stride=2).to(change(images[0]).dtype).eval()
+        with fake_gpu.launched() as names:
+            other(change(images[0]))
+        assert names == [] and "recordings" not in other.__dict__
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_convolutions_of_a_network_are_a_launch_each():
+    done = subprocess.run(
+        [sys.executable, "-c", NETWORK], capture_output=True, text=True, timeout=600
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_recorded_launches_have_the_arguments_of_the_ops():
     done = subprocess.run(

@@ -16,7 +16,7 @@ from starlayers.kernels import versions as versions_module
 from starlayers.kernels.program import Program
 from starlayers.kernels.registration import Launch
 from starlayers.kernels.versions import versions
-from starlayers.vision import StarBlock2d, fused_block
+from starlayers.vision import StarBlock2d, fused_block, recordings
 from tests.helpers import randn
 from tests.kernels.test_block2d_triton import lively
 
@@ -154,8 +154,8 @@ def test_what_cannot_be_recorded_takes_the_ops(op_calls):
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("path", "name"),
-    [("pre.bn", "weight"), ("post.bn", "bias"), ("post.bn", "running_var"), ("pre.conv", "bias"),
-     ("", "gamma")],
+    [("pre.bn", "weight"), ("pre.bn", "running_mean"), ("post.bn", "bias"),
+     ("post.bn", "running_var"), ("pre.conv", "bias"), ("", "gamma")],
 )  # fmt: skip
 def test_tensors_that_are_no_parameters_are_not_recorded(path, name):
     """Their versions are not seen: launches that hold them would go stale."""
@@ -196,8 +196,18 @@ def test_inputs_of_each_kind_have_launches_of_their_own(x, op_calls):
     assert torch.equal(fused(block, known), fused(block, known))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_lazy_negation_is_not_lost(training):
+    block, x = made().train(training), randn(2, 4, 5, 16).permute(0, 3, 1, 2)
+    twin = copy.deepcopy(block)
+    assert torch._neg_view(x).is_neg()
+    with torch.set_grad_enabled(training), use_backend("triton"):
+        y = block(torch._neg_view(x))
+    assert_same(y, eagerly(twin, -x))
+
+
 def test_launches_are_kept_for_a_few_kinds_and_not_copied(monkeypatch):
-    monkeypatch.setattr(fused_block, "MOST_RECORDINGS", 2)
+    monkeypatch.setattr(recordings, "MOST_RECORDINGS", 2)
     block = made()
     for width in (1, 2, 3):
         fused(block, randn(1, 16, 1, width))

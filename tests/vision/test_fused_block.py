@@ -13,7 +13,7 @@ from torch import nn
 from starlayers import DropPath, StarMLP, plans, use_backend
 from starlayers.coefficients.modules import RankStarMLP, ScaledStarMLP, SumMLP
 from starlayers.kernels import registration
-from starlayers.vision import StarBlock2d, fused_block
+from starlayers.vision import StarBlock2d, fused_block, norms
 from starlayers.vision.fused_block import plan
 from starlayers.vision.layout import OnChannelsLast
 
@@ -224,7 +224,7 @@ def test_a_norm_is_an_affine_map_and_updates_as_batch_norm_does(options, train):
     for seed in (1, 2):
         x = image(3, 6, 4, 5, seed=seed)
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-        affine = fused_block._norm_as_affine(ours, mean, var, 60)
+        affine = norms.norm_as_affine(ours, mean, var, 60)
         want = theirs(x)
         x = x.permute(0, 2, 3, 1)
         got = affine.scale * (x - affine.center) + affine.bias
@@ -241,7 +241,7 @@ def test_statistics_without_one_of_their_buffers(missing):
     norm = norm_2d().train()
     setattr(norm, missing, None)
     before = {name: b.clone() for name, b in norm.named_buffers()}
-    fused_block._update_statistics(norm, torch.ones(6), torch.ones(6), 8)
+    norms.update_statistics(norm, torch.ones(6), torch.ones(6), 8)
     changed = {n for n, b in norm.named_buffers() if not torch.equal(b, before[n])}
     if missing == "num_batches_tracked":
         assert changed == {"running_mean", "running_var"}
@@ -252,16 +252,16 @@ def test_statistics_without_one_of_their_buffers(missing):
 def test_one_value_per_channel_has_no_variance():
     norm = norm_2d()
     with pytest.raises(ValueError, match="more than 1 value per channel, got 1"):
-        fused_block._norm_as_affine(norm, torch.ones(6), torch.zeros(6), 1)
+        norms.norm_as_affine(norm, torch.ones(6), torch.zeros(6), 1)
     norm.eval()
-    assert fused_block._norm_as_affine(norm, torch.ones(6), torch.zeros(6), 1) is not None
-    assert fused_block._norm_as_affine(nn.Identity(), None, None, 5) is None
+    assert norms.norm_as_affine(norm, torch.ones(6), torch.zeros(6), 1) is not None
+    assert norms.norm_as_affine(nn.Identity(), None, None, 5) is None
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 def test_an_affine_map_folds_into_the_branches(bias):
     mlp, norm = StarMLP(6, 10, bias=bias), norm_2d().eval()
-    affine = fused_block._norm_as_affine(norm, None, None, 5)
+    affine = norms.norm_as_affine(norm, None, None, 5)
     x = image(7, 6)
     y = norm(x[..., None, None])[..., 0, 0]
     w1, b1, w2, b2 = fused_block._folded_branches(mlp, affine, torch.float32)
@@ -279,7 +279,7 @@ def test_an_affine_map_folds_into_the_branches(bias):
 def test_a_large_mean_cancels_in_the_rounded_weight():
     mlp, norm = StarMLP(6, 10), norm_2d(affine=False).eval()
     norm.running_mean.fill_(1000.0)
-    affine = fused_block._norm_as_affine(norm, None, None, 5)
+    affine = norms.norm_as_affine(norm, None, None, 5)
     w1, b1, *_ = fused_block._folded_branches(mlp, affine, torch.bfloat16)
     assert w1.dtype == torch.bfloat16
     x = torch.full((1, 6), 1000.0)  # the norm's mean, so that only the bias remains
@@ -293,7 +293,7 @@ def test_a_declined_block_is_not_planned(monkeypatch):
     assert fused_block.plan(block, x).reason
     asked = []
     monkeypatch.setattr(fused_block, "plan", lambda *_: asked.append(1))
-    monkeypatch.setattr(fused_block, "_kind", lambda *_: asked.append(2))
+    monkeypatch.setattr(fused_block, "kind_of", lambda *_: asked.append(2))
     assert fused_block.compute(block, x) is None
     with use_backend("eager"):
         assert fused_block.compute(block, x) is None
@@ -318,7 +318,7 @@ MISFITS = {
         "w2 has shape (1, 16), not (64, 16)",
     ),
     "the MLP": (lambda b: setattr(b, "mlp", StarMLP(8)), "mlp.f1.weight has shape (32, 8)"),
-    "act": (lambda b: setattr(b.mlp, "act", None), "act is None"),
+    "act": (lambda b: setattr(b.mlp, "act", None), "act is None, which only"),
 }
 
 
@@ -338,5 +338,5 @@ def test_a_running_mean_that_is_no_buffer_is_found(monkeypatch):
     mean = norm.running_mean
     del norm.running_mean
     norm.running_mean = mean.clone()
-    assert not fused_block._uses_batch_statistics(norm)
-    assert torch.equal(fused_block._norm_as_affine(norm, None, None, 5).center, mean)
+    assert not norms.uses_batch_statistics(norm)
+    assert torch.equal(norms.norm_as_affine(norm, None, None, 5).center, mean)
