@@ -17,9 +17,9 @@ INDEX = """\
 {notice}
 
 What was measured, by which command, on what. Each page is written from the records of its studies
-in `benchmarks/results/`, one line of JSON a run; no number in them is typed by hand. Kernels have
-pages of their own: [as compiled](../kernels-compiled.md) and
-[as measured on a GPU](../kernels-measured.md).
+in `benchmarks/results/`, one line of JSON a run; no number in them is typed by hand. The
+tables of the kernels lie beside them, as compiled (`kernels-compiled.md`) and as measured on a GPU
+(`kernels-measured.md`).
 
 Intervals are 95 %. "Better" and "worse" mean that the interval of a single comparison leaves out
 0, "not decided" that it does not; a study of many comparisons says which survive a correction for

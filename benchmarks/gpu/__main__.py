@@ -2,7 +2,7 @@
 
 Compiles on all cores, then measures row by row until `--budget` seconds are over. Each row is one
 line of gpu-<device>.jsonl in `--out`; the next call goes on with the rows that were not reached,
-then with those that failed. `--tables` makes docs/kernels-measured.md of the results there are;
+then with those that failed. `--tables` makes benchmarks/results/kernels-measured.md of the results there are;
 `--dry-run` runs every row on tiny shapes on a CPU and checks that each one has all columns.
 """
 
@@ -38,7 +38,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--budget", type=float, default=480, help="seconds of the whole call (default: 480)")
     add("--out", type=Path, help="folder of the records (a dry run's: temporary)")
     add("--commit", help="commit of the code, where git cannot tell")
-    add("--tables", action="store_true", help="only make docs/kernels-measured.md")
+    add("--tables", action="store_true", help="only make benchmarks/results/kernels-measured.md")
     return parser.parse_args(argv)
 
 

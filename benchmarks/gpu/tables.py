@@ -1,4 +1,4 @@
-"""docs/kernels-measured.md: goals, then every row, out of the records of each GPU."""
+"""benchmarks/results/kernels-measured.md: goals, then every row, out of the records of each GPU."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from benchmarks.gpu.trial import Row
 from benchmarks.harness.records import RESULTS, Record, load
 from benchmarks.harness.report import markdown_table
 
-PAGE = Path(__file__).parents[2] / "docs/kernels-measured.md"
+PAGE = Path(__file__).parents[2] / "benchmarks/results/kernels-measured.md"
 
 INTRO = """# Kernels measured on a GPU
 

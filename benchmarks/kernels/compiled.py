@@ -24,7 +24,7 @@ from benchmarks.kernels.floor import floor_table
 from benchmarks.kernels.variants import KINDS, Variant, variants
 from starlayers.kernels.dwconv import BAND_SIZES
 
-PAGE = Path(__file__).parents[2] / "docs/kernels-compiled.md"
+PAGE = Path(__file__).parents[2] / "benchmarks/results/kernels-compiled.md"
 PROCESSES = 2
 
 #: bytes a thread that a kernel may spill: two dozen registers, stored and loaded

@@ -44,11 +44,12 @@ class StarformerConfig(PreTrainedConfig):
     A layer computes `x = x + mixer(norm(x))`, then `x + g(act(f1(z)) * (offset + f2(z)))` with
     `z = norm(x)`. The mixer is grouped-query attention or a `StarConv`.
 
+    As in `LlamaConfig` are vocab_size, hidden_size, num_hidden_layers, num_attention_heads,
+    num_key_value_heads, head_dim, max_position_embeddings, rope_parameters, rms_norm_eps,
+    attention_bias, attention_dropout, mlp_bias, initializer_range, tie_word_embeddings, use_cache
+    and the token ids.
+
     Args:
-        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
-        head_dim, max_position_embeddings, rope_parameters, rms_norm_eps, attention_bias,
-        attention_dropout, mlp_bias, initializer_range, tie_word_embeddings, use_cache and the
-            token ids: as in `LlamaConfig`.
         intermediate_size: hidden features of the MLP. Default: 8/3 of `hidden_size`, rounded to a
             multiple of 64, at least 64. With it a star MLP (three matrices) has as many parameters
             as a plain MLP (two matrices) with `intermediate_size = 4 * hidden_size`. The default

@@ -1,7 +1,7 @@
 """Fused GPU path of `ConvNorm` without gradients: convolution, norm and activation in one launch.
 
-With gradients, under a compiler, a transform or a mode, while others capture a CUDA graph and on CPUs
-the definition computes it, by cuDNN on NVIDIA's GPUs.
+With gradients, under a compiler, a transform or a mode, while others capture a CUDA graph and on
+CPUs the definition computes it, by cuDNN on NVIDIA's GPUs.
 """
 
 from collections.abc import Iterator
