@@ -2,7 +2,7 @@
 
 Compiles on all cores, then measures row by row until `--budget` seconds are over. Each row is one
 line of gpu-<device>.jsonl in `--out`; the next call goes on with the rows that were not reached,
-then with those that failed. `--tables` makes benchmarks/results/kernels-measured.md of the results there are;
+then with those that failed. `--tables` makes kernels-measured.md beside the results there are;
 `--dry-run` runs every row on tiny shapes on a CPU and checks that each one has all columns.
 """
 
