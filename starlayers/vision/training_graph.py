@@ -133,6 +133,8 @@ def _obstacle(model: nn.Module, x: Tensor) -> str:
         return "the network is in eval mode"
     if x.requires_grad or not torch.is_grad_enabled():
         return "gradients of the parameters, and only those, are computed"
+    if not any(p.requires_grad for p in model.parameters()):
+        return "no parameter wants a gradient"
     if backend_name() == "eager":
         return "the eager backend was asked for"
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -253,6 +253,7 @@ def test_what_cannot_be_captured_raises_and_leaves_the_network_as_it_was(stands,
     replica = net._replicate_for_data_parallel()
     for changed, words in (
         (starnet().eval(), "the network is in eval mode"),
+        (starnet().requires_grad_(False), "no parameter wants a gradient"),
         (replica, "a replica of nn.DataParallel"),
     ):
         with pytest.raises(RuntimeError, match=f"no CUDA graph of training: .*{words}"):
