@@ -1,12 +1,12 @@
-"""Learning curves and films of agents, shared by the reinforcement-learning examples."""
+"""Returns, learning curves and films, shared by the reinforcement-learning examples."""
 
 import os
 from pathlib import Path
 from typing import Any
 
+import _report
 import imageio
 import numpy as np
-from matplotlib.figure import Figure
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
@@ -34,8 +34,7 @@ def learning_curve(path: Path, curves: dict[str, tuple[Any, Any]]) -> None:
 
     Each label has steps and returns; returns are (steps,) or (steps, episodes).
     """
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = _report.axes(1, 6, 3.6)
     for label, (steps, returns) in curves.items():
         episodes = np.asarray(returns, dtype=float).reshape(len(steps), -1)
         (line,) = ax.plot(steps, episodes.mean(1), marker=".", label=label)
@@ -45,7 +44,7 @@ def learning_curve(path: Path, curves: dict[str, tuple[Any, Any]]) -> None:
     ax.set_ylabel("return: mean, lowest, highest")
     ax.grid(alpha=0.3)
     ax.legend()
-    figure.savefig(path, dpi=120)
+    _report.save(figure, path)
 
 
 def record_gif(model: Any, env_id: str | VecEnv, path: Path, steps: int) -> None:
@@ -60,3 +59,4 @@ def record_gif(model: Any, env_id: str | VecEnv, path: Path, steps: int) -> None
         states, *_ = env.step(actions)
     env.close()
     imageio.mimsave(path, frames, duration=1000 / 30, loop=0)
+    print(f"film: {path}")

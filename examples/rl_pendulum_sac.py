@@ -1,4 +1,9 @@
-"""Swing a pendulum up with SAC and a critic that multiplies state and action: two minutes.
+"""Swing a pendulum up with SAC and a critic that multiplies state and action.
+
+The actor is an ordinary MLP; only the critics differ: net={"pi": "mlp", "qf": "product"}. After
+about 3,000 of the 10,000 steps the pendulum stands up, a return near -150; an agent that acts at
+random has about -1,200. Two minutes on a CPU. The learning curve, a film of the agent and the model
+go to the folder of the run.
 
 python examples/rl_pendulum_sac.py
 python examples/rl_pendulum_sac.py --critic mlp      # SB3's own critic, for comparison
@@ -9,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import _report
 import numpy as np
 import typer
 from _rl import CURVE_SEED, FINAL_SEED, learning_curve, record_gif
@@ -32,7 +38,6 @@ def main(
     ] = "product",
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/rl_pendulum_sac"),
 ) -> float:
-    """Train SAC on Pendulum-v1, evaluate it, and film it."""
     out.mkdir(parents=True, exist_ok=True)
     width = WIDTHS.get(critic, 64)
     model = SAC(
@@ -76,4 +81,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    _report.run(main, __doc__)

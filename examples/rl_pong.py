@@ -1,4 +1,9 @@
-"""Pong from pixels with PPO and a small StarNet: a demonstration that takes minutes on a CPU.
+"""Play Pong from pixels with PPO and a small StarNet.
+
+"StarCnnPolicy" reads four screens of 84 x 84 through a small StarNet. The 30,000 steps of the
+default are a demonstration of a few minutes on a CPU: the agent moves and loses about every point
+(-21). Pong takes one to two million steps to win points and ten million for a full run, which is
+for a GPU. The learning curve, a film and the model go to the folder of the run.
 
 python examples/rl_pong.py                                # moves, and loses: see what it prints
 python examples/rl_pong.py --steps 10000000               # a full run, for a night on a GPU
@@ -9,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import _report
 import ale_py
 import gymnasium
 import numpy as np
@@ -40,7 +46,6 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/rl_pong"),
     device: str = "auto",
 ) -> float:
-    """Train PPO on Pong's screens, evaluate it, and film it."""
     gymnasium.register_envs(ale_py)
     out.mkdir(parents=True, exist_ok=True)
     # the hyperparameters of rl-baselines3-zoo
@@ -90,4 +95,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    _report.run(main, __doc__)

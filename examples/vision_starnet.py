@@ -1,6 +1,12 @@
 """Train a StarNet on real images.
 
-python examples/vision_starnet.py                          # Fashion-MNIST, a few minutes on a CPU
+The smallest StarNet, with strides for small images, learns Fashion-MNIST: four epochs, a few
+minutes on two cores of a CPU. Each epoch prints the accuracy on the test images. A run can be
+stopped at any time and resumed; the resumed run ends with the same weights. `curves.png`,
+`confusion.png`, metrics and weights go to the folder of the run. Where Fashion-MNIST is not in
+reach, scikit-learn's digits take its place, and the first line printed says so.
+
+python examples/vision_starnet.py                          # Fashion-MNIST
 python examples/vision_starnet.py --data folder --path my_images --size 64
 python examples/vision_starnet.py --data CIFAR10 --epochs 30 --crop 4 --ema 0.999
 python examples/vision_starnet.py --resume runs/TIME      # after Ctrl-C, a kill or a power cut
@@ -11,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import _report
 import torch
 import typer
 
@@ -40,11 +47,15 @@ def main(
         str, typer.Option(help="fashion-mnist, digits, folder, or a torchvision name (CIFAR10)")
     ] = "fashion-mnist",
     path: Annotated[
-        Path | None, typer.Option(help="folder of the images, or for downloads")
+        Path | None, typer.Option(help="folder of the images, read only", show_default="cache")
     ] = None,
     size: Annotated[int, typer.Option(help="side to which images of a folder are resized")] = 64,
-    out: Annotated[Path | None, typer.Option(help="folder of the run [runs/TIME]")] = None,
-    resume: Annotated[Path | None, typer.Option(help="folder of a run to go on with")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the run", show_default="runs/TIME")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="folder of a run to go on with", show_default="none")
+    ] = None,
     drop_path: float = 0.0,
     epochs: int = 4,
     batch_size: int = 128,
@@ -58,13 +69,12 @@ def main(
     mixup: float = 0.0,
     cutmix: float = 0.0,
     ema: Annotated[float, typer.Option(help="decay of averaged weights, 0 for none")] = 0.998,
-    amp: Annotated[bool, typer.Option("--amp", help="bf16 mixed precision")] = False,
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model")] = False,
+    amp: Annotated[bool, typer.Option("--amp", help="bf16, off by default")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="off by default")] = False,
     seed: int = 0,
     save_every: Annotated[int, typer.Option(help="steps between saved states")] = 200,
     workers: Annotated[int, typer.Option(help="processes that load images")] = 0,
 ) -> None:
-    """Train a StarNet on real images."""
     options: dict[str, Any] = dict(locals())
     if resume:
         options |= RunDir.read_config(resume)
@@ -95,4 +105,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    _report.run(main, __doc__)

@@ -178,7 +178,3 @@ def _app(main):
     app = typer.Typer()
     app.command()(main)
     return app
-
-
-def test_it_is_short():
-    assert len(EXAMPLE.read_text().splitlines()) < 150

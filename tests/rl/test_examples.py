@@ -21,7 +21,6 @@ FINAL_SEED = 2_000_000
 
 @pytest.fixture(autouse=True)
 def _own_folder(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.chdir(tmp_path)
 
 
@@ -169,4 +168,3 @@ def test_the_command_line(name, monkeypatch, capsys):
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--steps", "--seed", "--out"))
-    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 150
