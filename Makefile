@@ -12,13 +12,14 @@ SAMPLE ?= 100
 SEED ?= 0
 
 .PHONY: help setup demo demo-short test test-rest test-all test-kernels coverage mutants lint imports \
-	format type docs bench bench-gpu bench-smoke evidence kernels check clean
+	notebooks notebooks-save dist format type docs bench bench-gpu bench-smoke evidence kernels check clean
 
 help:
 	@echo "make demo   train a StarNet on Fashion-MNIST (sets everything up)"
 	@echo "make test   run the quick tests (sets everything up);  make test-all  run all"
 	@echo "make check  lint, imports and types;  make bench  all benchmarks"
 	@echo "make coverage  branch coverage;  make mutants  a sample of mutants"
+	@echo "make notebooks  execute the notebooks;  make dist  wheel and sdist"
 	@echo "make kernels  compile every kernel ahead of time: registers, spills, shared memory"
 
 $(STAMP): pyproject.toml
@@ -41,11 +42,25 @@ test: setup
 
 # what the quick tier leaves out; a process of its own for the interpreter, because whether Triton
 # interprets is settled when a kernel is imported
-test-rest: setup
+test-rest: notebooks
 	$(PYTEST) -m '(slow or export or hf or studies) and not interpret'
 	TRITON_INTERPRET=1 $(PYTEST) -m 'interpret and slow' $(INTERPRETED)
 
 test-all: test test-rest
+
+# each in a kernel of its own, from top to bottom
+notebooks: setup
+	$(PYTEST) --nbmake --nbmake-timeout=900 notebooks
+
+# the same, and keep the outputs
+notebooks-save: setup
+	$(PYTEST) --nbmake --nbmake-timeout=900 --overwrite notebooks
+	$(BIN)/python -m tests.notebooks
+
+# what a release uploads
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 test-kernels: setup
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret $(INTERPRETED)
