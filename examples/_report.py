@@ -32,8 +32,8 @@ def bar(items: Iterable[T], label: str, unit: str = "step") -> "tqdm[T]":
     return tqdm(items, desc=label, unit=unit)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; columns of numbers are flush right."""
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
+    """Print an empty line, a title if there is one, and a table with numbers flush right."""
     body = [[str(cell) for cell in row] for row in rows]
     lines = [""] * (len(body) + 1)
     for name, *cells in zip(columns, *body, strict=True):
@@ -41,7 +41,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         numbers = all(re.fullmatch(r"[-+]?[\d.,]+( ?%)?", cell) for cell in cells)
         for i, cell in enumerate((name, *cells)):
             lines[i] += (cell.rjust(width) if numbers else cell.ljust(width)) + "  "
-    print("\n".join(line.rstrip() for line in lines))
+    print("", *[title] * bool(title), *(line.rstrip() for line in lines), sep="\n")
 
 
 def axes(

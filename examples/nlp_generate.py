@@ -81,8 +81,8 @@ def main(
     figures = {"Starformer": _text.bits_per_byte(model, tokenizer, split["test"], LENGTH)}
     figures |= _text.baselines(_text.flat(split["train"]), _text.flat(split["test"]))
     ranked = sorted(figures.items(), key=lambda item: item[1])
-    print("\nbits per byte of the test split:")
-    _report.table(("bits", "predicted by"), [(f"{bits:.3f}", name) for name, bits in ranked])
+    body = [(f"{bits:.3f}", name) for name, bits in ranked]
+    _report.table(("bits", "predicted by"), body, "bits per byte of the test split:")
     set_seed(a["seed"])
     start = tokenizer([tokenizer.eos_token + prompt] * 3, return_tensors="pt").to(model.device)
     asked = {"do_sample": True, "temperature": temperature, "top_p": top_p, "max_new_tokens": 100}

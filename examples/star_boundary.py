@@ -96,13 +96,13 @@ def main(
                 accuracy.setdefault(b.data, {}).setdefault(name, []).append(value)
         if seed == 0:
             drawn = plot_boundaries(boundaries)
-    print(f"\naccuracy on new points, mean of {seeds} seeds")
+    title = f"accuracy on new points, mean of {seeds} seeds:"
     rows = [
         (data, name, f"{statistics.fmean(v):.1%}", f"{min(v):.1%} to {max(v):.1%}")
         for data, by_model in accuracy.items()
         for name, v in by_model.items()
     ]
-    _report.table(("data", "model", "accuracy", "lowest to highest"), rows)
+    _report.table(("data", "model", "accuracy", "lowest to highest"), rows, title)
 
     errors = [kernel_errors(WIDTHS, seed) for seed in _report.bar(range(5), "kernels", "seed")]
     print(

@@ -59,9 +59,11 @@ def test_a_text_without_paragraphs_is_told_what_a_row_is(tmp_path):
 
 def test_table_and_figure(tmp_path, capsys):
     report = runpy.run_path(str(EXAMPLES / "_report.py"))
-    report["table"](("model", "accuracy", "note"), [("a", "9.5%", "x"), ("star", "10.25%", "")])
+    report["table"](
+        ("model", "accuracy", "note"), [("a", "9.5%", "x"), ("star", "10.25%", "")], "title"
+    )
     assert capsys.readouterr().out == (
-        "model  accuracy  note\na          9.5%  x\nstar     10.25%\n"
+        "\ntitle\nmodel  accuracy  note\na          9.5%  x\nstar     10.25%\n"
     )
     figure, ax = report["axes"]()
     report["lines"](ax, {"loss": ([1, 2], [3, 4])}, "steps", "loss")
