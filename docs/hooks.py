@@ -11,11 +11,22 @@ from pathlib import Path
 import griffe
 from latex2mathml.converter import convert
 
+import starlayers
+
 FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', flags=re.DOTALL
 )
+HEADING = re.compile(r'(<h3 id="(starlayers\.(?:\w+\.)*)\w+" class="doc doc-heading">\s*)(?=<span)')
 #: pages of the API, in the order of the table of names
 API = ("core", "functional", "vision", "nlp", "surgery", "rl", "coefficients", "datasets")
+#: rooms of the guides that do not have their name
+ROOMS = {
+    "interpretation": "coefficients",
+    "search": "coefficients",
+    "starify": "surgery",
+    "training": "vision",
+}
+RL = "starlayers.rl."
 DIRECTIVE = re.compile(r"^::: (\S+)$|^(?:#|##) (.+)$", flags=re.MULTILINE)
 #: an element whose code is left alone, or code that may be the name of something
 CODE = re.compile(
@@ -28,12 +39,14 @@ def on_page_markdown(markdown: str, *, page: object, **_: object) -> str:
     """Write the table of names into the first page of the API."""
     if page.file.src_uri != "api/index.md":  # type: ignore[attr-defined]
         return markdown
-    return markdown + "\n" + "\n".join(_table(page) for page in API)
+    tables = "\n".join(_table(page) for page in API)
+    return f'{markdown}\n<div class="api-names" markdown>\n\n{tables}\n</div>\n'
 
 
 def on_page_content(content: str, *, page: object, **_: object) -> str:
     """Make MathML of a page's formulas, and links of the public names in its text."""
     content = FORMULA.sub(_formula, content)
+    content = HEADING.sub(r'\1<span class="doc-module">\2</span>', content)
     uri: str = page.file.src_uri  # type: ignore[attr-defined]
     return content if uri == "changelog.md" else _linked(content, Path(uri).stem)
 
@@ -79,9 +92,9 @@ def _table(page: str) -> str:
     lines = []
     for kind, name in entries(page):
         if kind == "#":
-            lines += [f"## [{name}]({page}.md)", "", "| Name | |", "|---|---|"]
+            lines += [f"## [{name}]({page}.md)"]
         elif kind == "##":
-            lines += [f"| **{name}** | |"]
+            lines += ["", f"| {name} | |", "|---|---|"]
         else:
             docstring = package()[name.removeprefix("starlayers.")].docstring
             summary = " ".join(docstring.value.split("\n\n")[0].split()).replace("|", r"\|")
@@ -90,7 +103,7 @@ def _table(page: str) -> str:
 
 
 def _linked(content: str, page: str) -> str:
-    room = "starlayers." + {"starify": "surgery"}.get(page, page)
+    room = f"starlayers.{ROOMS.get(page, page)}."
     closed = 0  # depth in elements whose code stays as it is
 
     def link(match: re.Match[str]) -> str:
@@ -99,17 +112,21 @@ def _linked(content: str, page: str) -> str:
             closed += -1 if match["close"] else 1
         if closed or not match["name"]:
             return match[0]
-        found = documented().get(match["name"].rpartition(".")[2], [])
-        found = [name for name in found if name.endswith("." + match["name"])] or [
-            name for name in found if name == match["name"]
-        ]
-        here = [name for name in found if name.startswith(room + ".")]
-        if len(here or found) > 1 and page != "index":
-            here = [name for name in found if ".rl." not in name]
-        target = (here or found)[:1]
-        return f'<autoref identifier="{target[0]}">{match[0]}</autoref>' if target else match[0]
+        target = _target(match["name"], room)
+        return f'<autoref identifier="{target}">{match[0]}</autoref>' if target else match[0]
 
     return CODE.sub(link, content)
+
+
+def _target(name: str, room: str) -> str | None:
+    found = documented().get(name.rpartition(".")[2], [])
+    found = [full for full in found if f".{full}".endswith(f".{name}")]
+    here = [full for full in found if full.startswith(room)]
+    if not here and name.islower() and "_" not in name:
+        # a word of English, which may mean something else outside its own room
+        here = [full for full in found if hasattr(starlayers, name) and not full.startswith(RL)]
+        return here[0] if here else None
+    return next(iter(here or found), None)
 
 
 # --- docstrings
@@ -173,6 +190,9 @@ def _public(pkg: griffe.Module, name: str) -> tuple[griffe.Module, str, griffe.O
     thing = getattr(importlib.import_module(module.path), last)
     made = griffe.inspect(thing.__module__, filepath=None).members[last]
     made.docstring.value = sections(inspect.getdoc(thing) or "")  # type: ignore[union-attr]
+    if inspect.isclass(thing):
+        home = pkg[thing.__module__.partition(".")[2]]
+        made.bases = [griffe.ExprName(base.__name__, parent=home) for base in thing.__bases__]
     return module, last, _alias(module, made)
 
 
