@@ -37,7 +37,7 @@ CODE = re.compile(
 
 def on_page_markdown(markdown: str, *, page: object, **_: object) -> str:
     """Write the table of names into the first page of the API."""
-    if page.file.src_uri != "api/index.md":  # type: ignore[attr-defined]
+    if page.file.src_uri != "api/index.md":
         return markdown
     tables = "\n".join(_table(page) for page in API)
     return f'{markdown}\n<div class="api-names" markdown>\n\n{tables}\n</div>\n'
@@ -47,7 +47,9 @@ def on_page_content(content: str, *, page: object, **_: object) -> str:
     """Make MathML of a page's formulas, and links of the public names in its text."""
     content = FORMULA.sub(_formula, content)
     content = HEADING.sub(r'\1<span class="doc-module">\2</span>', content)
-    uri: str = page.file.src_uri  # type: ignore[attr-defined]
+    uri: str = page.file.src_uri
+    if uri.startswith("api/"):
+        content = re.sub(r"docs/([\w-]+)\.md", r'<a href="../\1.html">docs/\1.md</a>', content)
     return content if uri == "changelog.md" else _linked(content, Path(uri).stem)
 
 
@@ -140,6 +142,8 @@ class Docstrings(griffe.Extension):
         for obj in _all_objects(pkg):
             if obj.docstring:
                 obj.docstring.value = sections(obj.docstring.value)
+            if isinstance(obj, griffe.Class) and "strict" in {str(d.value) for d in obj.decorators}:
+                _add_init(obj)
         # all are found before the first is put in its place, where it hides what is in a module
         names = [name for page in API for kind, name in entries(page) if kind == ":::"]
         for module, name, member in [_public(pkg, name) for name in names]:
@@ -150,7 +154,7 @@ def _all_objects(obj: griffe.Object) -> Iterator[griffe.Object]:
     yield obj
     for member in obj.members.values():
         if not member.is_alias:
-            yield from _all_objects(member)  # type: ignore[arg-type]
+            yield from _all_objects(member)
 
 
 def sections(text: str) -> str:
@@ -161,6 +165,8 @@ def sections(text: str) -> str:
     """
     text = re.sub(r"(?m)^Example:$", "Examples:", text)
     text = re.sub(r"(?m)^(Shapes|Source): ", r"**\1:** ", text)
+    others = r"(?m)^    All others: (.*(?:\n     +.*)*)"
+    text = re.sub(others, r"\n**All other arguments:** \1", text)
 
     def split(match: re.Match[str]) -> str:
         return "\n".join(f"    {name}:{match[2]}" for name in match[1].split(", "))
@@ -173,23 +179,43 @@ def sections(text: str) -> str:
     return re.sub(raises, lambda match: re.sub(errors, split, match[0]), text)
 
 
+def _add_init(config: griffe.Class) -> None:
+    """Give a configuration of transformers the constructor that its decorator makes."""
+    # what griffe read as a ClassVar is no attribute of instances
+    fields = (a for a in config.members.values() if "instance-attribute" in a.labels)
+    parameters = griffe.Parameters(
+        griffe.Parameter("self", kind=griffe.ParameterKind.positional_or_keyword),
+        *(
+            griffe.Parameter(
+                field.name,
+                annotation=field.annotation,
+                kind=griffe.ParameterKind.keyword_only,
+                default=field.value,
+            )
+            for field in fields
+        ),
+        griffe.Parameter("kwargs", kind=griffe.ParameterKind.var_keyword),
+    )
+    config.set_member("__init__", griffe.Function("__init__", parameters=parameters))
+
+
 def _public(pkg: griffe.Module, name: str) -> tuple[griffe.Module, str, griffe.Object]:
     """Return the module of a public name, its last part, and what it names."""
     path, _, last = name.partition(".")[2].rpartition(".")
-    module: griffe.Module = pkg[path] if path else pkg  # type: ignore[assignment]
+    module: griffe.Module = pkg[path] if path else pkg
     member = module.members.get(last)
     try:
         if member and member.is_module and last in member.members:
             # a function in a file of its name: reading finds the file
             return module, last, _alias(module, member.members[last])
         if member and member.docstring:
-            return module, last, member  # type: ignore[return-value]
+            return module, last, member
     except griffe.AliasResolutionError:
         pass
     # made by a function: import it
     thing = getattr(importlib.import_module(module.path), last)
     made = griffe.inspect(thing.__module__, filepath=None).members[last]
-    made.docstring.value = sections(inspect.getdoc(thing) or "")  # type: ignore[union-attr]
+    made.docstring.value = sections(inspect.getdoc(thing) or "")
     if inspect.isclass(thing):
         home = pkg[thing.__module__.partition(".")[2]]
         made.bases = [griffe.ExprName(base.__name__, parent=home) for base in thing.__bases__]
@@ -197,4 +223,4 @@ def _public(pkg: griffe.Module, name: str) -> tuple[griffe.Module, str, griffe.O
 
 
 def _alias(module: griffe.Module, target: griffe.Object | griffe.Alias) -> griffe.Object:
-    return griffe.Alias(target.name, target, parent=module)  # type: ignore[return-value, arg-type]
+    return griffe.Alias(target.name, target, parent=module)
