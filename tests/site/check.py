@@ -34,7 +34,14 @@ MATHS = re.compile(r"\$\$.+?\$\$|(?<![\\$\w])\$[^\s$](?:[^$\n]*[^\s$])?\$(?!\w)"
 #: what is wrong with the page that is open, as a list of sentences
 INSPECT = """async (formulas) => {
   const wrong = [], root = document.scrollingElement
-  const tell = (e) => `<${e.localName} class="${e.className}"> ${e.textContent.trim().slice(0, 40)}`
+  const tell = (e) => `<${e.localName} class="${e.className}"> ` +
+    e.textContent.trim().replace(/\\s+/g, " ").slice(0, 40)
+  // what scrolls in a box of its own makes no page wide
+  const boxed = (e) => {
+    while ((e = e.parentElement) && e !== document.body)
+      if (getComputedStyle(e).overflowX !== "visible") return true
+    return false
+  }
   for (const image of document.images) {
     image.loading = "eager"
     await image.decode().catch(() => 0)
@@ -42,7 +49,7 @@ INSPECT = """async (formulas) => {
   }
   if (root.scrollWidth > innerWidth) {
     const wide = [...document.querySelectorAll("main *")].filter(
-      (e) => e.getBoundingClientRect().right > innerWidth + 1)
+      (e) => e.getBoundingClientRect().right > innerWidth + 1 && !boxed(e))
     wrong.push(`${root.scrollWidth} px wide: ${wide.slice(0, 3).map(tell).join("; ")}`)
   }
   const maths = [...document.querySelectorAll("math")]
@@ -67,6 +74,7 @@ def visit(browser, folder: Path, width: int, scheme: str, shots: Path | None) ->
     seen: list[str] = []
     tab.on("console", lambda m: seen.append(f"console: {m.text}") if m.type == "error" else None)
     tab.on("pageerror", lambda error: seen.append(f"script: {error}"))
+    tab.on("request", lambda r: seen.append(f"asks {r.url}") if r.url.startswith("http") else None)
     # what is left of the page before, such as its icon, is aborted, and is no fault
     tab.on(
         "requestfailed",
