@@ -88,7 +88,7 @@ def visit(browser, folder: Path, width: int, scheme: str, shots: Path | None) ->
         seen.clear()
     tab.goto((folder / "index.html").as_uri())
     if width > 1000:  # elsewhere the field lies behind a button
-        tab.fill(".md-search__input", "StarMLP")
+        tab.locator(".md-search__input").press_sequentially("StarMLP")  # it listens for keys
         results = tab.locator(".md-search-result__item").first
         try:
             results.wait_for(timeout=10_000)
