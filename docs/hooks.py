@@ -36,7 +36,9 @@ CODE = re.compile(
 
 
 def on_page_markdown(markdown: str, *, page: object, **_: object) -> str:
-    """Write the table of names into the first page of the API."""
+    """Mark sessions as such, and write the table of names into the first page of the API."""
+    # prompts and results of a session are left out when it is copied (extra.css)
+    markdown = re.sub(r"(?m)^```python\n(?=>>> )", "```pycon\n", markdown)
     if page.file.src_uri != "api/index.md":
         return markdown
     tables = "\n".join(_table(page) for page in API)

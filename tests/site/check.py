@@ -56,6 +56,11 @@ INSPECT = """async (formulas) => {
   if (maths.length < formulas) wrong.push(`${maths.length} of ${formulas} formulas`)
   if (document.querySelector(".arithmatex, merror")) wrong.push("a formula is no MathML")
   if (maths.some((e) => !e.getBoundingClientRect().width)) wrong.push("a formula has no width")
+  for (const code of document.querySelectorAll("pre > code")) {
+    code.dataset.mdCopying = ""  // as the copy button does
+    if (code.innerText.startsWith(">>>")) wrong.push(`copied with prompts: ${tell(code)}`)
+    delete code.dataset.mdCopying
+  }
   return wrong
 }"""
 
