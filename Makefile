@@ -12,7 +12,8 @@ SAMPLE ?= 100
 SEED ?= 0
 
 .PHONY: help setup demo demo-short test test-rest test-all test-kernels coverage mutants lint imports \
-	notebooks notebooks-save dist format type docs bench bench-gpu bench-smoke evidence kernels check clean
+	notebooks notebooks-save dist format type docs docs-check bench bench-gpu bench-smoke evidence \
+	kernels check clean
 
 help:
 	@echo "make demo   train a StarNet on Fashion-MNIST (sets everything up)"
@@ -20,6 +21,7 @@ help:
 	@echo "make check  lint, imports and types;  make bench  all benchmarks"
 	@echo "make coverage  branch coverage;  make mutants  a sample of mutants"
 	@echo "make notebooks  execute the notebooks;  make dist  wheel and sdist"
+	@echo "make docs   build the site;  make docs-check  its links, and its pages in Chromium"
 	@echo "make kernels  compile every kernel ahead of time: registers, spills, shared memory"
 
 $(STAMP): pyproject.toml
@@ -91,6 +93,10 @@ check: lint imports type
 
 docs: setup
 	$(BIN)/mkdocs build --strict
+
+# links and anchors, and every page in Chromium: --save (SAVE=--save) writes the screenshots
+docs-check: setup
+	$(BIN)/python -m tests.site.check $(SAVE)
 
 # the pages under docs/evidence/, from the records of the studies
 evidence: setup

@@ -49,8 +49,16 @@ class Activation:
         return grad * self.derivative(x)
 
 
-#: name -> row. `None` is the activation-free row; GLU-family names are aliases of their gate.
 ACTIVATIONS: dict[str | None, Activation] = {}
+"""Table of the activations, by name.
+
+`None` is the activation-free row; GLU-family names are aliases of their gate.
+
+Example:
+    >>> from starlayers import ACTIVATIONS
+    >>> ACTIVATIONS["swiglu"] is ACTIVATIONS["silu"]
+    True
+"""
 
 
 def get_activation(act: str | None) -> Activation:

@@ -8,8 +8,14 @@ from typing import Any
 
 __all__ = ["BACKENDS", "backend_name", "use_backend"]
 
-#: names that `use_backend` and the environment variable accept
 BACKENDS = ("auto", "eager", "cpu", "triton")
+"""Names of the backends, for `use_backend` and the environment variable STARLAYERS_BACKEND.
+
+Example:
+    >>> from starlayers.backend import BACKENDS, backend_name
+    >>> backend_name() in BACKENDS
+    True
+"""
 ENV_VAR = "STARLAYERS_BACKEND"
 
 # the dictionary behind os.environ: its own look-up of a missing name takes 0.5 us, as long as a

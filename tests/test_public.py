@@ -32,7 +32,7 @@ MODULES = [
     "starlayers.vision.training",
 ]
 SIGNATURES = Path(__file__).parent / "golden" / "signatures.txt"
-#: tables and tuples, documented by the comment above them
+#: tables and tuples, documented by the string below them; tests/site runs its example
 CONSTANTS = {"ACTIVATIONS", "BACKENDS", "NETS", "RECIPES", "SPECIAL_TOKENS", "STARNETS"}
 
 

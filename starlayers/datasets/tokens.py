@@ -11,13 +11,20 @@ transformers: Any = require("transformers", "datasets,nlp")
 
 __all__ = ["SPECIAL_TOKENS", "byte_level_bpe", "windows"]
 
-#: tokens with the ids 0 to 3 in every tokenizer made by `byte_level_bpe`
 SPECIAL_TOKENS = {
     "pad_token": "<pad>",
     "bos_token": "<s>",
     "eos_token": "</s>",
     "mask_token": "<mask>",
 }
+"""Tokens with the ids 0 to 3 in every tokenizer made by `byte_level_bpe`.
+
+Example:
+    >>> from starlayers.datasets.tokens import SPECIAL_TOKENS, byte_level_bpe
+    >>> tokenizer = byte_level_bpe(["the star op"], vocab_size=262)
+    >>> tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS.values()))
+    [0, 1, 2, 3]
+"""
 
 
 def byte_level_bpe(texts: Iterable[str], vocab_size: int = 4000) -> Any:

@@ -140,7 +140,6 @@ def _dense(dim: int, width: int, act: Any, norms: Sequence[Norm]) -> list[nn.Mod
     return [nn.Linear(dim, width), *(norm(width) for norm in norms), activation_module(act)]
 
 
-#: name of a net -> its layer, or the residual block behind its first layer
 NETS: dict[str, Callable[..., Any]] = {
     "star": _star,
     "star_residual": lambda width, act, norm: star_residual(width, act, norm(width)),
@@ -148,6 +147,15 @@ NETS: dict[str, Callable[..., Any]] = {
     "d2rl": _dense,
     "simba": SimBaBlock,
 }
+"""Layer of each net, or the residual block behind its first layer, by name.
+
+The names are those of the option `net` of the star policies.
+
+Example:
+    >>> from starlayers.rl import NETS
+    >>> list(NETS)
+    ['star', 'star_residual', 'mlp', 'd2rl', 'simba']
+"""
 RESIDUAL = ("star_residual", "simba")
 
 

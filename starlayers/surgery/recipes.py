@@ -21,8 +21,16 @@ Recipe = Callable[[nn.Module], Iterator[Site]]
 #: names of attributes that hold an activation function rather than a module
 ACTIVATION_NAME = re.compile(r"(^|_)(act|activation|nonlin|nonlinearity)(_|\d|$)")
 
-#: recipes in the order they are called; the first whose claim is verified gets the MLP
 RECIPES: list[Recipe] = []
+"""Recipes in the order they are called; the first whose claim is verified gets the MLP.
+
+A recipe is a function from a module to the `Site`s of the MLPs in it.
+
+Example:
+    >>> from starlayers.surgery import RECIPES
+    >>> all(callable(recipe) for recipe in RECIPES)
+    True
+"""
 
 
 def register_recipe(recipe: Recipe) -> Recipe:

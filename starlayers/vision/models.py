@@ -15,7 +15,6 @@ class Variant(NamedTuple):
     hub_id: str | None = None
 
 
-#: name -> variant. Shapes from arXiv 2403.19967: S1 to S4 in table 3, the smaller in table 14.
 STARNETS = {
     "starnet_s1": Variant(24, (2, 2, 8, 3), 4, "timm/starnet_s1.in1k"),
     "starnet_s2": Variant(32, (1, 2, 6, 2), 4, "timm/starnet_s2.in1k"),
@@ -25,6 +24,16 @@ STARNETS = {
     "starnet_s100": Variant(20, (1, 2, 4, 1), 4),
     "starnet_s150": Variant(24, (1, 2, 4, 2), 3),
 }
+"""Shapes of the published StarNets, by name.
+
+Source: Ma et al., "Rewrite the Stars", arXiv 2403.19967: S1 to S4 in table 3, the smaller in
+table 14.
+
+Example:
+    >>> from starlayers.vision import STARNETS
+    >>> STARNETS["starnet_s1"].depths
+    (2, 2, 8, 3)
+"""
 
 
 class Factory(Protocol):

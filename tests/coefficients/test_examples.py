@@ -29,6 +29,13 @@ def assert_drawn(folder, *names):
         assert high - low > 100
 
 
+def test_picture_of_a_star_layer(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # it takes the moons from star_boundary
+    accuracy = example("star_picture")["main"](300, 80, 0, tmp_path / "star.png")
+    assert accuracy > 0.9  # a linear layer has at most 0.75
+    assert_drawn(tmp_path, "star.png")
+
+
 @pytest.fixture(scope="module")
 def boundary():
     return example("star_boundary")
