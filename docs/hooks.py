@@ -35,6 +35,11 @@ CODE = re.compile(
 )
 
 
+def on_config(config: object, **_: object) -> None:
+    """Tell which version a site is of: each has its own, built from its tag."""
+    config.copyright = f"starlayers {starlayers.__version__}"
+
+
 def on_page_markdown(markdown: str, *, page: object, **_: object) -> str:
     """Mark sessions as such, and write the table of names into the first page of the API."""
     # prompts and results of a session are left out when it is copied (extra.css)
