@@ -49,9 +49,19 @@ class Boundary:
 
 
 def train_network(
-    x: Tensor, labels: Tensor, name: str, layers: int, width: int, steps: int, seed: int
+    x: Tensor,
+    labels: Tensor,
+    name: str,
+    layers: int,
+    width: int,
+    steps: int,
+    seed: int,
+    watch: Callable[[int, Score], None] = lambda step, score: None,
 ) -> Score:
-    """Train the network with a product ("star") or a "sum" of branches; return its score."""
+    """Train the network with a product ("star") or a "sum" of branches; return its score.
+
+    `watch` is called before every step with the score that the network has then.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mlps = [NETWORKS[name](width, 2 * width, act=None) for _ in range(layers)]
@@ -59,7 +69,12 @@ def train_network(
         net = nn.Sequential(nn.Linear(2, width), *blocks, nn.Linear(width, 1))
     optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+
+    def score(points: Tensor) -> Tensor:
+        return net(points)[:, 0].detach()  # type: ignore[no-any-return]
+
+    for step in range(steps):
+        watch(step, score)
         loss = F.binary_cross_entropy_with_logits(net(x)[:, 0], labels.to(x.dtype))
         optimizer.zero_grad()
         loss.backward()
@@ -67,7 +82,7 @@ def train_network(
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return lambda points: net(points)[:, 0].detach()
+    return score
 
 
 def train_svm(x: Tensor, labels: Tensor, name: str, layers: int, width: int, seed: int) -> Score:

@@ -3,8 +3,8 @@
 The smallest StarNet, with strides for small images, learns Fashion-MNIST: four epochs, a few
 minutes on two cores of a CPU. Each epoch prints the accuracy on the test images. A run can be
 stopped at any time and resumed; the resumed run ends with the same weights. `curves.png`,
-`confusion.png`, metrics and weights go to the folder of the run. Where Fashion-MNIST is not in
-reach, scikit-learn's digits take its place, and the first line printed says so.
+`confusion.png`, `feature-maps.png`, metrics and weights go to the folder of the run. Where
+Fashion-MNIST is not in reach, scikit-learn's digits take its place, and the first line says so.
 
 python examples/vision_starnet.py                          # Fashion-MNIST
 python examples/vision_starnet.py --data folder --path my_images --size 64
@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import _report
 import torch
 import typer
+from _maps import plot_maps
 
 from starlayers.datasets.images import ImageData, load_images
 from starlayers.vision import StarNet
@@ -102,6 +103,10 @@ def main(
         f"test accuracy {result.test_accuracy:.2%} after {config.epochs} epochs, "
         f"{result.seconds:.0f} s of training; weights and plots in {run_dir.path}"
     )
+    if process_state().is_main_process:
+        mean, std = (torch.tensor(v)[:, None, None] for v in (images.mean, images.std))
+        image = (images.test[0][0].float() / 255 - mean) / std
+        plot_maps(net, image, mean, std, run_dir.path / "feature-maps.png")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,16 @@ def test_picture_of_a_star_layer(monkeypatch, tmp_path):
     assert_drawn(tmp_path, "star.png")
 
 
+def test_film_of_a_star_and_a_sum_in_training(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    accuracy = example("star_film")["main"](2, 120, 150, 0, tmp_path)
+    assert accuracy["star"] > accuracy["sum"] + 0.04
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames > 10
+        low, high = film.convert("L").getextrema()
+    assert high - low > 100
+
+
 @pytest.fixture(scope="module")
 def boundary():
     return example("star_boundary")

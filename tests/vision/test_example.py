@@ -102,7 +102,7 @@ def test_an_undisturbed_run_prints_and_saves_its_results(undisturbed):
         assert shown + f"{line['test_accuracy']:.2%}" in output
     assert {p.name for p in folder.iterdir()} == {
         *("config.json", "metrics.jsonl", "model.safetensors", "state"),
-        *("curves.png", "confusion.png"),
+        *("curves.png", "confusion.png", "feature-maps.png"),
     }
     config = json.loads((folder / "config.json").read_text())
     assert (config["model"], config["data"], config["drop_path"]) == ("starnet_s050", "digits", 0.2)
