@@ -6,19 +6,20 @@ import _report
 import torch
 from torch import Tensor
 
+from starlayers import get_activation
 from starlayers.vision import StarBlock2d, StarNet
 
 
 @torch.no_grad()
 def branches(net: StarNet, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return both branches of the first block and their star, each (channels, height, width)."""
+    """Return both factors of the first block's stars and the stars, (channels, height, width)."""
     block = next(m for m in net.modules() if isinstance(m, StarBlock2d))
     seen: list[Tensor] = []
     hook = block.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     net(images)
     hook.remove()
     one, two = block.mlp.branches(seen[0])
-    star = block.mlp.products(seen[0])
+    one, star = get_activation(block.mlp.act).fn(one), block.mlp.products(seen[0])
     return tuple(t[0].movedim(-1, 0) for t in (one, two, star))  # type: ignore[return-value]
 
 
@@ -34,7 +35,7 @@ def plot_maps(net: StarNet, image: Tensor, mean: Tensor, std: Tensor, file: Path
     rows = [(f"stage {i}", liveliest(maps[0], 3)) for i, maps in enumerate(stages)]
     one, two, star = branches(net, images)
     best = order(star)[:3]
-    rows += [("branch 1", one[best]), ("branch 2", two[best]), ("their star", star[best])]
+    rows += [("act(branch 1)", one[best]), ("branch 2", two[best]), ("their star", star[best])]
     figure, axes = _report.axes(len(rows) + 1, 1.2, 1.2, rows=3)
     shown = (image * std + mean).clamp(0, 1).movedim(0, -1).squeeze(-1)
     axes[0, 0].imshow(shown, cmap="gray")
