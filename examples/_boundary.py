@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from sklearn.datasets import make_circles, make_moons
 from sklearn.svm import SVC
 from torch import Tensor, nn
@@ -46,6 +47,36 @@ class Boundary:
     extent: tuple[float, float, float, float]
     scores: dict[str, Tensor]
     accuracy: dict[str, float]
+
+
+def draw(
+    ax: Axes,
+    score: Tensor,
+    extent: tuple[float, float, float, float],
+    points: Tensor,
+    labels: Tensor,
+    *,
+    colours: tuple[str, str] = ("C0", "C3"),
+    shades: int = 0,
+) -> None:
+    """Draw a score over the plane, saturated beyond its 33 % quantile, its zero line and points.
+
+    With `shades` the score is rounded to as many steps on either side of zero.
+    """
+    most = float(score.abs().quantile(0.33)) or 1.0
+    shown = (score / most).clamp(-1, 1)
+    if shades:
+        shown = (shades * shown).round() / shades
+    ax.imshow(
+        shown.numpy(), origin="lower", extent=extent, aspect="auto", cmap="RdBu_r", vmin=-1.6,
+        vmax=1.6, interpolation="bilinear",
+    )  # fmt: skip
+    if float(score.min()) < 0 < float(score.max()):
+        ax.contour(score.numpy(), levels=[0], extent=extent, colors="k", linewidths=1.2)
+    for label, colour in enumerate(colours):
+        p = points[labels == label].numpy()
+        ax.scatter(p[:, 0], p[:, 1], s=9, color=colour, edgecolor="white", linewidth=0.4)
+    ax.set(xticks=[], yticks=[], xlim=extent[:2], ylim=extent[2:])
 
 
 def train_network(

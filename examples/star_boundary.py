@@ -19,7 +19,7 @@ from typing import Annotated
 import _report
 import torch
 import typer
-from _boundary import DATA, MODELS, Boundary, decision_boundary
+from _boundary import DATA, MODELS, Boundary, decision_boundary, draw
 from matplotlib.figure import Figure
 
 from starlayers import StarOp
@@ -38,18 +38,7 @@ def plot_boundaries(boundaries: Sequence[Boundary]) -> Figure:
     axes = figure.subplots(len(boundaries), len(names), squeeze=False)
     for row, b in zip(axes, boundaries):
         for ax, name in zip(row, names):
-            score = b.scores[name]
-            most = float(score.abs().quantile(0.33)) or 1.0
-            ax.imshow(
-                (score / most).clamp(-1, 1).numpy(), origin="lower", extent=b.extent, aspect="auto",
-                cmap="RdBu_r", vmin=-1.6, vmax=1.6, interpolation="bilinear",
-            )  # fmt: skip
-            if float(score.min()) < 0 < float(score.max()):
-                ax.contour(score.numpy(), levels=[0], extent=b.extent, colors="k", linewidths=1.2)
-            for label, colour in enumerate(("C0", "C3")):
-                p = b.points[b.labels == label].numpy()
-                ax.scatter(p[:, 0], p[:, 1], s=9, color=colour, edgecolor="white", linewidth=0.4)
-            ax.set(xticks=[], yticks=[], xlim=b.extent[:2], ylim=b.extent[2:])
+            draw(ax, b.scores[name], b.extent, b.points, b.labels)
             ax.text(
                 0.97, 0.04, f"{100 * b.accuracy[name]:.1f} %", transform=ax.transAxes, ha="right",
                 fontsize=9, bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1.5},

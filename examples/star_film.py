@@ -16,7 +16,7 @@ from typing import Annotated
 import _report
 import torch
 import typer
-from _boundary import Score, train_network
+from _boundary import Score, draw, train_network
 from PIL import Image
 from sklearn.datasets import make_moons
 from torch import Tensor
@@ -50,18 +50,9 @@ def frame(
     """Draw what each network computes, its boundary and the points."""
     figure, axes = _report.axes(len(fields), 2.6, 2.8)
     for ax, (name, (field, accuracy)) in zip(axes, fields.items()):
-        most = float(field.abs().quantile(0.33)) or 1.0
         extent = (-side, side, -side, side)
-        ax.imshow(
-            (4 * field / most).clamp(-4, 4).round() / 4,  # few colours make a small file
-            origin="lower", extent=extent, cmap="RdBu_r", vmin=-1.6,
-            vmax=1.6,
-        )  # fmt: skip
-        if float(field.min()) < 0 < float(field.max()):
-            ax.contour(field, levels=[0], extent=extent, colors="k", linewidths=1.2)
-        for label, colour in enumerate(("navy", "darkred")):
-            ax.scatter(*x[labels == label].T, s=9, color=colour, edgecolor="white", linewidth=0.4)
-        ax.set(xticks=[], yticks=[], xlim=(-side, side), ylim=(-side, side))
+        # few colours make a small file
+        draw(ax, field, extent, x, labels, colours=("navy", "darkred"), shades=4)
         ax.set_title(f"{name}: step {step}, {accuracy:.0%}", fontsize=9, color=GREY)
     memory = io.BytesIO()
     figure.savefig(memory, dpi=80)

@@ -208,8 +208,9 @@ def _new_mlp_plan(
     recompute: bool,
 ) -> Plan:
     parameters = tuple(w for w in weights if w is not None)
-    if not exporting() and weights.misfit:
-        return Plan("eager", weights.misfit)
+    misfit = "" if exporting() else weights.misfit
+    if misfit:
+        return Plan("eager", misfit)
     return plans.decide_mlp(
         call_of(backend, act, _tracer(), (x, *parameters)),
         rows_of(x),

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
@@ -24,6 +24,7 @@ __all__ = [
     "compute_dtype",
     "define_gradient",
     "define_op",
+    "first_misfit",
     "flattened",
     "launch",
     "library_gradients",
@@ -70,14 +71,24 @@ class MLPWeights(NamedTuple):
         """Say which parameter has a shape that its layer has not, as one that is broadcast has."""
         width, hidden, out = self.sizes
         shapes = ((hidden, width), (hidden,), (hidden, width), (hidden,), (out, hidden), (out,))
-        for name, t, shape in zip(self._fields, self, shapes, strict=True):
-            if t is not None and t.shape != shape:
-                return f"{name} has shape {tuple(t.shape)}, not {shape}"
-        return ""
+        return first_misfit(zip(self._fields, self, shapes, strict=True))
 
     def cast(self, dtype: torch.dtype) -> "MLPWeights":
         """Return all parameters in `dtype`."""
         return MLPWeights(*(cast(t, dtype) for t in self))
+
+
+def first_misfit(expected: Iterable[tuple[str, Tensor | None, tuple[int, ...]]]) -> str:
+    """Say which of the tensors, by name, has another shape than expected; empty if none has.
+
+    Example:
+        >>> first_misfit([("bias", torch.ones(1), (4,))])
+        'bias has shape (1,), not (4,)'
+    """
+    for name, t, shape in expected:
+        if t is not None and t.shape != shape:
+            return f"{name} has shape {tuple(t.shape)}, not {shape}"
+    return ""
 
 
 #: gradients of x and of the six weights; a missing bias has one too, which nobody reads

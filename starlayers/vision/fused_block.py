@@ -32,7 +32,7 @@ from starlayers.dispatch import (
 from starlayers.kernels.block import BlockWeights, train_block
 from starlayers.kernels.dwconv import dwconv
 from starlayers.kernels.fold import Norm
-from starlayers.kernels.registration import compute_dtype, no_autocast
+from starlayers.kernels.registration import compute_dtype, first_misfit, no_autocast
 from starlayers.kernels.star_mlp import star_mlp
 from starlayers.kernels.versions import versions
 from starlayers.modules import DropPath, StarMLP
@@ -97,10 +97,7 @@ def _misfit(block: "StarBlock2d", channels: int) -> str:
         for name in ("weight", "bias", "running_mean", "running_var"):
             named.append((f"{part}.bn.{name}", getattr(norm, name, None), (channels,)))
     named.append(("mlp.f1.weight", block.mlp.f1.weight, (block.mlp.hidden_features, channels)))
-    for name, t, shape in named:
-        if t is not None and t.shape != shape:
-            return f"{name} has shape {tuple(t.shape)}, not {shape}"
-    return ""
+    return first_misfit(named)
 
 
 def _is_depthwise(conv: nn.Conv2d) -> bool:

@@ -14,7 +14,7 @@ from starlayers.kernels.registration import autocasts, precision
 from starlayers.kernels.versions import folded_weights_stay
 from starlayers.vision.network_state import NetworkState
 
-__all__ = ["Graphs", "attached", "kind_of", "run"]
+__all__ = ["Graphs", "kind_of", "run", "skipped"]
 
 #: graphs that a network keeps; the one that was used longest ago goes
 MOST_GRAPHS = 8
@@ -76,7 +76,7 @@ class Graphs:
 
     def reason(self, model: nn.Module, x: Tensor) -> str:
         """Return why a call on `x` now would not replay a graph; empty if it would."""
-        reason = self._obstacle(x) or obstacle(model, x)
+        reason = _obstacle(model, x) or skipped(model)
         if reason:
             return reason
         kind = kind_of(x)
@@ -91,7 +91,7 @@ class Graphs:
 
     def replayed(self, model: nn.Module, x: Tensor) -> Tensor | None:
         """Return `model(x)` by a graph, in new memory; `None` where the model has to be called."""
-        if self._obstacle(x):
+        if _obstacle(model, x):
             return None
         with self.lock:
             kind = kind_of(x)
@@ -99,9 +99,6 @@ class Graphs:
             if known is not None and not known.shows(model):
                 self._drop(kind)
                 known = None
-            # what is the same needs no second look at hooks
-            if obstacle(model, x, None if known is None else known.state):
-                return None
             known = known or self._capture(model, x, kind)
             if known is None:
                 return None
@@ -125,14 +122,6 @@ class Graphs:
             self.done.synchronize()
         del self.captured[kind]
 
-    def _obstacle(self, x: Tensor) -> str:
-        """Return what keeps every graph from a call on `x`, whatever the network is."""
-        if type(x) is not Tensor:
-            return f"input is a {type(x).__name__}"
-        if x.device.type not in DEVICES:
-            return f"input is on {x.device.type!r}, and graphs are CUDA's"
-        return ""
-
     def _not_worth_it(self, model: nn.Module, x: Tensor) -> str:
         """Return why "auto" does not capture a graph for `x`; empty if it does."""
         if self.always:
@@ -144,18 +133,16 @@ class Graphs:
         return ""
 
     def _capture(self, model: nn.Module, x: Tensor, kind: Any) -> Captured | None:
-        if kind in self.failed:
+        if kind in self.failed or skipped(model):
             return None
         if not self.always and kind not in self.met:
             if len(self.met) >= MOST_MET:
                 self.met.clear()
             self.met.add(kind)
             return None
-        reason = self._not_worth_it(model, x)
+        if self._not_worth_it(model, x):
+            return None
         try:
-            if reason:
-                self.failed[kind] = reason
-                return None
             with torch.inference_mode(False):  # its memory is written in whatever mode comes later
                 source = x.detach().clone(memory_format=torch.preserve_format)
             pools = (c.graph.pool() for c in self.captured.values() if c.source.device == x.device)
@@ -181,21 +168,22 @@ class Graphs:
 DEVICES = {"cuda"}
 
 
-def obstacle(model: nn.Module, x: Tensor, state: NetworkState | None = None) -> str:
-    """Return what about a network and the call keeps graphs without gradients from it.
-
-    A network that was found to be in `state` has no hooks.
-    """
+def _obstacle(model: nn.Module, x: Tensor) -> str:
+    """Return what about a call keeps graphs without gradients from it."""
+    if type(x) is not Tensor:
+        return f"input is a {type(x).__name__}"
+    if x.device.type not in DEVICES:
+        return f"input is on {x.device.type!r}, and graphs are CUDA's"
     if model.training:
         return "the network is in training mode"
     if backend_name() == "eager":
         return "the eager backend was asked for"
-    if not launches_directly(x, model.parameters() if state is None else state.tensors):
+    if not launches_directly(x, model.parameters()):
         return "gradients, a compiler, a transform, a mode or another capture wants each step"
-    return "" if state is not None else attached(model)
+    return ""
 
 
-def attached(model: nn.Module) -> str:
+def skipped(model: nn.Module) -> str:
     """Return what graphs of `model` would skip; empty if there is nothing."""
     if getattr(model, "_is_replica", False):
         return "the network is a replica of nn.DataParallel, made anew for every call"

@@ -52,7 +52,7 @@ class TrainingGraph:
             RuntimeError: the network or the call cannot be captured, with the reason.
         """
         self.captured = None
-        reason = _obstacle(model, x) or graphs.attached(model)
+        reason = _obstacle(model, x) or graphs.skipped(model)
         if reason:
             raise RuntimeError(f"{type(model).__name__}: no CUDA graph of training: {reason}")
         with _unchanged(model, x), _uncached_autocast(x):

@@ -42,6 +42,19 @@ def fused(block, x):
         return block(x)
 
 
+def assert_plain_tensor_is_seen(module, owner, name, x):
+    """Launches with a tensor that is no parameter or buffer would go stale: it has no version."""
+    value = getattr(owner, name).detach().clone()
+    delattr(owner, name)
+    setattr(owner, name, value)
+    first = fused(module, x)
+    setattr(owner, name, value * 3)
+    assert_same(fused(module, x), eagerly(module, x))
+    getattr(owner, name).mul_(2)
+    assert_same(fused(module, x), eagerly(module, x))
+    assert not torch.allclose(first, fused(module, x))
+
+
 @pytest.fixture
 def op_calls(monkeypatch):
     """Return a list that grows by one at each call that takes the ops and not recorded launches."""
@@ -158,18 +171,8 @@ def test_what_cannot_be_recorded_takes_the_ops(op_calls):
      ("post.bn", "running_var"), ("pre.conv", "bias"), ("", "gamma")],
 )  # fmt: skip
 def test_tensors_that_are_no_parameters_are_not_recorded(path, name):
-    """Their versions are not seen: launches that hold them would go stale."""
-    block, x = made(layer_scale=0.5), randn(2, 16, 3, 4)
-    owner = block.get_submodule(path)
-    value = getattr(owner, name).detach().clone()
-    delattr(owner, name)
-    setattr(owner, name, value)
-    first = fused(block, x)
-    setattr(owner, name, value * 3)
-    assert_same(fused(block, x), eagerly(block, x))
-    getattr(owner, name).mul_(2)
-    assert_same(fused(block, x), eagerly(block, x))
-    assert not torch.allclose(first, fused(block, x))
+    block = made(layer_scale=0.5)
+    assert_plain_tensor_is_seen(block, block.get_submodule(path), name, randn(2, 16, 3, 4))
 
 
 @pytest.mark.parametrize(
