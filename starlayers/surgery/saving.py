@@ -11,6 +11,7 @@ from starlayers.surgery.gates import gate_parameters
 from starlayers.surgery.install import install, installed, role_of, settle_fast_paths
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.site import Site
+from starlayers.surgery.verify import Verdict, named, verify
 
 __all__ = ["apply_record", "from_pretrained", "record_of"]
 
@@ -96,10 +97,27 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
         owner = model.get_submodule(_resolved(layer["owner"], names, prefix, type(model)))
         site = Site(**layer["site"])
         options = {name: layer[name] for name in ("fused", "recompute", "gate") if name in layer}
-        between, rank = tuple(layer.get("between", ())), layer.get("grow", 0)
-        install(owner, site, between=between, rank=rank, **options)
+        verdict = _repeated(owner, site)
+        rank = layer.get("grow", 0)
+        install(owner, site, verdict.act_name, between=verdict.between, rank=rank, **options)
     settle_fast_paths(model)
     return model
+
+
+def _repeated(owner: nn.Module, site: Site) -> Verdict:
+    """Verify a recorded MLP again: its class or config may have changed since.
+
+    A gate beside a model's own activation rests on names alone, and is not tried again.
+    """
+    if site.form == "plain":
+        return named(owner, site)
+    verdict = verify(owner, site)
+    if verdict.reason is not None:
+        raise ValueError(
+            f"the record holds {site.inp!r} of a {type(owner).__name__} as a star, which it is "
+            f"not in this model: {verdict.reason}"
+        )
+    return verdict
 
 
 def _resolved(path: str, names: set[str], prefix: str, kind: type[nn.Module]) -> str:

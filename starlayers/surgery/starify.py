@@ -11,6 +11,7 @@ from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gated import grow as grow_mlp
 from starlayers.surgery.gates import gate_size, name_of
 from starlayers.surgery.install import install, installed, role_of, settle_fast_paths, uninstall
+from starlayers.surgery.linear_layers import gate_blocker
 from starlayers.surgery.projection import StarProjection, parse_gate
 from starlayers.surgery.saving import note_in_config
 
@@ -76,6 +77,8 @@ def starify(
     selected = NameFilter(include, exclude)
     existing = list(installed(model))
     findings = find_mlps(model, include=include, exclude=exclude)
+    for f in findings:
+        f.reason = f.reason or _obstacle(model, f, mode, grow=grow, recompute=recompute)
     verified = [f for f in findings if f.reason is None]
     plain, gated = mode == "star", mode == "fuse" or grow > 0  # the forms that the options change
     ready = [f for f in verified if (plain if f.site.form == "plain" else gated)]
@@ -84,7 +87,7 @@ def starify(
     for f in ready:
         owner, fused = model.get_submodule(f.owner), mode == "fuse"
         options: dict[str, Any] = {"gate": gate, "recompute": recompute, "rank": grow}
-        install(owner, f.site, between=f.between, fused=fused, **options)
+        install(owner, f.site, f.act_name, between=f.between, fused=fused, **options)
     for path, _, star in existing:
         if name_of(path, star) in selected:
             _update(star, mode, recompute=recompute, rank=grow)
@@ -115,7 +118,26 @@ def _check(model: nn.Module, mode: str, gate: str, grow: int) -> None:
     if grow:
         positive_int("starify", "grow", grow)
     if mode == "fuse" and (grow or kind != "full"):
-        raise ValueError(f"starify: gate={gate!r}, grow={grow} need mode='star', got mode='fuse'")
+        option = f"grow={grow}" if grow else f"gate={gate!r}"
+        raise ValueError(
+            f"starify: {option} adds parameters and needs mode='star', got mode='fuse'"
+        )
+
+
+def _obstacle(model: nn.Module, f: Finding, mode: str, *, grow: int, recompute: bool) -> str | None:
+    """Return why the options do not serve an MLP that is a star, `None` if they do."""
+    if f.site.form == "plain":
+        return None
+    if grow:
+        blocker = gate_blocker(model.get_submodule(f.path))
+        if blocker is not None:
+            return blocker
+    if mode == "fuse" and f.act_name is None and not recompute:
+        return (
+            f"its activation is {f.act}, which no row of ACTIVATIONS equals; recompute=True saves "
+            "memory all the same, and register_activation adds a row"
+        )
+    return None
 
 
 def _update(star: StarProjection | GatedMLP, mode: str, *, recompute: bool, rank: int) -> None:
