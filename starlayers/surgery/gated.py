@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from starlayers.attached import attached
 from starlayers.dispatch import (
@@ -19,7 +18,8 @@ from starlayers.dispatch import (
 from starlayers.functional import star_packed, star_product
 from starlayers.kernels.layer import run_mlp
 from starlayers.recompute import recomputed
-from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
+from starlayers.surgery.grown import Grown
+from starlayers.surgery.linear_layers import Projection, projection
 from starlayers.surgery.site import Site, attribute, with_new_names
 
 __all__ = ["GatedMLP"]
@@ -87,6 +87,11 @@ class GatedMLP(nn.Module):
 
     # Names that this class adds begin with "star": the module may have layers of any other name.
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if isinstance(grown := self._modules.get("star_grown"), Grown):
+            grown.settle_pickled(self.star.grown)
+
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = (*args, *kwargs.values())  # the model may pass its MLP's input by keyword
         plan, role = self.star_plan(x), self.star
@@ -150,9 +155,7 @@ class GatedMLP(nn.Module):
         else:
             y = _product(a, b, act, act_name)
         if role.grown:
-            grown: Any = self.star_grown
-            products = _product(grown.f1(x), grown.f2(x), act, act_name)
-            y = y + products.unflatten(-1, (role.grown, -1)).sum(-2)
+            y = y + self.star_grown(x, lambda a, b: _product(a, b, act, act_name))  # type: ignore[operator]
         return y
 
     def extra_repr(self) -> str:
@@ -174,25 +177,6 @@ def _product(a: Tensor, b: Tensor, act: Callable[[Tensor], Tensor], act_name: st
     return act(a) * b
 
 
-class Grown(nn.Module):
-    """Products added to a gated MLP: two linear layers, `f2` zero at first.
-
-    The MLP runs them with its own activation. Their outputs are laid out as (rank, hidden).
-    """
-
-    def __init__(self, n: int, hidden: int, rank: int, **factory: Any) -> None:
-        super().__init__()
-        self.f1 = nn.Linear(n, rank * hidden, **factory)
-        self.f2 = skip_init(nn.Linear, n, rank * hidden, **factory)
-        self.reset()
-
-    def reset(self) -> None:
-        """Initialise `f1` at random and `f2` with zeros, so that the products are zero."""
-        self.f1.reset_parameters()
-        for parameter in self.f2.parameters():
-            nn.init.zeros_(parameter)
-
-
 def adopt(module: nn.Module, role: Role) -> GatedMLP:
     """Change the class of a module to `GatedMLP`, in place."""
     module.star = role  # type: ignore[assignment]
@@ -208,17 +192,6 @@ def release(module: GatedMLP) -> nn.Module:
     del module.star
     module.__class__ = original  # type: ignore[assignment]
     return module
-
-
-def grow(module: GatedMLP, rank: int) -> None:
-    """Add `rank` products per channel to a gated MLP, all of them zero at first."""
-    inp = attribute(module, module.star.site.inp)
-    n, f, _ = module.star_sizes()
-    dtype, device = dtype_and_device(inp)
-    bias = getattr(inp, "bias", None) is not None
-    grown = Grown(n, f, rank, bias=bias, dtype=dtype, device=device)
-    module.star_grown = grown.train(module.training)
-    module.star.grown = rank
 
 
 def _is_active_dropout(module: Any) -> bool:

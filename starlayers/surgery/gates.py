@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from starlayers.surgery.gated import GatedMLP, Grown
+from starlayers.surgery.gated import GatedMLP
+from starlayers.surgery.grown import Grown
 from starlayers.surgery.install import installed, role_of
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
 from starlayers.surgery.projection import StarProjection

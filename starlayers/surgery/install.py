@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from starlayers.surgery.gated import GatedMLP, Role, adopt, grow, release
+from starlayers.surgery.gated import GatedMLP, Role, adopt, release
+from starlayers.surgery.grown import grow
 from starlayers.surgery.projection import StarProjection, make_gate
 from starlayers.surgery.recipes import recognise
 from starlayers.surgery.site import Site, attribute, put

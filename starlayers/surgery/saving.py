@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from starlayers.surgery.gated import GatedMLP
-from starlayers.surgery.gates import gate_parameters
+from starlayers.surgery.gates import gate_of, gate_parameters
+from starlayers.surgery.grown import Grown
 from starlayers.surgery.install import install, installed, role_of, settle_fast_paths
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.site import Site
@@ -15,9 +16,12 @@ from starlayers.surgery.site import Site
 __all__ = ["apply_record", "from_pretrained", "record_of"]
 
 #: version of the records that this module writes; it reads all of `READABLE`
-VERSION = 2
-#: version 1 has one field more, "anneal", which is 0 for everything that can still be computed
-READABLE = (1, 2)
+VERSION = 3
+#: version 1 has one field more, "anneal", which is 0 for everything that can still be computed;
+#: up to version 2 the rows of grown products had another order, see `Grown`
+READABLE = (1, 2, 3)
+#: first version whose grown products have the rows of a channel side by side
+BY_CHANNEL = 3
 
 #: key in `config.fusion_config` of a starified model: plain classes of transformers raise an error
 #: with the name of every key that they do not know, so loading with them does not lose the gates
@@ -81,7 +85,7 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
     if record.get("version") not in READABLE:
         raise ValueError(
             f"this record of starify has version {record.get('version')!r}, and this starlayers "
-            f"reads versions {' and '.join(map(str, READABLE))}: install the starlayers that wrote "
+            f"reads versions {', '.join(map(str, READABLE))}: install the starlayers that wrote "
             "it, or a newer one"
         )
     if annealed := [layer for layer in record["layers"] if layer.get("anneal")]:
@@ -97,7 +101,9 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
         site = Site(**layer["site"])
         options = {name: layer[name] for name in ("fused", "recompute", "gate") if name in layer}
         between, rank = tuple(layer.get("between", ())), layer.get("grow", 0)
-        install(owner, site, between=between, rank=rank, **options)
+        star = install(owner, site, between=between, rank=rank, **options)
+        if rank and record["version"] < BY_CHANNEL:
+            gate_of(star).expect_old_rows()  # type: ignore[union-attr, operator]
     settle_fast_paths(model)
     return model
 
@@ -201,6 +207,9 @@ def from_pretrained(auto_class: Any, path: str | PathLike[str], **kwargs: Any) -
     model, info = builder.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     model.__class__ = model_class
     _check_gates_loaded(model, info["missing_keys"], path)
+    for grown in model.modules():
+        if isinstance(grown, Grown):
+            grown.rearrange_old_rows()
     note_in_config(model)
     return (model, info) if with_info else model
 

@@ -8,8 +8,8 @@ from torch import nn
 from starlayers.checks import positive_int
 from starlayers.surgery.find import Finding, NameFilter, Patterns, find_mlps
 from starlayers.surgery.gated import GatedMLP
-from starlayers.surgery.gated import grow as grow_mlp
 from starlayers.surgery.gates import gate_size, name_of
+from starlayers.surgery.grown import grow as grow_mlp
 from starlayers.surgery.install import install, installed, role_of, settle_fast_paths, uninstall
 from starlayers.surgery.projection import StarProjection, parse_gate
 from starlayers.surgery.saving import note_in_config

@@ -139,11 +139,11 @@ def test_classes_without_a_model_for_the_config_are_refused(tmp_path):
         from_pretrained(AutoConfig, tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 3, "2", None])
+@pytest.mark.parametrize("version", [0, 4, "2", None])
 def test_records_of_other_versions_are_refused(tmp_path, version):
     record = {**record_of(starify(MLP())), "version": version}
     with pytest.raises(
-        ValueError, match=rf"has version {version!r}, and .* reads versions 1 and 2"
+        ValueError, match=rf"has version {version!r}, and .* reads versions 1, 2, 3"
     ):
         apply_record(MLP(), record)
 
@@ -196,7 +196,7 @@ def test_the_record_names_every_option():
     starify(net, include="blocks.2", mode="fuse")
     site = {"up": None, "gate_last": False}
     assert record_of(net) == {
-        "version": 2,
+        "version": 3,
         "layers": [
             {
                 "owner": "blocks.0",
