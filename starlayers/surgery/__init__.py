@@ -3,6 +3,7 @@
 from starlayers.surgery.find import find_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_parameters, gate_sizes, reset_gates
+from starlayers.surgery.merge import merge
 from starlayers.surgery.param_groups import param_groups
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.recipes import RECIPES, register_recipe
@@ -22,6 +23,7 @@ __all__ = [
     "from_pretrained",
     "gate_parameters",
     "gate_sizes",
+    "merge",
     "param_groups",
     "record_of",
     "register_recipe",

@@ -122,7 +122,7 @@ class GatedMLP(nn.Module):
             return Plan("eager", "no activation of the table computes what the model's does")
         if role.grown or site.form != "gated":
             return Plan("eager", "it has grown products or one packed layer: no op for these")
-        if self.training and any(_is_active_dropout(attribute(self, n)) for n in role.between):
+        if self.training and any(is_active_dropout(attribute(self, n)) for n in role.between):
             return Plan("eager", "a dropout acts before its last layer")
         layers = {name or "": attribute(self, name or "") for name in (site.inp, site.up, site.out)}
         weights = plain_weights(*layers.values())
@@ -194,7 +194,7 @@ def release(module: GatedMLP) -> nn.Module:
     return module
 
 
-def _is_active_dropout(module: Any) -> bool:
+def is_active_dropout(module: Any) -> bool:
     """Return True if a module may change its input in train mode.
 
     It is one between product and last layer, which `verify` found to be the identity in eval mode.
