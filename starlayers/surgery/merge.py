@@ -17,6 +17,7 @@ from starlayers.surgery.projection import LowRankGate, ScaleGate, StarProjection
 from starlayers.surgery.recipes import is_sequence
 from starlayers.surgery.sandbox import preserved_generators, sandbox_copy, seed_generators
 from starlayers.surgery.saving import note_in_config
+from starlayers.surgery.sharding import settle_tp_plans
 from starlayers.surgery.site import attribute, join
 from starlayers.surgery.trial_run import MismatchError, run
 from starlayers.surgery.widths import Widths, describe_widths
@@ -84,6 +85,7 @@ def merge(model: nn.Module) -> nn.Module:
         _merge_one(owner, star)
     widths.apply(model)
     settle_fast_paths(model)
+    settle_tp_plans(model)
     note_in_config(model)
     return model
 

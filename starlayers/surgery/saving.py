@@ -11,6 +11,7 @@ from starlayers.surgery.gates import gate_of, gate_parameters
 from starlayers.surgery.grown import Grown
 from starlayers.surgery.install import install, installed, role_of, settle_fast_paths
 from starlayers.surgery.projection import StarProjection
+from starlayers.surgery.sharding import settle_tp_plans
 from starlayers.surgery.site import Site
 
 __all__ = ["apply_record", "from_pretrained", "record_of"]
@@ -105,6 +106,7 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
         if rank and record["version"] < BY_CHANNEL:
             gate_of(star).expect_old_rows()  # type: ignore[union-attr, operator]
     settle_fast_paths(model)
+    settle_tp_plans(model)
     return model
 
 

@@ -13,6 +13,7 @@ from starlayers.surgery.grown import grow as grow_mlp
 from starlayers.surgery.install import install, installed, role_of, settle_fast_paths, uninstall
 from starlayers.surgery.projection import StarProjection, parse_gate
 from starlayers.surgery.saving import note_in_config
+from starlayers.surgery.sharding import settle_tp_plans
 
 __all__ = ["revert", "starify"]
 
@@ -89,6 +90,7 @@ def starify(
         if name_of(path, star) in selected:
             _update(star, mode, recompute=recompute, rank=grow)
     settle_fast_paths(model)
+    settle_tp_plans(model)
     note_in_config(model)
     if mode == "star" and ready and getattr(model, "peft_config", None):
         warnings.warn(
@@ -172,6 +174,7 @@ def revert(model: nn.Module) -> nn.Module:
     for _, owner, star in stars:
         uninstall(owner, star)
     settle_fast_paths(model)
+    settle_tp_plans(model)
     note_in_config(model)
     if nonzero:
         largest = max(nonzero, key=nonzero.__getitem__)
