@@ -1,5 +1,6 @@
 """Turn the MLPs of existing models into star MLPs, and back."""
 
+from starlayers.surgery.adapters import bind_adapter, gate_names, load_adapter
 from starlayers.surgery.find import find_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_parameters, gate_sizes, reset_gates
@@ -19,10 +20,13 @@ __all__ = [
     "Site",
     "StarProjection",
     "apply_record",
+    "bind_adapter",
     "find_mlps",
     "from_pretrained",
+    "gate_names",
     "gate_parameters",
     "gate_sizes",
+    "load_adapter",
     "merge",
     "param_groups",
     "record_of",

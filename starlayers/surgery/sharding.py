@@ -29,7 +29,7 @@ def settle_tp_plans(model: nn.Module) -> None:
             added, removed = _changes(part, plan)
             if added:
                 vars(part)["star_tp_plan"] = added, removed
-            part._tp_plan = {n: s for n, s in plan.items() if n not in removed} | added
+            vars(part)["_tp_plan"] = {n: s for n, s in plan.items() if n not in removed} | added
 
 
 def _changes(model: nn.Module, plan: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -95,8 +95,8 @@ def starify(
     if mode == "star" and ready and getattr(model, "peft_config", None):
         warnings.warn(
             "starify: this model saves its adapters only, and the gates are not among them; "
-            "starify the base model first and name modules_to_save=['gate'] in the adapter's "
-            "config, or save the state dict",
+            "starify the base model first, give modules_to_save=gate_names(model) to the adapter's "
+            "config and the config to bind_adapter, or save the state dict",
             stacklevel=2,
         )
     return model

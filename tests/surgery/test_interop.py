@@ -12,6 +12,7 @@ from starlayers.surgery import (
     GatedMLP,
     StarProjection,
     find_mlps,
+    gate_names,
     gate_parameters,
     gate_sizes,
     param_groups,
@@ -161,7 +162,7 @@ def train_lora(model):
 def test_lora_around_a_starified_model(tmp_path, gate):
     base = starify(bert(), gate=gate)
     want = base(IDS).logits
-    model = get_peft_model(base, LoraConfig(**LORA, modules_to_save=["gate"])).eval()
+    model = get_peft_model(base, LoraConfig(**LORA, modules_to_save=gate_names(base))).eval()
     assert torch.equal(model(IDS).logits, want)
     optimizer = torch.optim.AdamW(param_groups(model, 1e-2))
     for _ in range(2):  # of LoRA and of low-rank gates, one half starts at zero
