@@ -10,6 +10,7 @@ from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.recipes import RECIPES, register_recipe
 from starlayers.surgery.report import Report, report
 from starlayers.surgery.saving import apply_record, from_pretrained, record_of
+from starlayers.surgery.sharing import save_with_code
 from starlayers.surgery.site import Site
 from starlayers.surgery.starify import revert, starify
 
@@ -34,5 +35,6 @@ __all__ = [
     "report",
     "reset_gates",
     "revert",
+    "save_with_code",
     "starify",
 ]

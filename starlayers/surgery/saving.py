@@ -28,6 +28,9 @@ BY_CHANNEL = 3
 #: with the name of every key that they do not know, so loading with them does not lose the gates
 GUARD = "starlayers (load this model with starlayers.from_pretrained, or its gates are lost)"
 
+#: module that `save_with_code` writes into a folder, without its ending
+CODE_MODULE = "modeling_starlayers"
+
 #: arguments of `from_pretrained` that choose which file of a hub or cache is read
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -213,6 +216,8 @@ def from_pretrained(auto_class: Any, path: str | PathLike[str], **kwargs: Any) -
         if isinstance(grown, Grown):
             grown.rearrange_old_rows()
     note_in_config(model)
+    if f"{CODE_MODULE}." in str(getattr(model.config, "auto_map", "")):
+        del model.config.auto_map  # the next folder has the code if `save_with_code` makes it
     return (model, info) if with_info else model
 
 

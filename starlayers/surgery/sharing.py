@@ -77,7 +77,8 @@ def save_with_code(model: Any, folder: str | os.PathLike[str], **kwargs: Any) ->
     names = [
         name
         for name, auto_class in vars(modeling_auto).items()
-        if name.startswith("AutoModel") and type(config) in getattr(auto_class, "_model_mapping", ())
+        if name.startswith("AutoModel")
+        and type(config) in getattr(auto_class, "_model_mapping", ())
     ]
     if not names:
         raise ValueError(f"save_with_code: no auto class of transformers loads a {kind}")
