@@ -81,8 +81,9 @@ def merge(model: nn.Module) -> nn.Module:
     widths = describe_widths(model, *_wider(model, stars))
     _check_values(stars, widths)
     _warn_of_losses(stars)
-    for _, owner, star in stars:
-        _merge_one(owner, star)
+    with torch.inference_mode(False):  # or its tensors could not be trained afterwards
+        for _, owner, star in stars:
+            _merge_one(owner, star)
     widths.apply(model)
     settle_fast_paths(model)
     settle_tp_plans(model)

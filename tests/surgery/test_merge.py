@@ -278,6 +278,15 @@ def test_training_goes_on():
     assert ((model.gate.weight - before).abs() > 0.01).all()
 
 
+@pytest.mark.parametrize("grow", [0, 1])
+def test_what_was_merged_without_gradients_can_be_trained(grow):
+    model = train_gates(starify(Net(Gated(), MLP()), gate="scale", grow=grow))
+    with torch.inference_mode():
+        merge(model)
+    model(randn(5, 8)).sum().backward()
+    assert all(p.grad is not None and not p.is_inference() for p in model.parameters())
+
+
 def test_an_optimizer_that_has_taken_steps_raises():
     model = starify(Gated(), grow=1)
     optimizer = torch.optim.AdamW(model.parameters())
