@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from starlayers.surgery.gates import gate_of
+from starlayers.surgery.gates import gate_of, name_of
 from starlayers.surgery.install import installed
 from starlayers.surgery.projection import StarProjection
-from starlayers.surgery.saving import HUB_OPTIONS, record_of
 from starlayers.surgery.site import join
 
 __all__ = ["bind_adapter", "gate_names", "load_adapter"]
+
+#: arguments of `from_pretrained` that choose which file of a hub or cache is read
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 #: file that PEFT writes beside an adapter's weights
 CONFIG_FILE = "adapter_config.json"
@@ -89,13 +91,16 @@ def _gates(model: nn.Module) -> dict[str, nn.Module]:
 def bind_adapter(config: Any, model: nn.Module) -> Any:
     """Make the config of an adapter remember the starified model it will be trained on.
 
-    Call it before `get_peft_model`. The adapter is saved as always, but its folder loads with
-    `load_adapter` alone, onto a model with the same gates; PEFT's own functions refuse it with the
-    name of that function, where they would load it onto a plain model without a word.
+    The adapter is saved as always, but its folder loads with `load_adapter` alone, onto a model
+    with the same gates; PEFT's own functions refuse it with the name of that function, where they
+    would load it onto a plain model without a word.
+
+    Adapters with layers of their own (LoRA and its relatives) are bound by themselves when they
+    are saved, so this is for prompt and prefix tuning: call it before `get_peft_model`.
 
     Args:
         config: a `PeftConfig`, such as `LoraConfig`; its class becomes a subclass of what it is.
-        model: the starified model, before adapters.
+        model: the starified model.
 
     Returns:
         `config` itself.
@@ -104,12 +109,12 @@ def bind_adapter(config: Any, model: nn.Module) -> Any:
         ValueError: the model has no gates, so that no adapter depends on them.
 
     Example:
-        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft import PromptTuningConfig, get_peft_model
         >>> from transformers import BertConfig, BertModel
-        >>> from starlayers.surgery import gate_names, starify
+        >>> from starlayers.surgery import starify
         >>> small = BertConfig(hidden_size=8, num_attention_heads=2, intermediate_size=16)
         >>> model = starify(BertModel(small), gate="scale")
-        >>> config = LoraConfig(target_modules=["query"], modules_to_save=gate_names(model))
+        >>> config = PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2)
         >>> adapted = get_peft_model(model, bind_adapter(config, model))
     """
     if not _gates(model):
@@ -118,9 +123,40 @@ def bind_adapter(config: Any, model: nn.Module) -> Any:
             "onto the plain model as they are"
         )
     config.star_base = _base(model, getattr(config, "modules_to_save", None) or ())
-    if not isinstance(config, _Bound):
+    if not _is_bound(config):
         config.__class__ = _bound(type(config))  # type: ignore[arg-type]
     return config
+
+
+def _is_bound(config: Any) -> bool:
+    return isinstance(config, _Bound)
+
+
+def settle_adapter_hooks(model: nn.Module) -> None:
+    """Have the adapters of a starified model bound when they are saved, in place.
+
+    PEFT reads the state dict of the model before it writes the adapter's config: a hook of the
+    model binds the config then. Models without gates have no hook.
+    """
+    for part in model.modules():
+        if part is not model and not hasattr(part, "save_pretrained"):
+            continue
+        hooks = part._state_dict_pre_hooks
+        present = [key for key, hook in hooks.items() if hook is _bind_all]  # type: ignore[comparison-overlap]
+        wanted = bool(_gates(part))
+        if wanted and not present:
+            part.register_state_dict_pre_hook(_bind_all)
+        for key in [] if wanted else present:
+            del hooks[key]
+
+
+def _bind_all(model: nn.Module, *_: Any) -> None:
+    """Bind the adapters of a model that are not bound yet."""
+    configs = vars(model).get("peft_config")
+    if isinstance(configs, dict):
+        for config in configs.values():
+            if not _is_bound(config):
+                bind_adapter(config, model)
 
 
 class _Bound:
@@ -182,7 +218,7 @@ def load_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any
         >>> model = starify(BertModel(small), gate="scale")
         >>> config = LoraConfig(target_modules=["query"], modules_to_save=gate_names(model))
         >>> folder = tempfile.mkdtemp()
-        >>> get_peft_model(model, bind_adapter(config, model)).save_pretrained(folder)
+        >>> get_peft_model(model, config).save_pretrained(folder)
         >>> base = starify(BertModel(small), gate="scale")
         >>> type(load_adapter(base, folder)).__name__
         'PeftModel'
@@ -196,7 +232,7 @@ def load_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any
     if saved is None:
         raise ValueError(
             f"load_adapter: the adapter at {path} tells of no starified model: it was trained on a "
-            "plain one, or its config was not given to bind_adapter; load it with peft.PeftModel"
+            "plain one, or by an earlier starlayers; load it with peft.PeftModel"
         )
     kind = content["peft_type"].removesuffix(GUARD)
     # written by its folder's PEFT, which may have fields that this one has not
@@ -219,9 +255,11 @@ def load_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any
 def _base(model: nn.Module, saved: Any) -> dict[str, Any]:
     """Return what an adapter depends on: the star layers, and those weights it does not save."""
     layers = {
-        join(layer["owner"], layer["site"]["inp"]): layer.get("gate") or f"grow={layer['grow']}"
-        for layer in record_of(model).get("layers", ())
-        if layer.get("gate") or layer.get("grow")
+        name_of(path, star): star.spec
+        if isinstance(star, StarProjection)
+        else f"grow={star.star.grown}"
+        for path, _, star in installed(model)
+        if gate_of(star) is not None
     }
     weights = {
         f"{name}.{key.replace('base_layer.', '')}": _fingerprint(parameter)

@@ -8,6 +8,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from starlayers.surgery.adapters import settle_adapter_hooks
 from starlayers.surgery.gated import GatedMLP, is_active_dropout
 from starlayers.surgery.gates import gate_of, name_of
 from starlayers.surgery.grown import Grown
@@ -87,6 +88,7 @@ def merge(model: nn.Module) -> nn.Module:
     widths.apply(model)
     settle_fast_paths(model)
     settle_tp_plans(model)
+    settle_adapter_hooks(model)
     note_in_config(model)
     return model
 

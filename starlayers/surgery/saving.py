@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from starlayers.surgery.adapters import HUB_OPTIONS, settle_adapter_hooks
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_of, gate_parameters
 from starlayers.surgery.grown import Grown
@@ -30,9 +31,6 @@ GUARD = "starlayers (load this model with starlayers.from_pretrained, or its gat
 
 #: module that `save_with_code` writes into a folder, without its ending
 CODE_MODULE = "modeling_starlayers"
-
-#: arguments of `from_pretrained` that choose which file of a hub or cache is read
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def record_of(model: nn.Module) -> dict[str, Any]:
@@ -110,6 +108,7 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
             gate_of(star).expect_old_rows()  # type: ignore[union-attr, operator]
     settle_fast_paths(model)
     settle_tp_plans(model)
+    settle_adapter_hooks(model)
     return model
 
 

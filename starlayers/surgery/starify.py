@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from starlayers.checks import positive_int
+from starlayers.surgery.adapters import settle_adapter_hooks
 from starlayers.surgery.find import Finding, NameFilter, Patterns, find_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_size, name_of
@@ -91,12 +92,13 @@ def starify(
             _update(star, mode, recompute=recompute, rank=grow)
     settle_fast_paths(model)
     settle_tp_plans(model)
+    settle_adapter_hooks(model)
     note_in_config(model)
     if mode == "star" and ready and getattr(model, "peft_config", None):
         warnings.warn(
             "starify: this model saves its adapters only, and the gates are not among them; "
-            "starify the base model first, give modules_to_save=gate_names(model) to the adapter's "
-            "config and the config to bind_adapter, or save the state dict",
+            "starify the base model first and give modules_to_save=gate_names(model) to the "
+            "adapter's config, or save the state dict",
             stacklevel=2,
         )
     return model
@@ -175,6 +177,7 @@ def revert(model: nn.Module) -> nn.Module:
         uninstall(owner, star)
     settle_fast_paths(model)
     settle_tp_plans(model)
+    settle_adapter_hooks(model)
     note_in_config(model)
     if nonzero:
         largest = max(nonzero, key=nonzero.__getitem__)

@@ -13,14 +13,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from starlayers import from_pretrained, starify
-from starlayers.surgery import bind_adapter, gate_names, gate_sizes, load_adapter, revert
+from starlayers.surgery import bind_adapter, gate_names, gate_sizes, load_adapter, merge, revert
 from tests.surgery.small import IDS, MLP, SIZES, Gated, Net, bert, llama, train_gates
 
 
-def adapted(model, *, bind=True, **options):
+def adapted(model, **options):
     """The model with an adapter that has learned something."""
     config = LoraConfig(**{"target_modules": ["q_proj", "gate_proj"], "r": 4, **options})
-    model = get_peft_model(model, bind_adapter(config, model) if bind else config)
+    model = get_peft_model(model, config)
     for p in model.parameters():
         if p.requires_grad:
             nn.init.normal_(p, std=0.2)
@@ -102,7 +102,7 @@ def test_a_process_without_starlayers_refuses_it(trained):
     "load",
     [
         lambda model, path: PeftModel.from_pretrained(model, path),
-        lambda model, path: adapted(model, bind=False).load_adapter(path, "another"),
+        lambda model, path: adapted(model).load_adapter(path, "another"),
         lambda model, path: model.load_adapter(path),
         lambda model, path: PeftConfig.from_pretrained(path),
         lambda model, path: AutoPeftModel.from_pretrained(path),
@@ -115,7 +115,7 @@ def test_the_functions_of_peft_refuse_it(trained, load):
 
 
 def test_adapters_of_plain_models_are_refused(tmp_path):
-    adapted(llama(), bind=False).save_pretrained(tmp_path)
+    adapted(llama()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tells of no starified model: it was trained on a plain"):
         load_adapter(starify(llama(), grow=1), tmp_path)
     with pytest.raises(ValueError, match="this LlamaForCausalLM has no gates, so that"):
@@ -240,3 +240,43 @@ def test_reverting_an_adapted_model_counts_its_gates():
     model = adapted(base, modules_to_save=gate_names(base))
     with pytest.warns(UserWarning, match="2 of 2 gates were not zero and are lost"):
         revert(model.get_base_model())
+
+
+# --- adapters are bound by themselves
+
+
+def saved_type(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["peft_type"]
+
+
+def test_adapters_without_layers_are_bound_by_hand(tmp_path):
+    from peft import PromptTuningConfig
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = train_gates(starify(llama(), grow=1))
+    get_peft_model(model, bind_adapter(config, model)).save_pretrained(tmp_path)
+    assert saved_type(tmp_path).startswith("PROMPT_TUNING on a starified model")
+
+
+def test_a_model_loaded_from_a_folder_binds(trained, tmp_path):
+    base = from_pretrained(AutoModelForCausalLM, trained[0] / "base")
+    adapted(base).save_pretrained(tmp_path)
+    assert "load_adapter" in saved_type(tmp_path)
+
+
+@pytest.mark.parametrize("leave", [revert, merge])
+def test_plain_models_do_not_bind(tmp_path, leave):
+    model = starify(llama(), grow=1)
+    model = copy.deepcopy(model)
+    assert len(model._state_dict_pre_hooks) == 1
+    starify(model, recompute=True)
+    assert len(model._state_dict_pre_hooks) == 1
+    leave(model)
+    assert not any(m._state_dict_pre_hooks for m in model.modules())
+    assert b"starlayers" not in pickle.dumps(model)
+    adapted(model).save_pretrained(tmp_path)
+    assert saved_type(tmp_path) == "LORA"
+    fused = starify(llama(), mode="fuse")
+    assert not fused._state_dict_pre_hooks
+    adapted(fused).save_pretrained(tmp_path / "fused")
+    assert saved_type(tmp_path / "fused") == "LORA"
