@@ -253,7 +253,10 @@ def load_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any
 
 
 def _base(model: nn.Module, saved: Any) -> dict[str, Any]:
-    """Return what an adapter depends on: the star layers, and those weights it does not save."""
+    """Return what an adapter depends on: the star layers, and those weights it does not save.
+
+    Weights that are quantised, offloaded or divided over processes are left out.
+    """
     layers = {
         name_of(path, star): star.spec
         if isinstance(star, StarProjection)
@@ -266,6 +269,9 @@ def _base(model: nn.Module, saved: Any) -> dict[str, Any]:
         for name, gate in _gates(model).items()
         if not name.endswith(tuple(saved))
         for key, parameter in getattr(gate, "original_module", gate).named_parameters()
+        if type(parameter) is nn.Parameter
+        and parameter.is_floating_point()
+        and not parameter.is_meta
     }
     return {"layers": layers, "weights": weights}
 
@@ -273,8 +279,7 @@ def _base(model: nn.Module, saved: Any) -> dict[str, Any]:
 @torch.no_grad()
 def _fingerprint(parameter: Tensor) -> list[float]:
     """Return the norm of some elements of a tensor, and projections of them to random numbers."""
-    whole: Any = parameter
-    flat = (whole.full_tensor() if hasattr(whole, "full_tensor") else whole).flatten()
+    flat = parameter.flatten()
     some = flat[:: max(1, len(flat) // ELEMENTS)][:ELEMENTS].to("cpu", torch.float64)
     generator = torch.Generator().manual_seed(0)
     shape = PROJECTIONS, len(some)
@@ -289,7 +294,7 @@ def _difference(saved: dict[str, Any], base: dict[str, Any]) -> str | None:
         if was != now:
             return f"a model with {was} at {name}, and this one has {now}"
     for name, values in saved["weights"].items():
-        others = base["weights"].get(name, [float("nan")] * len(values))
+        others = base["weights"].get(name, values)
         allowed = TOLERANCE * max(values[0], others[0])
         if not all(abs(a - b) <= allowed for a, b in zip(values, others)):
             return f"a model with other weights in {name}: starlayers.from_pretrained loads them"

@@ -168,6 +168,21 @@ def test_the_file_holds_plain_data(trained):
     assert not list((trained[0] / "adapter").glob("*.tmp"))
 
 
+def test_weights_that_cannot_be_read_are_not_compared(trained):
+    folder, _ = trained
+    base = starify(llama(), grow=2)
+    for name, parameter in list(base.named_parameters()):
+        if "star_grown" in name:  # as if quantised
+            integers = nn.Parameter(parameter.detach().to(torch.int8), requires_grad=False)
+            owner, _, leaf = name.rpartition(".")
+            setattr(base.get_submodule(owner), leaf, integers)
+    assert type(load_adapter(base, folder / "adapter")) is PeftModel
+    with torch.device("meta"):
+        meta = starify(llama(), grow=2)
+    config = bind_adapter(LoraConfig(), meta)
+    assert config.star_base["weights"] == {}
+
+
 # --- the gates are saved with it
 
 
