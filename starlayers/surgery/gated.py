@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.utils import skip_init
 
 from starlayers.attached import attached
 from starlayers.dispatch import Plan, declined, plain_weights, plan_mlp, plan_star
@@ -17,7 +16,8 @@ from starlayers.functional import star_packed, star_product
 from starlayers.kernels.layer import run_mlp
 from starlayers.kernels.registration import compute_dtype
 from starlayers.recompute import recomputed
-from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
+from starlayers.surgery.grown import Grown
+from starlayers.surgery.linear_layers import Projection, projection
 from starlayers.surgery.site import Site, attribute, with_new_names
 from starlayers.surgery.snapshot import Snapshot
 
@@ -150,7 +150,7 @@ class GatedMLP(nn.Module):
             reason = "it has one packed layer, or none after the product: no op for these"
         elif role.grown:
             reason = "it has grown products: no op for these"
-        elif any(_acts(attribute(self, name)) for name in role.between):
+        elif any(acts(attribute(self, name)) for name in role.between):
             reason = "a module acts between the product and its last layer"
         else:
             weights = plain_weights(*layers.values())
@@ -242,6 +242,8 @@ class GatedMLP(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if isinstance(grown := self._modules.get("star_grown"), Grown):
+            grown.settle_pickled(self.star.grown)
         if type(self) is GatedMLP:  # pickled by an earlier version
             self.__class__ = star_class(self.star.original)  # type: ignore[assignment]
 
@@ -274,32 +276,6 @@ def split_packed(h: Tensor, *, gate_last: bool) -> tuple[Tensor, Tensor]:
     """Split the output of a packed layer: first the activated branch."""
     first, second = h.chunk(2, -1)
     return (second, first) if gate_last else (first, second)
-
-
-class Grown(nn.Module):
-    """Products added to a gated MLP: two linear layers, `f2` zero at first.
-
-    Their outputs are laid out as (rank, hidden).
-    """
-
-    def __init__(self, n: int, hidden: int, rank: int, **factory: Any) -> None:
-        super().__init__()
-        self.rank = rank
-        self.f1 = nn.Linear(n, rank * hidden, **factory)
-        self.f2 = skip_init(nn.Linear, n, rank * hidden, **factory)
-        self.reset()
-
-    def reset(self) -> None:
-        """Initialise `f1` at random and `f2` with zeros, so that the products are zero."""
-        self.f1.reset_parameters()
-        for parameter in self.f2.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Return the sum of the products, computed by the `product` of their MLP."""
-        products = product(self.f1(x), self.f2(x))
-        total: Tensor = products.unflatten(-1, (self.rank, -1)).sum(-2)
-        return total
 
 
 def arguments(module: nn.Module) -> list[inspect.Parameter]:
@@ -336,18 +312,7 @@ def release(module: GatedMLP) -> nn.Module:
     return module
 
 
-def grow(module: GatedMLP, rank: int) -> None:
-    """Add `rank` products per channel to a gated MLP, all of them zero at first."""
-    inp = attribute(module, module.star.site.inp)
-    n, f, _ = module.star_sizes()
-    dtype, device = dtype_and_device(inp)
-    bias = getattr(inp, "bias", None) is not None
-    grown = Grown(n, f, rank, bias=bias, dtype=dtype, device=device)
-    module.star_grown = grown.train(module.training)
-    module.star.grown = rank
-
-
-def _acts(module: nn.Module) -> bool:
+def acts(module: nn.Module) -> bool:
     """Return True unless a module is the identity: a dropout that drops nothing now."""
     if isinstance(module, _DropoutNd):
         return module.training and module.p > 0

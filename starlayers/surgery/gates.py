@@ -1,9 +1,11 @@
 """Gates in a model: their parameters, their mean sizes, and setting them to zero."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from starlayers.surgery.gated import GatedMLP, Grown
+from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.install import installed, role_of
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
 from starlayers.surgery.projection import StarProjection
@@ -89,7 +91,7 @@ def gate_size(star: StarProjection | GatedMLP) -> float:
     shape = (PROBE_ROWS, n, 1, 1) if sizes.channels_first else (PROBE_ROWS, n)
     x = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
     with torch.no_grad():
-        factor = gate.f2 if isinstance(gate, Grown) else gate
+        factor: Any = gate.f2 if isinstance(star, GatedMLP) else gate
         return float(factor(x).abs().float().mean())
 
 

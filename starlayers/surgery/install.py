@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from starlayers.surgery.gated import GatedMLP, Role, adopt, grow, input_name, release
+from starlayers.surgery.gated import GatedMLP, Role, adopt, input_name, release
+from starlayers.surgery.grown import grow
 from starlayers.surgery.projection import Place, StarProjection, make_gate
 from starlayers.surgery.site import Site, attribute, parent_of, put
 from starlayers.surgery.snapshot import Snapshot

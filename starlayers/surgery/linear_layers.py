@@ -72,6 +72,11 @@ def gate_blocker(module: nn.Module) -> str | None:
     weight, kind = weight_of(module), type(base_layer(module)).__name__
     if not isinstance(weight, Tensor):
         return f"{kind} has no weight tensor: quantised? starify before quantising"
+    if hasattr(weight, "device_mesh"):
+        return (
+            f"the weight of {kind} is divided by FSDP2 or tensor parallelism: starify before that; "
+            "starlayers.from_pretrained divides what was saved"
+        )
     if type(weight) not in (Tensor, nn.Parameter):
         return (
             f"{kind} has a {type(weight).__name__} for a weight: starify before quantising, after "

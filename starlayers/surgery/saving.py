@@ -6,26 +6,32 @@ from typing import Any
 
 from torch import nn
 
+from starlayers.surgery.adapters import HUB_OPTIONS, settle_adapter_hooks
 from starlayers.surgery.gated import GatedMLP
-from starlayers.surgery.gates import gate_parameters
+from starlayers.surgery.gates import gate_of, gate_parameters
+from starlayers.surgery.grown import Grown
 from starlayers.surgery.install import install, installed, role_of, settle_fast_paths
 from starlayers.surgery.projection import StarProjection
+from starlayers.surgery.sharding import settle_tp_plans
 from starlayers.surgery.site import Site
 from starlayers.surgery.verify import Verdict, named, verify
 
 __all__ = ["apply_record", "from_pretrained", "record_of"]
 
 #: version of the records that this module writes; it reads all of `READABLE`
-VERSION = 2
-#: version 1 has one field more, "anneal", which is 0 for everything that can still be computed
-READABLE = (1, 2)
+VERSION = 3
+#: version 1 has one field more, "anneal", which is 0 for everything that can still be computed;
+#: up to version 2 the rows of grown products had another order, see `Grown`
+READABLE = (1, 2, 3)
+#: first version whose grown products have the rows of a channel side by side
+BY_CHANNEL = 3
 
 #: key in `config.fusion_config` of a starified model: plain classes of transformers raise an error
 #: with the name of every key that they do not know, so loading with them does not lose the gates
 GUARD = "starlayers (load this model with starlayers.from_pretrained, or its gates are lost)"
 
-#: arguments of `from_pretrained` that choose which file of a hub or cache is read
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+#: module that `save_with_code` writes into a folder, without its ending
+CODE_MODULE = "modeling_starlayers"
 
 
 def record_of(model: nn.Module) -> dict[str, Any]:
@@ -82,7 +88,7 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
     if record.get("version") not in READABLE:
         raise ValueError(
             f"this record of starify has version {record.get('version')!r}, and this starlayers "
-            f"reads versions {' and '.join(map(str, READABLE))}: install the starlayers that wrote "
+            f"reads versions {', '.join(map(str, READABLE))}: install the starlayers that wrote "
             "it, or a newer one"
         )
     if annealed := [layer for layer in record["layers"] if layer.get("anneal")]:
@@ -97,10 +103,14 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
         owner = model.get_submodule(_resolved(layer["owner"], names, prefix, type(model)))
         site = Site(**layer["site"])
         options = {name: layer[name] for name in ("fused", "recompute", "gate") if name in layer}
-        verdict = _repeated(owner, site)
-        rank = layer.get("grow", 0)
-        install(owner, site, verdict.act_name, between=verdict.between, rank=rank, **options)
+        verdict, rank = _repeated(owner, site), layer.get("grow", 0)
+        options |= {"between": verdict.between, "rank": rank}
+        star = install(owner, verdict.site, verdict.act_name, **options)
+        if rank and record["version"] < BY_CHANNEL:
+            gate_of(star).expect_old_rows()  # type: ignore[union-attr, operator]
     settle_fast_paths(model)
+    settle_tp_plans(model)
+    settle_adapter_hooks(model)
     return model
 
 
@@ -219,7 +229,12 @@ def from_pretrained(auto_class: Any, path: str | PathLike[str], **kwargs: Any) -
     model, info = builder.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     model.__class__ = model_class
     _check_gates_loaded(model, info["missing_keys"], path)
+    for grown in model.modules():
+        if isinstance(grown, Grown):
+            grown.rearrange_old_rows()
     note_in_config(model)
+    if f"{CODE_MODULE}." in str(getattr(model.config, "auto_map", "")):
+        del model.config.auto_map  # the next folder has the code if `save_with_code` makes it
     return (model, info) if with_info else model
 
 

@@ -6,14 +6,16 @@ from typing import Any
 from torch import nn
 
 from starlayers.checks import positive_int
+from starlayers.surgery.adapters import settle_adapter_hooks
 from starlayers.surgery.find import Finding, NameFilter, Patterns, find_mlps
 from starlayers.surgery.gated import GatedMLP
-from starlayers.surgery.gated import grow as grow_mlp
 from starlayers.surgery.gates import gate_size, name_of
+from starlayers.surgery.grown import grow as grow_mlp
 from starlayers.surgery.install import install, installed, role_of, settle_fast_paths, uninstall
 from starlayers.surgery.linear_layers import gate_blocker
 from starlayers.surgery.projection import StarProjection, parse_gate
 from starlayers.surgery.saving import note_in_config
+from starlayers.surgery.sharding import settle_tp_plans
 
 __all__ = ["revert", "starify"]
 
@@ -92,12 +94,14 @@ def starify(
         if name_of(path, star) in selected:
             _update(star, mode, recompute=recompute, rank=grow)
     settle_fast_paths(model)
+    settle_tp_plans(model)
+    settle_adapter_hooks(model)
     note_in_config(model)
     if mode == "star" and ready and getattr(model, "peft_config", None):
         warnings.warn(
             "starify: this model saves its adapters only, and the gates are not among them; "
-            "starify the base model first and name modules_to_save=['gate'] in the adapter's "
-            "config, or save the state dict",
+            "starify the base model first and give modules_to_save=gate_names(model) to the "
+            "adapter's config, or save the state dict",
             stacklevel=2,
         )
     return model
@@ -194,6 +198,8 @@ def revert(model: nn.Module) -> nn.Module:
     for _, owner, star in stars:
         uninstall(owner, star)
     settle_fast_paths(model)
+    settle_tp_plans(model)
+    settle_adapter_hooks(model)
     note_in_config(model)
     if nonzero:
         largest = max(nonzero, key=nonzero.__getitem__)

@@ -17,9 +17,9 @@ from starlayers.surgery import (
     reset_gates,
     revert,
 )
-from starlayers.surgery.gated import Grown, Role, adopt, grow, release, split_packed
+from starlayers.surgery.gated import Role, adopt, release, split_packed
 from starlayers.surgery.gates import gate_of, gate_size, name_of
-from tests.helpers import randn
+from starlayers.surgery.grown import grow
 from tests.surgery.small import MLP, Gated, Net, Packed, train_gates
 
 
@@ -302,45 +302,6 @@ def test_the_last_layer_may_be_of_another_dtype(x):
     y = mlp(x)
     assert y.dtype == torch.float32
     assert torch.equal(starify(mlp, grow=1)(x), y)
-
-
-def test_grown_products():
-    grown = Grown(4, 6, 3, bias=True, dtype=torch.float64)
-    assert grown.f1.weight.shape == grown.f2.weight.shape == (18, 4)
-    assert grown.f1.weight.any()
-    assert not grown.f2.weight.any()
-    assert not grown.f2.bias.any()
-    before = grown.f1.weight.clone()
-    nn.init.ones_(grown.f2.weight)
-    grown.reset()
-    assert not grown.f2.weight.any()
-    assert not torch.equal(grown.f1.weight, before)
-
-
-@pytest.mark.parametrize("rank", [1, 3])
-def test_grow_adds_products_of_the_same_kind(rank):
-    mlp = adopt(Gated().double().eval(), Role(SITE, Gated, "silu"))
-    grow(mlp, rank)
-    assert mlp.star.grown == rank
-    assert not mlp.star_grown.training
-    assert mlp.star_grown.f1.weight.shape == (16 * rank, 8)
-    assert mlp.star_grown.f1.weight.dtype == torch.float64
-    assert mlp.star_grown.f1.bias is None  # as its own layers
-    x = randn(5, 8, dtype=torch.float64)
-    y = mlp(x)
-    train_gates(mlp, 1.0)
-    g = mlp.star_grown
-    silu = nn.functional.silu
-    products = (silu(g.f1(x)) * g.f2(x)).unflatten(-1, (rank, 16)).sum(-2)
-    expected = mlp.down(silu(mlp.gate(x)) * mlp.up(x) + products)
-    torch.testing.assert_close(mlp(x), expected)
-    assert not torch.allclose(mlp(x), y)
-
-
-def test_grow_has_a_bias_where_the_first_layer_has_one():
-    mlp = starify(Packed(), grow=1)
-    assert mlp.star_grown.f1.bias is not None
-    assert mlp.star_grown.f1.weight.shape == (16, 8)
 
 
 def test_sizes():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from starlayers import from_pretrained
@@ -12,8 +12,10 @@ from starlayers.surgery import (
     GatedMLP,
     StarProjection,
     find_mlps,
+    gate_names,
     gate_parameters,
     gate_sizes,
+    load_adapter,
     param_groups,
     report,
     revert,
@@ -161,7 +163,7 @@ def train_lora(model):
 def test_lora_around_a_starified_model(tmp_path, gate):
     base = starify(bert(), gate=gate)
     want = base(IDS).logits
-    model = get_peft_model(base, LoraConfig(**LORA, modules_to_save=["gate"])).eval()
+    model = get_peft_model(base, LoraConfig(**LORA, modules_to_save=gate_names(base))).eval()
     assert torch.equal(model(IDS).logits, want)
     optimizer = torch.optim.AdamW(param_groups(model, 1e-2))
     for _ in range(2):  # of LoRA and of low-rank gates, one half starts at zero
@@ -172,7 +174,7 @@ def test_lora_around_a_starified_model(tmp_path, gate):
     assert all(size > 0 for size in gate_sizes(model).values())
     y = model(IDS).logits
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(starify(bert(), gate=gate), tmp_path).eval()
+    again = load_adapter(starify(bert(), gate=gate), tmp_path).eval()
     if gate != "low_rank=2":  # whose random half belongs to the base model's own checkpoint
         assert torch.equal(again(IDS).logits, y)
     merged = model.merge_and_unload()

@@ -308,7 +308,7 @@ def test_layers_of_any_name_can_grow(x):
     train_gates(model)
     grown, mish = model.star_grown, nn.functional.mish
     pairs = mish(grown.f1(x)) * grown.f2(x)
-    product = mish(model.hidden(x)) * model.sizes(x) + pairs[:, :16] + pairs[:, 16:]
+    product = mish(model.hidden(x)) * model.sizes(x) + pairs[:, ::2] + pairs[:, 1::2]
     torch.testing.assert_close(model(x), model.release(product))
 
 
@@ -409,7 +409,7 @@ def test_adapters_warn_when_gates_are_new_only():
         net.peft_config = {"default": object()}
         return net
 
-    with pytest.warns(UserWarning, match=r"saves its adapters only.*modules_to_save=\['gate'\]"):
+    with pytest.warns(UserWarning, match=r"its adapters only.*modules_to_save=gate_names\(model\)"):
         net = starify(adapted(MLP()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

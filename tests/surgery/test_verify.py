@@ -35,8 +35,8 @@ def test_the_activated_half_is_found(x, gate_last):
     a, b = (b, a) if gate_last else (a, b)
     silu = nn.functional.silu
     grown = mlp.star_grown
-    pairs = zip(grown.f1(x).chunk(2, -1), grown.f2(x).chunk(2, -1))
-    product = silu(a) * b + sum(silu(p) * q for p, q in pairs)
+    pairs = silu(grown.f1(x)) * grown.f2(x)
+    product = silu(a) * b + pairs[:, ::2] + pairs[:, 1::2]
     torch.testing.assert_close(mlp(x), mlp.down(product))
 
 
