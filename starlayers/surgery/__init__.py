@@ -1,5 +1,6 @@
 """Turn the MLPs of existing models into star MLPs, and back."""
 
+from starlayers.surgery.experts import StarExperts
 from starlayers.surgery.find import find_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_parameters, gate_sizes, reset_gates
@@ -16,6 +17,7 @@ __all__ = [
     "GatedMLP",
     "Report",
     "Site",
+    "StarExperts",
     "StarProjection",
     "apply_record",
     "find_mlps",

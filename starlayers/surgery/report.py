@@ -7,6 +7,7 @@ from itertools import zip_longest
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from starlayers.surgery.experts import experts_rows
 from starlayers.surgery.find import NameFilter, Patterns, find_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_of, name_of
@@ -22,9 +23,9 @@ class Row:
     """Row of a `Report`: one MLP.
 
     Args:
-        name: name of the MLP's first linear layer in the model.
-        recipe: name of the recipe that claimed it.
-        form: "plain", "gated" or "packed", as in `Site`.
+        name: name of the MLP's first linear layer in the model, or of the module of experts.
+        recipe: name of the recipe that claimed it, or "experts".
+        form: "plain", "gated" or "packed", as in `Site`, or "experts".
         state: "star" (has a gate or grown products), "fused" (computed by the core), "ready"
             (plain, can get a gate), "is a star" (can be fused or grown), or "skipped".
         detail: the gate, the activation, or the reason for "skipped".
@@ -134,6 +135,8 @@ def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = No
         state = "ready" if f.site.form == "plain" else "is a star"
         state = state if f.reason is None else "skipped"
         rows[f.path] = Row(f.path, f.site.recipe, f.site.form, state, f.reason or "")
+    for path, (state, detail) in experts_rows(model, selected).items():
+        rows[path] = Row(path, "experts", "experts", state, detail)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     ordered = sorted(rows.values(), key=lambda row: order.get(row.name, 0))
     total = sum(p.numel() for p in model.parameters() if not is_lazy(p))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from starlayers.surgery.experts import apply_experts_record, experts_record
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_parameters
 from starlayers.surgery.install import install, installed, role_of, settle_fast_paths
@@ -41,7 +42,9 @@ def record_of(model: nn.Module) -> dict[str, Any]:
         [('0', 'full')]
     """
     layers = [_layer_record(path, star) for path, _, star in installed(model)]
-    return {"version": VERSION, "layers": layers} if layers else {}
+    experts = experts_record(model)
+    more = {"experts": experts} if experts else {}
+    return {"version": VERSION, "layers": layers, **more} if layers or experts else {}
 
 
 def _layer_record(path: str, star: StarProjection | GatedMLP) -> dict[str, Any]:
@@ -98,6 +101,9 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
         options = {name: layer[name] for name in ("fused", "recompute", "gate") if name in layer}
         between, rank = tuple(layer.get("between", ())), layer.get("grow", 0)
         install(owner, site, between=between, rank=rank, **options)
+    for entry in record.get("experts", ()):
+        name = _resolved(entry["owner"], names, prefix, type(model))
+        apply_experts_record(model.get_submodule(name), entry)
     settle_fast_paths(model)
     return model
 
