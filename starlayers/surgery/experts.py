@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Protocol
 
 import torch
@@ -164,7 +165,12 @@ _star_classes: dict[type[nn.Module], type[StarExperts]] = {}
 def star_class(original: type[nn.Module]) -> type[StarExperts]:
     """Return the subclass of an experts class that is a `StarExperts`."""
     if original not in _star_classes:
-        body = {"__module__": __name__, "__doc__": StarExperts.__doc__}
+
+        @wraps(original.forward)  # exporters and tracers read the signature
+        def forward(self: StarExperts, *args: Any, **kwargs: Any) -> Tensor:
+            return StarExperts.forward(self, *args, **kwargs)
+
+        body = {"__module__": __name__, "__doc__": StarExperts.__doc__, "forward": forward}
         name = "Star" + original.__name__
         _star_classes[original] = type(name, (StarExperts, original), body)
     return _star_classes[original]

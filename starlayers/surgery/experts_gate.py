@@ -27,8 +27,8 @@ ROWS = 6
 #: key of a class's forward among the settings of a module
 FORWARD = "forward()"
 
-#: attributes that every module has
-BASE = frozenset(vars(nn.Module()))
+#: attributes that every module has, and the mark that transformers' loading leaves on each
+BASE = frozenset((*vars(nn.Module()), "_is_hf_initialized"))
 
 
 class Gate(NamedTuple):

@@ -40,7 +40,12 @@ def stacked_experts(path: str, module: nn.Module) -> str:
         for p in child.parameters(recurse=False)
         if p.ndim == 3 and p.shape[0] > 1 and WORDS.search(type(child).__name__)
     ]
-    if own == {} and _chained(single) and any("act" in name for name in module._modules):
+    if (
+        not stacks
+        and not flat
+        and _chained(single)
+        and any("act" in name for name in module._modules)
+    ):
         return f"{kind.__name__} holds stacked linear layers: {_WHY}"
     return ""
 
