@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from starlayers.activations import ACTIVATIONS, Activation
-from starlayers.surgery.gate_graph import GateGraphError, activation_of, gate_formula
+from starlayers.surgery.gate_graph import GateGraphError, activation_of, gate_formula, written
 from starlayers.surgery.sandbox import sandbox_copy
 
 #: dtypes in which the gate is traced; in others it is the model's own
@@ -167,8 +167,8 @@ def _verified(shell: Any, width: int) -> tuple[str, bool]:
             traced = gate_formula(shell._apply_gate, h)
         if formula not in (None, traced):
             raise GateGraphError(
-                f"its gate depends on dtype, mode or gradients: {formula}, and {traced} in "
-                f"{dtype}, training={train}, gradients={gradients}"
+                f"its gate depends on dtype, mode or gradients: it computes {written(formula)}, "
+                f"but {written(traced)} in {dtype}, training={train}, gradients={gradients}"
             )
         formula = traced
     act_name = activation_of(formula, _candidates(shell, width))
@@ -193,6 +193,8 @@ def _candidates(shell: Any, width: int) -> list[Activation]:
     x = torch.linspace(-8, 8, width // 2).expand(ROWS, -1)
     with torch.no_grad():
         y = shell._apply_gate(torch.cat([x, torch.ones_like(x)], -1))
+    if y.shape != x.shape:
+        return []
     rows = {id(row): row for row in ACTIVATIONS.values()}.values()
     return [row for row in rows if torch.allclose(row.fn(x), y, rtol=1e-5, atol=1e-5)]
 
@@ -219,7 +221,7 @@ def _compare(shell: Any, row: Activation, h: Tensor) -> None:
         ("gradient", dh, dh_star, torch.cat(both, -1)),
     ):
         off = (a.detach().float() - b.detach().float()).abs()
-        if not (off <= eps * size.detach()).all():
+        if not (off <= eps * (size + b.abs()).detach()).all():
             worst = float(off.nan_to_num(torch.inf).max())
             raise GateGraphError(
                 f"the {what} of its gate differs by {worst:.2g} from that of {row.name}(gate) * up "

@@ -126,7 +126,6 @@ def _term(value: Any, terms: dict[fx.Node, Formula]) -> Formula:
 
 def _node_term(node: fx.Node, terms: dict[fx.Node, Formula], h: Tensor) -> Formula:
     args = [_term(a, terms) for a in node.args]
-    options = [(name, _term(value, terms)) for name, value in sorted(node.kwargs.items())]
     if node.target is operator.getitem:
         halves = ("gate", "up")
         return halves[args[1]] if args[0] == ("halves",) else ("item", *args)
@@ -139,9 +138,21 @@ def _node_term(node: fx.Node, terms: dict[fx.Node, Formula], h: Tensor) -> Formu
         return _cast(node, args, h)
     if packet in IDENTITIES:
         return args[0]
-    if args and args[0] == "h":
-        return _part(packet, args[1:], h) or (f"{packet}.{overload}", *args, *options)
-    return _ordered((f"{packet}.{overload}", *args, *options))
+    part = _part(packet, args[1:], h) if args and args[0] == "h" else ""
+    return part or _ordered((f"{packet}.{overload}", *_without_defaults(node, args, terms)))
+
+
+def _without_defaults(node: fx.Node, args: list[Any], terms: dict[fx.Node, Formula]) -> list[Any]:
+    """Return the arguments of a node without those that have their default values at the end."""
+    arguments = cast("torch._ops.OpOverload", node.target)._schema.arguments
+    for argument in arguments[len(args) :]:
+        given = node.kwargs.get(argument.name, argument.default_value)
+        args = [*args, _term(given, terms)]
+    while args and arguments[len(args) - 1].has_default_value():
+        if args[-1] != arguments[len(args) - 1].default_value:
+            break
+        args = args[:-1]
+    return args
 
 
 def _cast(node: fx.Node, args: list[Any], h: Tensor) -> Formula:
@@ -174,7 +185,9 @@ def _part(packet: str, args: list[Any], h: Tensor) -> Formula:
 
 
 def _ordered(term: tuple[Any, ...]) -> Formula:
-    """Return a term with the factors of a product in one order."""
+    """Return a term with the factors of a product in one order, and one name for ReLU6."""
+    if term[0] == "hardtanh.default" and term[2:] == (0, 6):
+        return ("relu6.default", term[1])
     if term[0] == "mul.Tensor" and len(term) == 3:
         return (term[0], *sorted(term[1:], key=repr))
     return term
