@@ -24,6 +24,9 @@ SCALES = (1e-2, 1.0, 30.0, 1e3, 1e6)
 #: rows of the sample; the graph holds for any number of them
 ROWS = 6
 
+#: attributes that the decorator of the experts interface sets
+OPTIONS = ("has_gate", "is_concatenated", "is_transposed", "has_bias", "has_post_expert_norm")
+
 #: key of a class's forward among the settings of a module
 FORWARD = "forward()"
 
@@ -288,7 +291,7 @@ def setting_key(value: Any, owner: nn.Module) -> Any:
 def module_key(experts: nn.Module, names: Iterable[str]) -> Any:
     """Return a key of all that decides about the gate of experts, given what it reads."""
     reads = tuple((name, setting_key(getattr(experts, name, None), experts)) for name in names)
-    options = [vars(experts).get(name) for name in ("has_gate", "is_concatenated")]
+    options = [vars(experts).get(name) for name in OPTIONS]
     return reads, gate_width(experts), tuple(options), _unfit(experts)
 
 

@@ -434,9 +434,10 @@ def test_every_class():
             continue
         served.append(kind.__name__)
         star = starify(copy.deepcopy(moe), mode="fuse")
+        assert star.experts.star.loop in ("", "the loop of its class calls the gate")
         for dtype in (torch.float32, torch.bfloat16):
             _check_class(moe.to(dtype), star.to(dtype))
-    assert len(served) > 50
+    assert len(served) > 40  # 58 in transformers 5.24
     assert set(refused) <= set(REFUSED)
 
 

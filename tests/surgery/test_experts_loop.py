@@ -9,7 +9,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from starlayers import starify
 from starlayers.surgery import experts_loop as module
 from starlayers.surgery.experts_loop import loop_over_experts, verify_loop
-from tests.surgery.moe import MoE, build, causal, decorated, experts_of
+from tests.surgery.moe import MoE, causal, experts_of
 
 
 @pytest.fixture
@@ -105,12 +105,26 @@ def test_other_loops_are_kept(change, reason):
 
 
 def test_a_loop_that_calls_the_gate_is_kept():
-    kinds = {kind.__name__: (source, kind) for source, kind in decorated()}
-    beam = build(*kinds["BeamExperts"])
-    assert verify_loop(beam).reason == "the loop of its class calls the gate"
-    assert verify_loop(build(*kinds["GptOssExperts"])).reason.endswith("calls the gate")
-    for name in ("AriaExperts", "MuseSparkExperts"):  # transposed weights, a norm
-        assert verify_loop(build(*kinds[name])).reason == ""
+    assert verify_loop(experts_of(causal("GptOss"))[0]).reason.endswith("calls the gate")
+
+
+def test_choices_of_no_expert_are_compared_where_the_class_knows_them(experts):
+    def own(self, x, index, weights):
+        """Gives such tokens to the first expert."""
+        return loop_over_experts(self, x, torch.where(index == 4, 0, index), weights)
+
+    def strict(self, x, index, weights):
+        F.one_hot(index, 4)
+        return loop_over_experts(self, x, index, weights)
+
+    def never(self, x, index, weights):
+        raise RuntimeError("never")
+
+    stand_in, _ = module._stand_in(experts, torch.float32)
+    assert not module._same_bits(stand_in, own, torch.float32)
+    assert module._same_bits(stand_in, strict, torch.float32)
+    with pytest.raises(RuntimeError, match="never"):
+        module._same_bits(stand_in, never, torch.float32)
 
 
 def test_biases(experts):
