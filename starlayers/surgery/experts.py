@@ -167,8 +167,11 @@ def star_class(original: type[nn.Module]) -> type[StarExperts]:
     if original not in _star_classes:
 
         @wraps(original.forward)  # exporters and tracers read the signature
-        def forward(self: StarExperts, *args: Any, **kwargs: Any) -> Tensor:
-            return StarExperts.forward(self, *args, **kwargs)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+            if isinstance(self, StarExperts):
+                return StarExperts.forward(self, *args, **kwargs)
+            # accelerate and expert parallelism hold the forward that they found, past revert
+            return original.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
 
         body = {"__module__": __name__, "__doc__": StarExperts.__doc__, "forward": forward}
         name = "Star" + original.__name__

@@ -30,8 +30,10 @@ OPTIONS = ("has_gate", "is_concatenated", "is_transposed", "has_bias", "has_post
 #: key of a class's forward among the settings of a module
 FORWARD = "forward()"
 
-#: attributes that every module has, and the mark that transformers' loading leaves on each
-BASE = frozenset((*vars(nn.Module()), "_is_hf_initialized"))
+#: marks that transformers' loading and FSDP2 leave on every module
+MARKS = ("_is_hf_initialized", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
+#: attributes that say nothing about what a module computes
+BASE = frozenset((*vars(nn.Module()), *MARKS))
 
 
 class Gate(NamedTuple):

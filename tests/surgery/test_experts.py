@@ -6,7 +6,11 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -180,6 +184,70 @@ def test_something_else_may_change_the_class(mixtral):
     with pytest.raises(ValueError, match=r"has become a Wrapped since starify"):
         revert(mixtral)
     assert all(isinstance(m, StarExperts) for m in experts_of(mixtral))
+
+
+@pytest.mark.parametrize("first", ["starify", "hooks"])
+def test_accelerate_replaces_forwards_on_instances(mixtral, first):
+    plain = copy.deepcopy(mixtral)
+    steps = [
+        lambda: starify(mixtral, mode="fuse"),
+        lambda: [add_hook_to_module(m, ModelHook()) for m in experts_of(mixtral)],
+    ]
+    for step in steps if first == "starify" else reversed(steps):
+        step()
+    assert_same(outputs(mixtral), outputs(plain))
+    revert(mixtral)
+    assert_same(outputs(mixtral), outputs(plain))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["starify", "shard"])
+def test_fsdp2(mixtral, first, tmp_path):
+    plain = copy.deepcopy(mixtral)
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        steps = [
+            lambda: starify(mixtral, mode="fuse"),
+            lambda: [fully_shard(m, mesh=mesh) for m in [*experts_of(mixtral), mixtral]],
+        ]
+        for step in steps if first == "starify" else reversed(steps):
+            step()
+        assert {row.detail for row in report(mixtral).rows} == {"silu, grouped_mm"}
+        with torch.no_grad():
+            assert torch.equal(mixtral(IDS).logits, plain(IDS).logits)
+        if first == "starify":
+            with pytest.raises(ValueError, match="has become a FSDPStarMixtralExperts"):
+                revert(mixtral)
+        else:
+            revert(mixtral)
+            with torch.no_grad():
+                assert torch.equal(mixtral(IDS).logits, plain(IDS).logits)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", ["starify", "adapter"])
+def test_adapters_on_the_weights_of_experts(mixtral, first):
+    config = LoraConfig(
+        r=2,
+        target_modules=[],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        init_lora_weights=False,
+    )
+    torch.manual_seed(0)
+    plain = get_peft_model(copy.deepcopy(mixtral), config)
+    if first == "starify":
+        starify(mixtral, mode="fuse")
+    adapted = get_peft_model(mixtral, config)
+    adapted.load_state_dict(plain.state_dict())
+    if first == "adapter":
+        starify(adapted, mode="fuse")
+    assert [row.detail for row in report(adapted).rows] == ["silu, grouped_mm"] * 2
+    assert_same(outputs(adapted, True), outputs(plain, True))
+    revert(adapted)
+    assert_same(outputs(adapted), outputs(plain))
 
 
 # the gate, as it was verified or not
