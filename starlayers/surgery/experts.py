@@ -342,6 +342,8 @@ def experts_rows(model: nn.Module, selected: Names) -> dict[str, tuple[str, str]
 def _ways(experts: StarExperts) -> str:
     """Return the implementation in effect, and whether it leaves the product to the gate."""
     name = implementation(experts)
+    if "forward" in vars(experts):
+        return f"{name}, by a forward that was replaced on the instance".removeprefix(", ")
     if name == "eager" and experts.star.loop:
         return f"eager, where {experts.star.loop}"
     if name in ("sonicmoe", "deepgemm_megamoe"):

@@ -190,12 +190,12 @@ def _verified(shell: Any, width: int) -> tuple[str, bool]:
 
 def _sample(width: int, scale: float, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(int(scale * 100) + 1)
-    return (torch.randn(ROWS, width, generator=generator) * scale).to(dtype)
+    return (torch.randn(ROWS, width, generator=generator, dtype=torch.float32) * scale).to(dtype)
 
 
 def _candidates(shell: Any, width: int) -> list[Activation]:
     """Return the rows of the table whose values agree with the activation of the gate."""
-    x = torch.linspace(-8, 8, width // 2).expand(ROWS, -1)
+    x = torch.linspace(-8, 8, width // 2, dtype=torch.float32).expand(ROWS, -1)
     with torch.no_grad():
         y = shell._apply_gate(torch.cat([x, torch.ones_like(x)], -1))
     if y.shape != x.shape:
@@ -214,7 +214,7 @@ def _compare(shell: Any, row: Activation, h: Tensor) -> None:
     y = shell._apply_gate(own)
     if y.dtype != h.dtype or y.shape != x1.shape:
         raise GateGraphError(f"its gate returns {y.dtype} of shape {tuple(y.shape)}")
-    g = torch.randn(y.shape, generator=torch.Generator("cpu").manual_seed(7)).to(h.dtype)
+    g = _sample(h.shape[1], 1.0, h.dtype)[:, : y.shape[1]]
     y_star = row.fn(x1) * x2
     (dh,) = torch.autograd.grad(y, own, g)
     (dh_star,) = torch.autograd.grad(y_star, star, g.float())

@@ -100,8 +100,9 @@ def _stand_in(experts: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, set[st
     generator = torch.Generator("cpu").manual_seed(3)
     for name, shape in (("gate_up_proj", (2 * HIDDEN, width)), ("down_proj", (width, HIDDEN))):
         shape = shape[::-1] if transposed else shape
-        values = torch.randn((EXPERTS, *shape), generator=generator, device="cpu")
-        small._parameters[name] = nn.Parameter(values.div(width**0.25).to(dtype))
+        size = (EXPERTS, *shape)
+        values = torch.randn(size, generator=generator, device="cpu", dtype=dtype)
+        small._parameters[name] = nn.Parameter(values / width**0.25)
     small.num_experts = EXPERTS
     for child in small.children():
         child.to("cpu", dtype)
@@ -134,8 +135,8 @@ def _outputs(stand_in: nn.Module, loop: Any, dtype: torch.dtype, choices: int) -
     generator = torch.Generator("cpu").manual_seed(5)
     width = _width(stand_in)
     with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
-        x, g = (torch.randn(TOKENS, width, generator=generator).to(dtype) for _ in range(2))
-        weights = torch.rand(TOKENS, CHOICES, generator=generator).to(dtype)
+        x, g = (torch.randn(TOKENS, width, generator=generator, dtype=dtype) for _ in range(2))
+        weights = torch.rand(TOKENS, CHOICES, generator=generator, dtype=dtype)
         index = torch.rand(TOKENS, choices, generator=generator).argsort(1)[:, :CHOICES]
         inputs = [x.requires_grad_(), weights.requires_grad_(), *stand_in.parameters()]
         with torch.autocast("cpu", enabled=False):

@@ -57,7 +57,7 @@ def activation_of(formula: Formula, candidates: Iterable[Activation]) -> str:
 @lru_cache(maxsize=256)
 def activation_formula(row: Activation) -> Formula:
     """Return the formula of `row.fn("gate")`."""
-    x = torch.ones(2, 4)
+    x = torch.ones(2, 4, dtype=torch.float32)
     return _formula(_graph(row.fn, x, {}), x, whole="gate")
 
 

@@ -195,6 +195,8 @@ def test_accelerate_replaces_forwards_on_instances(mixtral, first):
     ]
     for step in steps if first == "starify" else reversed(steps):
         step()
+    detail = "silu, grouped_mm, by a forward that was replaced on the instance"
+    assert {row.detail for row in report(mixtral).rows} == {detail}
     assert_same(outputs(mixtral), outputs(plain))
     revert(mixtral)
     assert_same(outputs(mixtral), outputs(plain))
@@ -420,6 +422,19 @@ def test_grown_mlps_are_loaded_with_star_experts(tmp_path):
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_default_dtypes(mixtral, dtype):
+    """transformers builds models under the dtype of their weights."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        starify(mixtral, mode="fuse")
+    finally:
+        torch.set_default_dtype(before)
+    assert {row.detail for row in report(mixtral).rows} == {"silu, grouped_mm"}
+    assert [m.star.loop for m in experts_of(mixtral)] == ["", ""]
+
+
 def test_meta_models():
     with torch.device("meta"):
         model = causal("Mixtral")
@@ -554,6 +569,18 @@ def test_the_kernel(mixtral, counted, implementation, recompute):
         rows = sum(shape[0] for shape in counted)
         assert rows == 2 * 14 * 2 * (1 + recompute)  # layers, tokens, experts a token
         assert_same(actual, expected, 1e-6)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "relu", "quick_gelu", "linear"])
+def test_the_kernel_of_other_activations(counted, act):
+    model = causal("Mixtral", hidden_act=act)
+    plain = copy.deepcopy(model)
+    starify(model, mode="fuse")
+    with use_backend("triton"):
+        actual = outputs(model, True)
+    assert counted
+    assert_same(actual, outputs(plain, True), 2e-6)
 
 
 @pytest.mark.interpret
