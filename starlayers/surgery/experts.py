@@ -99,13 +99,17 @@ class StarExperts(nn.Module):
         return self._star_forward(*args, **kwargs)
 
     def _star_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        # most classes write the product into their own loop, and do not call their gate
+        # the place for whole experts in one kernel, once the core has a grouped one
         if implementation(self) == "eager" and len(args) == 3 and self._star_loops(args[0]):
             return loop_over_experts(self, *args, **kwargs)
         return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
 
     def _star_loops(self, x: Tensor) -> bool:
-        return not self.star.loop and plan_early(x) is None and not self.star_obstacle()
+        """Return True to run our loop: most classes write the product into theirs."""
+        if self.star.loop or plan_early(x) is not None:
+            return False
+        reason = self.star_obstacle()
+        return not reason or declined(reason, "these experts").fused
 
     def _apply_gate(self, gate_up_out: Tensor) -> Tensor:
         if self.star_plan(gate_up_out).fused:
@@ -330,7 +334,9 @@ def experts_rows(model: nn.Module, selected: Names) -> dict[str, tuple[str, str]
     rows = {}
     for path, experts in installed_experts(model):
         if path in selected:
-            parts = [experts.star.act_name, _ways(experts), experts.star_obstacle()]
+            parts = [experts.star.act_name, _ways(experts)]
+            if obstacle := experts.star_obstacle():
+                parts.append(f"the model's own gate runs: {obstacle}")
             rows[path] = "fused", ", ".join(filter(None, parts))
     for f in find_experts(model, selected):
         detail = f"{f.gate.act_name}, mode='fuse' serves it, grow is not offered for experts"

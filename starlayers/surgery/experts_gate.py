@@ -256,7 +256,10 @@ def same_value(a: Any, b: Any) -> bool:
 
 def code_print(function: Any) -> str:
     """Return a hash of a function's code, which differs between versions of Python."""
-    return hashlib.sha256(repr(_code(inspect.unwrap(function).__code__)).encode()).hexdigest()
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None)
+    text = repr(_code(code)) if code else f"{type(function)} {getattr(function, '__name__', '')}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _code(code: CodeType) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ from starlayers.surgery import (
     revert,
 )
 from starlayers.surgery import experts as module
+from starlayers.surgery.experts_loop import _width as width
 from tests.surgery.moe import (
     FAMILIES,
     IDS,
@@ -280,7 +281,7 @@ def test_obstacles(mixtral, monkeypatch):
     monkeypatch.setattr(MixtralExperts, "_apply_gate", lambda self, h: h.chunk(2, -1)[0])
     words = "MixtralExperts._apply_gate is not the one that was verified"
     assert first.star_obstacle() == second.star_obstacle() == words
-    assert report(mixtral).rows[0].detail == f"silu, grouped_mm, {words}"
+    assert report(mixtral).rows[0].detail == f"silu, grouped_mm, the model's own gate runs: {words}"
 
 
 @pytest.mark.parametrize("act", [nn.Tanh(), nn.GELU(), torch.sin])
@@ -525,7 +526,7 @@ def test_every_class():
 
 
 def _check_class(plain, star):
-    x = torch.randn(9, 16)
+    x = torch.randn(9, width(plain.experts))
     for implementation in IMPLEMENTATIONS:
         for train in (False, True):
             results = []
@@ -605,6 +606,11 @@ def test_where_no_kernel_may_stand_in(mixtral, counted):
             RuntimeError, match=r"cannot serve these experts: 'act_fn' .* has hooks"
         ):
             first._apply_gate(h)
+        first.config._experts_implementation_internal = "eager"
+        with pytest.raises(
+            RuntimeError, match=r"cannot serve these experts: 'act_fn' .* has hooks"
+        ):
+            first(*ARGS)
         with pytest.raises(RuntimeError, match=r"not verified for torch\.float32 of 3 dimensions"):
             second._apply_gate(h[None])
         second.star.autocast = False

@@ -494,3 +494,5 @@ def test_prints_of_code():
     assert module.restored(up_first, module.code_print(up_first)) is up_first
     assert module.restored(by_split, module.code_print(up_first)) is None
     assert module.restored(None, "") is None
+    assert module.restored(torch.tanh, module.code_print(torch.tanh)) is torch.tanh
+    assert module.restored(torch.sin, module.code_print(torch.tanh)) is None
