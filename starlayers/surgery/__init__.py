@@ -1,6 +1,7 @@
 """Turn the MLPs of existing models into star MLPs, and back."""
 
 from starlayers.surgery.adapters import bind_adapter, gate_names, load_adapter
+from starlayers.surgery.experts import StarExperts
 from starlayers.surgery.find import find_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_parameters, gate_sizes, reset_gates
@@ -19,6 +20,7 @@ __all__ = [
     "GatedMLP",
     "Report",
     "Site",
+    "StarExperts",
     "StarProjection",
     "apply_record",
     "bind_adapter",

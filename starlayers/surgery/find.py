@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from starlayers.surgery.experts import experts_names
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import installed
@@ -94,7 +95,7 @@ def find_mlps(
         if known is None or verdict.reason is None:
             findings[key] = replace(claim, **verdict._asdict())
     names += [name_of(path, star) for path, _, star in installed(model)]
-    selected.check(names)
+    selected.check([*names, *experts_names(model)])
     return list(findings.values())
 
 

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from starlayers.backend import use_backend
 from starlayers.dispatch import Plan
+from starlayers.surgery.experts import experts_rows
 from starlayers.surgery.find import NameFilter, Patterns, find_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_of, name_of
@@ -29,9 +30,9 @@ class Row:
     """Row of a `Report`: one MLP.
 
     Args:
-        name: name of the MLP's first linear layer in the model.
-        recipe: name of the recipe that claimed it.
-        form: "plain", "gated" or "packed", as in `Site`.
+        name: name of the MLP's first linear layer in the model, or of the module of experts.
+        recipe: name of the recipe that claimed it, or "experts".
+        form: "plain", "gated" or "packed", as in `Site`, or "experts".
         state: "star" (has a gate or grown products), "fused" (computed by the core where a call is
             large enough), "eager" (replaced, but no call is fused as things are), "ready" (plain,
             can get a gate), "is a star" (can be fused or grown), or "skipped".
@@ -143,6 +144,8 @@ def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = No
         state = state if f.reason is None else "skipped"
         own = f.act if f.act_name is None else ""  # an activation that no row equals
         rows[f.path] = Row(f.path, f.site.recipe, f.site.form, state, f.reason or own)
+    for path, (state, detail) in experts_rows(model, selected).items():
+        rows[path] = Row(path, "experts", "experts", state, detail)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     ordered = sorted(rows.values(), key=lambda row: order.get(row.name, 0))
     total = sum(p.numel() for p in model.parameters() if not is_lazy(p))

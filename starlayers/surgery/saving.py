@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from starlayers.surgery.adapters import HUB_OPTIONS, settle_adapter_hooks
+from starlayers.surgery.experts import apply_experts_record, experts_record
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_of, gate_parameters
 from starlayers.surgery.grown import Grown
@@ -48,7 +49,9 @@ def record_of(model: nn.Module) -> dict[str, Any]:
         [('0', 'full')]
     """
     layers = [_layer_record(path, star) for path, _, star in installed(model)]
-    return {"version": VERSION, "layers": layers} if layers else {}
+    experts = experts_record(model)
+    more = {"experts": experts} if experts else {}
+    return {"version": VERSION, "layers": layers, **more} if layers or experts else {}
 
 
 def _layer_record(path: str, star: StarProjection | GatedMLP) -> dict[str, Any]:
@@ -108,6 +111,9 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
         star = install(owner, verdict.site, verdict.act_name, **options)
         if rank and record["version"] < BY_CHANNEL:
             gate_of(star).expect_old_rows()  # type: ignore[union-attr, operator]
+    for entry in record.get("experts", ()):
+        name = _resolved(entry["owner"], names, prefix, type(model))
+        apply_experts_record(model.get_submodule(name), entry)
     settle_fast_paths(model)
     settle_tp_plans(model)
     settle_adapter_hooks(model)

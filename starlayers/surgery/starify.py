@@ -7,6 +7,7 @@ from torch import nn
 
 from starlayers.checks import positive_int
 from starlayers.surgery.adapters import settle_adapter_hooks
+from starlayers.surgery.experts import experts_message, release_experts, update_experts
 from starlayers.surgery.find import Finding, NameFilter, Patterns, find_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_size, name_of
@@ -41,7 +42,8 @@ def starify(
     are left, or with `grow=r` gain r more products per channel, the second factors zero.
 
     `mode="fuse"`: MLPs that already are stars (SwiGLU, GEGLU, and those `mode="star"` made) take
-    the core's fused forward. Parameters and names stay; results agree to rounding.
+    the core's fused forward, and mixtures of such experts its product (`StarExperts`). Parameters
+    and names stay; results agree to rounding.
 
     Args:
         model: any module; its own parameters stay the same objects.
@@ -84,8 +86,10 @@ def starify(
     verified = [f for f in findings if f.reason is None]
     plain, gated = mode == "star", mode == "fuse" or grow > 0  # the forms that the options change
     ready = [f for f in verified if (plain if f.site.form == "plain" else gated)]
-    if not ready and not existing:
-        raise ValueError(_no_mlp_message(model, mode, findings))
+    experts = update_experts(model, selected, mode, recompute=recompute)
+    if not ready and not existing and not experts:
+        reasons = experts_message(model, selected)
+        raise ValueError(_no_mlp_message(model, mode, findings, reasons))
     for f in ready:
         owner, fused = model.get_submodule(f.owner), mode == "fuse"
         options: dict[str, Any] = {"gate": gate, "recompute": recompute, "rank": grow}
@@ -153,7 +157,7 @@ def _update(star: StarProjection | GatedMLP, mode: str, *, recompute: bool, rank
         grow_mlp(star, rank)
 
 
-def _no_mlp_message(model: nn.Module, mode: str, findings: list[Finding]) -> str:
+def _no_mlp_message(model: nn.Module, mode: str, findings: list[Finding], experts: str = "") -> str:
     start = f"starify(mode={mode!r}) found no MLP to replace in this {type(model).__name__}"
     verified = [f for f in findings if f.reason is None]
     if verified and mode == "star":
@@ -163,6 +167,8 @@ def _no_mlp_message(model: nn.Module, mode: str, findings: list[Finding]) -> str
         )
     if verified:
         return f"{start}: its {len(verified)} MLPs are plain; mode='star' gives them gates"
+    if experts:
+        return f"{start}: {experts}"
     if findings:
         reasons = "; ".join(dict.fromkeys(f"{f.path}: {f.reason}" for f in findings[:3]))
         return f"{start}: {len(findings)} looked like one, but {reasons}"
@@ -191,7 +197,7 @@ def revert(model: nn.Module) -> nn.Module:
         )
     """
     stars = list(installed(model))
-    if not stars:
+    if not release_experts(model) + len(stars):
         raise ValueError(f"revert: this {type(model).__name__} has no star layer of starify's")
     sizes = {name_of(path, star): gate_size(star) for path, _, star in stars}
     nonzero = {name: size for name, size in sizes.items() if size > 0}
