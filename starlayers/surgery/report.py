@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from starlayers.surgery.find import NameFilter, Patterns, find_mlps
+from starlayers.surgery.forwards import bypassed
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_of, name_of
 from starlayers.surgery.install import installed, role_of
@@ -149,6 +150,8 @@ def _installed_row(name: str, star: StarProjection | GatedMLP) -> Row:
     else:
         detail = (role.act_name or "") + (f", grown by {role.grown}" if role.grown else "")
     state = "fused" if gate is None else "star"
+    if (replaced := bypassed(star)) is not None:
+        detail = f"does not run: {replaced}"
     return Row(name, role.site.recipe, role.site.form, state, detail, count, _flops(star))
 
 

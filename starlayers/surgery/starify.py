@@ -7,6 +7,7 @@ from torch import nn
 
 from starlayers.checks import positive_int
 from starlayers.surgery.find import Finding, NameFilter, Patterns, find_mlps
+from starlayers.surgery.forwards import check_forwards, foreign_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gated import grow as grow_mlp
 from starlayers.surgery.gates import gate_size, name_of
@@ -74,6 +75,7 @@ def starify(
     """
     _check(model, mode, gate, grow)
     selected = NameFilter(include, exclude)
+    check_forwards(model)
     existing = list(installed(model))
     findings = find_mlps(model, include=include, exclude=exclude)
     verified = [f for f in findings if f.reason is None]
@@ -140,7 +142,8 @@ def _no_mlp_message(model: nn.Module, mode: str, findings: list[Finding]) -> str
     if findings:
         reasons = "; ".join(dict.fromkeys(f"{f.path}: {f.reason}" for f in findings[:3]))
         return f"{start}: {len(findings)} looked like one, but {reasons}"
-    return f"{start}: no module has the structure of a recipe (see docs/starify.md)"
+    obstacle = foreign_mlps(model) or "no module has the structure of a recipe"
+    return f"{start}: {obstacle} (see docs/starify.md)"
 
 
 def revert(model: nn.Module) -> nn.Module:
