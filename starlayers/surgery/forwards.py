@@ -1,6 +1,7 @@
 """Forwards that other libraries replaced on an instance, so that its class's never runs."""
 
 import inspect
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -36,7 +37,8 @@ def replaced_forward(module: nn.Module) -> str | None:
     forward = vars(module).get("forward")
     if forward is None:
         return None
-    function = forward.__func__ if isinstance(forward, MethodType) else forward
+    function = forward.func if isinstance(forward, partial) else forward
+    function = function.__func__ if isinstance(function, MethodType) else function
     if "_hf_hook" in vars(module):  # accelerate's wrapper has the name of what it wraps
         return "its forward was replaced by a hook of accelerate"
     name = getattr(function, "__qualname__", type(function).__name__)
