@@ -142,9 +142,7 @@ def _other_fusions(config: Any) -> dict[str, Any]:
     return {key: value for key, value in fusions.items() if key != GUARD}
 
 
-def load_starified(
-    auto_class: Any, path: str | PathLike[str], config: Any, **kwargs: Any
-) -> Any:
+def load_starified(auto_class: Any, path: str | PathLike[str], config: Any, **kwargs: Any) -> Any:
     """Load the model at `path` with the gates that the record in its config tells of.
 
     Arguments, result and errors are those of `from_pretrained`; `config` is the model's.

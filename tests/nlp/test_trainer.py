@@ -86,7 +86,7 @@ def test_too_late_is_refused(tmp_path, mode):
     with pytest.raises(RuntimeError, match=r"added to a Trainer that exists.*callbacks=\["):
         run.train()
     run = trainer(None, tmp_path, StarifyCallback(mode=mode), model_init=build)
-    with pytest.raises(RuntimeError, match="had 2 star layers .* and has 0 now.*model_init"):
+    with pytest.raises(RuntimeError, match=r"had 2 star layers .* and has 0 now.*model_init"):
         run.train()
 
 

@@ -76,7 +76,8 @@ def test_a_quantised_model_keeps_its_layers_and_gets_gates_elsewhere(tmp_path):
 
     llama().save_pretrained(tmp_path)
     config = TorchAoConfig(
-        Int8WeightOnlyConfig(version=2), modules_to_not_convert=["model.layers.0.mlp", "model.layers.1.mlp"]
+        Int8WeightOnlyConfig(version=2),
+        modules_to_not_convert=["model.layers.0.mlp", "model.layers.1.mlp"],
     )
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config).eval()
     model = from_pretrained(
