@@ -135,7 +135,7 @@ def test_tables_have_a_row_a_width_and_say_what_was_not_timed():
     assert "| 1,024 | CPU | definition | 1.0 | 2.0 |" in study.model_table(records())
     text = study.text(records())
     assert '1. Liger\'s SwiGLU and `mode="fuse"` keep the same' in text
-    assert "Liger's SwiGLU 3.00 of the definition, fused 5.00" in text
+    assert "Liger's SwiGLU keeps 3.00 of the definition, fused 5.00" in text
     assert "were not measured" in text
 
 

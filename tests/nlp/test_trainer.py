@@ -1,10 +1,13 @@
 """`StarifyCallback` in real Trainers: gates are trained, saved, and too late is said."""
 
+import os
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.multiprocessing
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -146,6 +149,48 @@ def test_liger_on_star_layers_is_refused_when_training_begins(tmp_path):
         run = trainer(llama(), tmp_path, StarifyCallback(**options), kind=Patched)
         with pytest.raises(ValueError, match=r"LigerSwiGLUMLP.*liger_kernel_config=\{'swiglu': F"):
             run.train()
+
+
+def _rank(rank, port, folder):
+    """Train on one of two processes, whose random gates differ before DDP makes them equal."""
+    from torch.distributed.fsdp import fully_shard
+
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(n) for name, n in places.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    model = gpt2()
+    options = {"ddp_backend": "gloo", "save_strategy": "no"}
+    run = trainer(model, folder, StarifyCallback(gate="low_rank=2"), options)
+    with torch.no_grad():
+        gate_parameters(model)[0].add_(rank)
+    run.train()
+    assert type(run.model_wrapped).__name__ == "DistributedDataParallel"
+    assert min(gate_sizes(model).values()) > 0
+    gates = torch.cat([p.detach().flatten() for p in gate_parameters(model)])
+    both = [torch.empty_like(gates) for _ in range(2)]
+    torch.distributed.all_gather(both, gates)
+    assert torch.equal(*both)
+
+    # the Trainer has no FSDP on a CPU: its steps by hand, up to the callback's last check
+    callback, sharded = StarifyCallback(grow=1), llama()
+    callback.on_init_end(None, None, None, model=sharded)
+    for layer in sharded.model.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
+    callback.on_train_begin(None, None, None, model=sharded, optimizer=optimizer)
+    sharded(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert all(p.full_tensor().any() for p in gate_parameters(sharded))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_gates_are_synchronised_and_sharded(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
 
 
 @pytest.mark.slow
