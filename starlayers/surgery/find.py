@@ -6,14 +6,13 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from starlayers.surgery.forwards import remedy, replaced_forward
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import installed
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.recipes import RECIPES, is_sequence, runs
 from starlayers.surgery.site import Site, attribute, join, parent_of
-from starlayers.surgery.verify import Verdict, verify
+from starlayers.surgery.verify import verify
 
 __all__ = ["find_mlps"]
 
@@ -79,12 +78,7 @@ def find_mlps(
         settled = known is not None and known.reason is None
         if settled or claim.path not in selected:
             continue
-        replaced = replaced_forward(owner)
-        verdict = (
-            Verdict(claim.site, f"{replaced}: {remedy(replaced)}")
-            if replaced
-            else verify(owner, claim.site, _caller(model, claim.owner))
-        )
+        verdict = verify(owner, claim.site, _caller(model, claim.owner))
         if known is None or verdict.reason is None:
             findings[key] = replace(claim, **verdict._asdict())
     names += [name_of(path, star) for path, _, star in installed(model)]

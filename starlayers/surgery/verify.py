@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from starlayers.surgery.forwards import remedy, replaced_forward
 from starlayers.surgery.gated import Role, adopt, split_packed
 from starlayers.surgery.install import install_plain
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, gate_blocker, projection
@@ -124,8 +125,8 @@ def _deepest_common_module(owner: nn.Module, site: Site) -> str:
 
 def _compare(body: nn.Module, site: Site) -> tuple[str, ...]:
     """Compare a module with itself after its MLP is replaced; return its `between`."""
-    if "forward" in vars(body):
-        raise MismatchError("its forward is replaced on the instance: starify before that")
+    if replaced := replaced_forward(body):
+        raise MismatchError(f"{replaced}: {remedy(replaced)}")
     x = _random_input(attribute(body, site.inp))
     if site.form == "plain":
         _compare_plain(body, site, x)
