@@ -44,10 +44,11 @@ training step need at its peak, and what does it cost?
 
 **What was done.** transformers' own `LlamaMLP` and one-layer `LlamaForCausalLM`, {tokens:,} tokens,
 Liger {liger}. Liger's kernels run on no CPU. Without a GPU, memory is counted with kernels that are
-compiled for an H100 and not launched: every library keeps the tensors that it keeps there. Time is
-that of what runs on the device: training steps in turn, CPU time of one thread, medians of the
-ratios to the definition. Before they are timed, outputs and all gradients of the variants are
-compared. The peak is that of forward and backward, beyond weights, their gradients and input.
+compiled for an H100 and not launched: every library keeps the tensors that it keeps there (a fused
+MLP runs PyTorch's matrix products and one kernel for the product). Time is that of what runs on the
+device: training steps in turn, CPU time of one thread, medians of the ratios to the definition.
+Before they are timed, outputs and all gradients of the variants are compared; what did not run was
+not. The peak is that of forward and backward, beyond weights, their gradients and input.
 
 Kept for the backward by one MLP, MiB:
 
