@@ -92,16 +92,14 @@ def _calls_own_forward(module: nn.Module) -> bool:
     return getattr(inner, "__func__", None) is type(module).forward
 
 
-def foreign_mlps(model: nn.Module) -> str | None:
-    """Return which classes of Liger a model has in the place of its MLPs, `None` if none."""
-    names = {
-        type(m).__name__
-        for m in model.modules()
-        if type(m).__module__.startswith("liger_kernel.") and "MLP" in type(m).__name__
-    }
-    if not names:
-        return None
-    return (
-        f"its MLPs are Liger's {', '.join(sorted(names))}, because the model was built after Liger "
-        "was applied in this process: build it before, or apply Liger with swiglu=False"
+def liger_mlps(model: nn.Module) -> dict[str, str]:
+    """Return the MLPs that are modules of Liger: name in the model -> why they are left."""
+    reason = (
+        "it is Liger's {}, because the model was built after Liger was applied in this process: "
+        "build it before, or apply Liger with swiglu=False"
     )
+    return {
+        name: reason.format(type(module).__name__)
+        for name, module in model.named_modules()
+        if type(module).__module__.startswith("liger_kernel.") and "MLP" in type(module).__name__
+    }

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from starlayers.surgery.find import NameFilter, Patterns, find_mlps
-from starlayers.surgery.forwards import bypassed
+from starlayers.surgery.forwards import bypassed, liger_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_of, name_of
 from starlayers.surgery.install import installed, role_of
@@ -135,6 +135,9 @@ def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = No
         state = "ready" if f.site.form == "plain" else "is a star"
         state = state if f.reason is None else "skipped"
         rows[f.path] = Row(f.path, f.site.recipe, f.site.form, state, f.reason or "")
+    for path, reason in liger_mlps(model).items():
+        if path in selected:
+            rows[path] = Row(path, "", "gated", "skipped", reason)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     ordered = sorted(rows.values(), key=lambda row: order.get(row.name, 0))
     total = sum(p.numel() for p in model.parameters() if not is_lazy(p))

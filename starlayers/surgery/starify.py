@@ -7,7 +7,7 @@ from torch import nn
 
 from starlayers.checks import positive_int
 from starlayers.surgery.find import Finding, NameFilter, Patterns, find_mlps
-from starlayers.surgery.forwards import check_forwards, foreign_mlps
+from starlayers.surgery.forwards import check_forwards, liger_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gated import grow as grow_mlp
 from starlayers.surgery.gates import gate_size, name_of
@@ -142,8 +142,9 @@ def _no_mlp_message(model: nn.Module, mode: str, findings: list[Finding]) -> str
     if findings:
         reasons = "; ".join(dict.fromkeys(f"{f.path}: {f.reason}" for f in findings[:3]))
         return f"{start}: {len(findings)} looked like one, but {reasons}"
-    obstacle = foreign_mlps(model) or "no module has the structure of a recipe"
-    return f"{start}: {obstacle} (see docs/starify.md)"
+    for name, reason in liger_mlps(model).items():
+        return f"{start}: {name}: {reason}"
+    return f"{start}: no module has the structure of a recipe (see docs/starify.md)"
 
 
 def revert(model: nn.Module) -> nn.Module:

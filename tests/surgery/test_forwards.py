@@ -13,7 +13,7 @@ from liger_kernel.transformers.monkey_patch import _patch_swiglu_module
 from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
 
 from starlayers.surgery import report, revert, starify
-from starlayers.surgery.forwards import bypassed, check_forwards, foreign_mlps, replaced_forward
+from starlayers.surgery.forwards import bypassed, check_forwards, liger_mlps, replaced_forward
 from tests.surgery.small import IDS, MLP, Gated, Net, llama
 
 LIGER = "its forward was replaced by LigerSwiGLUMLP.forward of liger_kernel"
@@ -113,18 +113,23 @@ def test_a_model_built_after_liger_is_refused_by_its_name():
 from liger_kernel.transformers import apply_liger_kernel_to_llama
 from tests.surgery.small import llama
 from starlayers import starify
+from starlayers.surgery import report
 before = llama()
 apply_liger_kernel_to_llama()
 try:
     starify(llama(), mode="fuse")
 except ValueError as error:
     print(error)
-print(type(starify(before, mode="fuse").model.layers[0].mlp).__name__)
+print([(row.name, row.state) for row in report(llama()).rows])
+print(report(llama()).rows[1].detail)
+print(report(starify(before, mode="fuse")).rows[0].state)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    refused, name = done.stdout.strip().splitlines()[-2:]
-    assert "its MLPs are Liger's LigerSwiGLUMLP, because the model was built after" in refused
-    assert name.endswith("MLP")
-    assert foreign_mlps(llama()) is None
+    refused, rows, detail, state = done.stdout.strip().splitlines()[-4:]
+    assert "model.layers.0.mlp: it is Liger's LigerSwiGLUMLP, because the model was" in refused
+    assert rows == str([(f"model.layers.{i}.mlp", "skipped") for i in range(2)])
+    assert detail.startswith("it is Liger's LigerSwiGLUMLP, because")
+    assert state == "fused"
+    assert liger_mlps(llama()) == {}
