@@ -12,6 +12,7 @@ from starlayers.backend import use_backend
 from starlayers.dispatch import Plan
 from starlayers.surgery.experts import experts_rows
 from starlayers.surgery.find import NameFilter, Patterns, find_mlps
+from starlayers.surgery.forwards import bypassed, liger_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_of, name_of
 from starlayers.surgery.install import installed, role_of
@@ -146,6 +147,9 @@ def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = No
         rows[f.path] = Row(f.path, f.site.recipe, f.site.form, state, f.reason or own)
     for path, (state, detail) in experts_rows(model, selected).items():
         rows[path] = Row(path, "experts", "experts", state, detail)
+    for path, reason in liger_mlps(model).items():
+        if path in selected:
+            rows[path] = Row(path, "", "gated", "skipped", reason)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     ordered = sorted(rows.values(), key=lambda row: order.get(row.name, 0))
     total = sum(p.numel() for p in model.parameters() if not is_lazy(p))
@@ -165,6 +169,8 @@ def _installed_row(name: str, star: StarProjection | GatedMLP) -> Row:
         words.append(plan.reason if plan.reason else "fused" if gate is not None else "")
     state = "star" if gate is not None else "fused" if plan is None or plan.fused else "eager"
     detail = ", ".join(filter(None, words))
+    if (replaced := bypassed(star)) is not None:
+        detail = f"does not run: {replaced}"
     return Row(name, role.site.recipe, role.site.form, state, detail, count, _flops(star))
 
 

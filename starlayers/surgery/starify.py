@@ -9,6 +9,7 @@ from starlayers.checks import positive_int
 from starlayers.surgery.adapters import settle_adapter_hooks
 from starlayers.surgery.experts import experts_message, release_experts, update_experts
 from starlayers.surgery.find import Finding, NameFilter, Patterns, find_mlps
+from starlayers.surgery.forwards import check_forwards, liger_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_size, name_of
 from starlayers.surgery.grown import grow as grow_mlp
@@ -79,6 +80,7 @@ def starify(
     """
     _check(model, mode, gate, grow)
     selected = NameFilter(include, exclude)
+    check_forwards(model)
     existing = list(installed(model))
     findings = find_mlps(model, include=include, exclude=exclude)
     for f in findings:
@@ -172,6 +174,8 @@ def _no_mlp_message(model: nn.Module, mode: str, findings: list[Finding], expert
     if findings:
         reasons = "; ".join(dict.fromkeys(f"{f.path}: {f.reason}" for f in findings[:3]))
         return f"{start}: {len(findings)} looked like one, but {reasons}"
+    for name, reason in liger_mlps(model).items():
+        return f"{start}: {name}: {reason}"
     return f"{start}: no module has the structure of a recipe (see docs/starify.md)"
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from starlayers.activations import ACTIVATIONS
+from starlayers.surgery.forwards import remedy, replaced_forward
 from starlayers.surgery.install import install_plain
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, gate_blocker, projection
 from starlayers.surgery.recipes import is_sequence, runs
@@ -125,8 +126,8 @@ def named(owner: nn.Module, site: Site) -> Verdict:
 
 
 def _require_own_forward(body: nn.Module) -> None:
-    if "forward" in vars(body):
-        raise MismatchError("its forward is replaced on the instance: starify before that")
+    if replaced := replaced_forward(body):
+        raise MismatchError(f"{replaced}: {remedy(replaced)}")
 
 
 @contextmanager

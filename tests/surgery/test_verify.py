@@ -325,7 +325,11 @@ def test_a_recipe_may_name_what_is_not_there():
 def test_a_forward_on_the_instance_is_refused():
     mlp = MLP()
     mlp.forward = lambda x: x
-    assert reasons(mlp) == "its forward is replaced on the instance: starify before that"
+    assert reasons(mlp) == (
+        "its forward was replaced by test_a_forward_on_the_instance_is_refused.<locals>.<lambda> "
+        "of tests.surgery.test_verify: starify the model before that is done, or leave its MLPs "
+        "alone there"
+    )
 
 
 @pytest.mark.parametrize(("inp", "up"), [("gate", "up"), ("up", "gate")])
