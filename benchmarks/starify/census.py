@@ -15,10 +15,8 @@ from torch import nn
 
 #: pattern of the owner's class name -> why its pairs of linear layers are no MLP
 EXPLAINED = {
-    r"Attention|Attn|SelfAtt": "attention: projections of heads",
-    r"Mamba|Mixer2|SSM|GatedDeltaNet|DeltaNet|LinearAttn|RecurrentBlock|ShortConv|LRU|mLSTM|xLSTM": (
-        "recurrence between the two"
-    ),
+    r"Attention|Attn|MLA$|Indexer": "attention: projections of heads",
+    r"MambaMixer|DeltaNet|RecurrentBlock|ShortConv|LSTM|GRU": "recurrence between the two",
 }
 
 
@@ -107,7 +105,7 @@ def _linears(module: nn.Module) -> dict[str, tuple[int, int]]:
     for name, child in module.named_children():
         if sizes := _sizes(child):
             found[name] = sizes
-        elif isinstance(child, nn.Sequential) or not _runs(child):
+        elif isinstance(child, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             found |= {f"{name}.{inner}": sizes for inner, sizes in _linears(child).items()}
     return found
 
@@ -124,18 +122,20 @@ Found = tuple[str, tuple[str, ...], bool]
 def _pairs(module: nn.Module) -> Iterator[Found]:
     linears = _linears(module)
     names = list(linears)
-    widening = False
-    for narrows in (False, True):
-        for last, sizes in linears.items():
-            before = names[: names.index(last)] if narrows else names
-            fitting = [n for n in before if n != last and _fits(linears[n], sizes)]
-            if fitting and narrows == (sizes[0] < sizes[1]) and not (narrows and widening):
-                widening = widening or not narrows
-                yield "pair", tuple(fitting), narrows
+    for i, last in enumerate(names):
+        # two layers fit both ways round: the one that is defined first comes first
+        first = tuple(n for n in names[:i] if _fits(linears[n], linears[last]))
+        if first:
+            yield "pair", first, linears[last][0] < linears[last][1]
 
 
 def _splits(module: nn.Module) -> Iterator[Found]:
-    children = {n: _linears(c) for n, c in module.named_children() if _runs(c)}
+    """Yield a child with one linear layer that widens, and a sibling that narrows."""
+    children = {
+        n: {k: v for k, v in _linears(c).items() if isinstance(c.get_submodule(k), nn.Linear)}
+        for n, c in module.named_children()
+        if _runs(c)
+    }
     for name, linears in children.items():
         if len(linears) != 1:
             continue

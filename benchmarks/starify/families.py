@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.starify.census import census, unlisted
-from benchmarks.starify.tiny_models import Inputs, build, families, inputs_of, run, tensors
+from benchmarks.starify.tiny_models import Inputs, build, families, inputs_of, run, seeded, tensors
 from starlayers import starify, use_backend
 from starlayers.surgery import report, revert
 
@@ -25,8 +25,8 @@ SEED = 7
 class Probe:
     """A model's outputs and gradients, always from the same buffers, seeds and inputs."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.model, self.inputs = model, inputs
+    def __init__(self, model: nn.Module, inputs: Inputs, loud: float) -> None:
+        self.model, self.inputs, self.factor = model, inputs, loud
         self.parameters = list(model.named_parameters())
         self.buffers = [
             (module, name, buffer.clone())
@@ -40,14 +40,27 @@ class Probe:
         self._restore()
         return run(self.model.eval(), self.inputs, SEED)
 
+    def loud(self) -> list[Tensor]:
+        """Return the outputs in eval mode with all matrices `factor` times as large."""
+        matrices = [p for _, p in self.parameters if p.ndim > 1 and p.is_floating_point()]
+        kept = [p.detach().clone() for p in matrices]
+        with torch.no_grad():
+            for p in matrices:
+                p.mul_(self.factor)
+        try:
+            return self.evaluated()
+        finally:
+            with torch.no_grad():
+                for p, old in zip(matrices, kept):
+                    p.copy_(old)
+
     def trained(self) -> tuple[list[Tensor], dict[str, Tensor | None]]:
         """Return the outputs in train mode with seeded dropout, and all gradients."""
         self._restore()
         self.model.train()
         for _, parameter in self.parameters:
             parameter.grad = None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
+        with seeded(SEED):
             outputs = tensors(self.model(**self.inputs))
             loss = sum(
                 (y.float() * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum()
@@ -68,7 +81,12 @@ def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Return the largest absolute difference; infinite where a shape or a NaN differs."""
     if [y.shape for y in ours] != [y.shape for y in theirs]:
         return float("inf")
-    largest = [float((a.double() - b.double()).abs().max()) for a, b in zip(ours, theirs)]
+    # infinities and NaN that both have are no difference
+    same = [((a == b) | (a.isnan() & b.isnan())) for a, b in zip(ours, theirs)]
+    largest = [
+        float((a.double() - b.double()).masked_fill(equal, 0.0).abs().max())
+        for a, b, equal in zip(ours, theirs, same)
+    ]
     return max((x if x == x else float("inf") for x in largest), default=0.0)
 
 
@@ -95,6 +113,7 @@ class Reference:
     """What the model computed before it was changed; `problem` is why it cannot be compared."""
 
     evaluated: list[Tensor]
+    loud: list[Tensor] | None
     trained: tuple[list[Tensor], dict[str, Tensor | None]] | None
     problem: str = ""
 
@@ -102,21 +121,29 @@ class Reference:
 def reference(probe: Probe) -> Reference:
     """Run the model twice in both modes; what differs by itself is not compared."""
     evaluated = probe.evaluated()
+    try:
+        loud = probe.loud()
+    except Exception:  # lengths that a speech model predicts are out of bounds
+        loud = None
     if difference(probe.evaluated(), evaluated):
-        return Reference(evaluated, None, "not deterministic in eval mode")
+        return Reference(evaluated, loud, None, "not deterministic in eval mode")
     try:
         trained = probe.trained()
         again = probe.trained()
     except Exception as error:  # some models cannot be trained without labels
-        return Reference(evaluated, None, f"no training: {type(error).__name__}: {error}"[:200])
+        return Reference(
+            evaluated, loud, None, f"no training: {type(error).__name__}: {error}"[:200]
+        )
     if difference(again[0], trained[0]) or gradient_difference(again[1], trained[1])[0]:
-        return Reference(evaluated, None, "not deterministic in train mode")
-    return Reference(evaluated, trained)
+        return Reference(evaluated, loud, None, "not deterministic in train mode")
+    return Reference(evaluated, loud, trained)
 
 
 def compare(probe: Probe, before: Reference) -> dict[str, Any]:
     """Return how far the model's outputs and gradients are from what they were."""
     measured: dict[str, Any] = {"eval": difference(probe.evaluated(), before.evaluated)}
+    if before.loud is not None:
+        measured["loud"] = difference(probe.loud(), before.loud)
     if before.trained is not None:
         outputs, gradients = probe.trained()
         measured["train"] = difference(outputs, before.trained[0])
@@ -152,9 +179,7 @@ def convert(probe: Probe, before: Reference, exact: bool, **options: Any) -> dic
     try:
         revert(model)
         changed = [
-            name
-            for name, module in model.named_modules()
-            if kinds.get(name) is not type(module)
+            name for name, module in model.named_modules() if kinds.get(name) is not type(module)
         ]
         result["classes left"] = changed[:5] if len(kinds) == len(list(model.modules())) else ["*"]
         result["reverted"] = difference(probe.evaluated(), before.evaluated)
@@ -163,8 +188,11 @@ def convert(probe: Probe, before: Reference, exact: bool, **options: Any) -> dic
     return result
 
 
-def check(model_type: str) -> dict[str, Any]:
+def check(model_type: str, loud: float = 20.0) -> dict[str, Any]:
     """Put a family through all of it, and return plain data.
+
+    The outputs are also compared with all matrices `loud` times as large, so that limits of
+    branches show.
 
     Raises:
         NotBuiltError: no tiny model could be built or run.
@@ -173,7 +201,7 @@ def check(model_type: str) -> dict[str, Any]:
     start = time.perf_counter()
     model = build(model_type)
     inputs = inputs_of(model_type, model)
-    probe = Probe(model, inputs)
+    probe = Probe(model, inputs, loud)
     ran = _run_modules(probe)
     before = reference(probe)
     rows = report(model).rows
@@ -221,7 +249,7 @@ def problems(result: dict[str, Any]) -> list[str]:
             continue
         if "error" in got:
             found.append(f"{mode}: {got['error']}")
-        for key in ("eval", "train", "reverted"):
+        for key in ("eval", "loud", "train", "reverted"):
             if got.get(key, 0.0) != 0.0:
                 found.append(f"{mode}: outputs differ by {got[key]:.3g} ({key})")
         if got.get("gradients", 0.0) > 1e-6:

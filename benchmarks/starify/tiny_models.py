@@ -6,10 +6,14 @@ is, by its name; `FIELDS` has what a single family needs beside that.
 """
 
 import inspect
+import random
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -17,13 +21,17 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from benchmarks.starify.tiny_tables import CLASSES, FIELDS, INPUTS, NOISE, SIZES
+from benchmarks.starify.tiny_tables import CLASSES, FIELDS, INPUTS, SIZES, UNTRIED
 
 Inputs = dict[str, Any]
 
 BATCH = 2
+#: number of parameters of a model that is still called tiny
+LARGEST = 20_000_000
 LENGTH = 16
 VOCABULARY = 128
+#: standard deviation of what is added to all parameters
+NOISE = 0.05
 #: ids of texts are below, those of special tokens above
 TEXT_IDS = 96
 #: tables of classes, the first that has a family decides which class is built
@@ -99,7 +107,9 @@ def _shrunk(default: PreTrainedConfig, special: dict[str, Any]) -> PreTrainedCon
             fields[name] = _small("num_attention_heads", value)
         elif (small := _small(name, value)) != value:
             fields[name] = small
-    fields |= {name: v for name, v in special.items() if not isinstance(v, dict) or name not in fields}
+    fields |= {
+        name: v for name, v in special.items() if not isinstance(v, dict) or name not in fields
+    }
     _distinct_tokens(default, fields)
     return type(default)(**fields)
 
@@ -109,7 +119,9 @@ def _depth(default: PreTrainedConfig) -> int:
     layers = getattr(default, "num_hidden_layers", None)
     if not _is_int(layers):
         return 0
-    kinds = getattr(default, "layer_types", None) or getattr(default, "layers_block_type", None) or []
+    kinds = (
+        getattr(default, "layer_types", None) or getattr(default, "layers_block_type", None) or []
+    )
     kinds = kinds if len(kinds) == layers else []
     return min(layers, max([2, *(kinds.index(kind) + 1 for kind in set(kinds))]))
 
@@ -153,7 +165,9 @@ def _distinct_tokens(default: PreTrainedConfig, fields: dict[str, Any]) -> None:
     """Give every special token beyond the small vocabulary an id of its own."""
     free = iter(range(VOCABULARY - 1, TEXT_IDS, -1))
     for name, value in vars(default).items():
-        if not re.search(r"(^|_)(token_id|token_index|token_ids|idx|bos_id|eos_id|start_id|end_id)$", name):
+        if not re.search(
+            r"(^|_)(token_id|token_index|token_ids|idx|bos_id|eos_id|start_id|end_id)$", name
+        ):
             continue
         if name in fields:
             continue
@@ -176,22 +190,34 @@ def build(model_type: str) -> nn.Module:
         NotBuiltError: transformers raised an error.
     """
     _, name = families()[model_type]
+    if reason := UNTRIED.get(model_type):
+        raise NotBuiltError(reason)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0):
             config = tiny_config(model_type)
-            model: nn.Module = getattr(transformers, name)(config).float()
-            scale = NOISE.get(model_type, 0.05)
+            kind = getattr(transformers, name)
+            _refuse_large(kind, config)
+            model: nn.Module = kind(config).float()
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.is_floating_point():
-                        parameter.add_(scale * torch.randn_like(parameter))
+                        parameter.add_(NOISE * torch.randn_like(parameter))
+    except NotBuiltError:
+        raise
     except Exception as error:
         raise NotBuiltError(f"{type(error).__name__}: {error}") from error
-    count = sum(p.numel() for p in model.parameters())
-    if count > 20_000_000:
-        raise NotBuiltError(f"{count:,} parameters are not tiny")
     return model
+
+
+def _refuse_large(kind: Any, config: PreTrainedConfig) -> None:
+    """Raise NotBuiltError for a model that is not tiny, before its memory is taken."""
+    try:
+        with torch.device("meta"):
+            count = sum(p.numel() for p in kind(deepcopy(config)).parameters())
+    except Exception:  # some models compute while they are built
+        return
+    if count > LARGEST:
+        raise NotBuiltError(f"{count:,} parameters are not tiny")
 
 
 # inputs
@@ -219,10 +245,21 @@ def inputs_of(model_type: str, model: nn.Module) -> Inputs:
 
 def run(model: nn.Module, inputs: Inputs, seed: int = 7) -> list[Tensor]:
     """Return all floating-point tensors of the model's output, caches left out."""
+    with seeded(seed), torch.no_grad():
+        return tensors(model(**inputs))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's, NumPy's and Python's generators, and restore them."""
+    states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with torch.no_grad():
-            return tensors(model(**inputs))
+        np.random.seed(seed)  # wav2vec 2.0 draws its masks from it
+        random.seed(seed)
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
 
 
 def tensors(output: Any, key: str = "") -> list[Tensor]:
@@ -246,7 +283,7 @@ def _candidates(model_type: str, model: nn.Module) -> Iterator[Inputs]:
     if model_type in INPUTS:
         yield INPUTS[model_type](config, generator)
         return
-    texts = _texts(accepted, generator)
+    texts = _texts(config, accepted, generator)
     pictures = {
         name: list(_pictures(config, name, generator))
         for name in ("pixel_values", "pixel_values_videos")
@@ -260,6 +297,7 @@ def _candidates(model_type: str, model: nn.Module) -> Iterator[Inputs]:
     if "grid_thw" in accepted:
         yield from _patches(config, accepted, generator)
     main = getattr(model, "main_input_name", "input_ids")
+    main = main[0] if isinstance(main, list) else main
     others = [{name: v} for n in (pictures, sounds) for name, vs in n.items() for v in vs]
     required = {
         n for n, p in accepted.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
@@ -286,11 +324,17 @@ def _candidates(model_type: str, model: nn.Module) -> Iterator[Inputs]:
 
 def _patches(config: Any, accepted: Any, generator: torch.Generator) -> Iterator[Inputs]:
     """Yield flat patches and their grid, as the towers of Qwen's vision models take them."""
-    channels = next((c for c in _all(config, "in_channels", "in_chans", "num_channels") if _is_int(c)), 3)
+    channels = next(
+        (c for c in _all(config, "in_channels", "in_chans", "num_channels") if _is_int(c)), 3
+    )
     frames = getattr(config, "temporal_patch_size", 1)
     size = getattr(config, "patch_size", 14)
     name = next(n for n in accepted if n in ("hidden_states", "pixel_values"))
-    for shape in [(16, channels * frames * size**2), (16, channels * size**2), (16, channels, size, size)]:
+    for shape in [
+        (16, channels * frames * size**2),
+        (16, channels * size**2),
+        (16, channels, size, size),
+    ]:
         values = torch.randn(shape, generator=generator)
         inputs = {name: values, "grid_thw": torch.tensor([[1, 4, 4]])}
         if "merge_sizes" in accepted:
@@ -305,8 +349,9 @@ def _width(config: Any) -> int:
     return 32
 
 
-def _texts(accepted: Any, generator: torch.Generator) -> Inputs:
-    ids = torch.randint(5, TEXT_IDS, (BATCH, LENGTH), generator=generator)
+def _texts(config: Any, accepted: Any, generator: torch.Generator) -> Inputs:
+    sizes = [n for n in _all(config, "vocab_size", "codebook_size") if _is_int(n) and n > 8]
+    ids = torch.randint(5, min([TEXT_IDS, *sizes]), (BATCH, LENGTH), generator=generator)
     made: Inputs = {}
     if "input_ids" in accepted:
         made["input_ids"] = ids
@@ -329,9 +374,13 @@ def _all(config: Any, *names: str) -> list[Any]:
 
 def _pictures(config: Any, name: str, generator: torch.Generator) -> Iterator[Tensor]:
     channels = next((c for c in _all(config, "num_channels", "in_channels") if _is_int(c)), 3)
-    sizes = [s if isinstance(s, (list, tuple)) else (s, s) for s in _all(config, "image_size", "input_size", "img_size")]
+    sizes = [
+        s if isinstance(s, (list, tuple)) else (s, s)
+        for s in _all(config, "image_size", "input_size", "img_size")
+    ]
     frames = next((f for f in _all(config, "num_frames", "frames_per_clip") if _is_int(f)), None)
-    for height, width in dict.fromkeys([*map(tuple, sizes), (64, 64), (128, 128), (224, 224)]):
+    pairs = [tuple(size) for size in sizes if len(size) == 2 and all(map(_is_int, size))]
+    for height, width in dict.fromkeys([*pairs, (64, 64), (128, 128), (224, 224)]):
         picture = torch.randn(1, channels, height, width, generator=generator)
         if frames or name == "pixel_values_videos":
             yield picture.unsqueeze(1).repeat(1, frames or 4, 1, 1, 1)
@@ -341,7 +390,17 @@ def _pictures(config: Any, name: str, generator: torch.Generator) -> Iterator[Te
 
 
 def _sounds(config: Any, name: str, generator: torch.Generator) -> Iterator[Tensor]:
-    names = ("num_mel_bins", "n_mels", "feature_size", "input_feat_size", "feature_projection_input_dim", "mel_bins", "input_dim", "input_size", "n_mel_bins")
+    names = (
+        "num_mel_bins",
+        "n_mels",
+        "feature_size",
+        "input_feat_size",
+        "feature_projection_input_dim",
+        "mel_bins",
+        "input_dim",
+        "input_size",
+        "n_mel_bins",
+    )
     bins = [b for b in _all(config, *names) if _is_int(b)]
     lengths = [2 * n for n in _all(config, "max_source_positions") if _is_int(n)]
     lengths += [n for n in _all(config, "max_length") if _is_int(n)]
