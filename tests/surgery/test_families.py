@@ -27,6 +27,7 @@ MISSING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.hf
 @pytest.mark.parametrize("family", families())
 def test_a_family_is_converted_exactly_or_left_with_a_reason(family):
