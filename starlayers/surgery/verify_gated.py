@@ -21,8 +21,10 @@ from starlayers.surgery.trial_run import MismatchError, run
 #: sizes of input and hidden layer of the small stand-in
 SMALL = Projection(6, 10)
 
-#: lengths of the inputs, and factors of the branches: limits act far from zero or at some lengths
-LENGTHS = (1, 5, 700)
+#: shapes of the inputs before the channels, and factors of the branches: a forward may make a
+#: difference of single rows, tokens and sequences, and limits act far from zero
+SHAPES = ((3,), (1,), (5, 2), (1, 1), (1, 700), (2, 3, 4))
+MODES = ("gradients", "no gradients", "inference")
 SCALES = (1.0, 1e-2, 30.0, 1e3, 1e6)
 
 #: error allowed, relative to the largest value: roundings of one dtype in two orders
@@ -94,7 +96,7 @@ def verify_gated(owner: nn.Module, site: Site) -> GatedVerdict:
 
     try:
         body = _stand_in(owner, site, random, SMALL)
-        run(body, _input(body, site, 2))
+        run(body, _input(body, site, (2, 3)))
     except Exception:  # its forward or other layers know the true sizes
         body = _stand_in(owner, site, random)
     _compare(body, site, formula.between, act_name)
@@ -192,22 +194,24 @@ def _compare(body: nn.Module, site: Site, between: tuple[str, ...], act_name: st
         own = sandbox_copy(body).to(dtype)
         _scale_branches(own, site, scale)
         star = adopt(sandbox_copy(own), role)
-        for length, train, grad in product(LENGTHS, (False, True), (False, True)):
+        for shape, train, mode in product(SHAPES, (False, True), MODES):
             own.train(train), star.train(train)
-            x = _input(own, site, length, dtype)
-            expected = _values(own, own, x, grad)
-            _require_close(expected, _values(star, star.star_definition, x, grad), dtype)
+            x = _input(own, site, shape, dtype)
+            x = x.transpose(0, 1) if mode == "inference" and x.ndim == 3 else x  # other strides
+            expected = _values(own, own, x, mode)
+            _require_close(expected, _values(star, star.star_definition, x, mode), dtype)
             if dtype == torch.float32 and _fits_cpu_op(star, x):
                 with use_backend("cpu"):
-                    _require_close(expected, _values(star, star, x, grad), dtype)
+                    _require_close(expected, _values(star, star, x, mode), dtype)
 
 
-def _input(body: nn.Module, site: Site, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return two sequences of normal input, or rows for a length of one."""
+def _input(
+    body: nn.Module, site: Site, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return normal input, of a shape before the channels."""
     inp = attribute(body, site.inp)
     seed_generators(inp.weight.device)
-    shape = (2, length, inp.in_features) if length > 1 else (3, inp.in_features)
-    return torch.randn(shape, dtype=dtype, device=inp.weight.device)
+    return torch.randn(*shape, inp.in_features, dtype=dtype, device=inp.weight.device)
 
 
 def _scale_branches(body: nn.Module, site: Site, scale: float) -> None:
@@ -226,18 +230,18 @@ def _fits_cpu_op(star: GatedMLP, x: Tensor) -> bool:
 
 
 def _values(
-    module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, grad: bool
+    module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, mode: str
 ) -> dict[str, Tensor]:
-    """Return the output of a call, and with `grad` the gradients of input and parameters."""
-    parameters = {k: p for k, p in module.named_parameters() if p.requires_grad} if grad else {}
+    """Return the output of a call, and the gradients of input and parameters if there are any."""
     seed_generators(x.device)
-    with torch.set_grad_enabled(grad):
-        x = x.clone().requires_grad_(grad)
+    if mode != "gradients":
+        with torch.inference_mode(mode == "inference"), torch.no_grad():
+            return {"": call(x)}
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
         y = call(x)
-        if not grad:
-            return {"": y}
+        inputs = {"x": x} | {k: p for k, p in module.named_parameters() if p.requires_grad}
         weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
-        inputs = {"x": x, **parameters}
         loss = (y * weight).sum()
         gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
     found = {k: torch.zeros(()) if g is None else g for k, g in zip(inputs, gradients)}
