@@ -85,10 +85,8 @@ def plan_early(x: Tensor) -> Plan | None:
     Stars and blocks ask this first: calls on a CPU should not pay for the other conditions.
     """
     backend = backend_name()
-    if backend == "eager":
-        return plans.ASKED_FOR
-    if backend == "cpu":
-        return plans.CPU_ASKED_FOR
+    if backend in plans.ASKED:
+        return plans.ASKED[backend]
     if _recorded(x):
         return declined(plans.TRANSFORMED, "a star or block")
     if backend == "auto" and x.is_cpu and "cpu" not in registration.KERNEL_DEVICES:
@@ -306,8 +304,8 @@ def plan_convolution(
     No backend asks for it alone, so none raises: the definition serves where it is declined.
     """
     backend = backend_name()
-    if backend in ("eager", "cpu"):
-        return plans.ASKED_FOR if backend == "eager" else plans.CPU_ASKED_FOR
+    if backend in plans.ASKED:
+        return plans.ASKED[backend]
     call = call_of(backend, act, _tracer(), (x, *tensors))
     reason = plans.kernel_reason(call) or reason
     if not reason and conv is not None and backend == "auto":
@@ -437,12 +435,14 @@ def exporting() -> bool:
 
 
 def is_transformed() -> bool:
-    """Return True inside of vmap, grad, jvp or PyTorch's FLOP counter."""
+    """Return True inside of vmap, grad, jvp, PyTorch's FLOP counter or a function mode."""
     c = torch._C
+    functions = map(c._get_function_stack_at, range(c._len_torch_function_stack()))
     modes = map(c._get_dispatch_stack_at, range(c._len_torch_dispatch_stack()))
     return (
         # PyTorch has no public function for these
         c._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or any(type(mode).__module__ == "torch.utils.flop_counter" for mode in modes)
+        or any(type(mode).__module__ != "torch.utils._device" for mode in functions)
     )

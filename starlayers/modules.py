@@ -328,8 +328,8 @@ class StarMLP(StarOp):
         for name, original in OWN_METHODS.items():
             if getattr(kind, name) is not original or name in own:
                 return f"{kind.__name__} computes its products by a method of its own"
-        if isinstance(self.offset, Tensor) or self.act is None:
-            return "offset is a tensor or act is None, which only the definition computes"
+        if self.act is None or not isinstance(self.offset, int | float):
+            return "act is None or offset no number, which only the definition computes"
         layers = self._modules
         weights = plain_weights(layers["f1"], layers["f2"], layers["g"])
         if weights is not None:

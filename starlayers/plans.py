@@ -101,7 +101,9 @@ ASKED_FOR = Plan("eager", "the eager backend was asked for")
 COMPILED = Plan("eager", "being compiled or exported")
 ON_CPU = Plan("eager", "no Triton kernel for device 'cpu'")
 CPU_ASKED_FOR = Plan("eager", "the cpu backend was asked for, which has no op of this kind")
-TRANSFORMED = "a functional transform or tracer is active, or a FLOP counter"
+TRANSFORMED = "a functional transform or tracer is active, or a FLOP counter or function mode"
+#: backends that rule kernels of stars and blocks out
+ASKED = {"eager": ASKED_FOR, "cpu": CPU_ASKED_FOR}
 
 
 class Call(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from starlayers.kernels.dwconv import Affine, convolve, input_gradient, kernel_sums
 from starlayers.kernels.fold import (
@@ -158,6 +159,9 @@ def _forward(x: Tensor, weights: BlockWeights, act: str, offset: float) -> tuple
     z = pixels.view(x.shape)
     scaled = affine_norm(parts, norm2)
     out, _ = convolve(z, k2, taps=taps2, b=kb2, scale=scaled.scale, shift=scaled.shift, residual=x)
+    # the launches have changed the running statistics, and what was folded from them must see it.
+    # As in PyTorch the counters alone tell: means and variances may be saved for a backward.
+    increment_version([norm1.tracked, norm2.tracked])
     return out, _Kept(x, y, z, taps1, taps2, w3, folded, scaled)
 
 

@@ -6,13 +6,14 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from starlayers.surgery.experts import experts_names
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import installed
 from starlayers.surgery.projection import StarProjection
-from starlayers.surgery.recipes import RECIPES, is_sequence, runs
+from starlayers.surgery.recipes import RECIPES, TENTATIVE, is_sequence, runs
 from starlayers.surgery.site import Site, attribute, join, parent_of
-from starlayers.surgery.verify import verify
+from starlayers.surgery.verify import Cache, verify
 
 __all__ = ["find_mlps"]
 
@@ -30,6 +31,8 @@ class Finding:
         site: names of the MLP's parts.
         reason: why the MLP cannot be replaced, `None` if it can.
         between: names of the modules between the product of a gated MLP and its last layer.
+        act_name: name of the activation in `ACTIVATIONS`, `None` if it is not one of them.
+        act: the activation of a gated MLP in words.
 
     Example:
         >>> (finding,) = find_mlps(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)))
@@ -42,6 +45,8 @@ class Finding:
     site: Site
     reason: str | None = None
     between: tuple[str, ...] = ()
+    act_name: str | None = None
+    act: str = ""
 
 
 def find_mlps(
@@ -49,7 +54,8 @@ def find_mlps(
 ) -> list[Finding]:
     """Return the MLPs of a model that are not star layers yet.
 
-    Each is verified by a trial run on random input.
+    Each is verified by the graph of its forward or by trial runs on random input; equal MLPs are
+    verified once.
 
     Args:
         model: any module; it is not changed.
@@ -69,8 +75,11 @@ def find_mlps(
     selected = NameFilter(include, exclude)
     findings: dict[tuple[int, str], Finding] = {}
     names: list[str] = []
+    cache: Cache = {}
     for claim in _claims(model):
-        names.append(claim.path)
+        tentative = claim.site.recipe in TENTATIVE
+        if not tentative:
+            names.append(claim.path)
         owner = model.get_submodule(claim.owner)
         parent, leaf = parent_of(owner, claim.site.inp)
         key = id(parent), leaf  # the same for a layer that several modules share
@@ -78,11 +87,15 @@ def find_mlps(
         settled = known is not None and known.reason is None
         if settled or claim.path not in selected:
             continue
-        verdict = verify(owner, claim.site, _caller(model, claim.owner))
+        verdict = verify(owner, claim.site, _caller(model, claim.owner), cache)
+        if tentative:
+            if verdict.reason is not None:
+                continue
+            names.append(claim.path)
         if known is None or verdict.reason is None:
             findings[key] = replace(claim, **verdict._asdict())
     names += [name_of(path, star) for path, _, star in installed(model)]
-    selected.check(names)
+    selected.check([*names, *experts_names(model)])
     return list(findings.values())
 
 

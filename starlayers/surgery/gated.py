@@ -1,26 +1,25 @@
 """Gated MLPs of existing models (SwiGLU, GEGLU), fused or grown."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from starlayers.attached import attached
-from starlayers.dispatch import (
-    Plan,
-    declined,
-    plain_weights,
-    plan_mlp,
-    plan_star,
-)
+from starlayers.dispatch import Plan, declined, plain_weights, plan_mlp, plan_star
 from starlayers.functional import star_packed, star_product
 from starlayers.kernels.layer import run_mlp
+from starlayers.kernels.registration import compute_dtype
 from starlayers.recompute import recomputed
 from starlayers.surgery.grown import Grown
 from starlayers.surgery.linear_layers import Projection, projection
 from starlayers.surgery.site import Site, attribute, with_new_names
+from starlayers.surgery.snapshot import Snapshot
 
 __all__ = ["GatedMLP"]
 
@@ -34,9 +33,11 @@ class Role:
         original: the class that the module had before `starify`.
         act_name: name of its activation in `ACTIVATIONS`, `None` if it is not one of them.
         between: names of the modules between the product and the last layer, in order.
-        fused: use the kernels of the core; otherwise the module's own activation, to the last bit.
+        fused: use the kernels of the core; otherwise the module's own forward, to the last bit.
         recompute: save only the input for the backward pass.
         grown: number of products per channel that `grow` added.
+        input_name: name by which the module's forward takes its input.
+        snapshot: state of the module when it was verified.
     """
 
     site: Site
@@ -46,6 +47,8 @@ class Role:
     fused: bool = True
     recompute: bool = False
     grown: int = 0
+    input_name: str = ""
+    snapshot: Snapshot | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(with_new_names(state))
@@ -57,8 +60,11 @@ class GatedMLP(nn.Module):
     `gate` and `up` may be the halves of one packed linear layer. With r grown products (`f1`, `f2`
     in the child `star_grown`) it computes `out(act(gate(x)) * up(x) + sum_r act(f1(x)) * f2(x))`.
 
-    It has no constructor: `starify` changes the class of an existing module in place, which keeps
-    its identity, children, parameter names, hooks and mode, and `revert` gives the class back.
+    It has no constructor: `starify` gives a module of class `C` the class `StarC`, which derives
+    from this one and from `C`. So the module keeps its identity, attributes, methods, children,
+    parameter names, hooks and mode, `isinstance(module, C)` holds, and `revert` gives the class
+    back. What is not as it was verified runs the forward of `C`: other arguments, a replaced or
+    hooked part, a changed option. `star_plan(x)` has the reason.
 
     Shapes: (..., in) -> (..., out), as before.
 
@@ -75,11 +81,17 @@ class GatedMLP(nn.Module):
         ...         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         >>> mlp, x = SwiGLU(), torch.randn(2, 4)
         >>> before = mlp(x)
-        >>> isinstance(starify(mlp, mode="fuse"), GatedMLP)
-        True
-        >>> torch.allclose(mlp(x), before, atol=1e-6)
-        True
-        >>> isinstance(revert(mlp), SwiGLU)
+        >>> starify(mlp, mode="fuse")
+        StarSwiGLU(
+          act=silu, fused=True
+          (gate_proj): Linear(in_features=4, out_features=8, bias=True)
+          (up_proj): Linear(in_features=4, out_features=8, bias=True)
+          (down_proj): Linear(in_features=8, out_features=4, bias=True)
+          (act_fn): SiLU()
+        )
+        >>> torch.allclose(mlp(x), before, atol=1e-6), isinstance(mlp, SwiGLU)
+        (True, True)
+        >>> type(revert(mlp)) is SwiGLU
         True
     """
 
@@ -87,30 +99,35 @@ class GatedMLP(nn.Module):
 
     # Names that this class adds begin with "star": the module may have layers of any other name.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if isinstance(grown := self._modules.get("star_grown"), Grown):
-            grown.settle_pickled(self.star.grown)
-
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        (x,) = (*args, *kwargs.values())  # the model may pass its MLP's input by keyword
-        plan, role = self.star_plan(x), self.star
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        role, plan = self.star, self.star_plan(*args, **kwargs)
         if plan.weights is not None:
+            (x,) = (*args, *kwargs.values())
             act, recompute = role.act_name, role.recompute
             return run_mlp(plan.path, x, plan.weights, act, 0.0, recompute=recompute)
-        if self.star.recompute and torch.is_grad_enabled():
-            return recomputed(self._star_eager, x)
-        return self._star_eager(x)
+        call: Callable[..., Any] = super().forward
+        if role.grown:
+            self._star_require_as_verified(args, kwargs)
+            call = self.star_definition
+        elif plan.fused:
+            call = self.star_definition
+        if role.recompute and torch.is_grad_enabled():
+            return recomputed(call, *args, **kwargs)
+        return call(*args, **kwargs)
 
     def star_sizes(self) -> tuple[int, int, int]:
         """Return the numbers of input, hidden and output channels."""
         site = self.star.site
         inp = projection(attribute(self, site.inp)) or Projection(0, 0)
-        out = projection(attribute(self, site.out or "")) or Projection(0, 0)
-        return inp.in_features, out.in_features, out.out_features
+        hidden = inp.out_features if site.form == "gated" else inp.out_features // 2
+        out = projection(attribute(self, site.out)) if site.out else None
+        return inp.in_features, hidden, hidden if out is None else out.out_features
 
-    def star_plan(self, x: Tensor) -> Plan:
-        """Return the plan for one fused op: what runs, or why it is the definition.
+    def star_plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """Return the plan for a call: what runs, or why it is the module's own forward.
+
+        A fused path is one op for the whole MLP, or "star" for the product alone, where a layer is
+        not a plain `nn.Linear`.
 
         Raises:
             RuntimeError: the backend is "triton" or "cpu" and cannot serve the MLP.
@@ -118,50 +135,141 @@ class GatedMLP(nn.Module):
         role, site = self.star, self.star.site
         if not role.fused:
             return Plan("eager", "the model's own activation was asked for, to the last bit")
+        x = self._star_input(args, kwargs)
+        reason = ""
         if role.act_name is None:
-            return Plan("eager", "no activation of the table computes what the model's does")
-        if role.grown or site.form != "gated":
-            return Plan("eager", "it has grown products or one packed layer: no op for these")
-        if self.training and any(is_active_dropout(attribute(self, n)) for n in role.between):
-            return Plan("eager", "a dropout acts before its last layer")
-        layers = {name or "": attribute(self, name or "") for name in (site.inp, site.up, site.out)}
-        weights = plain_weights(*layers.values())
-        if weights is None:
-            return declined(attached(layers), "this GatedMLP")
-        return plan_mlp(x, weights, role.act_name, recompute=role.recompute)
+            reason = "no activation of the table computes what the model's does"
+        elif x is None:
+            reason = "the call has other arguments than the input alone"
+        elif not torch.compiler.is_compiling():
+            reason = self._star_change()
+        if reason or x is None:
+            return declined(reason, f"this {type(self).__name__}")
+        layers = {name: attribute(self, name) for name in (site.inp, site.up, site.out) if name}
+        if len(layers) < 3:
+            reason = "it has one packed layer, or none after the product: no op for these"
+        elif role.grown:
+            reason = "it has grown products: no op for these"
+        elif any(acts(attribute(self, name)) for name in role.between):
+            reason = "a module acts between the product and its last layer"
+        else:
+            weights = plain_weights(*layers.values())
+            if weights is not None:
+                plan = plan_mlp(x, weights, role.act_name, recompute=role.recompute)
+                if plan.fused:
+                    return plan
+            reason = attached(layers) if weights is None else plan.reason
+        # the product alone: its branches have the dtype that linear layers give them
+        h = x.new_empty(1, dtype=compute_dtype(x)).expand(*x.shape[:-1], self.star_sizes()[1])
+        plan = plan_star(h, h, role.act_name)
+        return plan if plan.fused else Plan("eager", reason)
 
-    def _star_eager(self, x: Tensor) -> Tensor:
-        h = self._star_product(x)
-        for name in self.star.between:
-            h = attribute(self, name)(h)
-        out = attribute(self, self.star.site.out or "")
-        dtype = getattr(getattr(out, "weight", None), "dtype", h.dtype)
-        if dtype.is_floating_point and dtype != h.dtype:  # T5 keeps its last layer in float32
-            h = h.to(dtype)
-        return out(h)  # type: ignore[no-any-return]
-
-    def _star_product(self, x: Tensor) -> Tensor:
+    def star_definition(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the MLP by its own layers and the product of the core."""
+        (x,) = (*args, *kwargs.values())
         role, site = self.star, self.star.site
-        act: Callable[[Tensor], Tensor] = attribute(self, site.act)
-        act_name = role.act_name if role.fused else None
         h = attribute(self, site.inp)(x)
-        if site.up is None:
-            a, b = split_packed(h, gate_last=site.gate_last)
+        if site.up is not None:
+            y = self._star_product(h, attribute(self, site.up)(x))
+        elif role.fused and role.act_name is not None and not site.gate_last:
+            y = star_packed(h, role.act_name)
         else:
-            a, b = h, attribute(self, site.up)(x)
-        packed = act_name is not None and site.up is None and not site.gate_last
-        if packed and plan_star(a, b, act_name).fused:
-            y = star_packed(h, act_name)
-        else:
-            y = _product(a, b, act, act_name)
+            y = self._star_product(*split_packed(h, gate_last=site.gate_last))
         if role.grown:
-            y = y + self.star_grown(x, lambda a, b: _product(a, b, act, act_name))  # type: ignore[operator]
-        return y
+            y = y + self.star_grown(x, self._star_product)  # type: ignore[operator]
+        for name in role.between:
+            y = attribute(self, name)(y)
+        if site.out is None:
+            return y
+        out = attribute(self, site.out)
+        dtype = getattr(getattr(out, "weight", None), "dtype", y.dtype)
+        if dtype.is_floating_point and dtype != y.dtype:  # T5 keeps its last layer in float32
+            y = y.to(dtype)
+        return out(y)  # type: ignore[no-any-return]
+
+    def _star_product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return `act(a) * b`, by the core if it is as verified, else by the module's own act."""
+        role = self.star
+        if role.act_name is not None and (
+            role.site.act is None or (role.fused and not self._star_change())
+        ):
+            return star_product(a, b, role.act_name)
+        act = attribute(self, role.site.act or "")
+        return act(a) * b  # type: ignore[no-any-return]
+
+    def _star_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Return the input, `None` if a call has other arguments than it."""
+        x = None
+        if len(args) == 1 and not kwargs:
+            (x,) = args
+        elif not args and len(kwargs) == 1:
+            x = kwargs.get(self.star.input_name)
+        return x if isinstance(x, Tensor) and 2 <= x.ndim <= 4 else None
+
+    def _star_change(self, *, with_hooks: bool = True) -> str:
+        """Return in words what has changed since the module was verified."""
+        snapshot, forward = self.star.snapshot, self.star.original.forward
+        return "" if snapshot is None else snapshot.change(self, forward, with_hooks=with_hooks)
+
+    def _star_require_as_verified(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise an error where grown products are no part of what a call would compute."""
+        name, act = type(self).__name__, self.star.site.act
+        if self._star_input(args, kwargs) is None:
+            raise TypeError(
+                f"{name} has grown products and takes its input alone, got {len(args)} positional "
+                f"arguments and the keywords {sorted(kwargs)}; revert gives the model's MLP back"
+            )
+        change = self._star_change(with_hooks=False)  # hooks act, because all parts are called
+        if change and not (act and change.startswith((f"{act} ", f"{act}."))):
+            raise RuntimeError(
+                f"{name} was changed after starify: {change}. Its grown products were verified "
+                "with what it was: change it back, or revert"
+            )
 
     def extra_repr(self) -> str:
-        details = {"was": self.star.original.__name__, "act": self.star.act_name}
-        details |= {name: getattr(self.star, name) for name in ("fused", "recompute", "grown")}
-        return ", ".join(f"{name}={value}" for name, value in details.items() if value)
+        details = {name: getattr(self.star, name) for name in ("fused", "recompute", "grown")}
+        details = {"act": self.star.act_name, **details}
+        added = ", ".join(f"{name}={value}" for name, value in details.items() if value)
+        return ", ".join(filter(None, (super().extra_repr(), added)))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # `StarC` is made at run time: name `C` instead, which can be imported
+        original = self.star.original
+        if type(self) is not star_class(original):
+            return super().__reduce_ex__(protocol)
+        get_state = getattr(self, "__getstate__", None)
+        return _empty_star, (original,), get_state() if get_state else vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if isinstance(grown := self._modules.get("star_grown"), Grown):
+            grown.settle_pickled(self.star.grown)
+        if type(self) is GatedMLP:  # pickled by an earlier version
+            self.__class__ = star_class(self.star.original)  # type: ignore[assignment]
+
+
+#: class -> the star of it
+_star_classes: dict[type[nn.Module], type[GatedMLP]] = {}
+
+
+def star_class(kind: type[nn.Module]) -> type[GatedMLP]:
+    """Return the class `StarC` of gated MLPs of a class `C`."""
+    if kind in _star_classes:
+        return _star_classes[kind]
+
+    @wraps(kind.forward)  # the signature, for those who ask for it
+    def forward(self: GatedMLP, *args: Any, **kwargs: Any) -> Any:
+        return GatedMLP.forward(self, *args, **kwargs)
+
+    members = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    metaclass: Any = type(kind)
+    star: type[GatedMLP] = metaclass(f"Star{kind.__name__}", (GatedMLP, kind), members)
+    return _star_classes.setdefault(kind, star)
+
+
+def _empty_star(kind: type[nn.Module]) -> GatedMLP:
+    """Return an uninitialised star of a class; what pickle and copy start from."""
+    return object.__new__(star_class(kind))
 
 
 def split_packed(h: Tensor, *, gate_last: bool) -> tuple[Tensor, Tensor]:
@@ -170,17 +278,22 @@ def split_packed(h: Tensor, *, gate_last: bool) -> tuple[Tensor, Tensor]:
     return (second, first) if gate_last else (first, second)
 
 
-def _product(a: Tensor, b: Tensor, act: Callable[[Tensor], Tensor], act_name: str | None) -> Tensor:
-    """Return `act(a) * b`, by a kernel if `act_name` is given and a kernel can run."""
-    if act_name is not None and plan_star(a, b, act_name).fused:
-        return star_product(a, b, act_name)
-    return act(a) * b
+def arguments(module: nn.Module) -> list[inspect.Parameter]:
+    """Return the named arguments of a module's forward, those with defaults among them."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return [p for p in parameters if p.kind not in variadic]
+
+
+def input_name(module: nn.Module) -> str:
+    """Return the name of the argument that a module's forward takes its input by."""
+    return arguments(module)[0].name
 
 
 def adopt(module: nn.Module, role: Role) -> GatedMLP:
-    """Change the class of a module to `GatedMLP`, in place."""
+    """Change the class of a module to the star of its class, in place."""
     module.star = role  # type: ignore[assignment]
-    module.__class__ = GatedMLP
+    module.__class__ = star_class(role.original)  # type: ignore[assignment]
     assert isinstance(module, GatedMLP)
     return module
 
@@ -188,16 +301,19 @@ def adopt(module: nn.Module, role: Role) -> GatedMLP:
 def release(module: GatedMLP) -> nn.Module:
     """Give a module its original class back, and remove grown products."""
     original = module.star.original
+    if type(module) is not star_class(original):
+        raise ValueError(
+            f"revert: an MLP is a {type(module).__name__} now, another library has changed its "
+            "class after starify; undo that first"
+        )
     module._modules.pop("star_grown", None)
     del module.star
     module.__class__ = original  # type: ignore[assignment]
     return module
 
 
-def is_active_dropout(module: Any) -> bool:
-    """Return True if a module may change its input in train mode.
-
-    It is one between product and last layer, which `verify` found to be the identity in eval mode.
-    A module without a dropout rate `p` may do anything in train mode.
-    """
-    return not isinstance(module, nn.Identity) and getattr(module, "p", 1.0) > 0.0
+def acts(module: nn.Module) -> bool:
+    """Return True unless a module is the identity: a dropout that drops nothing now."""
+    if isinstance(module, _DropoutNd):
+        return module.training and module.p > 0
+    return not isinstance(module, nn.Identity)

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from starlayers.surgery.gated import GatedMLP, Role, adopt, release
+from starlayers.surgery.gated import GatedMLP, Role, adopt, input_name, release
 from starlayers.surgery.grown import grow
-from starlayers.surgery.projection import StarProjection, make_gate
-from starlayers.surgery.recipes import recognise
-from starlayers.surgery.site import Site, attribute, put
+from starlayers.surgery.projection import Place, StarProjection, make_gate
+from starlayers.surgery.site import Site, attribute, parent_of, put
+from starlayers.surgery.snapshot import Snapshot
 
 
 def identity(x: Tensor) -> Tensor:
@@ -17,15 +17,18 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-def install_plain(
-    owner: nn.Module, site: Site, spec: str, *, fused: bool = False, recompute: bool = False
-) -> StarProjection:
-    """Replace first layer and activation of a plain MLP by a star projection."""
-    inp, act = attribute(owner, site.inp), attribute(owner, site.act)
-    options: dict[str, Any] = {"act_name": recognise(act), "fused": fused, "recompute": recompute}
+def install_plain(owner: nn.Module, site: Site, spec: str, **options: Any) -> StarProjection:
+    """Replace first layer and activation of a plain MLP by a star projection.
+
+    `options` are those of `StarProjection`.
+    """
+    act_at = site.act or ""
+    inp, act = attribute(owner, site.inp), attribute(owner, act_at)
     star = StarProjection(inp, act, make_gate(spec, inp), site, spec=spec, **options)
+    placeholder = nn.Identity() if isinstance(act, nn.Module) else identity
     put(owner, site.inp, star)
-    put(owner, site.act, nn.Identity() if isinstance(act, nn.Module) else identity)
+    put(owner, act_at, placeholder)
+    star.place = Place(parent_of(owner, act_at), placeholder)
     if isinstance(owner, nn.TransformerEncoderLayer):
         # its inference path reads the weights and never calls the layers: 0 switches it off
         star.undo["activation_relu_or_gelu"] = owner.activation_relu_or_gelu
@@ -36,6 +39,7 @@ def install_plain(
 def install(
     owner: nn.Module,
     site: Site,
+    act_name: str | None,
     *,
     gate: str = "full",
     between: tuple[str, ...] = (),
@@ -43,15 +47,18 @@ def install(
     recompute: bool = False,
     rank: int = 0,
 ) -> StarProjection | GatedMLP:
-    """Put a star layer in the place of an MLP: a projection, or a `GatedMLP`.
+    """Put a star layer in the place of an MLP that was verified: a projection, or a `GatedMLP`.
 
-    A plain MLP gets a `gate`, a gated one `rank` products per channel; `between`, `fused` and
-    `recompute` are as for `Role`.
+    A plain MLP gets a `gate`, a gated one `rank` products per channel; `act_name`, `between`,
+    `fused` and `recompute` are as for `Role`.
     """
+    options: dict[str, Any] = {"act_name": act_name, "fused": fused, "recompute": recompute}
     if site.form == "plain":
-        return install_plain(owner, site, gate, fused=fused, recompute=recompute)
-    act_name = recognise(attribute(owner, site.act))
-    star = adopt(owner, Role(site, type(owner), act_name, between, fused, recompute))
+        return install_plain(owner, site, gate, **options)
+    kind, apart = type(owner), [name for name in (site.inp, site.up, site.out) if name]
+    snapshot, name = Snapshot(owner, kind.forward, apart), input_name(owner)
+    role = Role(site, kind, between=between, input_name=name, snapshot=snapshot, **options)
+    star = adopt(owner, role)
     if rank:
         grow(star, rank)
     return star
@@ -82,7 +89,7 @@ def uninstall(owner: nn.Module, star: StarProjection | GatedMLP) -> None:
         release(star)
         return
     put(owner, star.site.inp, star.inp)
-    put(owner, star.site.act, star.act)
+    put(owner, star.site.act or "", star.act)
     for name, value in star.undo.items():
         setattr(owner, name, value)
 

@@ -56,8 +56,10 @@ def weight_of(module: nn.Module) -> Any:
 
 
 def dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Return dtype and device of the weight of a linear layer."""
+    """Return dtype and device of the weight of a linear layer, the defaults for one without."""
     weight = weight_of(module)
+    if not isinstance(weight, Tensor):
+        return torch.get_default_dtype(), torch.device("cpu")
     return weight.dtype, weight.device
 
 

@@ -9,7 +9,7 @@ from torch import Size, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from starlayers.surgery.adapters import settle_adapter_hooks
-from starlayers.surgery.gated import GatedMLP, is_active_dropout
+from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_of, name_of
 from starlayers.surgery.grown import Grown
 from starlayers.surgery.install import installed, role_of, settle_fast_paths, uninstall
@@ -372,7 +372,7 @@ def _warn_of_losses(stars: list[Star]) -> None:
         if len({p.requires_grad for p in (*own, *gate.parameters())}) > 1:
             lost.setdefault("requires_grad is that of their own layers now", []).append(name)
         between = star.star.between if isinstance(star, GatedMLP) and star.star.grown else ()
-        if any(is_active_dropout(attribute(owner, part)) for part in between):
+        if any(getattr(attribute(owner, part), "p", 0) > 0 for part in between):
             lost.setdefault("dropout drops every product by itself now", []).append(name)
     for what, names in lost.items():
         warnings.warn(f"merge: {len(names)} MLPs, {names[0]} first: {what}", stacklevel=3)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from starlayers.dispatch import Plan, plan_star
+from starlayers.dispatch import Plan, declined, plan_star
 from starlayers.functional import star_product
 from starlayers.recompute import recomputed
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
 from starlayers.surgery.site import Site, with_new_names
+from starlayers.surgery.snapshot import HOOKS, Snapshot
 
 __all__ = ["StarProjection"]
 
@@ -100,6 +101,27 @@ def zero_(gate: nn.Module) -> None:
         nn.init.zeros_(parameter)
 
 
+class Place:
+    """Place that an activation had in its MLP, where a placeholder stands now.
+
+    It is an object of its own, so that the modules that it refers to are no children.
+    """
+
+    def __init__(self, parent: tuple[nn.Module, str], placeholder: object) -> None:
+        (self.parent, self.name), self.placeholder = parent, placeholder
+
+    def require_free(self) -> None:
+        """Raise a RuntimeError if another activation was put into the place."""
+        now = vars(self.parent).get(self.name, self.parent._modules.get(self.name))
+        if now is not self.placeholder:
+            kind = type(now).__name__ if isinstance(now, nn.Module) else repr(now)
+            raise RuntimeError(
+                f"the activation {self.name!r} of a {type(self.parent).__name__} was set to {kind} "
+                "after starify, and would be applied to a product; set it as `act` of the "
+                "StarProjection, or revert first"
+            )
+
+
 class StarProjection(nn.Module):
     """First half of a starified MLP: `act(inp(x)) * (1 + gate(x))`.
 
@@ -150,12 +172,18 @@ class StarProjection(nn.Module):
         self.fused, self.recompute = fused, recompute
         #: original values of the owner's attributes that had to change, which `revert` restores
         self.undo: dict[str, Any] = {}
+        self.place: Place | None = None
+        self._verified = Snapshot(act, type(act).forward) if isinstance(act, nn.Module) else None
         self.train(inp.training)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(with_new_names(state))  # type: ignore[no-untyped-call]
+        # pickled by earlier versions
+        state = {"place": None, "_verified": None, **with_new_names(state)}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.place is not None and not torch.compiler.is_compiling():
+            self.place.require_free()
         if self.recompute and torch.is_grad_enabled():
             return recomputed(self._star, x, *args, **kwargs)
         return self._star(x, *args, **kwargs)
@@ -166,17 +194,31 @@ class StarProjection(nn.Module):
         Raises:
             RuntimeError: the backend is "triton" and no kernel applies.
         """
-        if not (self.fused and self.act_name is not None):
+        if not self.fused:
             return Plan("eager", "the model's own activation is kept, to the last bit")
+        if self.act_name is None:
+            return Plan("eager", "no activation of the table computes what the model's does")
+        if change := self._change():
+            return declined(change, "this StarProjection")
         h = x.new_empty(1).expand(*x.shape[:-1], self.out_features)
         return plan_star(h, h, self.act_name)
 
     def _star(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         h = self.inp(x, *args, **kwargs)
-        if self.fused and self.act_name is not None:
+        if self.fused and self.act_name is not None and not self._change():
             return star_product(h, self.gate(x).to(h.dtype), self.act_name, offset=1.0)
         a = self.act(h)
         return torch.addcmul(a, a, self.gate(x).to(a.dtype))
+
+    def _change(self) -> str:
+        """Return in words what has changed of the activation since it was verified."""
+        if torch.compiler.is_compiling() or not isinstance(self.act, nn.Module):
+            return ""
+        if self._verified is None:
+            return ""
+        if any(vars(self.act)[kind] for kind in HOOKS):
+            return "the activation has hooks"
+        return self._verified.change(self.act)
 
     # Models read weight, dtype and sizes of their own linear layer, which is now `inp`.
     @property

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from starlayers.activations import ACTIVATIONS
 from starlayers.surgery.linear_layers import Projection, projection
 from starlayers.surgery.sandbox import sandbox_copy
 from starlayers.surgery.site import Site
+from starlayers.surgery.snapshot import names_in_code
 
 __all__ = ["RECIPES", "register_recipe"]
 
@@ -20,6 +20,30 @@ Recipe = Callable[[nn.Module], Iterator[Site]]
 
 #: names of attributes that hold an activation function rather than a module
 ACTIVATION_NAME = re.compile(r"(^|_)(act|activation|nonlin|nonlinearity)(_|\d|$)")
+
+#: functions of activations, as a forward calls them
+FUNCTIONS = frozenset(
+    [
+        "elu",
+        "gelu",
+        "hardswish",
+        "hardtanh",
+        "leaky_relu",
+        "mish",
+        "relu",
+        "relu6",
+        "selu",
+        "sigmoid",
+        "silu",
+        "softplus",
+        "tanh",
+    ]
+)
+#: functions that split a tensor; a forward without any of them has no packed branches
+SPLITS = frozenset(("chunk", "split", "tensor_split"))
+
+#: recipes whose claims count when they are verified: most of what they see is no MLP
+TENTATIVE = frozenset(("half", "bilinear"))
 
 RECIPES: list[Recipe] = []
 """Recipes in the order they are called; the first whose claim is verified gets the MLP.
@@ -81,18 +105,6 @@ def is_activation(f: Any) -> bool:
     if y is None or y_of_column is None or not torch.equal(y_of_column, y[:, 1:2]):
         return False  # other elements have an influence
     return bool((y[0].diff(n=2) != 0).any())  # the first row has equal steps: second differences
-
-
-def recognise(act: Any) -> str | None:
-    """Return the name of an activation in `ACTIVATIONS`, `None` for others.
-
-    It is recognised by its values at 257 points from -8 to 8, to 1e-6.
-    """
-    x = torch.linspace(-8, 8, 257, device="cpu")
-    if (y := _applied(act, x)) is None:
-        return None
-    close = (a for a in ACTIVATIONS.values() if torch.allclose(a.fn(x), y, rtol=1e-6, atol=1e-6))
-    return next((activation.name for activation in close), None)
 
 
 def _applied(f: Any, x: Tensor) -> Tensor | None:
@@ -162,6 +174,26 @@ def _first_layers(linears: dict[str, Projection], last: str, branches: int = 1) 
     """Return the names of the linear layers that `last` can be the end of."""
     end = linears[last]
     return [n for n, sizes in linears.items() if n != last and _returns(sizes, end, branches)]
+
+
+@register_recipe
+def half(owner: nn.Module) -> Iterator[Site]:
+    """Claim one linear layer whose output is split into two branches: diffusers' GEGLU."""
+    linears = _own_projections(owner)
+    if len(linears) != 1 or not SPLITS & names_in_code(type(owner)):
+        return
+    ((name, sizes),) = linears.items()
+    if sizes.out_features % 2 == 0 and not sizes.channels_first:
+        yield Site("half", "packed", name, None, None)
+
+
+@register_recipe
+def bilinear(owner: nn.Module) -> Iterator[Site]:
+    """Claim two linear layers that widen and one that narrows, without an activation."""
+    for (inp, up), last in _gated_parts(owner, first_layers=2, branches=1):
+        sizes = projections(owner)[inp]
+        if sizes.out_features > sizes.in_features and not _activates(owner, inp):
+            yield Site("bilinear", "gated", inp, None, last, up=up)
 
 
 @register_recipe
@@ -243,24 +275,32 @@ def _is_stack(owner: nn.Module) -> bool:
 @register_recipe
 def gated(owner: nn.Module) -> Iterator[Site]:
     """Claim two linear layers that widen and one that narrows: gate/up/down."""
-    for (inp, up), act, last in _gated_parts(owner, first_layers=2, branches=1):
-        yield Site("gated", "gated", inp, act, last, up=up)
+    for (inp, up), last in _gated_parts(owner, first_layers=2, branches=1):
+        if _activates(owner, inp):
+            yield Site("gated", "gated", inp, None, last, up=up)
 
 
 @register_recipe
 def packed(owner: nn.Module) -> Iterator[Site]:
     """Claim one linear layer for both branches: Wi/Wo, gate_up_proj/down_proj."""
-    for (inp,), act, last in _gated_parts(owner, first_layers=1, branches=2):
-        yield Site("packed", "packed", inp, act, last)
+    for (inp,), last in _gated_parts(owner, first_layers=1, branches=2):
+        if _activates(owner, inp):
+            yield Site("packed", "packed", inp, None, last)
+
+
+def _activates(owner: nn.Module, first: str) -> bool:
+    """Return True if a module has an activation, or a forward that widens and calls one."""
+    sizes = projections(owner)[first]
+    widens = sizes.out_features > sizes.in_features
+    return bool(activations(owner)) or (widens and bool(FUNCTIONS & names_in_code(type(owner))))
 
 
 def _gated_parts(
     owner: nn.Module, first_layers: int, branches: int
-) -> Iterator[tuple[list[str], str, str]]:
-    """Yield the first layers, an activation and the last layer of a gated MLP, by name."""
+) -> Iterator[tuple[list[str], str]]:
+    """Yield the first layers and the last layer of a gated MLP, by name."""
     linears = _own_projections(owner)
     for last in linears:
         firsts = _first_layers(linears, last, branches)
         if len(firsts) == first_layers and not linears[last].channels_first:
-            for act in activations(owner):
-                yield firsts, act, last
+            yield firsts, last

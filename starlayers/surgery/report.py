@@ -4,17 +4,26 @@ from collections.abc import Collection, Iterable
 from dataclasses import astuple, dataclass
 from itertools import zip_longest
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from starlayers.backend import use_backend
+from starlayers.dispatch import Plan
+from starlayers.surgery.experts import experts_rows
 from starlayers.surgery.find import NameFilter, Patterns, find_mlps
+from starlayers.surgery.forwards import bypassed, liger_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_of, name_of
 from starlayers.surgery.install import installed, role_of
-from starlayers.surgery.linear_layers import Projection, projection
+from starlayers.surgery.linear_layers import Projection, projection, weight_of
 from starlayers.surgery.projection import ScaleGate, StarProjection
+from starlayers.surgery.site import attribute
 
 __all__ = ["Report", "report"]
+
+#: rows of a call that is large enough for every fused path
+LARGE = 2**20
 
 
 @dataclass(frozen=True)
@@ -22,12 +31,13 @@ class Row:
     """Row of a `Report`: one MLP.
 
     Args:
-        name: name of the MLP's first linear layer in the model.
-        recipe: name of the recipe that claimed it.
-        form: "plain", "gated" or "packed", as in `Site`.
-        state: "star" (has a gate or grown products), "fused" (computed by the core), "ready"
-            (plain, can get a gate), "is a star" (can be fused or grown), or "skipped".
-        detail: the gate, the activation, or the reason for "skipped".
+        name: name of the MLP's first linear layer in the model, or of the module of experts.
+        recipe: name of the recipe that claimed it, or "experts".
+        form: "plain", "gated" or "packed", as in `Site`, or "experts".
+        state: "star" (has a gate or grown products), "fused" (computed by the core where a call is
+            large enough), "eager" (replaced, but no call is fused as things are), "ready" (plain,
+            can get a gate), "is a star" (can be fused or grown), or "skipped".
+        detail: the gate, the activation, or the reason for "eager" and "skipped".
         parameters: number of parameters that `starify` added.
         flops: FLOPs that `starify` added per position (token or pixel), two per multiply-add.
     """
@@ -64,7 +74,7 @@ class Report:
     @property
     def replaced(self) -> list[Row]:
         """Rows of the MLPs that `starify` has made star layers."""
-        return [row for row in self.rows if row.state in ("star", "fused")]
+        return [row for row in self.rows if row.state in ("star", "fused", "eager")]
 
     @property
     def ready(self) -> list[Row]:
@@ -133,7 +143,13 @@ def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = No
     for f in find_mlps(model, include=include, exclude=exclude):
         state = "ready" if f.site.form == "plain" else "is a star"
         state = state if f.reason is None else "skipped"
-        rows[f.path] = Row(f.path, f.site.recipe, f.site.form, state, f.reason or "")
+        own = f.act if f.act_name is None else ""  # an activation that no row equals
+        rows[f.path] = Row(f.path, f.site.recipe, f.site.form, state, f.reason or own)
+    for path, (state, detail) in experts_rows(model, selected).items():
+        rows[path] = Row(path, "experts", "experts", state, detail)
+    for path, reason in liger_mlps(model).items():
+        if path in selected:
+            rows[path] = Row(path, "", "gated", "skipped", reason)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     ordered = sorted(rows.values(), key=lambda row: order.get(row.name, 0))
     total = sum(p.numel() for p in model.parameters() if not is_lazy(p))
@@ -145,11 +161,31 @@ def _installed_row(name: str, star: StarProjection | GatedMLP) -> Row:
     count = 0 if gate is None else sum(p.numel() for p in gate.parameters())
     role = role_of(star)
     if isinstance(role, StarProjection):
-        detail = role.spec + (", fused" if role.fused else "")
+        words = [role.spec]
     else:
-        detail = (role.act_name or "") + (f", grown by {role.grown}" if role.grown else "")
-    state = "fused" if gate is None else "star"
+        words = [role.act_name or "", f"grown by {role.grown}" if role.grown else ""]
+    plan = _plan_of_large(star) if role.fused else None
+    if plan is not None:
+        words.append(plan.reason if plan.reason else "fused" if gate is not None else "")
+    state = "star" if gate is not None else "fused" if plan is None or plan.fused else "eager"
+    detail = ", ".join(filter(None, words))
+    if (replaced := bypassed(star)) is not None:
+        detail = f"does not run: {replaced}"
     return Row(name, role.site.recipe, role.site.form, state, detail, count, _flops(star))
+
+
+def _plan_of_large(star: StarProjection | GatedMLP) -> Plan:
+    """Return the plan for a call that is large enough for every fused path."""
+    inp = star.inp if isinstance(star, StarProjection) else attribute(star, star.star.site.inp)
+    n, _, channels_first = projection(inp) or Projection(1, 1)
+    weight = weight_of(inp)
+    usual = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
+    dtype = weight.dtype if usual else torch.get_default_dtype()
+    device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
+    shape = (1, n, LARGE, 1) if channels_first else (LARGE, n)
+    x = torch.empty(1, dtype=dtype, device=device).expand(shape)  # of one element of memory
+    with use_backend("auto"):
+        return star.plan(x) if isinstance(star, StarProjection) else star.star_plan(x)
 
 
 def _flops(star: StarProjection | GatedMLP) -> int:

@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,15 +17,38 @@ CONTAINERS = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
+def own_tensor(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor; of one on the meta device, random values on the CPU."""
+    return random_tensor(tensor) if tensor.is_meta else tensor.detach().clone()
+
+
+def random_tensor(tensor: Tensor) -> Tensor:
+    """Return random weights of usual size, with the shape and dtype of a tensor."""
+    device = "cpu" if tensor.is_meta else tensor.device
+    if not tensor.is_floating_point():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+    fan_in = tensor.shape[-1] if tensor.ndim > 1 else 1
+    return torch.randn(tensor.shape, device=device).div_(fan_in**0.5).to(tensor.dtype)
+
+
 def sandbox_copy(
-    module: nn.Module, memo: dict[int, Any] | None = None, *, share: bool = False
+    module: nn.Module,
+    memo: dict[int, Any] | None = None,
+    *,
+    share: bool = False,
+    make: Callable[[Tensor], Tensor] = own_tensor,
 ) -> Any:
     """Return a copy of a module to run without an effect on the module.
 
     Parameters, buffers, generators, lists, sets, dicts and child modules are copied, hooks are
-    left out, other attributes are shared. Tensors on the meta device become random ones on the
-    CPU. `memo` has the copies of objects that occur more than once, by the id of their original.
-    With `share` the copy has the module's own parameters, to save memory.
+    left out, other attributes are shared.
+
+    Args:
+        module: the module.
+        memo: copies of objects that occur more than once, by the id of their original. What it has
+            already is used, so it can put other modules in the place of some.
+        share: keep the module's own parameters, to save memory.
+        make: function from a tensor to its copy.
     """
     memo = {} if memo is None else memo
     if id(module) in memo:
@@ -37,41 +60,36 @@ def sandbox_copy(
         if name not in CONTAINERS:
             hooks = name.endswith("_hooks") or name.startswith(HOOKS)
             empty = hooks and isinstance(value, dict)
-            state[name] = type(value)() if empty else _copied(value, memo)
-    parameters, buffers = module._parameters, module._buffers
-    state["_parameters"] = {k: p if share else _copied(p, memo) for k, p in parameters.items()}
-    state["_buffers"] = {k: _copied(b, memo) for k, b in buffers.items()}
+            state[name] = type(value)() if empty else _copied(value, memo, make)
+    parameters, buffers = module._parameters.items(), module._buffers.items()
+    state["_parameters"] = {k: p if share else _copied(p, memo, make) for k, p in parameters}
+    state["_buffers"] = {k: _copied(b, memo, make) for k, b in buffers}
     state["_modules"] = {
-        k: None if child is None else sandbox_copy(child, memo, share=share)
+        k: None if child is None else sandbox_copy(child, memo, share=share, make=make)
         for k, child in module._modules.items()
     }
     return copy
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
+def _copied(value: Any, memo: dict[int, Any], make: Callable[[Tensor], Tensor]) -> Any:
     """Return a copy of a tensor, generator or container, others as they are."""
     if id(value) in memo:
         return memo[id(value)]
     copy: Any
     if isinstance(value, Tensor):
-        copy = _random_like(value) if value.is_meta else value.detach().clone()
-        copy = nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
+        copy = make(value)
+        trains = value.requires_grad and copy.is_floating_point()
+        copy = nn.Parameter(copy, trains) if isinstance(value, nn.Parameter) else copy
     elif isinstance(value, torch.Generator):
         copy = value.clone_state()
     elif type(value) in (list, set):
-        copy = type(value)(_copied(v, memo) for v in value)
+        copy = type(value)(_copied(v, memo, make) for v in value)
     elif type(value) is dict:
-        copy = {k: _copied(v, memo) for k, v in value.items()}
+        copy = {k: _copied(v, memo, make) for k, v in value.items()}
     else:
         return value
     memo[id(value)] = copy
     return copy
-
-
-def _random_like(tensor: Tensor) -> Tensor:
-    """Return random weights of usual size for a meta tensor."""
-    fan_in = tensor.shape[-1] if tensor.ndim > 1 else 1
-    return torch.randn(tensor.shape, device="cpu").div_(fan_in**0.5).to(tensor.dtype)
 
 
 @contextmanager

@@ -7,11 +7,14 @@ from torch import nn
 
 from starlayers.checks import positive_int
 from starlayers.surgery.adapters import settle_adapter_hooks
+from starlayers.surgery.experts import experts_message, release_experts, update_experts
 from starlayers.surgery.find import Finding, NameFilter, Patterns, find_mlps
+from starlayers.surgery.forwards import check_forwards, liger_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_size, name_of
 from starlayers.surgery.grown import grow as grow_mlp
 from starlayers.surgery.install import install, installed, role_of, settle_fast_paths, uninstall
+from starlayers.surgery.linear_layers import gate_blocker
 from starlayers.surgery.projection import StarProjection, parse_gate
 from starlayers.surgery.saving import note_in_config
 from starlayers.surgery.sharding import settle_tp_plans
@@ -40,7 +43,8 @@ def starify(
     are left, or with `grow=r` gain r more products per channel, the second factors zero.
 
     `mode="fuse"`: MLPs that already are stars (SwiGLU, GEGLU, and those `mode="star"` made) take
-    the core's fused forward. Parameters and names stay; results agree to rounding.
+    the core's fused forward, and mixtures of such experts its product (`StarExperts`). Parameters
+    and names stay; results agree to rounding.
 
     Args:
         model: any module; its own parameters stay the same objects.
@@ -76,17 +80,22 @@ def starify(
     """
     _check(model, mode, gate, grow)
     selected = NameFilter(include, exclude)
+    check_forwards(model)
     existing = list(installed(model))
     findings = find_mlps(model, include=include, exclude=exclude)
+    for f in findings:
+        f.reason = f.reason or _obstacle(model, f, mode, grow=grow, recompute=recompute)
     verified = [f for f in findings if f.reason is None]
     plain, gated = mode == "star", mode == "fuse" or grow > 0  # the forms that the options change
     ready = [f for f in verified if (plain if f.site.form == "plain" else gated)]
-    if not ready and not existing:
-        raise ValueError(_no_mlp_message(model, mode, findings))
+    experts = update_experts(model, selected, mode, recompute=recompute)
+    if not ready and not existing and not experts:
+        reasons = experts_message(model, selected)
+        raise ValueError(_no_mlp_message(model, mode, findings, reasons))
     for f in ready:
         owner, fused = model.get_submodule(f.owner), mode == "fuse"
         options: dict[str, Any] = {"gate": gate, "recompute": recompute, "rank": grow}
-        install(owner, f.site, between=f.between, fused=fused, **options)
+        install(owner, f.site, f.act_name, between=f.between, fused=fused, **options)
     for path, _, star in existing:
         if name_of(path, star) in selected:
             _update(star, mode, recompute=recompute, rank=grow)
@@ -119,7 +128,26 @@ def _check(model: nn.Module, mode: str, gate: str, grow: int) -> None:
     if grow:
         positive_int("starify", "grow", grow)
     if mode == "fuse" and (grow or kind != "full"):
-        raise ValueError(f"starify: gate={gate!r}, grow={grow} need mode='star', got mode='fuse'")
+        option = f"grow={grow}" if grow else f"gate={gate!r}"
+        raise ValueError(
+            f"starify: {option} adds parameters and needs mode='star', got mode='fuse'"
+        )
+
+
+def _obstacle(model: nn.Module, f: Finding, mode: str, *, grow: int, recompute: bool) -> str | None:
+    """Return why the options do not serve an MLP that is a star, `None` if they do."""
+    if f.site.form == "plain":
+        return None
+    if grow:
+        blocker = gate_blocker(model.get_submodule(f.path))
+        if blocker is not None:
+            return blocker
+    if mode == "fuse" and f.act_name is None and not recompute:
+        return (
+            f"its activation is {f.act}, which no row of ACTIVATIONS equals; recompute=True saves "
+            "memory all the same, and register_activation adds a row"
+        )
+    return None
 
 
 def _update(star: StarProjection | GatedMLP, mode: str, *, recompute: bool, rank: int) -> None:
@@ -131,7 +159,7 @@ def _update(star: StarProjection | GatedMLP, mode: str, *, recompute: bool, rank
         grow_mlp(star, rank)
 
 
-def _no_mlp_message(model: nn.Module, mode: str, findings: list[Finding]) -> str:
+def _no_mlp_message(model: nn.Module, mode: str, findings: list[Finding], experts: str = "") -> str:
     start = f"starify(mode={mode!r}) found no MLP to replace in this {type(model).__name__}"
     verified = [f for f in findings if f.reason is None]
     if verified and mode == "star":
@@ -141,9 +169,13 @@ def _no_mlp_message(model: nn.Module, mode: str, findings: list[Finding]) -> str
         )
     if verified:
         return f"{start}: its {len(verified)} MLPs are plain; mode='star' gives them gates"
+    if experts:
+        return f"{start}: {experts}"
     if findings:
         reasons = "; ".join(dict.fromkeys(f"{f.path}: {f.reason}" for f in findings[:3]))
         return f"{start}: {len(findings)} looked like one, but {reasons}"
+    for name, reason in liger_mlps(model).items():
+        return f"{start}: {name}: {reason}"
     return f"{start}: no module has the structure of a recipe (see docs/starify.md)"
 
 
@@ -169,7 +201,7 @@ def revert(model: nn.Module) -> nn.Module:
         )
     """
     stars = list(installed(model))
-    if not stars:
+    if not release_experts(model) + len(stars):
         raise ValueError(f"revert: this {type(model).__name__} has no star layer of starify's")
     sizes = {name_of(path, star): gate_size(star) for path, _, star in stars}
     nonzero = {name: size for name, size in sizes.items() if size > 0}

@@ -32,12 +32,13 @@ from starlayers.dispatch import (
 from starlayers.kernels.block import BlockWeights, train_block
 from starlayers.kernels.dwconv import dwconv
 from starlayers.kernels.fold import Norm
-from starlayers.kernels.registration import compute_dtype, first_misfit, no_autocast
+from starlayers.kernels.registration import MLPWeights, compute_dtype, first_misfit, no_autocast
 from starlayers.kernels.star_mlp import star_mlp
 from starlayers.kernels.versions import versions
 from starlayers.modules import DropPath, StarMLP
+from starlayers.vision.fused_conv import is_plain_convolution
 from starlayers.vision.layout import OnChannelsLast
-from starlayers.vision.norms import Affine, norm_as_affine, uses_batch_statistics
+from starlayers.vision.norms import Affine, norm_as_affine, unusual, uses_batch_statistics
 from starlayers.vision.recordings import kind_of, known, record, settled
 
 if TYPE_CHECKING:
@@ -55,10 +56,12 @@ def plan(block: "StarBlock2d", x: Tensor) -> Plan:
     plan = plan_early(x)
     if plan is not None:
         return plan
-    reason = _structure_reason(block) or _misfit(block, x.shape[-1])
-    weights = reason or block.mlp.fusable()
+    weights = _structure_reason(block) or block.mlp.fusable()
     if isinstance(weights, str):
         return declined(weights, "this StarBlock2d")
+    reason = unusual(block.pre.bn) or unusual(block.post.bn) or _misfit(block, x, weights)
+    if reason:
+        return declined(reason, "this StarBlock2d")
     return plan_block(x, weights, block.parameters(), block.mlp.act)
 
 
@@ -75,18 +78,16 @@ def _structure_reason(block: "StarBlock2d") -> str:
         if not is_plain(layers, OnChannelsLast) or list(layers._modules) != order:
             return f"{name!r} is hooked, wrapped or not just {' and '.join(order)}"
         conv, norm = layers._modules["conv"], layers._modules["bn"]
-        if not (is_plain(conv, nn.Conv2d) and _is_depthwise(conv)):
+        if not (is_plain_convolution(conv) and _is_depthwise(conv)):
             return "a convolution is hooked, changed or not depthwise with odd kernel and stride 1"
         if not (is_plain(norm, nn.Identity) or is_plain(norm, nn.BatchNorm2d)):
             return f"a norm is hooked or a {type(norm).__name__} (needs BatchNorm2d or Identity)"
     return ""
 
 
-def _misfit(block: "StarBlock2d", channels: int) -> str:
-    """Say which tensor in front of or behind the MLP has a shape that its layer has not.
-
-    The definition may broadcast it, or raises.
-    """
+def _misfit(block: "StarBlock2d", x: Tensor, weights: MLPWeights) -> str:
+    """Say which tensor does not fit `x` (N, H, W, C): the definition broadcasts it, or raises."""
+    channels = x.shape[-1]
     named: list[tuple[str, Any, Any]] = [("gamma", block.gamma, (channels,))]
     for part in ("pre", "post"):
         layers: Any = block._modules[part]
@@ -96,7 +97,7 @@ def _misfit(block: "StarBlock2d", channels: int) -> str:
         named.append((f"{part}.conv.bias", conv.bias, (channels,)))
         for name in ("weight", "bias", "running_mean", "running_var"):
             named.append((f"{part}.bn.{name}", getattr(norm, name, None), (channels,)))
-    named.append(("mlp.f1.weight", block.mlp.f1.weight, (block.mlp.hidden_features, channels)))
+    named.append(("mlp.f1.weight", weights.w1, (weights.sizes[1], channels)))
     return first_misfit(named)
 
 
@@ -134,7 +135,8 @@ def compute(block: "StarBlock2d", x: Tensor) -> Tensor | None:
     weights = _trained(block, x)
     if weights is None:
         return fused_block(block, x)
-    return train_block(x, weights, block.mlp.act, block.mlp.offset)
+    # its row may be that of another name
+    return train_block(x, weights, get_activation(block.mlp.act).name, block.mlp.offset)
 
 
 def _tensors(block: "StarBlock2d") -> Iterator[Tensor | None]:
@@ -193,6 +195,7 @@ def fused_block(block: "StarBlock2d", x: Tensor) -> Tensor:
     """
     dtype = compute_dtype(x)
     mlp, first, last = block.mlp, block.pre.conv, block.post.conv
+    act = get_activation(mlp.act).name  # its row may be that of another name
     w3 = mlp.g.weight.to(dtype)
     b3 = None if mlp.g.bias is None else mlp.g.bias.to(dtype)
     count = x[..., 0].numel()
@@ -203,7 +206,7 @@ def fused_block(block: "StarBlock2d", x: Tensor) -> Tensor:
         branches = _folded_branches(mlp, norm_as_affine(block.pre.bn, mean, var, count), dtype)
         pixels = y.view(-1, mlp.in_features)
         pixels, mean, var = star_mlp(
-            pixels, *branches, w3, b3, None, mlp.act, mlp.offset, return_statistics[1]
+            pixels, *branches, w3, b3, None, act, mlp.offset, return_statistics[1]
         )
         y, affine = pixels.view(x.shape), norm_as_affine(block.post.bn, mean, var, count)
         k, kb = last.weight, last.bias

@@ -22,11 +22,14 @@ from starlayers.dispatch import (
 from starlayers.kernels.conv import Convolution, convolve
 from starlayers.kernels.versions import versions
 from starlayers.tracing import is_traced
-from starlayers.vision.norms import norm_as_affine
+from starlayers.vision.norms import norm_as_affine, unusual
 from starlayers.vision.recordings import kind_of, known, record, settled
 
 if TYPE_CHECKING:
     from starlayers.vision.blocks import ConvNorm
+
+#: what a convolution calls in its forward
+CONV_FORWARD = nn.Conv2d._conv_forward
 
 EACH_STEP = "gradients, a cast, a compiler, a transform, a mode or a capture wants each step"
 AMD = "launches on AMD's GPUs are not recorded"
@@ -44,6 +47,8 @@ def plan(layer: "ConvNorm", x: Tensor, act: str | None = None) -> Plan:
     reason = "" if x.numel() else "the batch is empty"
     if not reason and kind_of(x, _tensors(layer)) is None:
         reason = AMD if torch.version.hip else EACH_STEP
+    elif not reason and unusual(layer.bn):
+        reason = unusual(layer.bn)
     elif not reason and _state(layer, conv, act) is None:
         reason = "the norm uses statistics of the batch, or a tensor is no parameter or buffer"
     tensors = [t for t in _tensors(layer) if t is not None and t.ndim]  # without a norm's counter
@@ -52,13 +57,19 @@ def plan(layer: "ConvNorm", x: Tensor, act: str | None = None) -> Plan:
     return plan_convolution(x, conv, tensors, act, reason)
 
 
+def is_plain_convolution(m: nn.Module) -> bool:
+    """Return True if `m` is exactly an `nn.Conv2d`, with nothing attached or replaced."""
+    own = "_conv_forward" not in m.__dict__ and nn.Conv2d._conv_forward is CONV_FORWARD
+    return own and is_plain(m, nn.Conv2d)
+
+
 def _convolution(layer: "ConvNorm", x: Tensor) -> Convolution | str:
     """Return the sizes of a layer that is as it was made, or what was changed in it."""
     modules: Any = layer._modules  # attributes of modules are slow
     if list(modules) != ["conv", "bn"]:
         return "its layers are not just conv and bn"
     conv, norm = modules["conv"], modules["bn"]
-    weight = conv._parameters.get("weight") if is_plain(conv, nn.Conv2d) else None
+    weight = conv._parameters.get("weight") if is_plain_convolution(conv) else None
     if type(weight) is not nn.Parameter or weight.ndim != 4:
         return "the convolution is hooked, wrapped or not a Conv2d with a parameter"
     out, channels, size, _ = weight.shape

@@ -6,7 +6,22 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Affine", "norm_as_affine", "update_statistics", "uses_batch_statistics"]
+__all__ = [
+    "Affine",
+    "norm_as_affine",
+    "unusual",
+    "update_statistics",
+    "uses_batch_statistics",
+]
+
+
+def unusual(norm: nn.Module) -> str:
+    """Return why PyTorch's own BatchNorm has to judge `norm`; empty if there is no reason."""
+    if not isinstance(norm, nn.BatchNorm2d):
+        return ""
+    if (norm.running_mean is None) != (norm.running_var is None):
+        return "a norm has only one of running_mean and running_var"
+    return "" if norm.eps > 0 else f"a norm has eps={norm.eps}"
 
 
 def uses_batch_statistics(norm: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from starlayers.backend import backend_name
 from starlayers.dispatch import launches_directly
@@ -25,6 +26,8 @@ class Captured(NamedTuple):
     run: Callable[[Tensor], Tensor]
     #: whether each tensor of the network wants a gradient
     wanted: list[bool]
+    #: counters of the norms: what was folded from their statistics sees a step by them
+    counters: list[Tensor]
 
 
 class TrainingGraph:
@@ -58,7 +61,8 @@ class TrainingGraph:
         with _unchanged(model, x), _uncached_autocast(x):
             run = make_graphed(model, x.detach().clone(memory_format=torch.preserve_format))
         state = NetworkState(model)
-        self.captured = Captured(state, graphs.kind_of(x), run, _wanted(state))
+        counters = [b for b in model.buffers() if not b.is_floating_point()]
+        self.captured = Captured(state, graphs.kind_of(x), run, _wanted(state), counters)
         self.finished = True
 
     def reason(self, model: nn.Module, x: Tensor) -> str:
@@ -81,6 +85,7 @@ class TrainingGraph:
         if self.captured is None or self.reason(model, x):
             return None
         y = self.captured.run(x)
+        increment_version(self.captured.counters)
         node: Any = y.grad_fn
         self.step, self.finished, self.node = self.step + 1, False, weakref.ref(node)
         step = self.step

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from starlayers import use_backend
+from starlayers import ACTIVATIONS, use_backend
 from starlayers.kernels import versions as versions_module
 from starlayers.kernels.program import Program
 from starlayers.kernels.registration import Launch
@@ -162,6 +162,60 @@ def test_what_cannot_be_recorded_takes_the_ops(op_calls):
         assert_same(fused(unversioned, x), eagerly(unversioned, x))
     assert len(op_calls) == 5
     assert versions(unversioned.parameters()) is None
+
+
+def norms(module):
+    return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def trained_statistics(block, x):
+    """Train the norms alone, whose modes the block does not notice."""
+    for m in norms(block):
+        m.train()
+    fused(block, x)
+    for m in norms(block):
+        m.eval()
+
+
+def trained_twin(block, x):
+    """Train another block that shares the norms."""
+    twin = made()
+    twin.pre.bn, twin.post.bn = block.pre.bn, block.post.bn
+    twin.train()
+    fused(twin, x)
+    for m in norms(block):
+        m.eval()
+
+
+@pytest.mark.parametrize("train", [trained_statistics, trained_twin])
+def test_statistics_of_a_training_step_are_a_change(train):
+    block, x = made(), randn(2, 16, 3, 4)
+    first = fused(block, x)
+    train(block, 3 * x + 1)
+    assert_same(fused(block, x), eagerly(block, x))
+    assert not torch.allclose(first, fused(block, x))
+
+
+def test_a_block_may_be_computed_both_ways_before_one_backward():
+    """PyTorch's norm saves the running statistics: a later step must not count as their change."""
+    block, x = made().train(), randn(2, 16, 3, 4)
+    with use_backend("eager"):
+        first = block(x)
+    with use_backend("triton"):
+        second = block(2 * x)
+    (first.sum() + second.square().sum()).backward()
+    assert all(p.grad.isfinite().all() for p in block.parameters())
+
+
+def test_an_activation_in_the_place_of_another_is_the_one_computed(monkeypatch):
+    block, x = made(), randn(2, 16, 3, 4)
+    first = fused(block, x)
+    monkeypatch.setitem(ACTIVATIONS, "silu", ACTIVATIONS["relu"])
+    for module in (block, made()):
+        assert_same(fused(module, x), eagerly(module, x))
+        module.train()
+        assert_same(fused(module, x), eagerly(module, x))
+    assert not torch.allclose(first, fused(block.eval(), x))
 
 
 @torch.no_grad()

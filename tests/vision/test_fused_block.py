@@ -318,7 +318,22 @@ MISFITS = {
         "w2 has shape (1, 16), not (64, 16)",
     ),
     "the MLP": (lambda b: setattr(b, "mlp", StarMLP(8)), "mlp.f1.weight has shape (32, 8)"),
-    "act": (lambda b: setattr(b.mlp, "act", None), "act is None, which only"),
+    "act": (lambda b: setattr(b.mlp, "act", None), "act is None"),
+    "offset": (lambda b: setattr(b.mlp, "offset", None), "offset no number"),
+    "f1": (lambda b: setattr(b.mlp, "f1", nn.Sequential(b.mlp.f1)), "f1 is a Sequential"),
+    "no mean": (
+        lambda b: setattr(b.pre.bn, "running_mean", None),
+        "only one of running_mean and running_var",
+    ),
+    "no variance": (
+        lambda b: setattr(b.post.bn, "running_var", None),
+        "only one of running_mean and running_var",
+    ),
+    "eps": (lambda b: setattr(b.post.bn, "eps", -0.1), "a norm has eps=-0.1"),
+    "another convolution": (
+        lambda b: setattr(b.pre.conv, "_conv_forward", lambda x, w, b: x),
+        "a convolution is hooked, changed",
+    ),
 }
 
 
@@ -340,3 +355,25 @@ def test_a_running_mean_that_is_no_buffer_is_found(monkeypatch):
     norm.running_mean = mean.clone()
     assert not norms.uses_batch_statistics(norm)
     assert torch.equal(norms.norm_as_affine(norm, None, None, 5).center, mean)
+
+
+def test_a_function_mode_sees_the_definition_and_a_default_device_is_none(monkeypatch):
+    monkeypatch.setattr(registration, "KERNEL_DEVICES", {"cpu", "cuda"})
+    block, x = StarBlock2d(16).eval().bfloat16(), pixels(16, 56, 4).bfloat16()
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    with torch.device("cpu"):
+        assert fused_block.plan(block, x).fused
+        assert fused_block.kind_of(x, ()) is not None
+        with Mode():
+            assert "function mode" in fused_block.plan(block, x).reason
+            assert fused_block.kind_of(x, ()) is None
+
+
+def test_a_convolution_with_another_method_in_its_class_is_not_plain(monkeypatch):
+    assert fused_block.is_plain_convolution(nn.Conv2d(3, 3, 1))
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, w, b: x)
+    assert not fused_block.is_plain_convolution(nn.Conv2d(3, 3, 1))

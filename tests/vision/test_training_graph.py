@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from starlayers import explain, use_backend
 from starlayers.vision import StarNet, graphs, training_graph
@@ -107,6 +108,17 @@ def test_capturing_leaves_buffers_gradients_and_random_numbers_as_they_were(stan
     same_networks(net, before)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_step_is_a_change_of_the_statistics_that_others_can_see(stands):
+    net = starnet().graph_training(X)
+    stands[0].model = starnet()  # as kernels do: nothing that PyTorch counts happens to the network
+    counters = [m.num_batches_tracked for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [b._version for b in counters]
+    stands[0].wanted = list(stands[0].model.parameters())
+    step(net)
+    assert all(b._version > v for b, v in zip(counters, before, strict=True))
+    assert len(counters) == 5
 
 
 def test_gradients_accumulate_and_may_be_kept(stands):

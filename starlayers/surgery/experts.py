@@ -1,0 +1,382 @@
+"""Mixtures of experts: star experts in transformers' experts interface."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from starlayers.dispatch import Plan, declined, is_plain, plan_early, plan_star
+from starlayers.functional import star_packed_product
+from starlayers.recompute import recomputed
+from starlayers.surgery.experts_gate import (
+    DTYPES,
+    FORWARD,
+    Gate,
+    cached_verification,
+    code_print,
+    restored,
+    same_settings,
+    same_value,
+    settings,
+    verify_gate,
+)
+from starlayers.surgery.experts_loop import Loop, loop_over_experts, verify_loop
+from starlayers.surgery.stacked_weights import stacked_experts
+
+__all__ = ["StarExperts"]
+
+
+@dataclass
+class ExpertsRole:
+    """What `starify` knows of experts, kept in their attribute `star`.
+
+    Args:
+        original: the class that the experts had before.
+        act_name: name of the activation in `ACTIVATIONS`.
+        functions: the class's methods `_apply_gate` and `forward`, as they were verified.
+        reads: attributes of the experts that the gate reads, and their values.
+        acts: settings of those attributes that are modules.
+        autocast: autocast leaves the gate as it is.
+        loop: why the class's own loop over the experts is kept, "" if ours can replace it.
+        recompute: save only the input for the backward pass.
+    """
+
+    original: type[nn.Module]
+    act_name: str
+    functions: dict[str, Any]
+    reads: dict[str, Any]
+    acts: dict[str, dict[str, Any]]
+    autocast: bool = False
+    loop: str = ""
+    recompute: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a function is pickled by name, and may be another one where it is unpickled
+        prints = {name: code_print(f) for name, f in self.functions.items()}
+        acts = {n: {**act, FORWARD: code_print(act[FORWARD])} for n, act in self.acts.items()}
+        return {**vars(self), "functions": prints, "acts": acts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.functions = {
+            name: restored(getattr(self.original, name, None), known)
+            for name, known in state["functions"].items()
+        }
+        self.acts = {
+            name: {**act, FORWARD: restored(type(self.reads[name]).forward, act[FORWARD])}
+            for name, act in state["acts"].items()
+        }
+
+
+class StarExperts(nn.Module):
+    """Experts of a foreign model, `W2 (act(x W1) * x V1)` each, with the product of the core.
+
+    It is a base class beside the model's own: experts of class C become a `StarC`, which is a C
+    with all its attributes. All else is the model's: its implementation of the experts
+    (`config._experts_implementation`: "grouped_mm", "batched_mm", "eager", ...) multiplies the
+    matrices and calls `_apply_gate` for the product. The model's own gate runs where no kernel
+    does, and where it is not as it was verified.
+
+    Example:
+        >>> from starlayers import starify
+        >>> from transformers import MixtralConfig, MixtralModel
+        >>> config = MixtralConfig(
+        ...     vocab_size=9, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)
+        >>> experts = starify(MixtralModel(config), mode="fuse").layers[0].mlp.experts
+        >>> isinstance(experts, StarExperts), type(experts).__name__, experts.star.act_name
+        (True, 'StarMixtralExperts', 'silu')
+    """
+
+    star: ExpertsRole
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.star.recompute and torch.is_grad_enabled():
+            return recomputed(self._star_forward, *args, **kwargs)
+        return self._star_forward(*args, **kwargs)
+
+    def _star_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        # the place for whole experts in one kernel, once the core has a grouped one
+        if implementation(self) == "eager" and len(args) == 3 and self._star_loops(args[0]):
+            return loop_over_experts(self, *args, **kwargs)
+        return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def _star_loops(self, x: Tensor) -> bool:
+        """Return True to run our loop: most classes write the product into theirs."""
+        if self.star.loop or plan_early(x) is not None:
+            return False
+        reason = self.star_obstacle()
+        return not reason or declined(reason, "these experts").fused
+
+    def _apply_gate(self, gate_up_out: Tensor) -> Tensor:
+        if self.star_plan(gate_up_out).fused:
+            return star_packed_product(gate_up_out, self.star.act_name)
+        return super()._apply_gate(gate_up_out)  # type: ignore[misc, no-any-return]
+
+    def star_plan(self, h: Tensor) -> Plan:
+        """Return the plan for the product of both halves of `h` (rows, 2 f).
+
+        Raises:
+            RuntimeError: the backend is "triton" and no kernel applies, or the gate is not as it
+                was verified.
+        """
+        x1, x2 = h.chunk(2, -1)
+        plan = plan_star(x1, x2, self.star.act_name)
+        if not plan.fused:
+            return plan
+        reason = self.star_obstacle()
+        if not reason and (h.dtype not in DTYPES or h.ndim != 2):
+            reason = f"the gate was not verified for {h.dtype} of {h.ndim} dimensions"
+        if not reason and not self.star.autocast and torch.is_autocast_enabled(h.device.type):
+            reason = "autocast changes the model's own gate"
+        return declined(reason, "these experts") if reason else plan
+
+    def star_obstacle(self) -> str:
+        """Return why the gate is not as it was verified, "" if it is."""
+        role = self.star
+        if "_apply_gate" in vars(self):
+            return "the gate of these experts was replaced"
+        for name, function in role.functions.items():
+            if getattr(role.original, name, None) is not function:
+                return f"{role.original.__name__}.{name} is not the one that was verified"
+        for name, value in role.reads.items():
+            now = getattr(self, name, None)
+            if not same_value(now, value):
+                return f"{name!r} of these experts was replaced"
+            if isinstance(now, nn.Module) and not (
+                is_plain(now, type(now)) and same_settings(settings(now), role.acts[name])
+            ):
+                return f"{name!r} of these experts has hooks, or its settings were changed"
+        return ""
+
+    def extra_repr(self) -> str:
+        role = self.star
+        parts = [super().extra_repr(), f"act={role.act_name}", "recompute=True" * role.recompute]
+        return ", ".join(filter(None, parts))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the class is made at run time, so that pickles name the model's class instead
+        return (_new, (self.star.original,), *super().__reduce_ex__(protocol)[2:])
+
+
+#: class of experts -> its subclass
+_star_classes: dict[type[nn.Module], type[StarExperts]] = {}
+
+
+def star_class(original: type[nn.Module]) -> type[StarExperts]:
+    """Return the subclass of an experts class that is a `StarExperts`."""
+    if original not in _star_classes:
+
+        @wraps(original.forward)  # exporters and tracers read the signature
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+            if isinstance(self, StarExperts):
+                return StarExperts.forward(self, *args, **kwargs)
+            # accelerate and expert parallelism hold the forward that they found, past revert
+            return original.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
+
+        body = {"__module__": __name__, "__doc__": StarExperts.__doc__, "forward": forward}
+        name = "Star" + original.__name__
+        _star_classes[original] = type(name, (StarExperts, original), body)
+    return _star_classes[original]
+
+
+def _new(original: type[nn.Module]) -> StarExperts:
+    kind = star_class(original)
+    return kind.__new__(kind)
+
+
+def implementation(experts: nn.Module) -> str:
+    """Return the experts implementation that a module's config names, "" if none."""
+    name = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    return name or ""
+
+
+def adopt_experts(
+    experts: nn.Module, gate: Gate, loop: Loop, *, recompute: bool = False
+) -> StarExperts:
+    """Change the class of verified experts to a `StarExperts`, in place."""
+    original = type(experts)
+    reads = {name: getattr(experts, name) for name in gate.reads}
+    acts = {name: settings(v) for name, v in reads.items() if isinstance(v, nn.Module)}
+    experts.star = ExpertsRole(  # type: ignore[assignment]
+        original,
+        gate.act_name,
+        {name: getattr(original, name) for name in ("_apply_gate", "forward")},
+        reads,
+        acts,
+        gate.autocast,
+        loop.reason,
+        recompute,
+    )
+    experts.__class__ = star_class(original)
+    assert isinstance(experts, StarExperts)
+    return experts
+
+
+def release_experts(model: nn.Module) -> int:
+    """Give all star experts of a model their own classes back, and return their number.
+
+    Raises:
+        ValueError: something else, such as FSDP2, has changed their class since.
+    """
+    stars = list(installed_experts(model))
+    for path, experts in stars:
+        if type(experts) is not star_class(experts.star.original):
+            raise ValueError(
+                f"revert: {path!r} has become a {type(experts).__name__} since starify: undo that "
+                "first (FSDP2, parametrisations)"
+            )
+    for _, experts in stars:
+        original = experts.star.original
+        del experts.star
+        experts.__class__ = original  # type: ignore[assignment]
+    return len(stars)
+
+
+# finding
+
+
+class Names(Protocol):
+    """Selection of names, as `find.NameFilter`."""
+
+    def __contains__(self, name: str, /) -> bool: ...
+
+
+@dataclass(frozen=True)
+class ExpertsFinding:
+    """Experts of a model that are no star experts yet.
+
+    Args:
+        path: name of the experts module.
+        experts: the module.
+        gate: what is known of its gate.
+    """
+
+    path: str
+    experts: nn.Module
+    gate: Gate
+
+
+def installed_experts(model: nn.Module) -> Iterator[tuple[str, StarExperts]]:
+    """Yield name and module of all star experts."""
+    for path, module in model.named_modules():
+        if isinstance(module, StarExperts):
+            yield path, module
+
+
+def experts_names(model: nn.Module) -> list[str]:
+    """Return the names of all modules of experts, star experts among them."""
+    return [path for path, _, _ in _experts(model)]
+
+
+def find_experts(model: nn.Module, selected: Names) -> list[ExpertsFinding]:
+    """Return the selected experts of a model that are no star experts, each verified."""
+    verify = cached_verification(verify_gate)
+    return [
+        ExpertsFinding(path, m, Gate("", reason) if reason else verify(m))
+        for path, m, reason in _experts(model)
+        if path in selected and not isinstance(m, StarExperts)
+    ]
+
+
+def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield name and module of experts; the reason is for those outside of the interface."""
+    inside: set[int] = set()
+    for path, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        served = has_interface(module)
+        reason = "" if served else stacked_experts(path, module)
+        if served or reason:
+            inside.update(map(id, module.modules()))
+            yield path, module, reason
+
+
+def has_interface(module: nn.Module) -> bool:
+    """Return True for experts under transformers' `use_experts_implementation`."""
+    options = ("config", "has_gate", "is_transposed")
+    return hasattr(type(module), "_apply_gate") and all(name in vars(module) for name in options)
+
+
+# starify, report and records
+
+
+def update_experts(model: nn.Module, selected: Names, mode: str, *, recompute: bool = False) -> int:
+    """Serve the selected experts in mode "fuse"; return the number of star experts then."""
+    if mode == "fuse":
+        verify = cached_verification(verify_loop)
+        for found in find_experts(model, selected):
+            if found.gate.reason is None:
+                adopt_experts(found.experts, found.gate, verify(found.experts))
+    stars = list(installed_experts(model))
+    for path, experts in stars:
+        if path in selected:
+            experts.star.recompute |= recompute
+    return len(stars)
+
+
+def experts_message(model: nn.Module, selected: Names) -> str:
+    """Return why `starify` left the experts of a model, "" if it has none."""
+    found = find_experts(model, selected)
+    if stars := sum(f.gate.reason is None for f in found):
+        return (
+            f"its {stars} modules of experts already are stars; mode='fuse' serves them, and grow "
+            "is not offered for experts"
+        )
+    return "; ".join(dict.fromkeys(f"{f.path}: {f.gate.reason}" for f in found[:3]))
+
+
+def experts_rows(model: nn.Module, selected: Names) -> dict[str, tuple[str, str]]:
+    """Return state and detail of the experts of a model for a `Report`, by name."""
+    rows = {}
+    for path, experts in installed_experts(model):
+        if path in selected:
+            parts = [experts.star.act_name, _ways(experts)]
+            if obstacle := experts.star_obstacle():
+                parts.append(f"the model's own gate runs: {obstacle}")
+            rows[path] = "fused", ", ".join(filter(None, parts))
+    for f in find_experts(model, selected):
+        detail = f"{f.gate.act_name}, mode='fuse' serves it, grow is not offered for experts"
+        ready = f.gate.reason is None
+        rows[f.path] = ("is a star", detail) if ready else ("skipped", f.gate.reason or "")
+    return rows
+
+
+def _ways(experts: StarExperts) -> str:
+    """Return the implementation in effect, and whether it leaves the product to the gate."""
+    name = implementation(experts)
+    if "forward" in vars(experts):
+        return f"{name}, by a forward that was replaced on the instance".removeprefix(", ")
+    if name == "eager" and experts.star.loop:
+        return f"eager, where {experts.star.loop}"
+    if name in ("sonicmoe", "deepgemm_megamoe"):
+        return f"{name}, which has its own product"
+    return name
+
+
+def experts_record(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the star experts of a model as data that JSON can hold."""
+    return [
+        {"owner": path, "act": experts.star.act_name, "recompute": experts.star.recompute}
+        for path, experts in installed_experts(model)
+    ]
+
+
+def apply_experts_record(experts: nn.Module, record: dict[str, Any]) -> None:
+    """Make recorded experts star experts; they are verified, which needs no weights.
+
+    Raises:
+        ValueError: their gate is not the recorded star.
+    """
+    if isinstance(experts, StarExperts):
+        return
+    gate = verify_gate(experts) if has_interface(experts) else Gate("", "no experts interface")
+    if gate.act_name != record["act"]:
+        raise ValueError(
+            f"the record of {record['owner']!r} tells of experts with {record['act']}, but of this "
+            f"{type(experts).__name__} it says: {gate.reason or 'activation ' + gate.act_name}"
+        )
+    adopt_experts(experts, gate, verify_loop(experts), recompute=record.get("recompute", False))

@@ -1,0 +1,382 @@
+"""Star formula of a gated MLP, read from the graph of its forward."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from starlayers.activations import ACTIVATIONS
+from starlayers.surgery.graph import Graph
+from starlayers.surgery.site import Site
+from starlayers.surgery.trial_run import MismatchError
+
+#: element-wise functions that activations are made of; all of them smooth but for known kinks
+ELEMENTWISE = frozenset(
+    [
+        "abs",
+        "add",
+        "celu",
+        "clamp",
+        "clamp_max",
+        "clamp_min",
+        "div",
+        "elu",
+        "erf",
+        "exp",
+        "expm1",
+        "gelu",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "leaky_relu",
+        "log1p",
+        "log_sigmoid",
+        "mish",
+        "mul",
+        "neg",
+        "pow",
+        "reciprocal",
+        "relu",
+        "relu6",
+        "rsub",
+        "selu",
+        "sigmoid",
+        "silu",
+        "softplus",
+        "softsign",
+        "sqrt",
+        "square",
+        "sub",
+        "tanh",
+        "threshold",
+    ]
+)
+CASTS = ("to", "_to_copy", "type_as")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Element-wise function of one node, as the nodes that compute it.
+
+    `text` is the function in words, `silu(clamp(x, max=9.0))`; `x` alone is the identity.
+    """
+
+    base: fx.Node
+    end: fx.Node
+    nodes: tuple[fx.Node, ...]
+    text: str
+
+    @property
+    def trivial(self) -> bool:
+        """True if it computes nothing: the identity, or conversions of the dtype."""
+        return self.text == "x"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Compute the function in the dtype of `x`, without conversions in between."""
+        values: dict[fx.Node, Any] = {self.base: x}
+        for node in self.nodes:
+            args = fx.map_arg(node.args, values.__getitem__)
+            kwargs = fx.map_arg(node.kwargs, values.__getitem__)
+            cast = _name(node) in CASTS
+            values[node] = args[0] if cast else node.target(*args, **kwargs)  # type: ignore[operator, index]
+        return values[self.end]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What the graph of a gated MLP computes: `out(act(inp(x)) * up(x))`.
+
+    Args:
+        site: names of the parts, the branches in the right order. Its `act` is the child that
+            computes the activation, `None` if the forward itself does.
+        between: names of the modules between the product and the last layer.
+        act: the activation in words.
+    """
+
+    site: Site
+    between: tuple[str, ...]
+    act: str
+
+
+def read_formula(graph: Graph, site: Site) -> tuple[Formula, Chain]:
+    """Read the star formula from a graph, and the function that is its activation.
+
+    Raises:
+        MismatchError: the graph computes anything else; the message names the first such part.
+    """
+    return _Reader(graph, site).read()
+
+
+class _Reader:
+    """Walk from the output of a graph back to its input."""
+
+    def __init__(self, graph: Graph, site: Site) -> None:
+        self.graph, self.site = graph, site
+        self.parts = [name for name in (site.inp, site.up, site.out) if name]
+        #: results of the first layers: the layer, and the half for a packed one
+        self.branches: dict[fx.Node, tuple[str, int | None]] = {}
+        self.outputs = {name: self._only_output(name) for name in self.parts}
+        for name in self.parts:
+            if name != site.out:
+                self._add_branch(name)
+
+    def read(self) -> tuple[Formula, Chain]:
+        product, between = self._before_out()
+        a, b = (read_chain(self.graph, node, self.branches) for node in self._factors(product))
+        if a.trivial and not (b.trivial and self._is_first(a)):
+            a, b = b, a
+        if not b.trivial:
+            raise MismatchError(
+                f"both branches pass through functions, {a.text} and {b.text}, where a star has one"
+            )
+        name, half = self.branches[a.base]
+        other, other_half = self.branches[b.base]
+        if (name, half) == (other, other_half):
+            raise MismatchError(f"its product has {name!r} for both factors")
+        act = self._act_module(a)
+        if self.site.act is not None and act != self.site.act:
+            raise MismatchError(f"{self.site.act!r} is not applied to the output of {name!r}")
+        site = replace(self.site, inp=name, act=act)
+        order: dict[str, Any] = {"up": other} if half is None else {"gate_last": half == 1}
+        site = replace(site, **order)
+        return Formula(site, between, a.text), a
+
+    def _only_output(self, name: str) -> fx.Node:
+        """Return the node with the result of a part that is called once."""
+        calls = self.graph.calls_to(name)
+        if len(calls) != 1:
+            raise MismatchError(f"one run calls {name!r} {len(calls)} times, not once")
+        nodes = calls[0].nodes
+        outputs = [n for n in nodes if set(n.users) - set(nodes)]
+        if len(outputs) != 1:
+            raise MismatchError(f"the result of {name!r} is not used")
+        inputs = self.graph.inputs(calls[0])
+        if name != self.site.out and inputs != [self.graph.x]:
+            what = "input" if not inputs else _where(self.graph, inputs[0])
+            raise MismatchError(f"{name!r} takes {what}, not the input itself")
+        return outputs[0]
+
+    def _add_branch(self, name: str) -> None:
+        output = self.outputs[name]
+        if self.site.form != "packed":
+            self.branches[output] = name, None
+            return
+        for node in list(output.users):
+            for half_node, half in _halves(node, output):
+                self.branches[half_node] = name, half
+        if {half for _, half in self.branches.values()} != {0, 1}:
+            users = ", ".join(_name(node) for node in output.users)
+            raise MismatchError(f"{users} does not split {name!r} into its first and second half")
+
+    def _before_out(self) -> tuple[fx.Node, tuple[str, ...]]:
+        """Return the product, and the names of the modules that it passes before `out`."""
+        graph, out = self.graph, self.site.out
+        node = _without_casts(graph.output)
+        if out is not None:
+            if node is not self.outputs[out]:
+                raise MismatchError(f"its output is {_where(graph, node)}, not that of {out!r}")
+            inputs = graph.inputs(graph.calls_to(out)[0])
+            if len(inputs) != 1:
+                raise MismatchError(f"{out!r} takes {len(inputs)} tensors")
+            node = inputs[0]
+        between: list[str] = []
+        while True:
+            node = _without_casts(node)
+            call = graph.call_of(node)
+            if call is None or call.name in self.parts:
+                break
+            inputs = graph.inputs(call)
+            if len(inputs) != 1 or inputs[0] in self.branches or inputs[0] in self._packed:
+                break  # it computes the product, or a part of it
+            if len(graph.calls_to(call.name)) != 1:
+                raise MismatchError(f"one run calls {call.name!r} more than once")
+            between.append(call.name)
+            node = inputs[0]
+        return node, tuple(reversed(between))
+
+    @property
+    def _packed(self) -> set[fx.Node]:
+        return {self.outputs[name] for name in self.parts if name != self.site.out}
+
+    def _factors(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+        if _name(node) == "mul" and len(node.args) == 2:
+            a, b = node.args
+            if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+                return a, b
+        before = repr(self.site.out) if self.site.out else "its output"
+        raise MismatchError(
+            f"{before} takes {_where(self.graph, node)}, not the product of two branches"
+        )
+
+    def _is_first(self, chain: Chain) -> bool:
+        """Return True if a branch is the one that the site names first."""
+        name, half = self.branches[chain.base]
+        return half == int(self.site.gate_last) if half is not None else name == self.site.inp
+
+    def _act_module(self, chain: Chain) -> str | None:
+        """Return the name of the child that computes a whole function, if one does."""
+        computed = [n for n in chain.nodes if _name(n) not in CASTS]
+        calls = {self.graph.call_of(n) for n in computed}
+        call = calls.pop() if len(calls) == 1 else None
+        if call is None or any(n in call.nodes for n in (chain.base,)):
+            return None
+        # a child that computes the product too is no activation
+        inside = all(n in chain.nodes or not n.users for n in call.nodes)
+        return call.name if inside and len(self.graph.calls_to(call.name)) == 1 else None
+
+
+def read_chain(graph: Graph, end: fx.Node, bases: Collection[fx.Node]) -> Chain:
+    """Return the element-wise function that makes `end` of one of the nodes `bases`.
+
+    Raises:
+        MismatchError: it is made of several of them, or by anything else.
+    """
+    texts: dict[fx.Node, str] = dict.fromkeys(bases, "x")
+    used: dict[fx.Node, None] = {}
+    nodes: list[fx.Node] = []
+
+    def visit(node: fx.Node) -> str:
+        if node in bases:
+            used[node] = None
+        if node in texts:
+            return texts[node]
+        name = _name(node)
+        if name in CASTS and _widens(node):
+            text = visit(node.args[0])  # type: ignore[arg-type]
+        elif node.op == "call_function" and name in ELEMENTWISE and not _overwrites(node):
+            text = _text(name, node, visit)
+        else:
+            raise MismatchError(f"a factor of its product depends on {_where(graph, node)}")
+        nodes.append(node)
+        texts[node] = text
+        return text
+
+    text = visit(end)
+    if len(used) != 1:
+        raise MismatchError(f"a factor of its product is made of {len(used)} branches")
+    return Chain(next(iter(used)), end, tuple(nodes), text)
+
+
+def _halves(node: fx.Node, output: fx.Node) -> list[tuple[fx.Node, int]]:
+    """Return the halves of a packed result that `node` makes of it, with their numbers."""
+    name, n = _name(node), output.meta["val"].shape[-1]
+    last = (-1, output.meta["val"].ndim - 1)
+    args = list(node.args[1:])
+    if name == "slice":
+        dim, start, end, step = [*args, 0, None, None, 1][: len(args)] + [0, None, None, 1][
+            len(args) :
+        ]
+        first = start in (None, 0) and end == n // 2
+        second = start == n // 2 and (end is None or end >= n)
+        if dim in last and step == 1 and (first or second):
+            return [(node, int(second))]
+        return []
+    dim = node.kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    whole = node.meta["val"] if isinstance(node.meta.get("val"), (tuple, list)) else ()
+    even = [part.shape[-1] for part in whole] == [n // 2, n // 2]
+    if name not in ("chunk", "split", "split_with_sizes", "tensor_split") or dim not in last:
+        return []
+    users: list[Any] = [user for user in node.users if even and _name(user) == "getitem"]
+    return [(user, int(user.args[1])) for user in users]
+
+
+def _text(name: str, node: fx.Node, visit: Any) -> str:
+    """Return an element-wise call in words, `clamp(x, None, 9)`."""
+    args = [visit(a) if isinstance(a, fx.Node) else a for a in node.args]
+    kwargs = {k: visit(v) if isinstance(v, fx.Node) else v for k, v in node.kwargs.items()}
+    if name in ("mul", "div") and len(args) == 2 and args[1] == 1 and not kwargs:
+        return str(args[0])
+    words = [str(a) for a in args] + [f"{k}={v}" for k, v in kwargs.items()]
+    return f"{name}({', '.join(words)})"
+
+
+def _name(node: fx.Node) -> str:
+    """Return the name of a node's function, `mul` for `aten.mul_.Tensor`."""
+    target: Any = node.target
+    packet = str(getattr(target, "_opname", None) or getattr(target, "__name__", target))
+    return packet if packet.startswith("_") else packet.rstrip("_")
+
+
+def _overwrites(node: fx.Node) -> bool:
+    """Return True if a function works in place on a tensor that has another use."""
+    first = node.args[0] if node.args else None
+    in_place = str(getattr(node.target, "_opname", "")).endswith("_")
+    return in_place and isinstance(first, fx.Node) and len(first.users) > 1
+
+
+def _widens(node: fx.Node) -> bool:
+    """Return True if a conversion of the dtype loses nothing: to float32, or back."""
+    before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    x_dtype = torch.promote_types(before.dtype, after.dtype)
+    return after.dtype in (x_dtype, torch.float32) or before.dtype == torch.float32
+
+
+def _without_casts(node: fx.Node) -> fx.Node:
+    """Return the node before conversions of the dtype and products with one."""
+    while True:
+        one = _name(node) in ("mul", "div") and len(node.args) == 2 and node.args[1] == 1
+        cast = _name(node) in CASTS and _widens(node)
+        first = node.args[0] if one or cast else None
+        if not isinstance(first, fx.Node):
+            return node
+        node = first
+
+
+def _where(graph: Graph, node: fx.Node) -> str:
+    """Return in words what computes a node: an input, a parameter, or a function."""
+    if node is graph.x:
+        return "the input"
+    if node in graph.tensors:
+        return repr(graph.tensors[node])
+    call = graph.call_of(node)
+    place = f" of {call.name!r}" if call is not None else ""
+    named = [graph.tensors[a] for a in node.all_input_nodes if a in graph.tensors]
+    if call is not None and named:
+        return f"the result{place}"
+    constants = [
+        str(a) for a in node.args if isinstance(a, (int, float)) and not isinstance(a, bool)
+    ]
+    details = [*(repr(name) for name in named), *constants]
+    return f"{_name(node)}{place}" + (f" with {', '.join(details)}" if details else "")
+
+
+def activation_name(function: Any) -> str | None:
+    """Return the name of the row of `ACTIVATIONS` that equals an element-wise function.
+
+    Values and gradients are compared in float64, at points all over the range of float32.
+    """
+    x = _points()
+    try:
+        y, gradient = _with_gradient(function, x)
+    except Exception:  # a foreign function may raise anything
+        return None
+    for row in dict.fromkeys(ACTIVATIONS.values()):
+        z, slope = _with_gradient(row.fn, x)
+        if _close(y, z) and _close(gradient, slope):
+            return row.name
+    return None
+
+
+def _points() -> Tensor:
+    """Return points that are densest around zero, up to the limits of float32."""
+    near = torch.linspace(-30.0, 30.0, 4093, dtype=torch.float64, device="cpu")
+    far = torch.logspace(-30, 38, 2049, dtype=torch.float64, device="cpu")
+    return torch.cat([near, far, -far])
+
+
+def _with_gradient(function: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        y = function(x.clone())
+        if not y.requires_grad:  # of a constant
+            return y, torch.zeros_like(x)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+    return y.detach(), gradient
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Return True if all values agree to 1e-9, where the first is finite."""
+    error = (a - b).abs()
+    return bool(((error <= 1e-9 * (1 + b.abs())) | ~a.isfinite()).all())

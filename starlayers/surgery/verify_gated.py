@@ -1,0 +1,261 @@
+"""Verify a gated MLP: by the graph of its forward, then by values and gradients."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from starlayers.backend import use_backend
+from starlayers.surgery.formula import Formula, activation_name, read_formula
+from starlayers.surgery.gated import GatedMLP, Role, adopt, arguments
+from starlayers.surgery.graph import SIZES, trace
+from starlayers.surgery.linear_layers import Projection, base_layer, dtype_and_device, projection
+from starlayers.surgery.sandbox import random_tensor, sandbox_copy, seed_generators
+from starlayers.surgery.site import Site, attribute
+from starlayers.surgery.trial_run import MismatchError, run
+
+#: sizes of input and hidden layer of the small stand-in
+SMALL = Projection(6, 10)
+
+#: lengths of the inputs, and factors of the branches: limits act far from zero or at some lengths
+LENGTHS = (1, 5, 700)
+SCALES = (1.0, 1e-2, 30.0, 1e3, 1e6)
+
+#: error allowed, relative to the largest value: roundings of one dtype in two orders
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.06}
+
+
+class Context(NamedTuple):
+    """Conditions under which a forward is traced; a forward may ask for any of them."""
+
+    train: bool
+    grad: bool
+    dtype: torch.dtype
+    ndim: int
+    autocast: bool = False
+
+    def __str__(self) -> str:
+        words = [
+            "train mode" if self.train else "eval mode",
+            str(self.dtype).removeprefix("torch."),
+        ]
+        words += [] if self.grad else ["without gradients"]
+        words += ["under autocast"] if self.autocast else []
+        return ", ".join([*words, f"{self.ndim} dimensions"])
+
+
+CONTEXTS = [
+    Context(train, grad, *rest)
+    for train, grad in product((False, True), (True, False))
+    for rest in (
+        (torch.float32, 3, False),
+        (torch.float32, 2, False),
+        (torch.float32, 4, False),
+        (torch.float32, 3, True),
+        (torch.bfloat16, 3, False),
+        (torch.float16, 3, False),
+    )
+]
+
+
+class GatedVerdict(NamedTuple):
+    """Result of `verify_gated`: the formula, and the name of its activation in `ACTIVATIONS`."""
+
+    formula: Formula
+    act_name: str | None
+
+
+def verify_gated(owner: nn.Module, site: Site) -> GatedVerdict:
+    """Return the star formula of a gated MLP, verified.
+
+    By graph: under all `CONTEXTS` and for input of any size its forward is the same star formula
+    and nothing else. By value: the star computes what the module does, with the same gradients of
+    the input and of all parameters. The linear layers are replaced by plain ones for this, because
+    whatever they are, adapters, quantised or sharded, a star calls them as the module does.
+
+    Raises:
+        MismatchError: the module computes anything else; the message says what.
+    """
+    _require_one_input(owner)
+    formula, act_name = _read(owner, site)
+    site = formula.site
+    if act_name is None and site.act is None:
+        raise MismatchError(
+            f"its forward computes {formula.act}, which no row of ACTIVATIONS equals"
+        )
+    device = dtype_and_device(attribute(owner, site.inp))[1]
+
+    def random(tensor: Tensor) -> Tensor:
+        return random_tensor(tensor).to("cpu" if device.type == "meta" else device)
+
+    try:
+        body = _stand_in(owner, site, random, SMALL)
+        run(body, _input(body, site, 2))
+    except Exception:  # its forward or other layers know the true sizes
+        body = _stand_in(owner, site, random)
+    _compare(body, site, formula.between, act_name)
+    return GatedVerdict(formula, act_name)
+
+
+def _require_one_input(owner: nn.Module) -> None:
+    needed = [p for p in arguments(owner) if p.default is p.empty]
+    if len(needed) != 1:
+        raise MismatchError(f"its forward takes {len(needed)} arguments, not the input alone")
+
+
+# by graph
+
+
+def _read(owner: nn.Module, site: Site) -> tuple[Formula, str | None]:
+    """Return the formula under all contexts, and the name of its activation."""
+    parts = tuple(name for name in (site.inp, site.up, site.out) if name)
+    inp = attribute(owner, site.inp)
+    n = (projection(inp) or Projection(1, 1)).in_features
+    device = dtype_and_device(inp)[1]
+    device = torch.device("cpu") if device.type == "meta" else device
+    first: tuple[Formula, str | None] | None = None
+    for context in CONTEXTS:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            body = _stand_in(owner, site, _fake(context.dtype, device))
+            shape = (*SIZES[: context.ndim - 1], n)
+            x = torch.empty(shape, dtype=context.dtype, device=device)
+        try:
+            with _entered(context, body, device):
+                formula, chain = read_formula(trace(body, x, parts), site)
+        except MismatchError as error:
+            if first is None:
+                raise
+            raise MismatchError(f"in {context}: {error}") from error
+        if first is None:
+            first = formula, activation_name(chain)
+        elif formula != first[0]:
+            raise MismatchError(f"it computes {formula.act} in {context}, {first[0].act} otherwise")
+    assert first is not None
+    return first
+
+
+@contextmanager
+def _entered(context: Context, body: nn.Module, device: torch.device) -> Iterator[None]:
+    body.train(context.train)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=context.autocast)
+    with torch.set_grad_enabled(context.grad), autocast:
+        yield
+
+
+def _fake(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return a function that makes fake tensors, the floating-point ones of one dtype."""
+
+    def make(tensor: Tensor) -> Tensor:
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        return torch.empty(tensor.shape, dtype=kind, device=device)
+
+    return make
+
+
+def _stand_in(
+    owner: nn.Module,
+    site: Site,
+    make: Callable[[Tensor], Tensor],
+    small: Projection | None = None,
+) -> Any:
+    """Return a copy of an MLP with plain linear layers, of `small` sizes or the true ones."""
+    memo: dict[int, Any] = {}
+    for name in (site.inp, site.up, site.out):
+        if name is None:
+            continue
+        layer = attribute(owner, name)
+        n, f, _ = projection(layer) or Projection(1, 1)
+        if small is not None:
+            n, f = small.in_features, small.out_features
+            if name == site.out:
+                n, f = f, n
+            elif site.up is None:
+                f *= 2
+        bias = getattr(base_layer(layer), "bias", None) is not None
+        plain = nn.Linear(n, f, bias=bias, device="meta")
+        plain.train(layer.training)
+        memo[id(layer)] = sandbox_copy(plain, make=make)
+    return sandbox_copy(owner, memo, make=make)
+
+
+# by value
+
+
+def _compare(body: nn.Module, site: Site, between: tuple[str, ...], act_name: str | None) -> None:
+    """Compare a module with the star that is to replace it: values, and all gradients."""
+    role = Role(site, type(body), act_name, between)
+    for dtype, scale in product(TOLERANCES, SCALES):
+        own = sandbox_copy(body).to(dtype)
+        _scale_branches(own, site, scale)
+        star = adopt(sandbox_copy(own), role)
+        for length, train, grad in product(LENGTHS, (False, True), (False, True)):
+            own.train(train), star.train(train)
+            x = _input(own, site, length, dtype)
+            expected = _values(own, own, x, grad)
+            _require_close(expected, _values(star, star.star_definition, x, grad), dtype)
+            if dtype == torch.float32 and _fits_cpu_op(star, x):
+                with use_backend("cpu"):
+                    _require_close(expected, _values(star, star, x, grad), dtype)
+
+
+def _input(body: nn.Module, site: Site, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return two sequences of normal input, or rows for a length of one."""
+    inp = attribute(body, site.inp)
+    seed_generators(inp.weight.device)
+    shape = (2, length, inp.in_features) if length > 1 else (3, inp.in_features)
+    return torch.randn(shape, dtype=dtype, device=inp.weight.device)
+
+
+def _scale_branches(body: nn.Module, site: Site, scale: float) -> None:
+    for name in filter(None, (site.inp, site.up)):
+        for parameter in attribute(body, name).parameters():
+            parameter.mul_(scale)
+
+
+def _fits_cpu_op(star: GatedMLP, x: Tensor) -> bool:
+    """Return True if the CPU's own op, which `auto` takes for large inputs, serves a call."""
+    try:
+        with use_backend("cpu"):
+            return star.star_plan(x).weights is not None
+    except RuntimeError:
+        return False
+
+
+def _values(
+    module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, grad: bool
+) -> dict[str, Tensor]:
+    """Return the output of a call, and with `grad` the gradients of input and parameters."""
+    parameters = {k: p for k, p in module.named_parameters() if p.requires_grad} if grad else {}
+    seed_generators(x.device)
+    with torch.set_grad_enabled(grad):
+        x = x.clone().requires_grad_(grad)
+        y = call(x)
+        if not grad:
+            return {"": y}
+        weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
+        inputs = {"x": x, **parameters}
+        loss = (y * weight).sum()
+        gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+    found = {k: torch.zeros(()) if g is None else g for k, g in zip(inputs, gradients)}
+    return {"": y.detach(), **found}
+
+
+def _require_close(
+    expected: dict[str, Tensor], actual: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Raise a MismatchError if a star differs from the module by more than roundings."""
+    for name, a in expected.items():
+        b = actual[name]
+        what = "its output" if not name else f"the gradient of {name!r}"
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise MismatchError(f"written as a star, {what} is {b.dtype} {tuple(b.shape)}")
+        finite = a.isfinite()
+        error = torch.where(finite, (a - b).abs(), 0).nan_to_num(torch.inf)
+        size = torch.where(finite, a.abs(), 0)
+        off = float(error.max() / size.max().clamp_min(1e-30)) if a.numel() else 0.0
+        if off > TOLERANCES[dtype]:
+            raise MismatchError(f"written as a star, {what} differs by {off:.2g} in {dtype}")
