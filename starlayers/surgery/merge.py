@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter, OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -315,6 +316,8 @@ def _error(owner: nn.Module, star: StarProjection | GatedMLP, attributes: dict[s
     ):
         copy = sandbox_copy(body).float()
         copied: Any = copy if isinstance(star, GatedMLP) else attribute(copy, site.inp)
+        if isinstance(copied, GatedMLP):  # its snapshot has the objects of the original
+            copied.star = replace(copied.star, snapshot=None)
         seed_generators(device)
         n = _inputs(star)
         for layer in _changed_layers(copy, copied).values():  # one that is zero would hide errors
