@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter, OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from starlayers.surgery.saving import note_in_config
 from starlayers.surgery.sharding import settle_tp_plans
 from starlayers.surgery.site import attribute, join
 from starlayers.surgery.trial_run import MismatchError, run
-from starlayers.surgery.widths import Widths, describe_widths
+from starlayers.surgery.widths import PLAIN, Widths, describe_widths
 
 __all__ = ["merge"]
 
@@ -276,9 +277,9 @@ def _check_values(stars: list[Star], widths: Widths) -> None:
     for path, owner, star in stars:
         if not _has_effect(star):
             continue
-        owner_names = [name for name in widths.attributes if name == path]
-        attributes = widths.attributes[owner_names[0]] if owner_names else {}
-        key = f"{type(owner)} {owner!r} {role_of(star).site} {sorted(attributes.items())}"
+        attributes = widths.attributes.get(path, {})
+        settings = {k: v for k, v in vars(owner).items() if isinstance(v, PLAIN) or callable(v)}
+        key = f"{type(owner)} {owner!r} {role_of(star).site} {attributes} {settings}"
         if key in checked:
             continue
         checked.add(key)
@@ -315,6 +316,8 @@ def _error(owner: nn.Module, star: StarProjection | GatedMLP, attributes: dict[s
     ):
         copy = sandbox_copy(body).float()
         copied: Any = copy if isinstance(star, GatedMLP) else attribute(copy, site.inp)
+        if isinstance(copied, GatedMLP):  # its snapshot has the objects of the original
+            copied.star = replace(copied.star, snapshot=None)
         seed_generators(device)
         n = _inputs(star)
         for layer in _changed_layers(copy, copied).values():  # one that is zero would hide errors

@@ -69,7 +69,8 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
 
     Args:
         model: a model of the same structure, not starified, on any device, meta among them.
-        record: the result of `record_of`.
+        record: the result of `record_of`. After one of version 1 or 2, `load_state_dict` takes the
+            rows of grown products to be in the order of that time, and rearranges them once.
         prefix: name of the base model, where one of the two models has a head and the other has
             none: recorded names are tried as they are, with the prefix added, and with it removed.
 

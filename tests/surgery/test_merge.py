@@ -424,6 +424,22 @@ def test_a_norm_before_the_last_layer_is_refused():
     refused(model, r"^merge: fc1 would compute something else, off by [01]")
 
 
+def test_every_different_mlp_is_checked():
+    class Squared(MLP):
+        def __init__(self, squared, f=None):
+            super().__init__()
+            self.squared = squared
+            self.f = f or (lambda h: h)
+
+        def forward(self, x):
+            h = self.f(self.act(self.fc1(x)))
+            return self.fc2(h * h if self.squared else h)
+
+    for odd in (Squared(True), Squared(False, torch.tanh)):
+        net = train_gates(starify(Net(Squared(False), Squared(False), odd), gate="scale"))
+        refused(net, r"^merge: blocks\.2\.fc1 would compute something else")
+
+
 def test_noise_before_the_last_layer_is_refused():
     class Noisy(MLP):
         def forward(self, x):

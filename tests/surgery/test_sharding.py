@@ -93,6 +93,26 @@ def tensor_parallel(name, folder):
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+def other_ways_to_load(folder):
+    """Load by FSDP2, by the older argument, and from what transformers saves in parts."""
+    from transformers import AutoModelForCausalLM, DistributedConfig
+
+    model = build("grown by 2")
+    expected = gradients(copy.deepcopy(model))
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder)
+    dist.barrier()
+    columns = {"distributed_config": DistributedConfig(tp_size=2)}
+    shards = {"distributed_config": DistributedConfig(fsdp_size=2)}
+    for options in (shards, {"tp_plan": "auto"}, columns):
+        divided = from_pretrained(AutoModelForCausalLM, folder, **copy.deepcopy(options)).eval()
+        assert_equal_to(divided, expected)
+    divided.save_pretrained(f"{folder}-parts", distributed_checkpoint=True)
+    dist.barrier()
+    again = from_pretrained(AutoModelForCausalLM, f"{folder}-parts", **columns).eval()
+    assert_equal_to(again, expected)
+
+
 def old_rows(folder):
     """Divide products that were saved with their rows in the order of version 2."""
     from transformers import AutoModelForCausalLM, DistributedConfig
@@ -155,6 +175,7 @@ def in_process(rank, folder):
             tensor_parallel(name, f"{folder}/tp{i}")
         for i, name in enumerate(SHARDED):
             fsdp2_and_dcp(name, f"{folder}/dcp{i}")
+        other_ways_to_load(f"{folder}/ways")
         old_rows(f"{folder}/old")
         refused_once_divided()
     finally:
