@@ -40,6 +40,7 @@ class ExpertsRole:
         reads: attributes of the experts that the gate reads, and their values.
         acts: settings of those attributes that are modules.
         autocast: autocast leaves the gate as it is.
+        width: the only number of channels for which the gate was verified, 0 for any.
         loop: why the class's own loop over the experts is kept, "" if ours can replace it.
         recompute: save only the input for the backward pass.
     """
@@ -50,6 +51,7 @@ class ExpertsRole:
     reads: dict[str, Any]
     acts: dict[str, dict[str, Any]]
     autocast: bool = False
+    width: int = 0
     loop: str = ""
     recompute: bool = False
 
@@ -128,8 +130,9 @@ class StarExperts(nn.Module):
         if not plan.fused:
             return plan
         reason = self.star_obstacle()
-        if not reason and (h.dtype not in DTYPES or h.ndim != 2):
-            reason = f"the gate was not verified for {h.dtype} of {h.ndim} dimensions"
+        known = h.ndim == 2 and h.shape[-1] == (self.star.width or h.shape[-1])
+        if not reason and not (known and h.dtype in DTYPES):
+            reason = f"the gate was not verified for {h.dtype} of shape {tuple(h.shape)}"
         if not reason and not self.star.autocast and torch.is_autocast_enabled(h.device.type):
             reason = "autocast changes the model's own gate"
         return declined(reason, "these experts") if reason else plan
@@ -208,6 +211,7 @@ def adopt_experts(
         reads,
         acts,
         gate.autocast,
+        gate.width,
         loop.reason,
         recompute,
     )

@@ -44,12 +44,14 @@ class Gate(NamedTuple):
         reason: why the gate is no star, `None` if it is one.
         reads: names of the attributes of the experts that the gate reads.
         autocast: True if autocast leaves the gate as it is.
+        width: the only number of channels for which the gate is a star, 0 for any.
     """
 
     act_name: str
     reason: str | None
     reads: tuple[str, ...] = ()
     autocast: bool = False
+    width: int = 0
 
 
 def verify_gate(experts: nn.Module) -> Gate:
@@ -66,7 +68,7 @@ def verify_gate(experts: nn.Module) -> Gate:
     shell, reads = recording_shell(experts)
     try:
         with _default_state():
-            act_name, autocast = _verified(shell, gate_width(experts))
+            act_name, autocast, width = _verified(shell, gate_width(experts))
     except GateGraphError as error:
         return Gate("", str(error), own_attributes(experts, reads))
     except Exception as error:  # a foreign module may raise anything
@@ -76,7 +78,7 @@ def verify_gate(experts: nn.Module) -> Gate:
     names = own_attributes(experts, reads)
     if reason := _unstable(experts, names):
         return Gate("", reason, names)
-    return Gate(act_name, None, names, autocast)
+    return Gate(act_name, None, names, autocast, width)
 
 
 def _unfit(experts: nn.Module) -> str:
@@ -160,8 +162,8 @@ def _default_state() -> Iterator[None]:
         yield
 
 
-def _verified(shell: Any, width: int) -> tuple[str, bool]:
-    """Return activation and autocast flag of a star gate, or raise with the reason."""
+def _verified(shell: Any, width: int) -> tuple[str, bool, int]:
+    """Return activation, autocast and width of a star gate, or raise with the reason."""
     if width % 2:
         raise GateGraphError(f"its branches have {width} channels together, an odd number")
     formula = None
@@ -185,7 +187,18 @@ def _verified(shell: Any, width: int) -> tuple[str, bool]:
         with torch.autocast("cpu", torch.bfloat16):
             y = shell._apply_gate(h)
         autocast &= y.dtype == dtype and torch.equal(y, shell._apply_gate(h))
-    return act_name, autocast
+    for rows in (0, 1):  # for which no graph holds
+        _compare(shell, ACTIVATIONS[act_name], _sample(width, 1.0, torch.float32)[:rows])
+    return act_name, autocast, 0 if _any_width(shell, width, formula) else width
+
+
+def _any_width(shell: Any, width: int, formula: Any) -> bool:
+    """Return True if a gate has the same formula for any number of channels."""
+    try:
+        h = torch.ones(ROWS, width, dtype=torch.float32)
+        return bool(gate_formula(shell._apply_gate, h, any_width=True) == formula)
+    except Exception:  # sizes are compared with numbers
+        return False
 
 
 def _sample(width: int, scale: float, dtype: torch.dtype) -> Tensor:
@@ -214,7 +227,7 @@ def _compare(shell: Any, row: Activation, h: Tensor) -> None:
     y = shell._apply_gate(own)
     if y.dtype != h.dtype or y.shape != x1.shape:
         raise GateGraphError(f"its gate returns {y.dtype} of shape {tuple(y.shape)}")
-    g = _sample(h.shape[1], 1.0, h.dtype)[:, : y.shape[1]]
+    g = _sample(h.shape[1], 1.0, h.dtype)[: len(y), : y.shape[1]]
     y_star = row.fn(x1) * x2
     (dh,) = torch.autograd.grad(y, own, g)
     (dh_star,) = torch.autograd.grad(y_star, star, g.float())
@@ -230,7 +243,7 @@ def _compare(shell: Any, row: Activation, h: Tensor) -> None:
             worst = float(off.nan_to_num(torch.inf).max())
             raise GateGraphError(
                 f"the {what} of its gate differs by {worst:.2g} from that of {row.name}(gate) * up "
-                f"where the branches are up to {float(h.abs().max()):.2g} in {h.dtype}"
+                f"in {h.dtype}, {len(h)} rows up to {float(h.detach().abs().max()):.2g}"
             )
 
 

@@ -21,8 +21,12 @@ class GateGraphError(Exception):
     """Difference between what a gate computes and a star."""
 
 
-def gate_formula(gate: Callable[[Tensor], Tensor], h: Tensor) -> Formula:
+def gate_formula(
+    gate: Callable[[Tensor], Tensor], h: Tensor, *, any_width: bool = False
+) -> Formula:
     """Return what a gate computes of `h` (rows, 2 f), as nested tuples (op, arguments).
+
+    It holds for two rows or more, and for any number of channels if `any_width`.
 
     "gate" and "up" stand for the halves of `h`. Casts to the dtype of `h` or to float32 are left
     out, because kernels compute in float32 and round once.
@@ -31,9 +35,10 @@ def gate_formula(gate: Callable[[Tensor], Tensor], h: Tensor) -> Formula:
         GateGraphError: the graph depends on the number of rows, on values, or on other tensors, or
             it works in place.
     """
-    rows = torch.export.Dim("rows", min=2)
-    graph = _graph(gate, h, {0: rows})
-    return _formula(graph, h)
+    sizes: dict[int, Any] = {0: torch.export.Dim("rows", min=2)}
+    if any_width:
+        sizes[1] = 2 * torch.export.Dim("half", min=2)
+    return _formula(_graph(gate, h, sizes), h)
 
 
 def activation_of(formula: Formula, candidates: Iterable[Activation]) -> str:
@@ -94,6 +99,9 @@ def _graph(function: Callable[[Tensor], Tensor], h: Tensor, sizes: dict[int, Any
             "its gate has no graph that holds for all values and any number of rows: "
             f"{type(error).__name__} {lines[0][:120]}"
         ) from error
+    ranges = [r for size, r in program.range_constraints.items() if size.is_symbol]
+    if not all(r.lower <= 2 and r.upper > 2**62 for r in ranges):  # a branch has narrowed them
+        raise GateGraphError("its gate has no graph that holds for inputs of any size")
     inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         raise GateGraphError("its gate depends on tensors other than its input")

@@ -611,9 +611,14 @@ def test_where_no_kernel_may_stand_in(mixtral, counted):
             RuntimeError, match=r"cannot serve these experts: 'act_fn' .* has hooks"
         ):
             first(*ARGS)
-        with pytest.raises(RuntimeError, match=r"not verified for torch\.float32 of 3 dimensions"):
+        with pytest.raises(
+            RuntimeError, match=r"not verified for torch\.float32 of shape \(1, 4, 48"
+        ):
             second._apply_gate(h[None])
-        second.star.autocast = False
+        second.star.width = 24  # as a gate that names its number of channels
+        with pytest.raises(RuntimeError, match=r"not verified for torch\.float32 of shape \(4, 48"):
+            second._apply_gate(h)
+        second.star.width, second.star.autocast = 48, False
         with (
             torch.autocast("cpu", torch.bfloat16),
             pytest.raises(RuntimeError, match="autocast changes the model's own gate"),

@@ -52,7 +52,7 @@ def experts(gate=None, act=None, **attributes):
 )
 def test_activations_of_the_table(name, act_name):
     gate = verify_gate(experts(act=ACT2FN[name]))
-    assert gate == (act_name, None, ("act_fn",), True)
+    assert gate == (act_name, None, ("act_fn",), True, 0)
 
 
 @pytest.mark.parametrize("name", ["mish", "gelu_new", "gelu_fast", "leaky_relu", "laplace"])
@@ -126,7 +126,8 @@ def inline(self, h):
 def test_ways_to_write_a_star(gate):
     found = verify_gate(experts(gate))
     reads = () if gate is inline else ("act_fn",)
-    assert found == ("silu", None, reads, True)
+    width = 48 if gate in (by_split, by_sizes, by_slices, by_negative_slices) else 0
+    assert found == ("silu", None, reads, True, width)
 
 
 # no stars
@@ -219,6 +220,21 @@ def long_batches(self, h):
     return self.act_fn(gate) * up if len(h) < 100 else torch.relu(gate) * up
 
 
+def single_rows(self, h):
+    gate, up = h.chunk(2, -1)
+    return self.act_fn(gate) * up if len(h) > 1 else gate
+
+
+def no_rows(self, h):
+    gate, up = h.chunk(2, -1)
+    return self.act_fn(gate) * up if len(h) else h
+
+
+def narrow(self, h):
+    gate, up = h.chunk(2, -1)
+    return self.act_fn(gate) * up if h.shape[-1] > 40 else up
+
+
 def large_values(self, h):
     gate, up = h.chunk(2, -1)
     return self.act_fn(gate) * up if h.abs().max() < 1e30 else up
@@ -309,6 +325,8 @@ def along_rows(self, h):
         (half_guard, r"depends on dtype, mode or gradients: .* torch.float16"),
         (bfloat16_guard, "to_float16"),
         (long_batches, "no graph that holds for all values and any number of rows"),
+        (single_rows, "no graph that holds|value of its gate differs by .* 1 rows"),
+        (no_rows, r"no graph that holds|its gate returns torch.float32 of shape \(0, 48\)"),
         (large_values, "no graph that holds for all values and any number of rows"),
         (by_max_of_batch, "it computes mul"),
         (in_place, "works in place, by mul_"),
@@ -331,6 +349,11 @@ def test_what_is_no_star(gate, reason):
     found = verify_gate(experts(gate, **given))
     assert found.act_name == ""
     assert re.search(reason, found.reason), found.reason
+
+
+def test_gates_that_ask_about_their_width():
+    found = verify_gate(experts(narrow))
+    assert (found.act_name, found.width) == ("silu", 48)
 
 
 class WrongBackward(torch.autograd.Function):

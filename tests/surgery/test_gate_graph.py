@@ -92,6 +92,17 @@ def test_graphs_that_are_no_formula(gate, reason):
         activation_of(formula(gate), [ACTIVATIONS["silu"]])
 
 
+def test_any_width():
+    def narrow(h):
+        gate, up = h.chunk(2, -1)
+        return F.silu(gate) * up if h.shape[-1] > 5 else up
+
+    assert gate_formula(narrow, H) == STAR
+    with pytest.raises(GateGraphError, match="no graph that holds for inputs of any size"):
+        gate_formula(narrow, H, any_width=True)
+    assert gate_formula(lambda h: h.chunk(2, -1)[0], H, any_width=True) == "gate"
+
+
 def test_formulas_as_text():
     assert written(STAR) == "mul(up, silu(gate))"
     assert written(("clamp.default", "up", None, 7.0)) == "clamp(up, None, 7.0)"
