@@ -173,7 +173,7 @@ class _Reader:
     def _before_out(self) -> tuple[fx.Node, tuple[str, ...]]:
         """Return the product, and the names of the modules that it passes before `out`."""
         graph, out = self.graph, self.site.out
-        node = _without_casts(graph.output)
+        node = _without_casts(graph, graph.output)
         if out is not None:
             if node is not self.outputs[out]:
                 raise MismatchError(f"its output is {_where(graph, node)}, not that of {out!r}")
@@ -183,7 +183,7 @@ class _Reader:
             node = inputs[0]
         between: list[str] = []
         while True:
-            node = _without_casts(node)
+            node = _without_casts(graph, node)
             call = graph.call_of(node)
             if call is None or call.name in self.parts:
                 break
@@ -313,12 +313,14 @@ def _widens(node: fx.Node) -> bool:
     return after.dtype in (x_dtype, torch.float32) or before.dtype == torch.float32
 
 
-def _without_casts(node: fx.Node) -> fx.Node:
-    """Return the node before conversions of the dtype and products with one."""
+def _without_casts(graph: Graph, node: fx.Node) -> fx.Node:
+    """Return the node before what changes no value: conversions, products with one, no dropout."""
     while True:
         one = _name(node) in ("mul", "div") and len(node.args) == 2 and node.args[1] == 1
         cast = _name(node) in CASTS and _widens(node)
-        first = node.args[0] if one or cast else None
+        drop = _name(node) == "dropout" and graph.call_of(node) is None  # no module of its own
+        no_drop = drop and (node.args[1] == 0 or not node.args[2])
+        first = node.args[0] if one or cast or no_drop else None
         if not isinstance(first, fx.Node):
             return node
         node = first
@@ -333,13 +335,11 @@ def _where(graph: Graph, node: fx.Node) -> str:
     call = graph.call_of(node)
     place = f" of {call.name!r}" if call is not None else ""
     named = [graph.tensors[a] for a in node.all_input_nodes if a in graph.tensors]
-    if call is not None and named:
+    if call is not None and _name(node) in ("linear", "addmm"):
         return f"the result{place}"
-    constants = [
-        str(a) for a in node.args if isinstance(a, (int, float)) and not isinstance(a, bool)
-    ]
-    details = [*(repr(name) for name in named), *constants]
-    return f"{_name(node)}{place}" + (f" with {', '.join(details)}" if details else "")
+    constants = [a for a in node.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
+    details = ", ".join([*map(repr, named), *map(str, constants)])
+    return f"{_name(node)}{place}" + (f" with {details}" if details else "")
 
 
 def activation_name(function: Any) -> str | None:

@@ -138,6 +138,8 @@ def _graph(program: ExportedProgram, parts: tuple[str, ...]) -> Graph:
     calls: dict[str, ModuleCall] = {}
     x = output = None
     for node in program.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise MismatchError(f"a part of its forward runs under {node.target}")
         if node.op == "placeholder":
             name = names.get(node.name)
             if name is None:

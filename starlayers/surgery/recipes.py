@@ -289,10 +289,15 @@ def packed(owner: nn.Module) -> Iterator[Site]:
 
 
 def _activates(owner: nn.Module, first: str) -> bool:
-    """Return True if a module has an activation, or a forward that widens and calls one."""
+    """Return True if a module has an activation, or a forward that widens and calls one.
+
+    What is named as an activation counts, even if it is more than one: the reason then says so.
+    """
     sizes = projections(owner)[first]
     widens = sizes.out_features > sizes.in_features
-    return bool(activations(owner)) or (widens and bool(FUNCTIONS & names_in_code(type(owner))))
+    named = any(ACTIVATION_NAME.search(name) for name in (*owner._modules, *vars(owner)))
+    calls = bool(FUNCTIONS & names_in_code(type(owner)))
+    return bool(activations(owner)) or (widens and (named or calls))
 
 
 def _gated_parts(

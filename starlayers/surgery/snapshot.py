@@ -86,6 +86,8 @@ class Snapshot:
             now = forward if not name and forward is not None else type(part).forward
             if now is not own:
                 return f"the forward of {name or 'its class'} was replaced"
+            if len(state) != len(plain) + len(OWN) and (hidden := _hidden(part, plain)):
+                return f"{name}.{hidden} hides a method of its class".lstrip(".")
             for key, value in plain.items():
                 if (new := state.get(key, MISSING)) is not value and not _same(new, value):
                     return f"{name}.{key} is {new!r}, was {value!r}".lstrip(".")
@@ -94,6 +96,12 @@ class Snapshot:
                 if (new := vars(config).get(key, MISSING)) is not value and not _same(new, value):
                     return f"{name}.{key} is {new!r}, was {value!r}"
         return ""
+
+
+def _hidden(part: nn.Module, plain: dict[str, Any]) -> str:
+    """Return the name of a new attribute that hides one of the class, empty if none does."""
+    new = [k for k in vars(part) if k not in OWN and k not in plain and not _is_star(k)]
+    return next((k for k in new if hasattr(type(part), k)), "")
 
 
 class _Missing:

@@ -187,7 +187,7 @@ REFUSED = {
     ),
     "in inference mode": (
         on_output(lambda s, y, x: 2 * y if torch.is_inference_mode_enabled() else y),
-        "inference mode",
+        "eval, inference",
     ),
     "long sequences": (
         on_output(lambda s, y, x: 2 * y if x.ndim == 3 and x.shape[1] > 512 else y),
@@ -222,7 +222,7 @@ REFUSED = {
         "its output is add",
     ),
     "learned beta": (lambda: SwiGLU(TrainsBeta()), r"act_fn\.beta"),
-    "PReLU": (lambda: SwiGLU(nn.PReLU(init=0.0)), "prelu|weight"),
+    "PReLU": (lambda: SwiGLU(nn.PReLU(init=0.0)), r"'act_fn\.weight'"),
     "norm after": (on_output(lambda s, y, x: s.norm(y), norm=lambda: nn.LayerNorm(16)), "norm"),
     "residual": (on_output(lambda s, y, x: x + y), "its output is add"),
     # interface

