@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from starlayers.attached import attached
-from starlayers.dispatch import Plan, declined, plain_weights, plan_mlp, plan_star
+from starlayers.backend import backend_name
+from starlayers.dispatch import (
+    Plan,
+    declined,
+    plain_weights,
+    plan_early,
+    plan_mlp,
+    plan_star,
+)
 from starlayers.functional import star_packed, star_product
 from starlayers.kernels.layer import run_mlp
 from starlayers.kernels.registration import compute_dtype
@@ -141,8 +149,11 @@ class GatedMLP(nn.Module):
             reason = "no activation of the table computes what the model's does"
         elif x is None:
             reason = "the call has other arguments than the input alone"
-        elif not torch.compiler.is_compiling():
-            reason = self._star_change()
+        elif torch.compiler.is_compiling() and backend_name() == "auto":
+            # a compiler guards what the module's own forward reads, and fuses the product itself
+            return Plan("eager", "being compiled: the compiler sees the module's own forward")
+        else:
+            reason = _change_of(self)
         if reason or x is None:
             return declined(reason, f"this {type(self).__name__}")
         layers = {name: attribute(self, name) for name in (site.inp, site.up, site.out) if name}
@@ -159,6 +170,8 @@ class GatedMLP(nn.Module):
                 if plan.fused:
                     return plan
             reason = attached(layers) if weights is None else plan.reason
+        if plan_early(x) is not None:  # no kernel for the product either
+            return Plan("eager", reason)
         # the product alone: its branches have the dtype that linear layers give them
         h = x.new_empty(1, dtype=compute_dtype(x)).expand(*x.shape[:-1], self.star_sizes()[1])
         plan = plan_star(h, h, role.act_name)
@@ -191,7 +204,7 @@ class GatedMLP(nn.Module):
         """Return `act(a) * b`, by the core if it is as verified, else by the module's own act."""
         role = self.star
         if role.act_name is not None and (
-            role.site.act is None or (role.fused and not self._star_change())
+            role.site.act is None or (role.fused and not _change_of(self))
         ):
             return star_product(a, b, role.act_name)
         act = attribute(self, role.site.act or "")
@@ -246,6 +259,12 @@ class GatedMLP(nn.Module):
             grown.settle_pickled(self.star.grown)
         if type(self) is GatedMLP:  # pickled by an earlier version
             self.__class__ = star_class(self.star.original)  # type: ignore[assignment]
+
+
+@torch.compiler.assume_constant_result
+def _change_of(mlp: GatedMLP) -> str:
+    """Return what has changed of an MLP; under a compiler, what has changed by then."""
+    return mlp._star_change()
 
 
 #: class -> the star of it

@@ -52,6 +52,8 @@ def parent_of(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def attribute(owner: nn.Module, name: str) -> Any:
     """Return the module or function with a dotted name."""
+    if "." not in name:  # the usual case, at every call of a fused MLP
+        return getattr(owner, name)
     parent, leaf = parent_of(owner, name)
     return getattr(parent, leaf)
 

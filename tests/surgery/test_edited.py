@@ -357,3 +357,18 @@ def test_methods_attributes_and_signature_survive():
         star(x, nonsense=x)
     traced = torch.fx.symbolic_trace(star)
     torch.testing.assert_close(traced(x), own(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [replaced_act, hooked_first_layer, other_product])
+def test_a_change_before_or_after_compiling_acts(change):
+    own, star = pair(SwiGLU)
+    x = torch.randn(50, 16)
+    compiled = torch.compile(star, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), own(x))
+    star.act_fn = own.act_fn = nn.ReLU()  # after compiling
+    torch.testing.assert_close(compiled(x), own(x))
+    own, star = pair(SwiGLU)
+    change(own), change(star)
+    torch.compiler.reset()  # PyTorch's compiled code does not see hooks that come later
+    torch.testing.assert_close(torch.compile(star, backend="eager")(x), own(x))
