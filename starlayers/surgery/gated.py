@@ -261,7 +261,7 @@ class GatedMLP(nn.Module):
             self.__class__ = star_class(self.star.original)  # type: ignore[assignment]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _change_of(mlp: GatedMLP) -> str:
     """Return what has changed of an MLP; under a compiler, what has changed by then."""
     return mlp._star_change()
