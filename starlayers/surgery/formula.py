@@ -86,7 +86,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Formula:
-    """What the graph of a gated MLP computes: `out(act(inp(x)) * up(x))`.
+    """Formula of a gated MLP as its graph computes it: `out(act(inp(x)) * up(x))`.
 
     Args:
         site: names of the parts, the branches in the right order. Its `act` is the child that

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as hooks
+
+from starlayers.dispatch import has_global_hooks
 
 #: attributes that every module has; parameters, buffers and children are looked at by themselves
 OWN = frozenset(vars(nn.Module()))
@@ -71,7 +72,7 @@ class Snapshot:
         `forward` is what the module's class computes now, if it was given another class. Hooks
         count as changes unless `with_hooks` is False.
         """
-        if with_hooks and hooks._has_any_global_hook():
+        if with_hooks and has_global_hooks():
             return "a global hook is registered"
         for name, parent, part, own, plain in self.parts:
             state = vars(part)
