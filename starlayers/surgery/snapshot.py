@@ -1,7 +1,7 @@
 """State of a module that was verified, and what has changed since."""
 
 from collections.abc import Callable, Collection, Iterator
-from types import CodeType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -40,13 +40,12 @@ class Snapshot:
     def __init__(
         self, module: nn.Module, forward: Callable[..., Any], apart: Collection[str] = ()
     ) -> None:
-        self.forward, self.apart = forward, tuple(apart)
         #: dotted name, name of the parent, the part, its class's forward, its attributes
         self.parts: list[tuple[str, str, nn.Module, object, dict[str, Any]]] = []
         #: name, object and attributes of configs that the modules hold
         self.configs: list[tuple[str, Any, dict[str, Any]]] = []
         seen: set[int] = set()
-        for name, part in _parts(module, self.apart):
+        for name, part in _parts(module, tuple(apart)):
             own = forward if part is module else type(part).forward
             plain = {k: v for k, v in vars(part).items() if k not in OWN and not _is_star(k)}
             self.parts.append((name, name.rpartition(".")[0], part, own, plain))
@@ -59,6 +58,22 @@ class Snapshot:
                     seen.add(id(value))
                     read = {k: v for k, v in known.items() if k in names and type(v) in VALUES}
                     self.configs.append((f"{name}.{key}".lstrip("."), value, read))
+        #: names of attributes of classes and of globals and closures that methods read, their
+        #: places and values; `forward` is looked at above
+        kinds = dict.fromkeys([type(module), *(type(part) for _, _, part, _, _ in self.parts[1:])])
+        self.outside = [entry for kind in kinds for entry in _outside(kind)]
+        self.kinds = list(kinds)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # places are found again where a copy or pickle is made; their values are kept
+        kept = {name: value for name, _, _, value in self.outside if type(value) in VALUES}
+        return {**vars(self), "outside": kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        kept = state["outside"]
+        entries = [entry for kind in self.kinds for entry in _outside(kind)]
+        self.outside = [(n, place, key, kept.get(n, v)) for n, place, key, v in entries]
 
     def change(
         self,
@@ -96,7 +111,57 @@ class Snapshot:
             for key, value in read.items():
                 if (new := vars(config).get(key, MISSING)) is not value and not _same(new, value):
                     return f"{name}.{key} is {new!r}, was {value!r}"
+        for name, place, key, value in self.outside:
+            new = place.get(key, MISSING)
+            if new is not value and not _same(new, value):
+                known = type(value) in VALUES
+                return f"{name} is {new!r}, was {value!r}" if known else f"{name} was replaced"
         return ""
+
+
+class _Cell:
+    """Variable of a closure as a mapping with one key."""
+
+    def __init__(self, cell: Any) -> None:
+        self.cell = cell
+
+    def get(self, key: str, default: Any) -> Any:
+        """Return the value of the variable."""
+        return self.cell.cell_contents
+
+
+def _outside(kind: type) -> list[tuple[str, Any, str, Any]]:
+    """Return name, place, key and value of what methods of a class read outside of a module.
+
+    These are its methods and plain attributes, and plain variables of globals and closures.
+    Classes of PyTorch read nothing that changes.
+    """
+    entries: list[tuple[str, Any, str, Any]] = []
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        if base.__module__.startswith("torch."):
+            continue
+        for key, value in vars(base).items():
+            if key != "forward" and not key.startswith("__") and _is_read(value):
+                entries.append((f"{base.__name__}.{key}", vars(base), key, value))
+    for value in _functions(kind):
+        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        code, module = getattr(function, "__code__", None), getattr(function, "__module__", "")
+        if code is None or str(module).startswith("torch."):
+            continue
+        variables = function.__globals__
+        for key in code.co_names:
+            if type(variables.get(key, MISSING)) in VALUES:
+                entries.append((f"the global {key}", variables, key, variables[key]))
+        for key, cell in zip(code.co_freevars, function.__closure__ or ()):
+            filled = key != "__class__" and cell != CellType()
+            if filled and type(cell.cell_contents) in VALUES:
+                entries.append((f"the variable {key}", _Cell(cell), key, cell.cell_contents))
+    return entries
+
+
+def _is_read(value: Any) -> bool:
+    """Return True for a method, a property or a plain value."""
+    return type(value) in VALUES or isinstance(value, (FunctionType, property, staticmethod))
 
 
 def _hidden(part: nn.Module, plain: dict[str, Any]) -> str:

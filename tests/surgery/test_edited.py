@@ -316,6 +316,48 @@ def test_a_forward_of_the_class_replaced_afterwards_acts(monkeypatch):
     require_equal(own, star, x, 0.0)
 
 
+LIMIT = None
+
+
+def test_a_global_a_closure_and_a_class_changed_afterwards_act(monkeypatch):
+    doubled = False
+
+    class Mine(SwiGLU):
+        scale = 1.0
+
+        def forward(self, x):
+            h = self.product(x)
+            h = h if LIMIT is None else h.clamp(max=LIMIT)
+            h = 2 * h if doubled else h
+            return self.down_proj(h if self.scale == 1.0 else h * self.scale)
+
+        def other(self, x):
+            return 3 * self.up_proj(x)
+
+    own, star = pair(Mine)
+    x = torch.randn(50, 16)
+    with use_backend("cpu"):
+        assert star.star_plan(x).path == "cpu"
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "LIMIT", 0.1)
+        assert star.star_plan(x).reason == "the global LIMIT is 0.1, was None"
+        assert copy.deepcopy(star).star_plan(x).reason == star.star_plan(x).reason
+        require_equal(own, star, x, 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Mine, "scale", 2.0)
+        assert star.star_plan(x).reason == "Mine.scale is 2.0, was 1.0"
+        require_equal(own, star, x, 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(SwiGLU, "product", Mine.other)
+        assert star.star_plan(x).reason == "SwiGLU.product was replaced"
+        require_equal(own, star, x, 0.0)
+    with use_backend("cpu"):
+        assert star.star_plan(x).path == "cpu"
+    doubled = True
+    assert star.star_plan(x).reason == "the variable doubled is True, was False"
+    require_equal(own, star, x, 0.0)
+
+
 def test_a_change_of_a_grown_activation_acts():
     torch.manual_seed(0)
     mlp = starify(SwiGLU(), grow=1)
