@@ -1,7 +1,8 @@
 """Gated MLPs of existing models (SwiGLU, GEGLU), fused or grown."""
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -112,7 +113,7 @@ class GatedMLP(nn.Module):
             (x,) = (*args, *kwargs.values())
             act, recompute = role.act_name, role.recompute
             return run_mlp(plan.path, x, plan.weights, act, 0.0, recompute=recompute)
-        call: Callable[..., Any] = super().forward
+        call: Callable[..., Any] = self.star_original
         if role.grown:
             self._star_require_as_verified(args, kwargs)
             call = self.star_definition
@@ -121,6 +122,10 @@ class GatedMLP(nn.Module):
         if role.recompute and torch.is_grad_enabled():
             return recomputed(call, *args, **kwargs)
         return call(*args, **kwargs)
+
+    def star_original(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the MLP by the forward of the class that it had."""
+        return super().forward(*args, **kwargs)
 
     def star_sizes(self) -> tuple[int, int, int]:
         """Return the numbers of input, hidden and output channels."""
@@ -147,7 +152,7 @@ class GatedMLP(nn.Module):
         if role.act_name is None:
             reason = "no activation of the table computes what the model's does"
         elif x is None:
-            reason = "the call has other arguments than the input alone"
+            reason = "the call has other arguments than one input of a kind that was verified"
         elif torch.compiler.is_compiling():
             # a compiler guards what the module's own forward reads, and fuses the product itself
             return Plan("eager", "being compiled: the compiler sees the module's own forward")
@@ -215,17 +220,18 @@ class GatedMLP(nn.Module):
             (x,) = args
         elif not args and len(kwargs) == 1:
             x = kwargs.get(self.star.input_name)
-        return x if isinstance(x, Tensor) and 2 <= x.ndim <= 4 else None
+        return x if isinstance(x, Tensor) and _verified_for(x) else None
 
-    def _star_change(self, *, with_hooks: bool = True) -> str:
+    def _star_change(self, hooks_of: Collection[str] | None = None) -> str:
         """Return in words what has changed since the module was verified.
 
-        A compiler traces what runs, and guards it: for it there is no change.
+        Hooks of the parts in `hooks_of` are no change. A compiler traces what runs, and guards it:
+        for it there is no change.
         """
         if torch.compiler.is_compiling():
             return ""
         snapshot, forward = self.star.snapshot, self.star.original.forward
-        return "" if snapshot is None else snapshot.change(self, forward, with_hooks=with_hooks)
+        return "" if snapshot is None else snapshot.change(self, forward, hooks_of=hooks_of)
 
     def _star_require_as_verified(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise an error where grown products are no part of what a call would compute."""
@@ -235,8 +241,11 @@ class GatedMLP(nn.Module):
                 f"{name} has grown products and takes its input alone, got {len(args)} positional "
                 f"arguments and the keywords {sorted(kwargs)}; revert gives the model's MLP back"
             )
-        change = self._star_change(with_hooks=False)  # hooks act, because all parts are called
-        if change and not (act and change.startswith((f"{act} ", f"{act}."))):
+        called = [part for part in (act, *self.star.between) if part is not None]
+        change = self._star_change(called)
+        if change and not (
+            act and re.match(rf"(the (class|forward) of )?{re.escape(act)}\b", change)
+        ):
             raise RuntimeError(
                 f"{name} was changed after starify: {change}. Its grown products were verified "
                 "with what it was: change it back, or revert"
@@ -262,6 +271,26 @@ class GatedMLP(nn.Module):
             grown.settle_pickled(self.star.grown)
         if type(self) is GatedMLP:  # pickled by an earlier version
             self.__class__ = star_class(self.star.original)  # type: ignore[assignment]
+
+
+#: dtype and number of dimensions of inputs for which gated MLPs are verified, and the dtype of
+#: autocast if it is on
+COMBINATIONS: list[tuple[torch.dtype, int, torch.dtype | None]] = [
+    *((dtype, ndim, None) for dtype in (torch.float32, torch.bfloat16) for ndim in (2, 3, 4)),
+    *((dtype, ndim, None) for dtype in (torch.float16, torch.float64) for ndim in (2, 3)),
+    *((torch.float32, ndim, low) for low in (torch.bfloat16, torch.float16) for ndim in (2, 3)),
+]
+
+
+def _verified_for(x: Tensor) -> bool:
+    """Return True for an input of a kind for which gated MLPs are verified."""
+    kind = x.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    low = torch.get_autocast_dtype(kind) if autocast else None
+    dtype = (
+        torch.float32 if x.dtype == low else x.dtype
+    )  # hidden states are in the dtype of autocast
+    return (dtype, x.ndim, low) in COMBINATIONS
 
 
 #: class -> the star of it

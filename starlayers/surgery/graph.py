@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from starlayers.surgery.snapshot import Snapshot
 from starlayers.surgery.trial_run import MismatchError, first_line
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def trace(body: nn.Module, x: Tensor, parts: tuple[str, ...]) -> Graph:
     """
     from torch.export import Dim, export  # heavy, and not needed to import the library
 
-    before = {name: dict(vars(module)) for name, module in body.named_modules()}
+    snapshot = Snapshot(body, type(body).forward)
     sizes = (dict.fromkeys(range(x.ndim - 1), Dim.DYNAMIC),)
     try:
         with _quiet():
@@ -85,11 +86,8 @@ def trace(body: nn.Module, x: Tensor, parts: tuple[str, ...]) -> Graph:
         if "Constraints violated" in str(error):
             raise MismatchError("its forward depends on the size of its input") from error
         raise MismatchError(f"its forward has no fixed graph: {first_line(error)}") from error
-    for name, module in body.named_modules():
-        for key, value in vars(module).items():
-            old = before[name].get(key, vars)
-            if old is not value and not (type(old) is type(value) is tuple and old == value):
-                raise MismatchError(f"its forward sets {f'{name}.{key}'.lstrip('.')!r}")
+    if change := snapshot.change(body):
+        raise MismatchError(f"its forward changes its state: {change}")
     _require_any_size(program)
     graph = _graph(program, parts)
     for node in program.graph.nodes:

@@ -218,6 +218,8 @@ class StarProjection(nn.Module):
             return ""
         if any(vars(self.act)[kind] for kind in HOOKS):
             return "the activation has hooks"
+        if self._verified.module is not self.act:
+            return "the activation was replaced"
         return self._verified.change(self.act)
 
     # Models read weight, dtype and sizes of their own linear layer, which is now `inp`.

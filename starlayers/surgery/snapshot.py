@@ -1,11 +1,12 @@
-"""State of a module that was verified, and what has changed since."""
+"""State that decides what a module computes: as a key, and what has changed of it."""
 
 from collections.abc import Callable, Collection, Iterator
-from types import CellType, CodeType, FunctionType
-from typing import Any
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from starlayers.dispatch import has_global_hooks
 
@@ -14,18 +15,44 @@ OWN = frozenset(vars(nn.Module()))
 #: kinds of hooks that act on a forward or its gradient
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: values that are compared by value; other objects are compared by identity
-VALUES = (bool, int, float, complex, str, bytes, type(None), tuple, torch.dtype)
+VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+CONTAINERS = (list, tuple, dict, set, frozenset)
+#: methods that no forward calls
+ELSEWHERE = ("__init__", "__repr__", "extra_repr", "reset_parameters", "_init_weights")
+#: levels of objects inside of objects that are looked at
+DEPTH = 3
+
+
+class Entry(NamedTuple):
+    """Value that decides about a forward: its name, how to read it again, and what it was."""
+
+    name: str
+    read: Callable[[], Any]
+    value: Any
+
+
+class _Missing:
+    """Value of an attribute that is not there."""
+
+    def __repr__(self) -> str:
+        return "gone"
+
+
+MISSING = _Missing()
 
 
 class Snapshot:
-    """State on which a verification rests: classes, forwards, plain attributes, no hooks.
+    """State on which a verification rests: classes, forwards, attributes, no hooks.
 
-    Tensors are no part of it, because what was verified holds for all their values.
+    Tensors' values are no part of it, because what was verified holds for all of them. Looked at
+    are attributes of the module and its parts, what objects and containers among them hold, methods
+    and attributes of their classes, and globals and closures that their methods read.
 
     Args:
         module: the module.
         forward: its class's forward that was verified.
         apart: names of children that are left out, because whatever they are is called.
+        kind: class to look at, by default that of the module.
 
     Example:
         >>> module = nn.Sequential(nn.Linear(2, 2), nn.LeakyReLU(0.1))
@@ -38,214 +65,320 @@ class Snapshot:
     """
 
     def __init__(
-        self, module: nn.Module, forward: Callable[..., Any], apart: Collection[str] = ()
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        apart: Collection[str] = (),
+        kind: type | None = None,
     ) -> None:
-        #: dotted name, name of the parent, the part, its class's forward, its attributes
-        self.parts: list[tuple[str, str, nn.Module, object, dict[str, Any]]] = []
-        #: name, object and attributes of configs that the modules hold
-        self.configs: list[tuple[str, Any, dict[str, Any]]] = []
-        seen: set[int] = set()
-        for name, part in _parts(module, tuple(apart)):
-            own = forward if part is module else type(part).forward
-            plain = {k: v for k, v in vars(part).items() if k not in OWN and not _is_star(k)}
-            self.parts.append((name, name.rpartition(".")[0], part, own, plain))
-            names = names_in_code(type(part))
-            for key, value in plain.items():
-                known = getattr(value, "__dict__", None)
-                if isinstance(value, (nn.Module, type)) or callable(value) or not known:
-                    continue
-                if id(value) not in seen:
-                    seen.add(id(value))
-                    read = {k: v for k, v in known.items() if k in names and type(v) in VALUES}
-                    self.configs.append((f"{name}.{key}".lstrip("."), value, read))
-        #: names of attributes of classes and of globals and closures that methods read, their
-        #: places and values; `forward` is looked at above
-        kinds = dict.fromkeys([type(module), *(type(part) for _, _, part, _, _ in self.parts[1:])])
-        self.outside = [entry for kind in kinds for entry in _outside(kind)]
-        self.kinds = list(kinds)
+        self.module: nn.Module = module
+        self.kind: Any = kind or type(module)
+        self.forward, self.apart = forward, tuple(apart)
+        self.parts = [(n, p) for n, p in _parts(module, apart) if n]
+        self.entries = list(_entries(module, self.kind, apart))
 
     def __getstate__(self) -> dict[str, Any]:
-        # places are found again where a copy or pickle is made; their values are kept
-        kept = {name: value for name, _, _, value in self.outside if type(value) in VALUES}
-        return {**vars(self), "outside": kept}
+        # a copy reads its own state: only plain values are kept, under their names
+        kept = {e.name: e.value for e in self.entries if type(e.value) in VALUES}
+        return {**vars(self), "entries": kept, "parts": None, "forward": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        kept = state["outside"]
-        entries = [entry for kind in self.kinds for entry in _outside(kind)]
-        self.outside = [(n, place, key, kept.get(n, v)) for n, place, key, v in entries]
+        self._kept: dict[str, Any] | None = state["entries"]
+
+    def _settle(self) -> None:
+        """Look at the state of a copy, once it is complete."""
+        kept, self._kept = self._kept or {}, None
+        fresh = Snapshot(self.module, self.kind.forward, self.apart, self.kind)
+        self.forward, self.parts = fresh.forward, fresh.parts
+        self.entries = [e._replace(value=kept.get(e.name, e.value)) for e in fresh.entries]
 
     def change(
         self,
         module: nn.Module,
         forward: Callable[..., Any] | None = None,
         *,
-        with_hooks: bool = True,
+        hooks_of: Collection[str] | None = None,
     ) -> str:
         """Return the first change in words, empty if there is none.
 
         `forward` is what the module's class computes now, if it was given another class. Hooks
-        count as changes unless `with_hooks` is False.
+        of the parts named in `hooks_of` are no change, because these parts are called.
         """
-        if with_hooks and has_global_hooks():
+        if getattr(self, "_kept", None) is not None:
+            self._settle()
+        if module is not self.module:
+            return "it is a shallow copy of the module that was verified"
+        if hooks_of is None and has_global_hooks():
             return "a global hook is registered"
-        for name, parent, part, own, plain in self.parts:
+        if (forward or self.kind.forward) is not self.forward:
+            return "the forward of its class was replaced"
+        for name, part in self.parts:
             state = vars(part)
-            if name:
-                holder = module.get_submodule(parent) if parent else module
-                if holder._modules.get(name.rpartition(".")[2]) is not part:
-                    return f"{name} was replaced"
-                if with_hooks and any(state[kind] for kind in HOOKS):
-                    return f"{name} has hooks"
-                if "forward" in state and "forward" not in plain:
-                    return f"{name} has a forward of its own"
-            now = forward if not name and forward is not None else type(part).forward
-            if now is not own:
-                return f"the forward of {name or 'its class'} was replaced"
-            if len(state) != len(plain) + len(OWN) and (hidden := _hidden(part, plain)):
-                return f"{name}.{hidden} hides a method of its class".lstrip(".")
-            for key, value in plain.items():
-                if (new := state.get(key, MISSING)) is not value and not _same(new, value):
-                    return f"{name}.{key} is {new!r}, was {value!r}".lstrip(".")
-        for name, config, read in self.configs:
-            for key, value in read.items():
-                if (new := vars(config).get(key, MISSING)) is not value and not _same(new, value):
-                    return f"{name}.{key} is {new!r}, was {value!r}"
-        for name, place, key, value in self.outside:
-            new = place.get(key, MISSING)
+            if any(state[kind] for kind in HOOKS) and name not in (hooks_of or ()):
+                return f"{name} has hooks"
+        for name, read, value in self.entries:
+            new = read()
             if new is not value and not _same(new, value):
-                known = type(value) in VALUES
-                return f"{name} is {new!r}, was {value!r}" if known else f"{name} was replaced"
+                return f"{name} is {_words(new)}, was {_words(value)}"
         return ""
 
 
-class _Cell:
-    """Variable of a closure as a mapping with one key."""
-
-    def __init__(self, cell: Any) -> None:
-        self.cell = cell
-
-    def get(self, key: str, default: Any) -> Any:
-        """Return the value of the variable."""
-        return self.cell.cell_contents
-
-
-def _outside(kind: type) -> list[tuple[str, Any, str, Any]]:
-    """Return name, place, key and value of what methods of a class read outside of a module.
-
-    These are its methods and plain attributes, and plain variables of globals and closures.
-    Classes of PyTorch read nothing that changes.
-    """
-    entries: list[tuple[str, Any, str, Any]] = []
-    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        if base.__module__.startswith("torch."):
-            continue
-        for key, value in vars(base).items():
-            if key != "forward" and not key.startswith("__") and _is_read(value):
-                entries.append((f"{base.__name__}.{key}", vars(base), key, value))
-    for value in _functions(kind):
-        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
-        code, module = getattr(function, "__code__", None), getattr(function, "__module__", "")
-        if code is None or str(module).startswith("torch."):
-            continue
-        variables = function.__globals__
-        for key in code.co_names:
-            if type(variables.get(key, MISSING)) in VALUES:
-                entries.append((f"the global {key}", variables, key, variables[key]))
-        for key, cell in zip(code.co_freevars, function.__closure__ or ()):
-            filled = key != "__class__" and cell != CellType()
-            if filled and type(cell.cell_contents) in VALUES:
-                entries.append((f"the variable {key}", _Cell(cell), key, cell.cell_contents))
-    return entries
-
-
-def _is_read(value: Any) -> bool:
-    """Return True for a method, a property or a plain value."""
-    return type(value) in VALUES or isinstance(value, (FunctionType, property, staticmethod))
-
-
-def _hidden(part: nn.Module, plain: dict[str, Any]) -> str:
-    """Return the name of a new attribute that hides one of the class, empty if none does."""
-    new = [k for k in vars(part) if k not in OWN and k not in plain and not _is_star(k)]
-    return next((k for k in new if hasattr(type(part), k)), "")
-
-
-class _Missing:
-    """Value of an attribute that is gone."""
-
-    def __repr__(self) -> str:
-        return "gone"
-
-
-MISSING = _Missing()
-
-
-def signature(module: nn.Module) -> tuple[tuple[Any, ...], list[Any]]:
+def signature(module: nn.Module, apart: Collection[str] = ()) -> tuple[tuple[Any, ...], list[Any]]:
     """Return all that can change what a forward computes but values of tensors, as a key.
 
     Modules with equal keys have the same graph. Objects without a value enter by their ids, which
     are theirs alone while they exist: they are returned too, for a cache to keep.
     """
-    parts, kept = [], []
+    kept: list[Any] = []
 
-    def entry(value: Any, names: frozenset[str] | None = None) -> Any:
-        if type(value) in VALUES and _hashable(value):
+    def key(value: Any) -> Any:
+        if type(value) in VALUES:
             return type(value), value
+        if type(value) is _Contents:
+            return type(value), tuple(key(v) for v in value)
         kept.append(value)
-        known = getattr(value, "__dict__", None)
-        if names is None or not known or isinstance(value, (nn.Module, type)) or callable(value):
-            return type(value), id(value)
-        read = sorted(k for k in known if k in names)  # a config: what the forward reads of it
-        return type(value), tuple((k, entry(known[k])) for k in read)
+        return type(value), id(value)
 
+    kind = type(module)
+    entries = tuple((e.name, key(e.value)) for e in _entries(module, kind, (), identities=False))
+    parts = []
     for name, part in module.named_modules():
-        kind = type(part)
-        names = names_in_code(kind)
-        tensors = [
+        tensors = tuple(
             (k, t if t is None else (t.shape, t.dtype, t.device, type(t)))
             for k, t in (*part._parameters.items(), *part._buffers.items())
-        ]
-        plain = [(k, entry(v, names)) for k, v in vars(part).items() if k not in OWN]
-        methods = [entry(value) for value in _functions(kind)]
-        parts.append((name, entry(kind), tuple(methods), tuple(plain), tuple(tensors)))
-    return tuple(parts), kept
+        )
+        parts.append((name, key(type(part)), key(type(part).forward), tensors))
+    return (tuple(parts), entries), kept
 
 
-def _functions(kind: type) -> Iterator[Any]:
-    """Yield the attributes of a class and its bases below `nn.Module` that have code."""
-    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        for value in vars(base).values():
-            if hasattr(value, "__code__") or hasattr(value, "fget") or hasattr(value, "__func__"):
-                yield value
+class _Contents(tuple[Any, ...]):
+    """Contents of a container at one time."""
+
+    __slots__ = ()
 
 
-def _parts(module: nn.Module, apart: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+def _contents(value: Any) -> _Contents:
+    if isinstance(value, dict):
+        return _Contents(x for pair in value.items() for x in pair)
+    if isinstance(value, (set, frozenset)):
+        return _Contents(sorted(value, key=repr))
+    return _Contents(value)
+
+
+def _parts(module: nn.Module, apart: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
     for name, part in module.named_modules():
         if not any(name == other or name.startswith(f"{other}.") for other in apart):
             yield name, part
 
 
+def _entries(
+    module: nn.Module, kind: type, apart: Collection[str], *, identities: bool = True
+) -> Iterator[Entry]:
+    """Yield all that decides about a forward; a module and its parts by identity if asked for."""
+    seen: set[int] = set()
+    kinds: dict[type, None] = {}
+    for name, part in _parts(module, apart):
+        own_kind = kind if part is module else type(part)
+        kinds[own_kind] = None
+        yield from _of_module(name, part, own_kind, seen, identities, apart)
+        if identities and name:
+            yield Entry(f"the class of {name}", partial(getattr, part, "__class__"), type(part))
+            read = partial(getattr, type(part), "forward")
+            yield Entry(f"the forward of {name}", read, type(part).forward)
+    for own_kind in kinds:
+        yield from _of_class(own_kind, seen)
+
+
+def _of_module(
+    name: str,
+    part: nn.Module,
+    kind: type,
+    seen: set[int],
+    identities: bool,
+    apart: Collection[str],
+) -> Iterator[Entry]:
+    state, names = vars(part), names_in_code(kind)
+    label = f"{name}." if name else ""
+    plain = {k: v for k, v in state.items() if k not in OWN and not _is_star(k)}
+    for key, value in plain.items():
+        if isinstance(value, Tensor):
+            continue
+        if identities or type(value) in VALUES or callable(value):
+            yield Entry(label + key, partial(state.get, key, MISSING), value)
+        if type(value) not in VALUES and key in names:
+            yield from _inside(label + key, value, seen, DEPTH)
+    # what a forward asks for and is not there, or is None
+    for key in names - plain.keys() - OWN:
+        if not hasattr(kind, key) and key not in part._modules and key.isidentifier():
+            yield Entry(label + key, partial(state.get, key, MISSING), MISSING)
+    hides = partial(_hiding, part, kind, len(state), frozenset(state))
+    yield Entry(f"{label}methods hidden", hides, "")
+    yield Entry(f"{label}children", partial(_keys, part._modules), _keys(part._modules))
+    for tensors in (part._parameters, part._buffers):
+        yield Entry(f"{label}tensors", partial(_filled, tensors), _filled(tensors))
+    if identities:
+        for key, child in part._modules.items():
+            if label + key in apart or _is_star(key):
+                continue
+            yield Entry(label + key, partial(part._modules.get, key, MISSING), child)
+    if "forward" in state:
+        yield Entry(f"{label}forward", partial(state.get, "forward", MISSING), state["forward"])
+
+
+def _hiding(part: nn.Module, kind: type, size: int, known: frozenset[str]) -> str:
+    """Return the names of new attributes that hide those of the class."""
+    state = vars(part)
+    if len(state) == size:
+        return ""
+    return ", ".join(k for k in state if k not in known and not _is_star(k) and hasattr(kind, k))
+
+
+def _keys(children: dict[str, Any]) -> str:
+    return ", ".join(key for key in children if not _is_star(key))
+
+
+def _filled(tensors: dict[str, Any]) -> str:
+    return ", ".join(key for key, value in tensors.items() if value is not None)
+
+
+def _inside(name: str, value: Any, seen: set[int], depth: int) -> Iterator[Entry]:
+    """Yield what an object, a container or a function holds."""
+    if id(value) in seen or depth == 0 or isinstance(value, (Tensor, type)):
+        return
+    seen.add(id(value))
+    if isinstance(value, CONTAINERS):
+        yield Entry(name, partial(_contents, value), _contents(value))
+        items = value.values() if isinstance(value, dict) else value
+        for i, item in enumerate(items):
+            if type(item) not in VALUES:
+                yield from _inside(f"{name}[{i}]", item, seen, depth - 1)
+        return
+    if isinstance(value, nn.Module):  # one that is no registered child
+        for inner, part in value.named_modules():
+            label = f"{name}.{inner}".rstrip(".")
+            yield Entry(f"hooks of {label}", partial(_hooks, part), _hooks(part))
+            yield from _of_module(label, part, type(part), seen, True, ())
+        return
+    if isinstance(value, partial):
+        yield from _inside(f"{name}.keywords", value.keywords, seen, depth - 1)
+        yield from _inside(f"{name}.func", value.func, seen, depth - 1)
+        return
+    if isinstance(value, (FunctionType, MethodType)):
+        yield from _of_function(getattr(value, "__func__", value), seen)
+        return
+    slots = [s for base in type(value).__mro__ for s in vars(base).get("__slots__", ())]
+    for key in [*getattr(value, "__dict__", {}), *slots]:
+        item = getattr(value, key, MISSING) if key in slots else vars(value)[key]
+        read = partial(getattr, value, key, MISSING)
+        yield Entry(f"{name}.{key}", read if key in slots else partial(_item, value, key), item)
+        if type(item) not in VALUES:
+            yield from _inside(f"{name}.{key}", item, seen, depth - 1)
+    yield Entry(f"attributes of {name}", partial(_size, value), _size(value))
+    if not type(value).__module__.startswith(("torch.", "builtins")):
+        yield from _of_class(type(value), seen)
+
+
+def _item(value: Any, key: str) -> Any:
+    return vars(value).get(key, MISSING)
+
+
+def _size(value: Any) -> int:
+    return len(getattr(value, "__dict__", ()))
+
+
+def _hooks(part: nn.Module) -> int:
+    return sum(len(vars(part)[kind]) for kind in HOOKS)
+
+
+def _of_class(kind: type, seen: set[int]) -> Iterator[Entry]:
+    """Yield methods and plain attributes of a class, and what its methods read outside.
+
+    Classes of PyTorch read nothing that changes.
+    """
+    for base in _bases(kind):
+        for key, value in vars(base).items():
+            if key in ("forward", *ELSEWHERE) or (key.startswith("__") and key != "__call__"):
+                continue
+            if type(value) in (*VALUES, FunctionType, property, staticmethod, classmethod):
+                read = partial(vars(base).get, key, MISSING)
+                yield Entry(f"{base.__name__}.{key}", read, value)
+    for function in _functions(kind):
+        yield from _of_function(function, seen)
+
+
+def _bases(kind: type) -> Iterator[type]:
+    """Yield a class and its bases that are not PyTorch's or Python's own."""
+    for base in kind.__mro__:
+        if not base.__module__.startswith(("torch.", "builtins", "typing", "starlayers.surgery")):
+            yield base
+
+
+def _of_function(function: Any, seen: set[int]) -> Iterator[Entry]:
+    """Yield the globals, closures and defaults that a function reads."""
+    code = getattr(function, "__code__", None)
+    if code is None or id(function) in seen:
+        return
+    if str(getattr(function, "__module__", "")).startswith("torch."):
+        return
+    seen.add(id(function))
+    name = function.__name__
+    for kind in ("__defaults__", "__kwdefaults__"):
+        yield Entry(f"{kind} of {name}", partial(getattr, function, kind), getattr(function, kind))
+    variables = function.__globals__
+    for key in code.co_names:
+        value = variables.get(key, MISSING)
+        if value is MISSING or isinstance(value, type) or type(value).__name__ == "module":
+            continue
+        yield Entry(f"the global {key}", partial(variables.get, key, MISSING), value)
+        here = getattr(value, "__globals__", None) is variables  # a helper beside it
+        if here or isinstance(value, CONTAINERS):
+            yield from _inside(f"the global {key}", value, seen, 2)
+    for key, cell in zip(code.co_freevars, function.__closure__ or ()):
+        if key != "__class__" and cell != CellType():
+            read = partial(getattr, cell, "cell_contents")
+            yield Entry(f"the variable {key}", read, cell.cell_contents)
+            if type(cell.cell_contents) not in VALUES:
+                yield from _inside(f"the variable {key}", cell.cell_contents, seen, 2)
+
+
 def _is_star(name: str) -> bool:
     """Return True for the attributes that this library adds."""
-    return name == "star" or name.startswith("star_")
+    return name in ("star", "star_grown", "star_use_nested_tensor")
 
 
 def _same(new: Any, old: Any) -> bool:
     """Return True for values that are equal; objects have to be the same one."""
-    return type(new) is type(old) and type(old) in VALUES and bool(new == old)
-
-
-def _hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:  # a tuple of lists
+    if type(new) is not type(old):
         return False
-    return True
+    if isinstance(old, tuple):
+        return len(new) == len(old) and all(a is b or _same(a, b) for a, b in zip(new, old))
+    if isinstance(old, MethodType):
+        return new.__func__ is old.__func__ and new.__self__ is old.__self__
+    equal: bool = type(old) in VALUES and new == old
+    return equal
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, type):
+        return value.__name__
+    plain = type(value) in VALUES or isinstance(value, (_Missing, tuple))
+    return repr(value) if plain else f"a {type(value).__name__}"
+
+
+def _functions(kind: type) -> Iterator[Any]:
+    """Yield the functions of a class and its bases that a forward may call."""
+    for base in _bases(kind):
+        for key, value in vars(base).items():
+            function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            if isinstance(function, FunctionType) and key not in ELSEWHERE:
+                yield function
 
 
 def names_in_code(kind: type) -> frozenset[str]:
-    """Return all names and strings in the methods of a class and its bases below `nn.Module`."""
+    """Return all names and strings in the functions that a forward of a class may call."""
     names: set[str] = set()
+    seen: set[int] = set()
 
     def visit(code: CodeType) -> None:
         names.update(code.co_names)
@@ -255,8 +388,16 @@ def names_in_code(kind: type) -> frozenset[str]:
             elif isinstance(constant, CodeType):
                 visit(constant)
 
-    for value in _functions(kind):
-        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
-        if (code := getattr(function, "__code__", None)) is not None:
-            visit(code)
+    def visit_function(function: Any) -> None:
+        if id(function) in seen:
+            return
+        seen.add(id(function))
+        visit(function.__code__)
+        for key in function.__code__.co_names:  # helpers in the same file
+            helper = function.__globals__.get(key)
+            if getattr(helper, "__globals__", None) is function.__globals__:
+                visit_function(helper)
+
+    for function in _functions(kind):
+        visit_function(function)
     return frozenset(names)

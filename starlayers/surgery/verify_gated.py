@@ -1,5 +1,6 @@
 """Verify a gated MLP: by the graph of its forward, then by values and gradients."""
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 
 from starlayers.backend import use_backend
 from starlayers.surgery.formula import Formula, activation_name, read_formula
-from starlayers.surgery.gated import GatedMLP, Role, adopt, arguments
+from starlayers.surgery.gated import COMBINATIONS, GatedMLP, Role, adopt, arguments
 from starlayers.surgery.graph import SIZES, trace
 from starlayers.surgery.linear_layers import Projection, base_layer, dtype_and_device, projection
 from starlayers.surgery.sandbox import random_tensor, sandbox_copy, seed_generators
 from starlayers.surgery.site import Site, attribute
+from starlayers.surgery.snapshot import names_in_code
 from starlayers.surgery.trial_run import MismatchError, run
 
 #: sizes of input and hidden layer of the small stand-in
@@ -30,6 +32,24 @@ SCALES = (1.0, 1e-2, 30.0, 1e3, 1e6)
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-4, torch.bfloat16: 0.06}
 
 
+#: names of what a forward may ask for that neither a graph nor a snapshot shows
+UNSEEN = {
+    "are_deterministic_algorithms_enabled",
+    "environ",
+    "get_default_dtype",
+    "getenv",
+    "is_compiling",
+    "is_dynamo_compiling",
+    "is_exporting",
+    "is_torchdynamo_compiling",
+    "is_tracing",
+    "requires_grad",
+}
+
+#: key of the state of the random generators among values
+RANDOM = "random numbers"
+
+
 class Context(NamedTuple):
     """Conditions under which a forward is traced; a forward may ask for any of them."""
 
@@ -37,29 +57,20 @@ class Context(NamedTuple):
     grad: bool
     dtype: torch.dtype
     ndim: int
-    autocast: bool = False
+    autocast: torch.dtype | None = None
 
     def __str__(self) -> str:
-        words = [
-            "train mode" if self.train else "eval mode",
-            str(self.dtype).removeprefix("torch."),
-        ]
+        dtype = str(self.dtype).removeprefix("torch.")
+        words = ["train mode" if self.train else "eval mode", dtype]
         words += [] if self.grad else ["without gradients"]
-        words += ["under autocast"] if self.autocast else []
+        words += [f"under autocast to {self.autocast}"] if self.autocast else []
         return ", ".join([*words, f"{self.ndim} dimensions"])
 
 
 CONTEXTS = [
-    Context(train, grad, *rest)
+    Context(train, grad, *kind)
     for train, grad in product((False, True), (True, False))
-    for rest in (
-        (torch.float32, 3, False),
-        (torch.float32, 2, False),
-        (torch.float32, 4, False),
-        (torch.float32, 3, True),
-        (torch.bfloat16, 3, False),
-        (torch.float16, 3, False),
-    )
+    for kind in sorted(COMBINATIONS, key=lambda kind: kind != (torch.float32, 3, None))
 ]
 
 
@@ -81,6 +92,7 @@ def verify_gated(owner: nn.Module, site: Site) -> GatedVerdict:
     Raises:
         MismatchError: the module computes anything else; the message says what.
     """
+    _require_visible(owner)
     _require_one_input(owner)
     formula, act_name = _read(owner, site)
     site = formula.site
@@ -100,6 +112,18 @@ def verify_gated(owner: nn.Module, site: Site) -> GatedVerdict:
         body = _stand_in(owner, site, random)
     _compare(body, site, formula.between, act_name)
     return GatedVerdict(formula, act_name)
+
+
+def _require_visible(owner: nn.Module) -> None:
+    """Raise a MismatchError for names that starify needs, and what cannot be seen."""
+    own = [*vars(owner), *owner._modules, *owner._parameters, *owner._buffers, *dir(type(owner))]
+    taken = next((name for name in own if name == "star" or name.startswith("star_")), None)
+    if taken is not None:
+        raise MismatchError(f"its attribute {taken!r} has a name that a star needs")
+    for part in owner.modules():
+        hidden = UNSEEN & names_in_code(type(part))
+        if hidden:
+            raise MismatchError(f"its forward may ask for {min(hidden)!r}, which no graph shows")
 
 
 def _require_one_input(owner: nn.Module) -> None:
@@ -144,7 +168,8 @@ def _read(owner: nn.Module, site: Site) -> tuple[Formula, str | None]:
 @contextmanager
 def _entered(context: Context, body: nn.Module, device: torch.device) -> Iterator[None]:
     body.train(context.train)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=context.autocast)
+    low = context.autocast or torch.bfloat16
+    autocast = torch.autocast(device.type, low, enabled=context.autocast is not None)
     with torch.set_grad_enabled(context.grad), autocast:
         yield
 
@@ -201,6 +226,8 @@ def _compare(body: nn.Module, site: Site, between: tuple[str, ...], act_name: st
             x = x.transpose(0, 1) if mode == "inference" and x.ndim == 3 else x  # other strides
             expected = _values(own, own, x, mode)
             ways: list[tuple[Any, str]] = [(star.star_definition, "eager")]
+            if scale == 1.0:
+                ways.append((star.star_original, "eager"))
             if dtype == torch.float32 and _fits_cpu_op(star, x):
                 ways.append((star, "cpu"))
             for call, backend in ways:
@@ -242,7 +269,9 @@ def _values(
     seed_generators(x.device)
     if mode != "gradients":
         with torch.inference_mode(mode == "inference"), torch.no_grad():
-            return {"": call(x)}
+            y = call(x)
+        drawn = torch.tensor([random.getrandbits(31)], dtype=torch.float64)
+        return {"": y, RANDOM: torch.cat([drawn, torch.rand(1, dtype=torch.float64)])}
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         y = call(x)
@@ -261,6 +290,8 @@ def _require_close(
     for name, a in expected.items():
         b = actual[name]
         what = "its output" if not name else f"the gradient of {name!r}"
+        if name == RANDOM and not torch.equal(a, b):
+            raise MismatchError("its forward draws random numbers, which a star does not")
         if a.shape != b.shape or a.dtype != b.dtype:
             raise MismatchError(f"written as a star, {what} is {b.dtype} {tuple(b.shape)}")
         finite = a.isfinite()

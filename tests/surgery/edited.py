@@ -210,7 +210,7 @@ REFUSED = {
         on_output(lambda s, y, x: y if x.is_contiguous() else 2 * y),
         "differs",
     ),
-    "counts its calls": (edited(counted), "sets 'calls'"),
+    "counts its calls": (edited(counted), "changes its state: calls is 1, was gone"),
     "counts in a buffer": (
         edited(lambda s, x: (s.calls.add_(1), SwiGLU.forward(s, x))[1], calls=torch.zeros(2)),
         "changes 'calls' in place",
@@ -240,7 +240,7 @@ REFUSED = {
     "keeps its gate": (
         edited(lambda s, x: s.down_proj(s.act_fn(s.keep(s.gate_proj(x))) * s.up_proj(x)),
                keep=lambda: Keeps()),
-        "sets 'keep.kept'",
+        r"changes its state: keep\.kept",
     ),
     "returns two": (on_output(lambda s, y, x: (y, s.product(x))), "times|one tensor"),
     "returns none": (on_output(lambda s, y, x: (y, None)), "one tensor"),

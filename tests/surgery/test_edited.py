@@ -154,7 +154,8 @@ def test_other_arguments_run_the_own_forward():
         with use_backend(backend):
             require_equal(own, star, x, 0.0, shift=2.0)
     assert (
-        star.star_plan(x, shift=2.0).reason == "the call has other arguments than the input alone"
+        star.star_plan(x, shift=2.0).reason
+        == "the call has other arguments than one input of a kind that was verified"
     )
     with pytest.raises(TypeError, match="positional"):
         star(x, x)
@@ -296,7 +297,6 @@ def test_a_value_of_a_config_set_afterwards_acts():
 
     own, star = pair(Scaled)
     x = torch.randn(50, 16)
-    star.config.unrelated = own.config.unrelated = 2
     with use_backend("cpu"):
         assert star.star_plan(x).path == "cpu"
     star.config.scale = own.config.scale = 3.0
@@ -349,7 +349,7 @@ def test_a_global_a_closure_and_a_class_changed_afterwards_act(monkeypatch):
         require_equal(own, star, x, 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(SwiGLU, "product", Mine.other)
-        assert star.star_plan(x).reason == "SwiGLU.product was replaced"
+        assert star.star_plan(x).reason == "SwiGLU.product is a function, was a function"
         require_equal(own, star, x, 0.0)
     with use_backend("cpu"):
         assert star.star_plan(x).path == "cpu"
