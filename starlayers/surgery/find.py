@@ -31,6 +31,7 @@ class Finding:
         site: names of the MLP's parts.
         reason: why the MLP cannot be replaced, `None` if it can.
         between: names of the modules between the product of a gated MLP and its last layer.
+        after: names of the modules after that layer.
         act_name: name of the activation in `ACTIVATIONS`, `None` if it is not one of them.
         act: the activation of a gated MLP in words.
 
@@ -45,6 +46,7 @@ class Finding:
     site: Site
     reason: str | None = None
     between: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     act_name: str | None = None
     act: str = ""
 

@@ -92,11 +92,13 @@ class Formula:
         site: names of the parts, the branches in the right order. Its `act` is the child that
             computes the activation, `None` if the forward itself does.
         between: names of the modules between the product and the last layer.
+        after: names of the modules after the last layer.
         act: the activation in words.
     """
 
     site: Site
     between: tuple[str, ...]
+    after: tuple[str, ...]
     act: str
 
 
@@ -123,7 +125,7 @@ class _Reader:
                 self._add_branch(name)
 
     def read(self) -> tuple[Formula, Chain]:
-        product, between = self._before_out()
+        product, between, after = self._before_out()
         a, b = (read_chain(self.graph, node, self.branches) for node in self._factors(product))
         if a.trivial and not (b.trivial and self._is_first(a)):
             a, b = b, a
@@ -141,7 +143,7 @@ class _Reader:
         site = replace(self.site, inp=name, act=act)
         order: dict[str, Any] = {"up": other} if half is None else {"gate_last": half == 1}
         site = replace(site, **order)
-        return Formula(site, between, a.text), a
+        return Formula(site, between, after, a.text), a
 
     def _only_output(self, name: str) -> fx.Node:
         """Return the node with the result of a part that is called once."""
@@ -170,18 +172,23 @@ class _Reader:
             users = ", ".join(_name(node) for node in output.users)
             raise MismatchError(f"{users} does not split {name!r} into its first and second half")
 
-    def _before_out(self) -> tuple[fx.Node, tuple[str, ...]]:
-        """Return the product, and the names of the modules that it passes before `out`."""
+    def _before_out(self) -> tuple[fx.Node, tuple[str, ...], tuple[str, ...]]:
+        """Return the product, and the names of the modules that it passes before `out` and after."""
         graph, out = self.graph, self.site.out
-        node = _without_casts(graph.output)
+        node, names = self._passed(graph.output)
         if out is not None:
             if node is not self.outputs[out]:
                 raise MismatchError(f"its output is {_where(graph, node)}, not that of {out!r}")
             inputs = graph.inputs(graph.calls_to(out)[0])
             if len(inputs) != 1:
                 raise MismatchError(f"{out!r} takes {len(inputs)} tensors")
-            node = inputs[0]
-        between: list[str] = []
+            node, between = self._passed(inputs[0])
+            return node, between, names
+        return node, names, ()
+
+    def _passed(self, node: fx.Node) -> tuple[fx.Node, tuple[str, ...]]:
+        """Return the node before the modules that lead to one, and their names in order."""
+        graph, names = self.graph, []
         while True:
             node = _without_casts(node)
             call = graph.call_of(node)
@@ -192,9 +199,9 @@ class _Reader:
                 break  # it computes the product, or a part of it
             if len(graph.calls_to(call.name)) != 1:
                 raise MismatchError(f"one run calls {call.name!r} more than once")
-            between.append(call.name)
+            names.append(call.name)
             node = inputs[0]
-        return node, tuple(reversed(between))
+        return node, tuple(reversed(names))
 
     @property
     def _packed(self) -> set[fx.Node]:

@@ -33,6 +33,7 @@ class Role:
         original: the class that the module had before `starify`.
         act_name: name of its activation in `ACTIVATIONS`, `None` if it is not one of them.
         between: names of the modules between the product and the last layer, in order.
+        after: names of the modules after the last layer, in order.
         fused: use the kernels of the core; otherwise the module's own forward, to the last bit.
         recompute: save only the input for the backward pass.
         grown: number of products per channel that `grow` added.
@@ -44,6 +45,7 @@ class Role:
     original: type[nn.Module]
     act_name: str | None
     between: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     fused: bool = True
     recompute: bool = False
     grown: int = 0
@@ -104,7 +106,8 @@ class GatedMLP(nn.Module):
         if plan.weights is not None:
             (x,) = (*args, *kwargs.values())
             act, recompute = role.act_name, role.recompute
-            return run_mlp(plan.path, x, plan.weights, act, 0.0, recompute=recompute)
+            y = run_mlp(plan.path, x, plan.weights, act, 0.0, recompute=recompute)
+            return self._star_after(y)
         call: Callable[..., Any] = super().forward
         if role.grown:
             self._star_require_as_verified(args, kwargs)
@@ -185,7 +188,12 @@ class GatedMLP(nn.Module):
         dtype = getattr(getattr(out, "weight", None), "dtype", y.dtype)
         if dtype.is_floating_point and dtype != y.dtype:  # T5 keeps its last layer in float32
             y = y.to(dtype)
-        return out(y)  # type: ignore[no-any-return]
+        return self._star_after(out(y))
+
+    def _star_after(self, y: Tensor) -> Tensor:
+        for name in self.star.after:
+            y = attribute(self, name)(y)
+        return y
 
     def _star_product(self, a: Tensor, b: Tensor) -> Tensor:
         """Return `act(a) * b`, by the core if it is as verified, else by the module's own act."""

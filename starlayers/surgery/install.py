@@ -43,6 +43,7 @@ def install(
     *,
     gate: str = "full",
     between: tuple[str, ...] = (),
+    after: tuple[str, ...] = (),
     fused: bool = False,
     recompute: bool = False,
     rank: int = 0,
@@ -50,14 +51,15 @@ def install(
     """Put a star layer in the place of an MLP that was verified: a projection, or a `GatedMLP`.
 
     A plain MLP gets a `gate`, a gated one `rank` products per channel; `act_name`, `between`,
-    `fused` and `recompute` are as for `Role`.
+    `after`, `fused` and `recompute` are as for `Role`.
     """
     options: dict[str, Any] = {"act_name": act_name, "fused": fused, "recompute": recompute}
     if site.form == "plain":
         return install_plain(owner, site, gate, **options)
     kind, apart = type(owner), [name for name in (site.inp, site.up, site.out) if name]
     snapshot, name = Snapshot(owner, kind.forward, apart), input_name(owner)
-    role = Role(site, kind, between=between, input_name=name, snapshot=snapshot, **options)
+    options |= {"between": between, "after": after}
+    role = Role(site, kind, input_name=name, snapshot=snapshot, **options)
     star = adopt(owner, role)
     if rank:
         grow(star, rank)

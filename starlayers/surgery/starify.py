@@ -95,7 +95,8 @@ def starify(
     for f in ready:
         owner, fused = model.get_submodule(f.owner), mode == "fuse"
         options: dict[str, Any] = {"gate": gate, "recompute": recompute, "rank": grow}
-        install(owner, f.site, f.act_name, between=f.between, fused=fused, **options)
+        options |= {"between": f.between, "after": f.after}
+        install(owner, f.site, f.act_name, fused=fused, **options)
     for path, _, star in existing:
         if name_of(path, star) in selected:
             _update(star, mode, recompute=recompute, rank=grow)

@@ -44,13 +44,14 @@ class Verdict(NamedTuple):
     """Result of `verify`: the site, or the reason why it cannot be replaced.
 
     The branches of the site are in the right order. `between` are the names of the modules between
-    the product of a gated MLP and its last layer. `act_name` is the activation's name in
+    the product of a gated MLP and its last layer, `after` those after that. `act_name` is the activation's name in
     `ACTIVATIONS`, `None` if it has none, and `act` is the activation in words.
     """
 
     site: Site
     reason: str | None = None
     between: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     act_name: str | None = None
     act: str = ""
 
@@ -113,7 +114,8 @@ def _verified(owner: nn.Module, site: Site, caller: tuple[nn.Module, str] | None
         if site.form != "plain":
             _require_own_forward(owner)
             formula, act_name = verify_gated(owner, site)
-            return Verdict(formula.site, None, formula.between, act_name, formula.act)
+            between, after = formula.between, formula.after
+            return Verdict(formula.site, None, between, after, act_name, formula.act)
         _compare_plain(*_runnable_part(owner, site))
         if caller is not None:
             _compare_in_caller(*caller, site)

@@ -99,7 +99,7 @@ def verify_gated(owner: nn.Module, site: Site) -> GatedVerdict:
         run(body, _input(body, site, (2, 3)))
     except Exception:  # its forward or other layers know the true sizes
         body = _stand_in(owner, site, random)
-    _compare(body, site, formula.between, act_name)
+    _compare(body, formula, act_name)
     return GatedVerdict(formula, act_name)
 
 
@@ -187,9 +187,10 @@ def _stand_in(
 # by value
 
 
-def _compare(body: nn.Module, site: Site, between: tuple[str, ...], act_name: str | None) -> None:
+def _compare(body: nn.Module, formula: Formula, act_name: str | None) -> None:
     """Compare a module with the star that is to replace it: values, and all gradients."""
-    role = Role(site, type(body), act_name, between)
+    site = formula.site
+    role = Role(site, type(body), act_name, formula.between, formula.after)
     for dtype, scale in product(TOLERANCES, SCALES):
         own = sandbox_copy(body).to(dtype)
         _scale_branches(own, site, scale)
