@@ -6,8 +6,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from starlayers.surgery.adopted import Adopted
 from starlayers.surgery.experts import experts_names
-from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import installed
 from starlayers.surgery.projection import StarProjection
@@ -105,11 +105,12 @@ def _claims(model: nn.Module) -> Iterator[Finding]:
     """Yield the claims of all recipes, without those inside star layers."""
     inside = {id(m) for s in model.modules() if isinstance(s, StarProjection) for m in s.modules()}
     for path, owner in model.named_modules():
-        if isinstance(owner, GatedMLP) or id(owner) in inside or not runs(owner):
+        if isinstance(owner, Adopted) or id(owner) in inside or not runs(owner):
             continue
         for recipe in list(RECIPES):
             for site in recipe(owner):
-                if not isinstance(attribute(owner, site.inp), StarProjection):
+                inside_star = isinstance(parent_of(owner, site.inp)[0], Adopted)
+                if not inside_star and not isinstance(attribute(owner, site.inp), StarProjection):
                     yield Finding(join(path, site.inp), path, site)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from starlayers.surgery.snapshot import VALUES
 from starlayers.surgery.trial_run import MismatchError, first_line
 
 #: sizes of the dimensions before the channels; distinct, so that no two are taken for one
@@ -82,7 +83,7 @@ def trace(body: nn.Module, x: Tensor, parts: tuple[str, ...]) -> Graph:
     for name, module in body.named_modules():
         for key, value in vars(module).items():
             old = before[name].get(key, vars)
-            if old is not value and not (type(old) is type(value) is tuple and old == value):
+            if not _is_same(old, value):
                 raise MismatchError(f"its forward sets {f'{name}.{key}'.lstrip('.')!r}")
     signature = program.graph_signature
     changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
@@ -90,6 +91,20 @@ def trace(body: nn.Module, x: Tensor, parts: tuple[str, ...]) -> Graph:
         raise MismatchError(f"its forward changes {changed[0].removeprefix('body.')!r} in place")
     _require_any_size(program)
     return _graph(program, parts)
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    """Return True for one object, and for lists, tuples and dicts of the same objects.
+
+    An export puts copies of these in the place of a module's own.
+    """
+    if old is new or type(old) is not type(new):
+        return old is new
+    if isinstance(old, dict):
+        return list(old) == list(new) and all(_is_same(old[k], new[k]) for k in old)
+    if isinstance(old, (list, tuple)):
+        return len(old) == len(new) and all(map(_is_same, old, new))
+    return isinstance(old, VALUES) and bool(old == new)
 
 
 class _Call(nn.Module):

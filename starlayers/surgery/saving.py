@@ -11,7 +11,8 @@ from starlayers.surgery.experts import apply_experts_record, experts_record
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_of, gate_parameters
 from starlayers.surgery.grown import Grown
-from starlayers.surgery.install import install, installed, role_of, settle_fast_paths
+from starlayers.surgery.hidden import HiddenRole
+from starlayers.surgery.install import StarLayer, install, installed, role_of, settle_fast_paths
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.sharding import settle_tp_plans
 from starlayers.surgery.site import Site
@@ -54,9 +55,9 @@ def record_of(model: nn.Module) -> dict[str, Any]:
     return {"version": VERSION, "layers": layers, **more} if layers or experts else {}
 
 
-def _layer_record(path: str, star: StarProjection | GatedMLP) -> dict[str, Any]:
+def _layer_record(path: str, star: StarLayer) -> dict[str, Any]:
     role = role_of(star)
-    if isinstance(role, StarProjection):
+    if isinstance(role, (StarProjection, HiddenRole)):
         options: dict[str, Any] = {"gate": role.spec}
     else:
         options = {"grow": role.grown, "between": list(role.between)}
@@ -126,7 +127,7 @@ def _repeated(owner: nn.Module, site: Site) -> Verdict:
 
     A gate beside a model's own activation rests on names alone, and is not tried again.
     """
-    if site.form == "plain":
+    if site.form == "plain" and site.act is not None:
         return named(owner, site)
     verdict = verify(owner, site)
     if verdict.reason is not None:

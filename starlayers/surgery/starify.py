@@ -13,7 +13,14 @@ from starlayers.surgery.forwards import check_forwards, liger_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_size, name_of
 from starlayers.surgery.grown import grow as grow_mlp
-from starlayers.surgery.install import install, installed, role_of, settle_fast_paths, uninstall
+from starlayers.surgery.install import (
+    StarLayer,
+    install,
+    installed,
+    role_of,
+    settle_fast_paths,
+    uninstall,
+)
 from starlayers.surgery.linear_layers import gate_blocker
 from starlayers.surgery.projection import StarProjection, parse_gate
 from starlayers.surgery.saving import note_in_config
@@ -151,7 +158,7 @@ def _obstacle(model: nn.Module, f: Finding, mode: str, *, grow: int, recompute: 
     return None
 
 
-def _update(star: StarProjection | GatedMLP, mode: str, *, recompute: bool, rank: int) -> None:
+def _update(star: StarLayer, mode: str, *, recompute: bool, rank: int) -> None:
     """Add options to a star layer of an earlier call, which grows only once."""
     role = role_of(star)
     role.fused = role.fused or mode == "fuse"

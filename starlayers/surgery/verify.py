@@ -28,6 +28,7 @@ from starlayers.surgery.trial_run import (
 )
 from starlayers.surgery.verify_act import name_of_act
 from starlayers.surgery.verify_gated import verify_gated
+from starlayers.surgery.verify_hidden import verify_hidden
 
 #: factors of the branches in the trial runs: limits only act far from zero
 SCALES = (1.0, 1e-2, 30.0, 1e3, 1e6)
@@ -116,6 +117,8 @@ def _verified(owner: nn.Module, site: Site, caller: tuple[nn.Module, str] | None
             formula, act_name = verify_gated(owner, site)
             between, after = formula.between, formula.after
             return Verdict(formula.site, None, between, after, act_name, formula.act)
+        if site.act is None:
+            return Verdict(site, act_name=verify_hidden(owner, site))
         _compare_plain(*_runnable_part(owner, site))
         if caller is not None:
             _compare_in_caller(*caller, site)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from starlayers.backend import use_backend
+from starlayers.surgery.adopted import adopt, arguments
 from starlayers.surgery.formula import Formula, activation_name, read_formula
-from starlayers.surgery.gated import GatedMLP, Role, adopt, arguments
+from starlayers.surgery.gated import GatedMLP, Role
 from starlayers.surgery.graph import SIZES, trace
 from starlayers.surgery.linear_layers import Projection, base_layer, dtype_and_device, projection
 from starlayers.surgery.sandbox import random_tensor, sandbox_copy, seed_generators
@@ -122,11 +123,11 @@ def _read(owner: nn.Module, site: Site) -> tuple[Formula, str | None]:
     first: tuple[Formula, str | None] | None = None
     for context in CONTEXTS:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            body = _stand_in(owner, site, _fake(context.dtype, device))
+            body = _stand_in(owner, site, fake_maker(context.dtype, device))
             shape = (*SIZES[: context.ndim - 1], n)
             x = torch.empty(shape, dtype=context.dtype, device=device)
         try:
-            with _entered(context, body, device):
+            with entered(context, body, device):
                 formula, chain = read_formula(trace(body, x, parts), site)
         except MismatchError as error:
             if first is None:
@@ -141,14 +142,14 @@ def _read(owner: nn.Module, site: Site) -> tuple[Formula, str | None]:
 
 
 @contextmanager
-def _entered(context: Context, body: nn.Module, device: torch.device) -> Iterator[None]:
+def entered(context: Context, body: nn.Module, device: torch.device) -> Iterator[None]:
     body.train(context.train)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=context.autocast)
     with torch.set_grad_enabled(context.grad), autocast:
         yield
 
 
-def _fake(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
+def fake_maker(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Return a function that makes fake tensors, the floating-point ones of one dtype."""
 
     def make(tensor: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ def _compare(body: nn.Module, formula: Formula, act_name: str | None) -> None:
     for dtype, scale in product(TOLERANCES, SCALES):
         own = sandbox_copy(body).to(dtype)
         _scale_branches(own, site, scale)
-        star = adopt(sandbox_copy(own), role)
+        star: GatedMLP = adopt(sandbox_copy(own), GatedMLP, role)
         for shape, train, mode in product(SHAPES, (False, True), MODES):
             own.train(train), star.train(train)
             x = _input(own, site, shape, dtype)

@@ -1,0 +1,106 @@
+"""Modules of foreign classes that `starify` gives a class of its own, derived from theirs."""
+
+import inspect
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Adopted(nn.Module):
+    """Module of a foreign class `C` with the class `StarC`, which derives from a mixin and from `C`.
+
+    It has no constructor. The module keeps its identity, attributes, methods, children, parameter
+    names, hooks and mode, `isinstance(module, C)` holds, and `release` gives the class back. Names
+    that mixins add begin with "star", because the module may have layers of any other name.
+
+    Its `star` has `original` (the class `C`), `input_name` and `snapshot` (its state when it was
+    verified).
+    """
+
+    star: Any
+
+    def _star_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Return the input, `None` if a call has other arguments than it."""
+        x = None
+        if len(args) == 1 and not kwargs:
+            (x,) = args
+        elif not args and len(kwargs) == 1:
+            x = kwargs.get(self.star.input_name)
+        return x if isinstance(x, Tensor) and 2 <= x.ndim <= 4 else None
+
+    def _star_change(self, *, with_hooks: bool = True) -> str:
+        """Return in words what has changed since the module was verified."""
+        snapshot, forward = self.star.snapshot, self.star.original.forward
+        return "" if snapshot is None else snapshot.change(self, forward, with_hooks=with_hooks)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # `StarC` is made at run time: name `C` instead, which can be imported
+        original, mixin = self.star.original, _mixin(type(self))
+        if type(self) is not star_class(original, mixin):
+            return super().__reduce_ex__(protocol)
+        get_state = getattr(self, "__getstate__", None)
+        return _empty_star, (original, mixin), get_state() if get_state else vars(self)
+
+
+#: mixin and class -> the class of both
+_star_classes: dict[tuple[type[Adopted], type[nn.Module]], type[Adopted]] = {}
+
+
+def star_class(kind: type[nn.Module], mixin: type[Adopted]) -> type[Adopted]:
+    """Return the class `StarC` of modules of a class `C`, with the forward of a mixin."""
+    if (mixin, kind) in _star_classes:
+        return _star_classes[mixin, kind]
+
+    @wraps(kind.forward)  # the signature, for those who ask for it
+    def forward(self: Adopted, *args: Any, **kwargs: Any) -> Any:
+        return mixin.forward(self, *args, **kwargs)
+
+    members = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    metaclass: Any = type(kind)
+    star: type[Adopted] = metaclass(f"Star{kind.__name__}", (mixin, kind), members)
+    return _star_classes.setdefault((mixin, kind), star)
+
+
+def _mixin(kind: type[Adopted]) -> type[Adopted]:
+    """Return the mixin of a class `StarC`, or of a class that another library derived from it."""
+    return next(base for base in kind.__mro__ if Adopted in base.__bases__)
+
+
+def _empty_star(kind: type[nn.Module], mixin: type[Adopted]) -> Adopted:
+    """Return an uninitialised star of a class; what pickle and copy start from."""
+    return object.__new__(star_class(kind, mixin))
+
+
+def adopt(module: nn.Module, mixin: type[Adopted], star: Any) -> Any:
+    """Change the class of a module to the star of its class, in place."""
+    module.star = star
+    module.__class__ = star_class(star.original, mixin)  # type: ignore[assignment]
+    return module
+
+
+def release(module: Adopted, *added: str) -> nn.Module:
+    """Give a module its original class back, and remove the children that `starify` added."""
+    original = module.star.original
+    if type(module) is not star_class(original, _mixin(type(module))):
+        raise ValueError(
+            f"revert: an MLP is a {type(module).__name__} now, another library has changed its "
+            "class after starify; undo that first"
+        )
+    for name in added:
+        module._modules.pop(name, None)
+    del module.star
+    module.__class__ = original  # type: ignore[assignment]
+    return module
+
+
+def arguments(module: nn.Module) -> list[inspect.Parameter]:
+    """Return the named arguments of a module's forward, those with defaults among them."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return [p for p in parameters if p.kind not in variadic]
+
+
+def input_name(module: nn.Module) -> str:
+    """Return the name of the argument that a module's forward takes its input by."""
+    return arguments(module)[0].name
