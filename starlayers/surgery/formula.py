@@ -79,7 +79,7 @@ class Chain:
         for node in self.nodes:
             args = fx.map_arg(node.args, values.__getitem__)
             kwargs = fx.map_arg(node.kwargs, values.__getitem__)
-            cast = _name(node) in CASTS
+            cast = function_name(node) in CASTS
             values[node] = args[0] if cast else node.target(*args, **kwargs)  # type: ignore[operator, index]
         return values[self.end]  # type: ignore[no-any-return]
 
@@ -169,7 +169,7 @@ class _Reader:
             for half_node, half in _halves(node, output):
                 self.branches[half_node] = name, half
         if {half for _, half in self.branches.values()} != {0, 1}:
-            users = ", ".join(_name(node) for node in output.users)
+            users = ", ".join(function_name(node) for node in output.users)
             raise MismatchError(f"{users} does not split {name!r} into its first and second half")
 
     def _before_out(self) -> tuple[fx.Node, tuple[str, ...], tuple[str, ...]]:
@@ -208,9 +208,13 @@ class _Reader:
         return {self.outputs[name] for name in self.parts if name != self.site.out}
 
     def _factors(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-        if _name(node) == "mul" and len(node.args) == 2:
+        if function_name(node) == "mul" and len(node.args) == 2:
             a, b = node.args
             if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+                for factor in (a, b):
+                    if factor in self.graph.tensors:
+                        name = self.graph.tensors[factor]
+                        raise MismatchError(f"its product is multiplied by {name!r}")
                 return a, b
         before = repr(self.site.out) if self.site.out else "its output"
         raise MismatchError(
@@ -224,7 +228,7 @@ class _Reader:
 
     def _act_module(self, chain: Chain) -> str | None:
         """Return the name of the child that computes a whole function, if one does."""
-        computed = [n for n in chain.nodes if _name(n) not in CASTS]
+        computed = [n for n in chain.nodes if function_name(n) not in CASTS]
         calls = {self.graph.call_of(n) for n in computed}
         call = calls.pop() if len(calls) == 1 else None
         if call is None or any(n in call.nodes for n in (chain.base,)):
@@ -249,7 +253,7 @@ def read_chain(graph: Graph, end: fx.Node, bases: Collection[fx.Node]) -> Chain:
             used[node] = None
         if node in texts:
             return texts[node]
-        name = _name(node)
+        name = function_name(node)
         if name in CASTS and _widens(node):
             text = visit(node.args[0])  # type: ignore[arg-type]
         elif node.op == "call_function" and name in ELEMENTWISE and not _overwrites(node):
@@ -268,7 +272,7 @@ def read_chain(graph: Graph, end: fx.Node, bases: Collection[fx.Node]) -> Chain:
 
 def _halves(node: fx.Node, output: fx.Node) -> list[tuple[fx.Node, int]]:
     """Return the halves of a packed result that `node` makes of it, with their numbers."""
-    name, n = _name(node), output.meta["val"].shape[-1]
+    name, n = function_name(node), output.meta["val"].shape[-1]
     last = (-1, output.meta["val"].ndim - 1)
     args = list(node.args[1:])
     if name == "slice":
@@ -285,7 +289,7 @@ def _halves(node: fx.Node, output: fx.Node) -> list[tuple[fx.Node, int]]:
     even = [part.shape[-1] for part in whole] == [n // 2, n // 2]
     if name not in ("chunk", "split", "split_with_sizes", "tensor_split") or dim not in last:
         return []
-    users: list[Any] = [user for user in node.users if even and _name(user) == "getitem"]
+    users: list[Any] = [user for user in node.users if even and function_name(user) == "getitem"]
     return [(user, int(user.args[1])) for user in users]
 
 
@@ -299,7 +303,7 @@ def _text(name: str, node: fx.Node, visit: Any) -> str:
     return f"{name}({', '.join(words)})"
 
 
-def _name(node: fx.Node) -> str:
+def function_name(node: fx.Node) -> str:
     """Return the name of a node's function, `mul` for `aten.mul_.Tensor`."""
     target: Any = node.target
     packet = str(getattr(target, "_opname", None) or getattr(target, "__name__", target))
@@ -323,8 +327,8 @@ def _widens(node: fx.Node) -> bool:
 def _without_casts(node: fx.Node) -> fx.Node:
     """Return the node before conversions of the dtype and products with one."""
     while True:
-        one = _name(node) in ("mul", "div") and len(node.args) == 2 and node.args[1] == 1
-        cast = _name(node) in CASTS and _widens(node)
+        one = function_name(node) in ("mul", "div") and len(node.args) == 2 and node.args[1] == 1
+        cast = function_name(node) in CASTS and _widens(node)
         first = node.args[0] if one or cast else None
         if not isinstance(first, fx.Node):
             return node
@@ -346,7 +350,7 @@ def _where(graph: Graph, node: fx.Node) -> str:
         str(a) for a in node.args if isinstance(a, (int, float)) and not isinstance(a, bool)
     ]
     details = [*(repr(name) for name in named), *constants]
-    return f"{_name(node)}{place}" + (f" with {', '.join(details)}" if details else "")
+    return f"{function_name(node)}{place}" + (f" with {', '.join(details)}" if details else "")
 
 
 def activation_name(function: Any) -> str | None:

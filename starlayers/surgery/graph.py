@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,8 +59,8 @@ class Graph:
         return [a for a in dict.fromkeys(outer) if a not in self.tensors]
 
 
-def trace(body: nn.Module, x: Tensor, parts: tuple[str, ...]) -> Graph:
-    """Return the graph of `body(x)`, for `x` of any size but for its last dimension.
+def trace(body: nn.Module, x: Tensor, parts: Collection[str], channels: int = -1) -> Graph:
+    """Return the graph of `body(x)`, for `x` of any size but for its dimension of channels.
 
     It holds for the present mode, gradient mode and autocast, and for the dtype and the number of
     dimensions of `x`. A call of a module named in `parts` stays whole, whatever its depth.
@@ -74,7 +74,7 @@ def trace(body: nn.Module, x: Tensor, parts: tuple[str, ...]) -> Graph:
         [('0', 'aten.linear.default'), ('1', 'aten.relu.default')]
     """
     before = {name: dict(vars(module)) for name, module in body.named_modules()}
-    sizes = (dict.fromkeys(range(x.ndim - 1), Dim.DYNAMIC),)
+    sizes = ({i: Dim.DYNAMIC for i in range(x.ndim) if i != channels % x.ndim},)
     try:
         with _quiet():
             program = torch.export.export(_Call(body), (x,), dynamic_shapes=sizes, strict=False)
@@ -142,7 +142,7 @@ def _require_any_size(program: ExportedProgram) -> None:
         return
 
 
-def _graph(program: ExportedProgram, parts: tuple[str, ...]) -> Graph:
+def _graph(program: ExportedProgram, parts: Collection[str]) -> Graph:
     signature = program.graph_signature
     names = {
         **signature.inputs_to_parameters,
@@ -169,7 +169,7 @@ def _graph(program: ExportedProgram, parts: tuple[str, ...]) -> Graph:
     return Graph(x, result, list(calls.values()), tensors)
 
 
-def _child(node: fx.Node, parts: tuple[str, ...]) -> tuple[str, str] | None:
+def _child(node: fx.Node, parts: Collection[str]) -> tuple[str, str] | None:
     """Return key and name of the child module's call that computes a node."""
     stack = [(key, path[0]) for key, path in (node.meta.get("nn_module_stack") or {}).items()]
     inner = [(key, path.removeprefix("body.")) for key, path in stack if path not in ("", "body")]

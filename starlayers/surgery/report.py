@@ -18,6 +18,7 @@ from starlayers.surgery.gates import first_layer, gate_of, name_of
 from starlayers.surgery.hidden import HiddenRole
 from starlayers.surgery.install import StarLayer, installed, role_of
 from starlayers.surgery.linear_layers import Projection, projection, weight_of
+from starlayers.surgery.overlooked import overlooked
 from starlayers.surgery.projection import ScaleGate, StarProjection
 
 __all__ = ["Report", "report"]
@@ -150,6 +151,9 @@ def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = No
     for path, reason in liger_mlps(model).items():
         if path in selected:
             rows[path] = Row(path, "", "gated", "skipped", reason)
+    for path, (form, reason) in overlooked(model, rows).items():
+        if path in selected:
+            rows[path] = Row(path, "", form, "skipped", reason)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     ordered = sorted(rows.values(), key=lambda row: order.get(row.name, 0))
     total = sum(p.numel() for p in model.parameters() if not is_lazy(p))

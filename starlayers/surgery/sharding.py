@@ -53,7 +53,9 @@ def _changes(model: nn.Module, plan: dict[str, str]) -> tuple[dict[str, str], di
         if (style := plan.get(name)) is not None:
             moved.add(name)
             added[f"{name}.inp"] = style
-            added |= {f"{name}.{key}": value for key, value in _gate_rules(star.gate, style).items()}
+            added |= {
+                f"{name}.{key}": value for key, value in _gate_rules(star.gate, style).items()
+            }
     # a rule is for all layers of a name: it stays for those that are not starified
     plain = {_wildcard(n) for n, m in model.named_modules() if not isinstance(m, StarProjection)}
     return added, {name: plan[name] for name in moved - plain}

@@ -22,6 +22,7 @@ from starlayers.surgery.install import (
     uninstall,
 )
 from starlayers.surgery.linear_layers import gate_blocker
+from starlayers.surgery.overlooked import overlooked
 from starlayers.surgery.projection import StarProjection, parse_gate
 from starlayers.surgery.saving import note_in_config
 from starlayers.surgery.sharding import settle_tp_plans
@@ -183,6 +184,8 @@ def _no_mlp_message(model: nn.Module, mode: str, findings: list[Finding], expert
         reasons = "; ".join(dict.fromkeys(f"{f.path}: {f.reason}" for f in findings[:3]))
         return f"{start}: {len(findings)} looked like one, but {reasons}"
     for name, reason in liger_mlps(model).items():
+        return f"{start}: {name}: {reason}"
+    for name, (_, reason) in overlooked(model, ()).items():
         return f"{start}: {name}: {reason}"
     return f"{start}: no module has the structure of a recipe (see docs/starify.md)"
 
