@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Adopted(nn.Module):
-    """Module of a foreign class `C` with the class `StarC`, which derives from a mixin and from `C`.
+    """Module of a foreign class `C` with the class `StarC`, of a mixin and of `C`.
 
     It has no constructor. The module keeps its identity, attributes, methods, children, parameter
     names, hooks and mode, `isinstance(module, C)` holds, and `release` gives the class back. Names
@@ -42,6 +42,9 @@ class Adopted(nn.Module):
         get_state = getattr(self, "__getstate__", None)
         return _empty_star, (original, mixin), get_state() if get_state else vars(self)
 
+
+#: names of the children that `starify` adds
+ADDED = ("star_grown", "star_gate")
 
 #: mixin and class -> the class of both
 _star_classes: dict[tuple[type[Adopted], type[nn.Module]], type[Adopted]] = {}
@@ -79,7 +82,7 @@ def adopt(module: nn.Module, mixin: type[Adopted], star: Any) -> Any:
     return module
 
 
-def release(module: Adopted, *added: str) -> nn.Module:
+def release(module: Adopted) -> nn.Module:
     """Give a module its original class back, and remove the children that `starify` added."""
     original = module.star.original
     if type(module) is not star_class(original, _mixin(type(module))):
@@ -87,7 +90,7 @@ def release(module: Adopted, *added: str) -> nn.Module:
             f"revert: an MLP is a {type(module).__name__} now, another library has changed its "
             "class after starify; undo that first"
         )
-    for name in added:
+    for name in ADDED:
         module._modules.pop(name, None)
     del module.star
     module.__class__ = original  # type: ignore[assignment]

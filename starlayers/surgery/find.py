@@ -109,8 +109,9 @@ def _claims(model: nn.Module) -> Iterator[Finding]:
             continue
         for recipe in list(RECIPES):
             for site in recipe(owner):
-                inside_star = isinstance(parent_of(owner, site.inp)[0], Adopted)
-                if not inside_star and not isinstance(attribute(owner, site.inp), StarProjection):
+                parent = parent_of(owner, site.inp)[0]
+                in_star = isinstance(parent, Adopted) or id(parent) in inside
+                if not in_star and not isinstance(attribute(owner, site.inp), StarProjection):
                     yield Finding(join(path, site.inp), path, site)
 
 

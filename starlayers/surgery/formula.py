@@ -173,7 +173,7 @@ class _Reader:
             raise MismatchError(f"{users} does not split {name!r} into its first and second half")
 
     def _before_out(self) -> tuple[fx.Node, tuple[str, ...], tuple[str, ...]]:
-        """Return the product, and the names of the modules that it passes before `out` and after."""
+        """Return the product, and the names of the modules that lead to `out` and follow it."""
         graph, out = self.graph, self.site.out
         node, names = self._passed(graph.output)
         if out is not None:

@@ -95,7 +95,7 @@ def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, StarLayer]]:
 def uninstall(owner: nn.Module, star: StarLayer) -> None:
     """Put the original modules of a star layer back, and drop its gate."""
     if isinstance(star, Adopted):
-        release(star, "star_grown", "star_gate")
+        release(star)
         return
     put(owner, star.site.inp, star.inp)
     put(owner, star.site.act or "", star.act)

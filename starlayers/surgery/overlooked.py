@@ -40,8 +40,9 @@ class Pair(NamedTuple):
 
 
 def overlooked(model: nn.Module, listed: Collection[str]) -> dict[str, tuple[str, str]]:
-    """Return the MLPs that are not `listed`: name of the first linear layer ->
-    form, "packed" where that layer makes two branches, and why it is left.
+    """Return the MLPs that are not `listed`: form and reason by name of the first layer.
+
+    The form is "packed" where that layer makes two branches.
 
     An MLP is a linear layer that widens, and a later one in the same module, or in one that this
     module calls, that leads from the hidden size back to the first one's input.

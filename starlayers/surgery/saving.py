@@ -8,7 +8,6 @@ from torch import nn
 
 from starlayers.surgery.adapters import settle_adapter_hooks
 from starlayers.surgery.experts import apply_experts_record, experts_record
-from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_of, gate_parameters
 from starlayers.surgery.grown import Grown
 from starlayers.surgery.hidden import HiddenRole

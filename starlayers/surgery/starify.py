@@ -23,7 +23,7 @@ from starlayers.surgery.install import (
 )
 from starlayers.surgery.linear_layers import gate_blocker
 from starlayers.surgery.overlooked import overlooked
-from starlayers.surgery.projection import StarProjection, parse_gate
+from starlayers.surgery.projection import parse_gate
 from starlayers.surgery.saving import note_in_config
 from starlayers.surgery.sharding import settle_tp_plans
 

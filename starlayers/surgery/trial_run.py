@@ -45,7 +45,8 @@ def run(body: nn.Module, x: Tensor, *, train: bool = False, log: CallLog | None 
     """Return `body(x)` with seeded random generators; buffers are put back afterwards.
 
     If the forward needs more arguments, they are all `None`; if that fails all `x`; and if that
-    fails what their names say: sizes of a map, masks, boundaries of sequences. `log` records this run; it is emptied before each attempt. Hooks of `body` itself are not called.
+    fails what their names say: sizes of a map, masks, boundaries of sequences. `log` records this
+    run; it is emptied before each attempt. Hooks of `body` itself are not called.
     """
     body.train(train)
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

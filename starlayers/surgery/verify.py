@@ -45,8 +45,8 @@ class Verdict(NamedTuple):
     """Result of `verify`: the site, or the reason why it cannot be replaced.
 
     The branches of the site are in the right order. `between` are the names of the modules between
-    the product of a gated MLP and its last layer, `after` those after that. `act_name` is the activation's name in
-    `ACTIVATIONS`, `None` if it has none, and `act` is the activation in words.
+    the product of a gated MLP and its last layer, `after` those after that. `act_name` is the
+    activation's name in `ACTIVATIONS`, `None` if it has none, and `act` the activation in words.
     """
 
     site: Site

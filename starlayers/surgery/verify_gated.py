@@ -143,6 +143,7 @@ def _read(owner: nn.Module, site: Site) -> tuple[Formula, str | None]:
 
 @contextmanager
 def entered(context: Context, body: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run the block with a module in the state of a context."""
     body.train(context.train)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=context.autocast)
     with torch.set_grad_enabled(context.grad), autocast:

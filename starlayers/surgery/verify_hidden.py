@@ -9,6 +9,7 @@ from starlayers.surgery.formula import Chain, activation_name, read_chain
 from starlayers.surgery.graph import SIZES, trace
 from starlayers.surgery.hidden import install_hidden
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, gate_blocker, projection
+from starlayers.surgery.recipes import is_activation
 from starlayers.surgery.sandbox import sandbox_copy
 from starlayers.surgery.site import Site, attribute, parent_of
 from starlayers.surgery.trial_run import MismatchError, run
@@ -37,11 +38,10 @@ def verify_hidden(owner: nn.Module, site: Site) -> str | None:
     if blocker := gate_blocker(attribute(module, leaf)):
         raise MismatchError(blocker)
     chain = _read(module, leaf)
-    name = activation_name(chain)
-    if chain.trivial or name == "identity":
+    if not is_activation(chain):
         raise MismatchError(f"its forward applies no activation to the output of {leaf!r}")
     _compare(module, site, leaf)
-    return name
+    return activation_name(chain)
 
 
 def _read(module: nn.Module, leaf: str) -> Chain:

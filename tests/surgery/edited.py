@@ -283,7 +283,9 @@ EXACT = {
     "shift by keyword": edited(shifted),
     "functional dropout at 0": edited(with_dropout, rate=0.0),
     "no limit": edited(with_limit, limit=None),
-    "dropout": edited(lambda s, x: s.down_proj(s.drop(s.product(x))), drop=lambda: nn.Dropout(0.5)),
+    "dropout": edited(
+        lambda s, x: s.down_proj(s.drop(s.product(x))), drop=lambda: nn.Dropout(0.5)
+    ),
     "norm before the last layer": edited(
         lambda s, x: s.down_proj(s.norm(s.product(x))), norm=lambda: nn.LayerNorm(40)
     ),

@@ -1,10 +1,8 @@
 """MLPs outside of transformers: those of installed libraries, and shapes that others have."""
 
-from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 N, HIDDEN = 8, 16
 
@@ -12,27 +10,23 @@ N, HIDDEN = 8, 16
 class Inline(nn.Module):
     """Gated MLP whose forward calls `silu`: w1 is activated, w3 not, w2 is last."""
 
-    def __init__(self, bias: bool = False, names: tuple[str, str, str] = ("w1", "w3", "w2")):
+    def __init__(
+        self, bias: bool = False, names: tuple[str, str, str] = ("w1", "w3", "w2")
+    ) -> None:
         super().__init__()
-        self.names = names
         for name, sizes in zip(names, ((N, HIDDEN), (N, HIDDEN), (HIDDEN, N))):
             setattr(self, name, nn.Linear(*sizes, bias=bias))
-
-    def layers(self) -> list[nn.Module]:
-        return [getattr(self, name) for name in self.names]
 
 
 class LitGPTLike(Inline):
     """litgpt's LLaMAMLP: fc_1, fc_2 and proj, the activation in the forward."""
 
-    def __init__(self, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
+    def __init__(self) -> None:
         super().__init__(bias=True, names=("fc_1", "fc_2", "proj"))
-        self.name = activation.__name__
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.fc_1(x), self.fc_2(x)
-        gate = getattr(F, self.name)(gate)
-        return self.proj(gate * up)
+        return self.proj(F.silu(gate) * up)
 
 
 class GemmaLike(Inline):

@@ -153,9 +153,7 @@ def test_other_arguments_run_the_own_forward():
     for backend in ("auto", "eager"):
         with use_backend(backend):
             require_equal(own, star, x, 0.0, shift=2.0)
-    assert (
-        star.star_plan(x, shift=2.0).reason == "the call has other arguments than the input alone"
-    )
+    assert star.star_plan(x, shift=2.0).reason == "the call has other arguments than the input alone"
     with pytest.raises(TypeError, match="positional"):
         star(x, x)
     grown = starify(copy.deepcopy(own), grow=1)

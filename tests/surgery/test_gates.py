@@ -17,7 +17,8 @@ from starlayers.surgery import (
     reset_gates,
     revert,
 )
-from starlayers.surgery.gated import Role, adopt, release, split_packed
+from starlayers.surgery.adopted import adopt, release
+from starlayers.surgery.gated import Role, split_packed
 from starlayers.surgery.gates import gate_of, gate_size, name_of
 from starlayers.surgery.grown import grow
 from tests.surgery.small import MLP, Gated, Net, Packed, train_gates
@@ -311,7 +312,7 @@ def test_sizes():
 def test_adopt_and_release():
     mlp = Gated()
     weights = dict(mlp.named_parameters())
-    assert adopt(mlp, Role(SITE, Gated, "silu")) is mlp
+    assert adopt(mlp, GatedMLP, Role(SITE, Gated, "silu")) is mlp
     assert isinstance(mlp, GatedMLP)
     grow(mlp, 1)
     assert release(mlp) is mlp
