@@ -1,6 +1,5 @@
 """MLPs outside of transformers: those of installed libraries, and shapes that others have."""
 
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

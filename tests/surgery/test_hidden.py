@@ -51,7 +51,8 @@ def test_a_zero_gate_changes_no_bit(x, gate, dtype):
     y, keys = mlp(x), list(mlp.state_dict())
     assert starify(mlp, gate=gate) is mlp
     star = mlp.net[0]
-    assert isinstance(star, Widen) and isinstance(star, GatedHidden)
+    assert isinstance(star, Widen)
+    assert isinstance(star, GatedHidden)
     assert type(star).__name__ == "StarWiden"
     assert torch.equal(mlp(x), y)
     assert [k for k in mlp.state_dict() if "star_gate" not in k] == keys

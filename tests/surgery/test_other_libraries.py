@@ -11,6 +11,8 @@ from tests.helpers import randn
 from tests.surgery import libraries
 from tests.surgery.small import train_gates
 
+pytestmark = pytest.mark.hf
+
 N, HIDDEN = libraries.N, libraries.HIDDEN
 
 
@@ -113,7 +115,6 @@ def seeded(module, x):
     return module(x)
 
 
-@pytest.mark.hf
 @pytest.mark.parametrize("name", STARS)
 def test_stars_are_fused_and_grow(name):
     make, act = STARS[name]
@@ -144,7 +145,6 @@ def test_stars_are_fused_and_grow(name):
     assert torch.equal(seeded(mlp.eval(), x), outputs[0])
 
 
-@pytest.mark.hf
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_mlps_get_gates(name):
     mlp, x = PLAIN[name](), randn(2, 5, N)
@@ -169,7 +169,6 @@ def test_plain_mlps_get_gates(name):
     assert torch.equal(seeded(mlp.eval(), x), outputs[0])
 
 
-@pytest.mark.hf
 @pytest.mark.parametrize("name", LEFT)
 def test_what_is_left_has_its_reason(name):
     make, reason = LEFT[name]
@@ -181,7 +180,6 @@ def test_what_is_left_has_its_reason(name):
         assert reason in str(error.value)
 
 
-@pytest.mark.hf
 def test_a_block_of_eva02_and_a_transformer_of_x_transformers():
     from x_transformers import Encoder
 
@@ -192,5 +190,5 @@ def test_a_block_of_eva02_and_a_transformer_of_x_transformers():
     for model, x in ((eva, randn(1, 3, 28, 28)), (encoder, randn(2, 5, N))):
         y = model(x)
         starify(model, mode="fuse")
-        assert [row.state for row in report(model).rows] == ["fused", "fused"]
+        assert len(report(model).replaced) == len(report(model).rows) == 2
         torch.testing.assert_close(model(x), y)

@@ -9,7 +9,7 @@ from torch import nn
 from starlayers import starify
 from starlayers.surgery import Site, find_mlps, report
 from starlayers.surgery import verify as module
-from starlayers.surgery.trial_run import MismatchError
+from starlayers.surgery.trial_run import CannotRunError, MismatchError
 from starlayers.surgery.verify import Verdict, verify
 from tests.surgery.small import MLP, Gated, Packed, Twice, train_gates
 
@@ -529,7 +529,8 @@ class Packing(MLP):
 
     def forward(self, x, cu_seqlens):
         first, *ends = cu_seqlens.tolist()
-        assert x.ndim == 2 and (first, ends) == (0, [len(x)])
+        assert x.ndim == 2
+        assert (first, ends) == (0, [len(x)])
         return super().forward(x)
 
 
