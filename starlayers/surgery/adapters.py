@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_of, name_of
-from starlayers.surgery.install import installed
+from starlayers.surgery.hidden import GatedHidden
+from starlayers.surgery.install import installed, role_of
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.site import join
 
@@ -82,7 +84,8 @@ def _gates(model: nn.Module) -> dict[str, nn.Module]:
     gates = {}
     for path, _, star in installed(model):
         gate = gate_of(star)
-        leaf = f"{star.site.inp}.gate" if isinstance(star, StarProjection) else "star_grown"
+        leaf = "star_gate" if isinstance(star, GatedHidden) else "star_grown"
+        leaf = f"{star.site.inp}.gate" if isinstance(star, StarProjection) else leaf
         if gate is not None:
             gates[join(path, leaf)] = gate
     return gates
@@ -258,9 +261,9 @@ def _base(model: nn.Module, saved: Any) -> dict[str, Any]:
     Weights that are quantised, offloaded or divided over processes are left out.
     """
     layers = {
-        name_of(path, star): star.spec
-        if isinstance(star, StarProjection)
-        else f"grow={star.star.grown}"
+        name_of(path, star): f"grow={star.star.grown}"
+        if isinstance(star, GatedMLP)
+        else role_of(star).spec  # type: ignore[union-attr]
         for path, _, star in installed(model)
         if gate_of(star) is not None
     }

@@ -6,8 +6,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from starlayers.surgery.adopted import Adopted
 from starlayers.surgery.experts import experts_names
-from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import installed
 from starlayers.surgery.projection import StarProjection
@@ -31,6 +31,7 @@ class Finding:
         site: names of the MLP's parts.
         reason: why the MLP cannot be replaced, `None` if it can.
         between: names of the modules between the product of a gated MLP and its last layer.
+        after: names of the modules after that layer.
         act_name: name of the activation in `ACTIVATIONS`, `None` if it is not one of them.
         act: the activation of a gated MLP in words.
 
@@ -45,6 +46,7 @@ class Finding:
     site: Site
     reason: str | None = None
     between: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     act_name: str | None = None
     act: str = ""
 
@@ -103,11 +105,13 @@ def _claims(model: nn.Module) -> Iterator[Finding]:
     """Yield the claims of all recipes, without those inside star layers."""
     inside = {id(m) for s in model.modules() if isinstance(s, StarProjection) for m in s.modules()}
     for path, owner in model.named_modules():
-        if isinstance(owner, GatedMLP) or id(owner) in inside or not runs(owner):
+        if isinstance(owner, Adopted) or id(owner) in inside or not runs(owner):
             continue
         for recipe in list(RECIPES):
             for site in recipe(owner):
-                if not isinstance(attribute(owner, site.inp), StarProjection):
+                parent = parent_of(owner, site.inp)[0]
+                in_star = isinstance(parent, Adopted) or id(parent) in inside
+                if not in_star and not isinstance(attribute(owner, site.inp), StarProjection):
                     yield Finding(join(path, site.inp), path, site)
 
 

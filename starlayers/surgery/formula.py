@@ -79,7 +79,7 @@ class Chain:
         for node in self.nodes:
             args = fx.map_arg(node.args, values.__getitem__)
             kwargs = fx.map_arg(node.kwargs, values.__getitem__)
-            cast = _name(node) in CASTS
+            cast = function_name(node) in CASTS
             values[node] = args[0] if cast else node.target(*args, **kwargs)  # type: ignore[operator, index]
         return values[self.end]  # type: ignore[no-any-return]
 
@@ -92,11 +92,13 @@ class Formula:
         site: names of the parts, the branches in the right order. Its `act` is the child that
             computes the activation, `None` if the forward itself does.
         between: names of the modules between the product and the last layer.
+        after: names of the modules after the last layer.
         act: the activation in words.
     """
 
     site: Site
     between: tuple[str, ...]
+    after: tuple[str, ...]
     act: str
 
 
@@ -123,7 +125,7 @@ class _Reader:
                 self._add_branch(name)
 
     def read(self) -> tuple[Formula, Chain]:
-        product, between = self._before_out()
+        product, between, after = self._before_out()
         a, b = (read_chain(self.graph, node, self.branches) for node in self._factors(product))
         if a.trivial and not (b.trivial and self._is_first(a)):
             a, b = b, a
@@ -141,7 +143,7 @@ class _Reader:
         site = replace(self.site, inp=name, act=act)
         order: dict[str, Any] = {"up": other} if half is None else {"gate_last": half == 1}
         site = replace(site, **order)
-        return Formula(site, between, a.text), a
+        return Formula(site, between, after, a.text), a
 
     def _only_output(self, name: str) -> fx.Node:
         """Return the node with the result of a part that is called once."""
@@ -167,21 +169,26 @@ class _Reader:
             for half_node, half in _halves(node, output):
                 self.branches[half_node] = name, half
         if {half for _, half in self.branches.values()} != {0, 1}:
-            users = ", ".join(_name(node) for node in output.users)
+            users = ", ".join(function_name(node) for node in output.users)
             raise MismatchError(f"{users} does not split {name!r} into its first and second half")
 
-    def _before_out(self) -> tuple[fx.Node, tuple[str, ...]]:
-        """Return the product, and the names of the modules that it passes before `out`."""
+    def _before_out(self) -> tuple[fx.Node, tuple[str, ...], tuple[str, ...]]:
+        """Return the product, and the names of the modules that lead to `out` and follow it."""
         graph, out = self.graph, self.site.out
-        node = _without_casts(graph, graph.output)
+        node, names = self._passed(graph.output)
         if out is not None:
             if node is not self.outputs[out]:
                 raise MismatchError(f"its output is {_where(graph, node)}, not that of {out!r}")
             inputs = graph.inputs(graph.calls_to(out)[0])
             if len(inputs) != 1:
                 raise MismatchError(f"{out!r} takes {len(inputs)} tensors")
-            node = inputs[0]
-        between: list[str] = []
+            node, between = self._passed(inputs[0])
+            return node, between, names
+        return node, names, ()
+
+    def _passed(self, node: fx.Node) -> tuple[fx.Node, tuple[str, ...]]:
+        """Return the node before the modules that lead to one, and their names in order."""
+        graph, names = self.graph, []
         while True:
             node = _without_casts(graph, node)
             call = graph.call_of(node)
@@ -192,18 +199,22 @@ class _Reader:
                 break  # it computes the product, or a part of it
             if len(graph.calls_to(call.name)) != 1:
                 raise MismatchError(f"one run calls {call.name!r} more than once")
-            between.append(call.name)
+            names.append(call.name)
             node = inputs[0]
-        return node, tuple(reversed(between))
+        return node, tuple(reversed(names))
 
     @property
     def _packed(self) -> set[fx.Node]:
         return {self.outputs[name] for name in self.parts if name != self.site.out}
 
     def _factors(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-        if _name(node) == "mul" and len(node.args) == 2:
+        if function_name(node) == "mul" and len(node.args) == 2:
             a, b = node.args
             if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+                for factor in (a, b):
+                    if factor in self.graph.tensors:
+                        name = self.graph.tensors[factor]
+                        raise MismatchError(f"its product is multiplied by {name!r}")
                 return a, b
         before = repr(self.site.out) if self.site.out else "its output"
         raise MismatchError(
@@ -217,7 +228,7 @@ class _Reader:
 
     def _act_module(self, chain: Chain) -> str | None:
         """Return the name of the child that computes a whole function, if one does."""
-        computed = [n for n in chain.nodes if _name(n) not in CASTS]
+        computed = [n for n in chain.nodes if function_name(n) not in CASTS]
         calls = {self.graph.call_of(n) for n in computed}
         call = calls.pop() if len(calls) == 1 else None
         if call is None or any(n in call.nodes for n in (chain.base,)):
@@ -242,7 +253,7 @@ def read_chain(graph: Graph, end: fx.Node, bases: Collection[fx.Node]) -> Chain:
             used[node] = None
         if node in texts:
             return texts[node]
-        name = _name(node)
+        name = function_name(node)
         if name in CASTS and _widens(node):
             text = visit(node.args[0])  # type: ignore[arg-type]
         elif node.op == "call_function" and name in ELEMENTWISE and not _overwrites(node):
@@ -261,7 +272,7 @@ def read_chain(graph: Graph, end: fx.Node, bases: Collection[fx.Node]) -> Chain:
 
 def _halves(node: fx.Node, output: fx.Node) -> list[tuple[fx.Node, int]]:
     """Return the halves of a packed result that `node` makes of it, with their numbers."""
-    name, n = _name(node), output.meta["val"].shape[-1]
+    name, n = function_name(node), output.meta["val"].shape[-1]
     last = (-1, output.meta["val"].ndim - 1)
     args = list(node.args[1:])
     if name == "slice":
@@ -278,7 +289,7 @@ def _halves(node: fx.Node, output: fx.Node) -> list[tuple[fx.Node, int]]:
     even = [part.shape[-1] for part in whole] == [n // 2, n // 2]
     if name not in ("chunk", "split", "split_with_sizes", "tensor_split") or dim not in last:
         return []
-    users: list[Any] = [user for user in node.users if even and _name(user) == "getitem"]
+    users: list[Any] = [user for user in node.users if even and function_name(user) == "getitem"]
     return [(user, int(user.args[1])) for user in users]
 
 
@@ -292,7 +303,7 @@ def _text(name: str, node: fx.Node, visit: Any) -> str:
     return f"{name}({', '.join(words)})"
 
 
-def _name(node: fx.Node) -> str:
+def function_name(node: fx.Node) -> str:
     """Return the name of a node's function, `mul` for `aten.mul_.Tensor`."""
     target: Any = node.target
     packet = str(getattr(target, "_opname", None) or getattr(target, "__name__", target))
@@ -316,9 +327,9 @@ def _widens(node: fx.Node) -> bool:
 def _without_casts(graph: Graph, node: fx.Node) -> fx.Node:
     """Return the node before what changes no value: conversions, products with one, no dropout."""
     while True:
-        one = _name(node) in ("mul", "div") and len(node.args) == 2 and node.args[1] == 1
-        cast = _name(node) in CASTS and _widens(node)
-        drop = _name(node) == "dropout" and graph.call_of(node) is None  # no module of its own
+        one = function_name(node) in ("mul", "div") and len(node.args) == 2 and node.args[1] == 1
+        cast = function_name(node) in CASTS and _widens(node)
+        drop = function_name(node) == "dropout" and graph.call_of(node) is None  # no module's
         no_drop = drop and (node.args[1] == 0 or not node.args[2])
         first = node.args[0] if one or cast or no_drop else None
         if not isinstance(first, fx.Node):
@@ -335,11 +346,11 @@ def _where(graph: Graph, node: fx.Node) -> str:
     call = graph.call_of(node)
     place = f" of {call.name!r}" if call is not None else ""
     named = [graph.tensors[a] for a in node.all_input_nodes if a in graph.tensors]
-    if call is not None and _name(node) in ("linear", "addmm"):
+    if call is not None and function_name(node) in ("linear", "addmm"):
         return f"the result{place}"
     constants = [a for a in node.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
     details = ", ".join([*map(repr, named), *map(str, constants)])
-    return f"{_name(node)}{place}" + (f" with {details}" if details else "")
+    return f"{function_name(node)}{place}" + (f" with {details}" if details else "")
 
 
 def activation_name(function: Any) -> str | None:

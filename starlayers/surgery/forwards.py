@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from starlayers.surgery.adopted import Adopted
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import name_of
+from starlayers.surgery.hidden import GatedHidden
 from starlayers.surgery.install import installed
 
 #: package -> how to have both
@@ -61,7 +63,7 @@ def bypassed(star: nn.Module) -> str | None:
 
     A forward that was wrapped and still calls the star's own is no reason.
     """
-    if not isinstance(star, GatedMLP) or _calls_own_forward(star):
+    if not isinstance(star, Adopted) or _calls_own_forward(star):
         return None
     return replaced_forward(star)
 
@@ -77,6 +79,7 @@ def check_forwards(model: nn.Module) -> None:
             continue
         grown = isinstance(star, GatedMLP) and star.star.grown
         lost = " and its grown products are lost" if grown else ""
+        lost = " and its gate is lost" if isinstance(star, GatedHidden) else lost
         raise ValueError(
             f"{name_of(path, star)} is a star layer, but {replaced}, so the star does not run"
             f"{lost}: {remedy(replaced)}"

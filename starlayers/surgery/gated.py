@@ -1,10 +1,8 @@
 """Gated MLPs of existing models (SwiGLU, GEGLU), fused or grown."""
 
-import inspect
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from starlayers.functional import star_packed, star_product
 from starlayers.kernels.layer import run_mlp
 from starlayers.kernels.registration import compute_dtype
 from starlayers.recompute import recomputed
+from starlayers.surgery.adopted import Adopted, star_class
 from starlayers.surgery.grown import Grown
 from starlayers.surgery.linear_layers import Projection, projection
 from starlayers.surgery.site import Site, attribute, with_new_names
@@ -41,6 +40,7 @@ class Role:
         original: the class that the module had before `starify`.
         act_name: name of its activation in `ACTIVATIONS`, `None` if it is not one of them.
         between: names of the modules between the product and the last layer, in order.
+        after: names of the modules after the last layer, in order.
         fused: use the kernels of the core; otherwise the module's own forward, to the last bit.
         recompute: save only the input for the backward pass.
         grown: number of products per channel that `grow` added.
@@ -52,6 +52,7 @@ class Role:
     original: type[nn.Module]
     act_name: str | None
     between: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     fused: bool = True
     recompute: bool = False
     grown: int = 0
@@ -62,7 +63,7 @@ class Role:
         vars(self).update(with_new_names(state))
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Adopted):
     """Gated MLP of a foreign model, `out(act(gate(x)) * up(x))`, computed by the core.
 
     `gate` and `up` may be the halves of one packed linear layer. With r grown products (`f1`, `f2`
@@ -105,14 +106,13 @@ class GatedMLP(nn.Module):
 
     star: Role
 
-    # Names that this class adds begin with "star": the module may have layers of any other name.
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         role, plan = self.star, self.star_plan(*args, **kwargs)
         if plan.weights is not None:
             (x,) = (*args, *kwargs.values())
             act, recompute = role.act_name, role.recompute
-            return run_mlp(plan.path, x, plan.weights, act, 0.0, recompute=recompute)
+            y = run_mlp(plan.path, x, plan.weights, act, 0.0, recompute=recompute)
+            return self._star_after(y)
         call: Callable[..., Any] = self.star_original
         if role.grown:
             self._star_require_as_verified(args, kwargs)
@@ -202,7 +202,12 @@ class GatedMLP(nn.Module):
         dtype = getattr(getattr(out, "weight", None), "dtype", y.dtype)
         if dtype.is_floating_point and dtype != y.dtype:  # T5 keeps its last layer in float32
             y = y.to(dtype)
-        return out(y)  # type: ignore[no-any-return]
+        return self._star_after(out(y))
+
+    def _star_after(self, y: Tensor) -> Tensor:
+        for name in self.star.after:
+            y = attribute(self, name)(y)
+        return y
 
     def _star_product(self, a: Tensor, b: Tensor) -> Tensor:
         """Return `act(a) * b`, by the core if it is as verified, else by the module's own act."""
@@ -212,26 +217,6 @@ class GatedMLP(nn.Module):
             return star_product(a, b, role.act_name)
         act = attribute(self, role.site.act or "")
         return act(a) * b  # type: ignore[no-any-return]
-
-    def _star_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """Return the input, `None` if a call has other arguments than it."""
-        x = None
-        if len(args) == 1 and not kwargs:
-            (x,) = args
-        elif not args and len(kwargs) == 1:
-            x = kwargs.get(self.star.input_name)
-        return x if isinstance(x, Tensor) and _verified_for(x) else None
-
-    def _star_change(self, hooks_of: Collection[str] | None = None) -> str:
-        """Return in words what has changed since the module was verified.
-
-        Hooks of the parts in `hooks_of` are no change. A compiler traces what runs, and guards it:
-        for it there is no change.
-        """
-        if torch.compiler.is_compiling():
-            return ""
-        snapshot, forward = self.star.snapshot, self.star.original.forward
-        return "" if snapshot is None else snapshot.change(self, forward, hooks_of=hooks_of)
 
     def _star_require_as_verified(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise an error where grown products are no part of what a call would compute."""
@@ -257,104 +242,18 @@ class GatedMLP(nn.Module):
         added = ", ".join(f"{name}={value}" for name, value in details.items() if value)
         return ", ".join(filter(None, (super().extra_repr(), added)))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # `StarC` is made at run time: name `C` instead, which can be imported
-        original = self.star.original
-        if type(self) is not star_class(original):
-            return super().__reduce_ex__(protocol)
-        get_state = getattr(self, "__getstate__", None)
-        return _empty_star, (original,), get_state() if get_state else vars(self)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if isinstance(grown := self._modules.get("star_grown"), Grown):
             grown.settle_pickled(self.star.grown)
         if type(self) is GatedMLP:  # pickled by an earlier version
-            self.__class__ = star_class(self.star.original)  # type: ignore[assignment]
-
-
-#: dtype and number of dimensions of inputs for which gated MLPs are verified, and the dtype of
-#: autocast if it is on
-COMBINATIONS: list[tuple[torch.dtype, int, torch.dtype | None]] = [
-    *((dtype, ndim, None) for dtype in (torch.float32, torch.bfloat16) for ndim in (2, 3, 4)),
-    *((dtype, ndim, None) for dtype in (torch.float16, torch.float64) for ndim in (2, 3)),
-    *((torch.float32, ndim, low) for low in (torch.bfloat16, torch.float16) for ndim in (2, 3)),
-]
-
-
-def _verified_for(x: Tensor) -> bool:
-    """Return True for an input of a kind for which gated MLPs are verified."""
-    kind = x.device.type
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-    low = torch.get_autocast_dtype(kind) if autocast else None
-    dtype = (
-        torch.float32 if x.dtype == low else x.dtype
-    )  # hidden states are in the dtype of autocast
-    return (dtype, x.ndim, low) in COMBINATIONS
-
-
-#: class -> the star of it
-_star_classes: dict[type[nn.Module], type[GatedMLP]] = {}
-
-
-def star_class(kind: type[nn.Module]) -> type[GatedMLP]:
-    """Return the class `StarC` of gated MLPs of a class `C`."""
-    if kind in _star_classes:
-        return _star_classes[kind]
-
-    @wraps(kind.forward)  # the signature, for those who ask for it
-    def forward(self: GatedMLP, *args: Any, **kwargs: Any) -> Any:
-        return GatedMLP.forward(self, *args, **kwargs)
-
-    members = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    metaclass: Any = type(kind)
-    star: type[GatedMLP] = metaclass(f"Star{kind.__name__}", (GatedMLP, kind), members)
-    return _star_classes.setdefault(kind, star)
-
-
-def _empty_star(kind: type[nn.Module]) -> GatedMLP:
-    """Return an uninitialised star of a class; what pickle and copy start from."""
-    return object.__new__(star_class(kind))
+            self.__class__ = star_class(self.star.original, GatedMLP)  # type: ignore[assignment]
 
 
 def split_packed(h: Tensor, *, gate_last: bool) -> tuple[Tensor, Tensor]:
     """Split the output of a packed layer: first the activated branch."""
     first, second = h.chunk(2, -1)
     return (second, first) if gate_last else (first, second)
-
-
-def arguments(module: nn.Module) -> list[inspect.Parameter]:
-    """Return the named arguments of a module's forward, those with defaults among them."""
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    return [p for p in parameters if p.kind not in variadic]
-
-
-def input_name(module: nn.Module) -> str:
-    """Return the name of the argument that a module's forward takes its input by."""
-    return arguments(module)[0].name
-
-
-def adopt(module: nn.Module, role: Role) -> GatedMLP:
-    """Change the class of a module to the star of its class, in place."""
-    module.star = role  # type: ignore[assignment]
-    module.__class__ = star_class(role.original)  # type: ignore[assignment]
-    assert isinstance(module, GatedMLP)
-    return module
-
-
-def release(module: GatedMLP) -> nn.Module:
-    """Give a module its original class back, and remove grown products."""
-    original = module.star.original
-    if type(module) is not star_class(original):
-        raise ValueError(
-            f"revert: an MLP is a {type(module).__name__} now, another library has changed its "
-            "class after starify; undo that first"
-        )
-    module._modules.pop("star_grown", None)
-    del module.star
-    module.__class__ = original  # type: ignore[assignment]
-    return module
 
 
 def acts(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -61,8 +61,8 @@ class Graph:
         return [a for a in dict.fromkeys(outer) if a not in self.tensors]
 
 
-def trace(body: nn.Module, x: Tensor, parts: tuple[str, ...]) -> Graph:
-    """Return the graph of `body(x)`, for `x` of any size but for its last dimension.
+def trace(body: nn.Module, x: Tensor, parts: Collection[str], channels: int = -1) -> Graph:
+    """Return the graph of `body(x)`, for `x` of any size but for its dimension of channels.
 
     It holds for the present mode, gradient mode and autocast, and for the dtype and the number of
     dimensions of `x`. A call of a module named in `parts` stays whole, whatever its depth.
@@ -78,7 +78,7 @@ def trace(body: nn.Module, x: Tensor, parts: tuple[str, ...]) -> Graph:
     from torch.export import Dim, export  # heavy, and not needed to import the library
 
     snapshot = Snapshot(body, type(body).forward)
-    sizes = (dict.fromkeys(range(x.ndim - 1), Dim.DYNAMIC),)
+    sizes = ({i: Dim.DYNAMIC for i in range(x.ndim) if i != channels % x.ndim},)
     try:
         with _quiet():
             program = export(_Call(body), (x,), dynamic_shapes=sizes, strict=False)
@@ -147,7 +147,7 @@ def _require_any_size(program: "ExportedProgram") -> None:
         return
 
 
-def _graph(program: "ExportedProgram", parts: tuple[str, ...]) -> Graph:
+def _graph(program: "ExportedProgram", parts: Collection[str]) -> Graph:
     signature = program.graph_signature
     names = {
         **signature.inputs_to_parameters,
@@ -176,7 +176,7 @@ def _graph(program: "ExportedProgram", parts: tuple[str, ...]) -> Graph:
     return Graph(x, result, list(calls.values()), tensors)
 
 
-def _child(node: fx.Node, parts: tuple[str, ...]) -> tuple[str, str] | None:
+def _child(node: fx.Node, parts: Collection[str]) -> tuple[str, str] | None:
     """Return key and name of the child module's call that computes a node."""
     stack = [(key, path[0]) for key, path in (node.meta.get("nn_module_stack") or {}).items()]
     inner = [(key, path.removeprefix("body.")) for key, path in stack if path not in ("", "body")]

@@ -5,11 +5,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from starlayers.surgery.gated import GatedMLP, Role, adopt, input_name, release
+from starlayers.surgery.adopted import Adopted, adopt, input_name, release
+from starlayers.surgery.gated import GatedMLP, Role
 from starlayers.surgery.grown import grow
+from starlayers.surgery.hidden import GatedHidden, HiddenRole, install_hidden
 from starlayers.surgery.projection import Place, StarProjection, make_gate
 from starlayers.surgery.site import Site, attribute, parent_of, put
 from starlayers.surgery.snapshot import Snapshot
+
+#: what `starify` puts into a model
+StarLayer = StarProjection | GatedMLP | GatedHidden
 
 
 def identity(x: Tensor) -> Tensor:
@@ -43,49 +48,53 @@ def install(
     *,
     gate: str = "full",
     between: tuple[str, ...] = (),
+    after: tuple[str, ...] = (),
     fused: bool = False,
     recompute: bool = False,
     rank: int = 0,
-) -> StarProjection | GatedMLP:
+) -> StarLayer:
     """Put a star layer in the place of an MLP that was verified: a projection, or a `GatedMLP`.
 
     A plain MLP gets a `gate`, a gated one `rank` products per channel; `act_name`, `between`,
-    `fused` and `recompute` are as for `Role`.
+    `after`, `fused` and `recompute` are as for `Role`.
     """
     options: dict[str, Any] = {"act_name": act_name, "fused": fused, "recompute": recompute}
+    if site.form == "plain" and site.act is None:
+        return install_hidden(owner, site, gate, recompute=recompute)
     if site.form == "plain":
         return install_plain(owner, site, gate, **options)
     kind, apart = type(owner), [name for name in (site.inp, site.up, site.out) if name]
     snapshot, name = Snapshot(owner, kind.forward, apart), input_name(owner)
-    role = Role(site, kind, between=between, input_name=name, snapshot=snapshot, **options)
-    star = adopt(owner, role)
+    options |= {"between": between, "after": after}
+    role = Role(site, kind, input_name=name, snapshot=snapshot, **options)
+    star: GatedMLP = adopt(owner, GatedMLP, role)
     if rank:
         grow(star, rank)
     return star
 
 
-def role_of(star: StarProjection | GatedMLP) -> StarProjection | Role:
+def role_of(star: StarLayer) -> StarProjection | Role | HiddenRole:
     """Return the object with `site`, `fused` and `recompute` of a star layer."""
     return star if isinstance(star, StarProjection) else star.star
 
 
-def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, StarProjection | GatedMLP]]:
+def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, StarLayer]]:
     """Yield name of the owner, owner and star layer, for each star layer once."""
     seen: set[int] = set()
     for path, star in list(model.named_modules(remove_duplicate=False)):
-        if id(star) in seen or not isinstance(star, (StarProjection, GatedMLP)):
+        if id(star) in seen or not isinstance(star, StarLayer):
             continue
         # a projection's own name ends with its site's name for it, which may have several parts
-        inp = "" if isinstance(star, GatedMLP) else star.site.inp
+        inp = star.site.inp if isinstance(star, StarProjection) else ""
         if not inp or f".{path}".endswith(f".{inp}"):
             seen.add(id(star))
             owner = path.removesuffix(inp).removesuffix(".")
             yield owner, model.get_submodule(owner), star
 
 
-def uninstall(owner: nn.Module, star: StarProjection | GatedMLP) -> None:
+def uninstall(owner: nn.Module, star: StarLayer) -> None:
     """Put the original modules of a star layer back, and drop its gate."""
-    if isinstance(star, GatedMLP):
+    if isinstance(star, Adopted):
         release(star)
         return
     put(owner, star.site.inp, star.inp)

@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from starlayers.surgery.adapters import settle_adapter_hooks
 from starlayers.surgery.gated import GatedMLP
-from starlayers.surgery.gates import gate_of, name_of
+from starlayers.surgery.gates import first_layer, gate_of, name_of
 from starlayers.surgery.grown import Grown
-from starlayers.surgery.install import installed, role_of, settle_fast_paths, uninstall
-from starlayers.surgery.linear_layers import dtype_and_device
+from starlayers.surgery.hidden import GatedHidden
+from starlayers.surgery.install import StarLayer, installed, role_of, settle_fast_paths, uninstall
+from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
 from starlayers.surgery.projection import LowRankGate, ScaleGate, StarProjection
 from starlayers.surgery.recipes import is_sequence
 from starlayers.surgery.sandbox import preserved_generators, sandbox_copy, seed_generators
@@ -31,7 +32,7 @@ __all__ = ["merge"]
 TOLERANCE = 1e-4
 
 #: name of the owner, owner and star layer, as `installed` yields them
-Star = tuple[str, nn.Module, StarProjection | GatedMLP]
+Star = tuple[str, nn.Module, StarLayer]
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -97,11 +98,17 @@ def merge(model: nn.Module) -> nn.Module:
 # what can be merged
 
 
-def _blocker(owner: nn.Module, star: StarProjection | GatedMLP) -> str | None:
+def _blocker(owner: nn.Module, star: StarLayer) -> str | None:
     """Return the reason why a star layer cannot be merged, or `None` if it can."""
     gate = gate_of(star)
     if gate is None or not _has_effect(star):
         return None
+    if isinstance(star, GatedHidden):
+        return (
+            f"has gate={star.star.spec!r} behind an activation that is written into the forward of "
+            f"{star.star.original.__name__}: share the model with its gates (docs/starify.md), or "
+            "take them out with revert(model)"
+        )
     if isinstance(star, StarProjection) and not isinstance(gate, ScaleGate):
         return (
             f"has gate={star.spec!r}, which depends on the input, so no plain layer computes it: "
@@ -137,7 +144,7 @@ def _is_plain(layer: nn.Module, *, linear_only: bool) -> bool:
     return type(layer) is nn.Linear or (is_other and not linear_only)
 
 
-def _has_effect(star: StarProjection | GatedMLP) -> bool:
+def _has_effect(star: StarLayer) -> bool:
     """Return False if a gate is exactly zero; grown products count as they are."""
     gate = gate_of(star)
     if isinstance(star, GatedMLP):
@@ -146,7 +153,7 @@ def _has_effect(star: StarProjection | GatedMLP) -> bool:
     return any(p.is_meta or bool(p.any()) for p in last.parameters())  # type: ignore[union-attr]
 
 
-def _changed_layers(owner: nn.Module, star: StarProjection | GatedMLP) -> dict[str, nn.Module]:
+def _changed_layers(owner: nn.Module, star: StarLayer) -> dict[str, nn.Module]:
     """Return the layers whose weights `merge` changes or reads, by name in the owner."""
     site = role_of(star).site
     names = (site.inp, site.up, site.out) if isinstance(star, GatedMLP) else (site.out,)
@@ -199,12 +206,12 @@ def _wider(model: nn.Module, stars: list[Star]) -> tuple[dict[str, Size], dict[i
 # the change
 
 
-def _merge_one(owner: nn.Module, star: StarProjection | GatedMLP) -> None:
+def _merge_one(owner: nn.Module, star: StarLayer) -> None:
     """Merge one star layer into plain layers, in place."""
     if isinstance(star, GatedMLP):
         if star.star.grown:
             _widen(star)
-    elif _has_effect(star):
+    elif isinstance(star, StarProjection) and _has_effect(star):
         _scale(attribute(owner, star.site.out or ""), star.gate.weight)  # type: ignore[arg-type]
     uninstall(owner, star)
 
@@ -297,7 +304,7 @@ def _check_values(stars: list[Star], widths: Widths) -> None:
             )
 
 
-def _error(owner: nn.Module, star: StarProjection | GatedMLP, attributes: dict[str, Any]) -> float:
+def _error(owner: nn.Module, star: StarLayer, attributes: dict[str, Any]) -> float:
     """Return the error of a merged copy of an MLP, relative to the largest output."""
     site = role_of(star).site
     body: Any = owner
@@ -335,8 +342,8 @@ def _error(owner: nn.Module, star: StarProjection | GatedMLP, attributes: dict[s
     return max(float((a - b).abs().max()) for a, b in pairs) / max(scale, 1e-30)
 
 
-def _inputs(star: StarProjection | GatedMLP) -> int:
-    return star.in_features if isinstance(star, StarProjection) else star.star_sizes()[0]
+def _inputs(star: StarLayer) -> int:
+    return (projection(first_layer(star)) or Projection(1, 1)).in_features
 
 
 def _input_that_runs(body: nn.Module, shapes: list[tuple[int, ...]], device: Any) -> Tensor:

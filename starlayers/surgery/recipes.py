@@ -98,7 +98,7 @@ def is_activation(f: Any) -> bool:
     """
     if not callable(f) or isinstance(f, (type, nn.Dropout, nn.Identity, torch.jit.ScriptModule)):
         return False
-    if isinstance(f, nn.Module) and (len(f._modules) or len(f._parameters) > 1):
+    if isinstance(f, nn.Module) and len(f._modules):
         return False
     x = torch.tensor([[-1.0, 0.0, 1.0, 2.0], [-3.0, 0.5, 5.0, 7.0]], device="cpu")
     y, y_of_column = _applied(f, x), _applied(f, x[:, 1:2])
@@ -197,6 +197,39 @@ def bilinear(owner: nn.Module) -> Iterator[Site]:
 
 
 @register_recipe
+def inline(owner: nn.Module) -> Iterator[Site]:
+    """Claim a child whose forward widens and activates, and a sibling that narrows.
+
+    diffusers' `FeedForward` has them in a list, ESM's layers as `intermediate` and `output`.
+    """
+    children = dict(_children(owner))
+    for first, child in children.items():
+        linears = _own_projections(child)
+        if len(linears) != 1 or not runs(child):
+            continue
+        ((inp, sizes),) = linears.items()
+        if sizes.out_features <= sizes.in_features or not _activates(child, inp):
+            continue
+        lasts = [
+            f"{name}.{leaf}".rstrip(".")
+            for name, sibling in children.items()
+            for leaf, other in {"": projection(sibling), **projections(sibling)}.items()
+            if name != first and other is not None and _returns(sizes, other)
+        ]
+        if lasts:
+            yield Site("inline", "plain", f"{first}.{inp}", None, lasts[0])
+
+
+def _children(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the children of a module by name, those in lists too."""
+    for name, child in owner._modules.items():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{inner}", module) for inner, module in _children(child))
+        elif child is not None:
+            yield name, child
+
+
+@register_recipe
 def chain(owner: nn.Module) -> Iterator[Site]:
     """Claim two linear layers and an activation: fc1/fc2, c_fc/c_proj, wi/wo."""
     linears = _own_projections(owner)
@@ -242,17 +275,27 @@ def sequential(owner: nn.Module) -> Iterator[Site]:
         return
     names = list(owner._modules)
     linears = projections(owner)
-    for inp, act in pairwise(names):
-        if inp not in linears or not is_activation(owner._modules[act]):
+    for inp, act in _pairs(owner):
+        first = projection(owner.get_submodule(inp))
+        if first is None or not is_activation(owner.get_submodule(act)):
             continue
-        later = [name for name in names[names.index(act) + 1 :] if name in linears]
+        later = [n for n in names[names.index(act.partition(".")[0]) + 1 :] if n in linears]
         if not later:
-            if _is_stack(owner):
+            if inp in names and _is_stack(owner):
                 yield Site("stack", "plain", inp, act, None)
             continue
-        first, last = linears[inp], linears[later[0]]
+        last = linears[later[0]]
         if first.out_features == last.in_features and _widens(first, last):
             yield Site("sequential", "plain", inp, act, later[0])
+
+
+def _pairs(owner: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the names of neighbours in a sequence, and of the last two in a sequence within it."""
+    yield from pairwise(owner._modules)
+    for name, child in owner._modules.items():
+        if child is not None and is_sequence(child) and len(child._modules) > 1:
+            inp, act = list(child._modules)[-2:]
+            yield f"{name}.{inp}", f"{name}.{act}"
 
 
 def _is_stack(owner: nn.Module) -> bool:

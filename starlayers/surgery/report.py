@@ -14,11 +14,12 @@ from starlayers.surgery.experts import experts_rows
 from starlayers.surgery.find import NameFilter, Patterns, find_mlps
 from starlayers.surgery.forwards import bypassed, liger_mlps
 from starlayers.surgery.gated import GatedMLP
-from starlayers.surgery.gates import gate_of, name_of
-from starlayers.surgery.install import installed, role_of
+from starlayers.surgery.gates import first_layer, gate_of, name_of
+from starlayers.surgery.hidden import HiddenRole
+from starlayers.surgery.install import StarLayer, installed, role_of
 from starlayers.surgery.linear_layers import Projection, projection, weight_of
+from starlayers.surgery.overlooked import overlooked
 from starlayers.surgery.projection import ScaleGate, StarProjection
-from starlayers.surgery.site import attribute
 
 __all__ = ["Report", "report"]
 
@@ -150,17 +151,20 @@ def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = No
     for path, reason in liger_mlps(model).items():
         if path in selected:
             rows[path] = Row(path, "", "gated", "skipped", reason)
+    for path, (form, reason) in overlooked(model, rows).items():
+        if path in selected:
+            rows[path] = Row(path, "", form, "skipped", reason)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     ordered = sorted(rows.values(), key=lambda row: order.get(row.name, 0))
     total = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     return Report(ordered, total - sum(row.parameters for row in ordered))
 
 
-def _installed_row(name: str, star: StarProjection | GatedMLP) -> Row:
+def _installed_row(name: str, star: StarLayer) -> Row:
     gate = gate_of(star)
     count = 0 if gate is None else sum(p.numel() for p in gate.parameters())
     role = role_of(star)
-    if isinstance(role, StarProjection):
+    if isinstance(role, (StarProjection, HiddenRole)):
         words = [role.spec]
     else:
         words = [role.act_name or "", f"grown by {role.grown}" if role.grown else ""]
@@ -174,9 +178,9 @@ def _installed_row(name: str, star: StarProjection | GatedMLP) -> Row:
     return Row(name, role.site.recipe, role.site.form, state, detail, count, _flops(star))
 
 
-def _plan_of_large(star: StarProjection | GatedMLP) -> Plan:
+def _plan_of_large(star: StarLayer) -> Plan:
     """Return the plan for a call that is large enough for every fused path."""
-    inp = star.inp if isinstance(star, StarProjection) else attribute(star, star.star.site.inp)
+    inp = first_layer(star)
     n, _, channels_first = projection(inp) or Projection(1, 1)
     weight = weight_of(inp)
     usual = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
@@ -188,15 +192,15 @@ def _plan_of_large(star: StarProjection | GatedMLP) -> Plan:
         return star.plan(x) if isinstance(star, StarProjection) else star.star_plan(x)
 
 
-def _flops(star: StarProjection | GatedMLP) -> int:
+def _flops(star: StarLayer) -> int:
     """Return the FLOPs per position that starify added: matrices, biases and products."""
     gate = gate_of(star)
     if gate is None:
         return 0
     layers = [sizes for m in gate.modules() if (sizes := projection(m)) is not None]
     matrices = sum(2 * sizes.in_features * sizes.out_features for sizes in layers)
-    if isinstance(star, StarProjection):
-        sizes = projection(star.inp) or Projection(0, 0)
+    if not isinstance(star, GatedMLP):
+        sizes = projection(first_layer(star)) or Projection(0, 0)
         # a multiply-add per hidden channel, and the bias that a scale gate does not have
         return matrices + (2 if isinstance(gate, ScaleGate) else 3) * sizes.out_features
     # per grown hidden channel: activation, two biases or the product and the sum

@@ -8,10 +8,10 @@ from torch import nn
 
 from starlayers.surgery.adapters import settle_adapter_hooks
 from starlayers.surgery.experts import apply_experts_record, experts_record
-from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_of, gate_parameters
 from starlayers.surgery.grown import Grown
-from starlayers.surgery.install import install, installed, role_of, settle_fast_paths
+from starlayers.surgery.hidden import HiddenRole
+from starlayers.surgery.install import StarLayer, install, installed, role_of, settle_fast_paths
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.sharding import settle_tp_plans
 from starlayers.surgery.site import Site
@@ -54,9 +54,9 @@ def record_of(model: nn.Module) -> dict[str, Any]:
     return {"version": VERSION, "layers": layers, **more} if layers or experts else {}
 
 
-def _layer_record(path: str, star: StarProjection | GatedMLP) -> dict[str, Any]:
+def _layer_record(path: str, star: StarLayer) -> dict[str, Any]:
     role = role_of(star)
-    if isinstance(role, StarProjection):
+    if isinstance(role, (StarProjection, HiddenRole)):
         options: dict[str, Any] = {"gate": role.spec}
     else:
         options = {"grow": role.grown, "between": list(role.between)}
@@ -108,7 +108,7 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
         site = Site(**layer["site"])
         options = {name: layer[name] for name in ("fused", "recompute", "gate") if name in layer}
         verdict, rank = _repeated(owner, site), layer.get("grow", 0)
-        options |= {"between": verdict.between, "rank": rank}
+        options |= {"between": verdict.between, "after": verdict.after, "rank": rank}
         star = install(owner, verdict.site, verdict.act_name, **options)
         if rank and record["version"] < BY_CHANNEL:
             gate_of(star).expect_old_rows()  # type: ignore[union-attr, operator]
@@ -126,7 +126,7 @@ def _repeated(owner: nn.Module, site: Site) -> Verdict:
 
     A gate beside a model's own activation rests on names alone, and is not tried again.
     """
-    if site.form == "plain":
+    if site.form == "plain" and site.act is not None:
         return named(owner, site)
     verdict = verify(owner, site)
     if verdict.reason is not None:

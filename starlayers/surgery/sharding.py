@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from starlayers.surgery.gated import GatedMLP
+from starlayers.surgery.hidden import GatedHidden
 from starlayers.surgery.install import installed
 from starlayers.surgery.projection import LowRankGate, ScaleGate, StarProjection
 from starlayers.surgery.site import join
@@ -43,19 +44,25 @@ def _changes(model: nn.Module, plan: dict[str, str]) -> tuple[dict[str, str], di
                 style = UNPACKED.get(style, style)
                 added |= {_wildcard(join(path, f"star_grown.{f}")): style for f in ("f1", "f2")}
             continue
+        if isinstance(star, GatedHidden):
+            style = plan.get(_wildcard(join(path, star.star.site.inp)))
+            rules = {} if style is None else _gate_rules(star.star_gate, style)
+            added |= {_wildcard(join(path, f"star_{key}")): v for key, v in rules.items()}
+            continue
         name = _wildcard(join(path, star.site.inp))
         if (style := plan.get(name)) is not None:
             moved.add(name)
             added[f"{name}.inp"] = style
-            added |= {f"{name}.{key}": value for key, value in _gate_rules(star, style).items()}
+            added |= {
+                f"{name}.{key}": value for key, value in _gate_rules(star.gate, style).items()
+            }
     # a rule is for all layers of a name: it stays for those that are not starified
     plain = {_wildcard(n) for n, m in model.named_modules() if not isinstance(m, StarProjection)}
     return added, {name: plan[name] for name in moved - plain}
 
 
-def _gate_rules(star: StarProjection, style: str) -> dict[str, str]:
+def _gate_rules(gate: Any, style: str) -> dict[str, str]:
     """Return the rules of a gate beside a layer divided by `style`, by name in the projection."""
-    gate: Any = star.gate
     if isinstance(gate, LowRankGate):
         return {"gate.up": style}  # every process has all of the thin input
     if isinstance(gate, ScaleGate):

@@ -344,7 +344,7 @@ def _of_function(function: Any, seen: set[int]) -> Iterator[Entry]:
 
 def _is_star(name: str) -> bool:
     """Return True for the attributes that this library adds."""
-    return name in ("star", "star_grown", "star_use_nested_tensor")
+    return name in ("star", "star_gate", "star_grown", "star_use_nested_tensor")
 
 
 def _same(new: Any, old: Any) -> bool:

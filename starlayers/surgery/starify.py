@@ -13,9 +13,17 @@ from starlayers.surgery.forwards import check_forwards, liger_mlps
 from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import gate_size, name_of
 from starlayers.surgery.grown import grow as grow_mlp
-from starlayers.surgery.install import install, installed, role_of, settle_fast_paths, uninstall
+from starlayers.surgery.install import (
+    StarLayer,
+    install,
+    installed,
+    role_of,
+    settle_fast_paths,
+    uninstall,
+)
 from starlayers.surgery.linear_layers import gate_blocker
-from starlayers.surgery.projection import StarProjection, parse_gate
+from starlayers.surgery.overlooked import overlooked
+from starlayers.surgery.projection import parse_gate
 from starlayers.surgery.saving import note_in_config
 from starlayers.surgery.sharding import settle_tp_plans
 
@@ -95,7 +103,8 @@ def starify(
     for f in ready:
         owner, fused = model.get_submodule(f.owner), mode == "fuse"
         options: dict[str, Any] = {"gate": gate, "recompute": recompute, "rank": grow}
-        install(owner, f.site, f.act_name, between=f.between, fused=fused, **options)
+        options |= {"between": f.between, "after": f.after}
+        install(owner, f.site, f.act_name, fused=fused, **options)
     for path, _, star in existing:
         if name_of(path, star) in selected:
             _update(star, mode, recompute=recompute, rank=grow)
@@ -150,7 +159,7 @@ def _obstacle(model: nn.Module, f: Finding, mode: str, *, grow: int, recompute: 
     return None
 
 
-def _update(star: StarProjection | GatedMLP, mode: str, *, recompute: bool, rank: int) -> None:
+def _update(star: StarLayer, mode: str, *, recompute: bool, rank: int) -> None:
     """Add options to a star layer of an earlier call, which grows only once."""
     role = role_of(star)
     role.fused = role.fused or mode == "fuse"
@@ -175,6 +184,8 @@ def _no_mlp_message(model: nn.Module, mode: str, findings: list[Finding], expert
         reasons = "; ".join(dict.fromkeys(f"{f.path}: {f.reason}" for f in findings[:3]))
         return f"{start}: {len(findings)} looked like one, but {reasons}"
     for name, reason in liger_mlps(model).items():
+        return f"{start}: {name}: {reason}"
+    for name, (_, reason) in overlooked(model, ()).items():
         return f"{start}: {name}: {reason}"
     return f"{start}: no module has the structure of a recipe (see docs/starify.md)"
 

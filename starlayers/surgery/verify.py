@@ -33,6 +33,7 @@ from starlayers.surgery.trial_run import (
 )
 from starlayers.surgery.verify_act import name_of_act
 from starlayers.surgery.verify_gated import verify_gated
+from starlayers.surgery.verify_hidden import verify_hidden
 
 #: factors of the branches in the trial runs: limits only act far from zero
 SCALES = (1.0, 1e-2, 30.0, 1e3, 1e6)
@@ -49,13 +50,14 @@ class Verdict(NamedTuple):
     """Result of `verify`: the site, or the reason why it cannot be replaced.
 
     The branches of the site are in the right order. `between` are the names of the modules between
-    the product of a gated MLP and its last layer. `act_name` is the activation's name in
-    `ACTIVATIONS`, `None` if it has none, and `act` is the activation in words.
+    the product of a gated MLP and its last layer, `after` those after that. `act_name` is the
+    activation's name in `ACTIVATIONS`, `None` if it has none, and `act` the activation in words.
     """
 
     site: Site
     reason: str | None = None
     between: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     act_name: str | None = None
     act: str = ""
 
@@ -118,7 +120,10 @@ def _verified(owner: nn.Module, site: Site, caller: tuple[nn.Module, str] | None
         if site.form != "plain":
             _require_own_forward(owner)
             formula, act_name = verify_gated(owner, site)
-            return Verdict(formula.site, None, formula.between, act_name, formula.act)
+            between, after = formula.between, formula.after
+            return Verdict(formula.site, None, between, after, act_name, formula.act)
+        if site.act is None:
+            return Verdict(site, act_name=verify_hidden(owner, site))
         _compare_plain(*_runnable_part(owner, site))
         if caller is not None:
             _compare_in_caller(*caller, site)
@@ -185,13 +190,35 @@ def _compare_in_caller(caller: nn.Module, sequence: str, site: Site) -> None:
         return  # most callers take other input than the MLP does
 
 
-def _random_input(inp: nn.Module, length: int = 3) -> Tensor:
-    """Return normal input: two sequences of `length` positions, or maps of as many rows."""
+#: shape of an input
+Shape = tuple[int, ...]
+
+
+def _shape_that_runs(body: nn.Module, inp: nn.Module) -> Shape:
+    """Return the first shape of input with which a module runs: sequences, maps, or one sequence.
+
+    Of the layers around an MLP some take maps (ConvNeXt), channels before positions (mixers), or
+    several sequences in one.
+    """
     sizes = projection(inp) or Projection(1, 1)
+    n = sizes.in_features
+    maps, sequences = (2, n, 3, 3), (2, 3, n)
+    shapes: list[Shape] = [maps] if sizes.channels_first else [sequences, maps, (2, n, 3), (6, n)]
+    problem: CannotRunError | None = None
+    for shape in shapes:
+        try:
+            run(body, _random_input(inp, shape))
+        except CannotRunError as error:
+            problem = problem or error
+        else:
+            return shape
+    raise problem or CannotRunError("it takes no input")
+
+
+def _random_input(inp: nn.Module, shape: Shape) -> Tensor:
+    """Return normal input of a shape, in the dtype of a linear layer."""
     dtype, device = dtype_and_device(inp)
     seed_generators(device)
-    n = sizes.in_features
-    shape = (2, n, length, length) if sizes.channels_first else (2, length, n)
     return torch.randn(shape, dtype=dtype, device=device)
 
 
@@ -199,22 +226,23 @@ def _compare_plain(body: nn.Module, site: Site) -> None:
     """Compare a module with itself after its MLP is replaced."""
     _require_own_forward(body)
     dtype = dtype_and_device(attribute(body, site.inp))[0]
-    _compare_in_dtype(sandbox_copy(body, share=True), site)
+    shape = _shape_that_runs(body, attribute(body, site.inp))
+    _compare_in_dtype(sandbox_copy(body, share=True), site, shape)
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     converted = sandbox_copy(body).to(other)
     try:
-        run(converted, _random_input(attribute(converted, site.inp)))
+        run(converted, _random_input(attribute(converted, site.inp), shape))
     except CannotRunError:
         return  # it asks for its own dtype
     try:
-        _compare_in_dtype(converted, site)
+        _compare_in_dtype(converted, site, shape)
     except MismatchError as error:
         raise MismatchError(f"in {other}: {error}") from error
 
 
-def _compare_in_dtype(body: nn.Module, site: Site) -> None:
+def _compare_in_dtype(body: nn.Module, site: Site, shape: Shape) -> None:
     inp, act = attribute(body, site.inp), site.act or ""
-    x = _random_input(inp)
+    x = _random_input(inp, shape)
     for scale, train in product(SCALES, (False, True)):
         with _scaled(inp, scale):
             log = _recorded_run(body, x, [site.inp, act], train)
@@ -224,9 +252,9 @@ def _compare_in_dtype(body: nn.Module, site: Site) -> None:
         if not _equal_tensors(log.of(act)[0].input, log.of(site.inp)[0].output):
             raise MismatchError(f"{act!r} is not applied to the output of {site.inp!r}")
     parameters = [p for p in body.parameters() if p.requires_grad]
-    expected = _trials(body, inp, parameters)
+    expected = _trials(body, inp, shape, parameters)
     star = install_plain(body, site, "full")
-    _require_equal(expected, _trials(body, inp, parameters), "with a zero gate")
+    _require_equal(expected, _trials(body, inp, shape, parameters), "with a zero gate")
     for train in (False, True):
         before = _after_gate(body, site, x, train)
         kept = [p.detach().clone() for p in star.gate.parameters()]
@@ -255,11 +283,13 @@ def _recorded_run(body: nn.Module, x: Tensor, names: list[str], train: bool) -> 
     return log
 
 
-def _trials(body: nn.Module, inp: nn.Module, parameters: list[nn.Parameter]) -> list[Any]:
+def _trials(
+    body: nn.Module, inp: nn.Module, shape: Shape, parameters: list[nn.Parameter]
+) -> list[Any]:
     """Return results in all modes, `inp` scaled by `SCALES`: outputs, attributes, gradients."""
     results: list[Any] = []
     for scale, train, grad in product(SCALES, (False, True), (False, True)):
-        x = _random_input(inp).requires_grad_(grad)
+        x = _random_input(inp, shape).requires_grad_(grad)
         kept = [(m, dict(vars(m))) for m in body.modules()]
         with torch.set_grad_enabled(grad), _scaled(inp, scale):
             y = run(body, x, train=train)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from starlayers.backend import use_backend
+from starlayers.surgery.adopted import COMBINATIONS, adopt, arguments
 from starlayers.surgery.formula import Formula, activation_name, read_formula
-from starlayers.surgery.gated import COMBINATIONS, GatedMLP, Role, adopt, arguments
+from starlayers.surgery.gated import GatedMLP, Role
 from starlayers.surgery.graph import SIZES, trace
 from starlayers.surgery.linear_layers import Projection, base_layer, dtype_and_device, projection
 from starlayers.surgery.sandbox import random_tensor, sandbox_copy, seed_generators
@@ -110,7 +111,7 @@ def verify_gated(owner: nn.Module, site: Site) -> GatedVerdict:
         run(body, _input(body, site, (2, 3)))
     except Exception:  # its forward or other layers know the true sizes
         body = _stand_in(owner, site, random)
-    _compare(body, site, formula.between, act_name)
+    _compare(body, formula, act_name)
     return GatedVerdict(formula, act_name)
 
 
@@ -147,11 +148,11 @@ def _read(owner: nn.Module, site: Site) -> tuple[Formula, str | None]:
     first: tuple[Formula, str | None] | None = None
     for context in CONTEXTS:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            body = _stand_in(owner, site, _fake(context.dtype, device))
+            body = _stand_in(owner, site, fake_maker(context.dtype, device))
             shape = (*SIZES[: context.ndim - 1], n)
             x = torch.empty(shape, dtype=context.dtype, device=device)
         try:
-            with _entered(context, body, device):
+            with entered(context, body, device):
                 formula, chain = read_formula(trace(body, x, parts), site)
         except MismatchError as error:
             if first is None:
@@ -166,7 +167,8 @@ def _read(owner: nn.Module, site: Site) -> tuple[Formula, str | None]:
 
 
 @contextmanager
-def _entered(context: Context, body: nn.Module, device: torch.device) -> Iterator[None]:
+def entered(context: Context, body: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run the block with a module in the state of a context."""
     body.train(context.train)
     low = context.autocast or torch.bfloat16
     autocast = torch.autocast(device.type, low, enabled=context.autocast is not None)
@@ -174,7 +176,7 @@ def _entered(context: Context, body: nn.Module, device: torch.device) -> Iterato
         yield
 
 
-def _fake(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
+def fake_maker(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Return a function that makes fake tensors, the floating-point ones of one dtype."""
 
     def make(tensor: Tensor) -> Tensor:
@@ -213,13 +215,14 @@ def _stand_in(
 # by value
 
 
-def _compare(body: nn.Module, site: Site, between: tuple[str, ...], act_name: str | None) -> None:
+def _compare(body: nn.Module, formula: Formula, act_name: str | None) -> None:
     """Compare a module with the star that is to replace it: values, and all gradients."""
-    role = Role(site, type(body), act_name, between)
+    site = formula.site
+    role = Role(site, type(body), act_name, formula.between, formula.after)
     for dtype, scale in product(TOLERANCES, SCALES):
         own = sandbox_copy(body).to(dtype)
         _scale_branches(own, site, scale)
-        star = adopt(sandbox_copy(own), role)
+        star: GatedMLP = adopt(sandbox_copy(own), GatedMLP, role)
         for shape, train, mode in product(SHAPES, (False, True), MODES):
             own.train(train), star.train(train)
             x = _input(own, site, shape, dtype)

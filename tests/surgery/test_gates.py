@@ -17,7 +17,8 @@ from starlayers.surgery import (
     reset_gates,
     revert,
 )
-from starlayers.surgery.gated import Role, adopt, release, split_packed
+from starlayers.surgery.adopted import adopt, release
+from starlayers.surgery.gated import Role, split_packed
 from starlayers.surgery.gates import gate_of, gate_size, name_of
 from starlayers.surgery.grown import grow
 from tests.surgery.small import MLP, Gated, Net, Packed, train_gates
@@ -68,8 +69,10 @@ def test_sizes_draw_no_random_numbers_and_keep_no_graph():
 
 def test_another_default_device():
     with torch.device("meta"):
-        net = starify(MLP().to_empty(device="cpu"))
-        assert gate_sizes(net) == {"fc1": 0.0}
+        net = MLP().to_empty(device="cpu")
+        for parameter in net.parameters():  # not what the memory held
+            nn.init.normal_(parameter)
+        assert gate_sizes(starify(net)) == {"fc1": 0.0}
 
 
 def test_gate_parameters_are_those_that_were_added():
@@ -313,7 +316,7 @@ def test_sizes():
 def test_adopt_and_release():
     mlp = Gated()
     weights = dict(mlp.named_parameters())
-    assert adopt(mlp, Role(SITE, Gated, "silu")) is mlp
+    assert adopt(mlp, GatedMLP, Role(SITE, Gated, "silu")) is mlp
     assert isinstance(mlp, GatedMLP)
     grow(mlp, 1)
     assert release(mlp) is mlp

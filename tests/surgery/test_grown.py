@@ -10,7 +10,8 @@ from torch import nn
 
 from starlayers import from_pretrained, starify
 from starlayers.surgery import apply_record, record_of
-from starlayers.surgery.gated import GatedMLP, Role, adopt
+from starlayers.surgery.adopted import adopt
+from starlayers.surgery.gated import GatedMLP, Role
 from starlayers.surgery.grown import Grown, grow
 from starlayers.surgery.site import Site
 from tests.helpers import randn
@@ -35,7 +36,7 @@ def test_grown_products():
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_grow_adds_products_of_the_same_kind(rank):
-    mlp = adopt(Gated().double().eval(), Role(SITE, Gated, "silu"))
+    mlp = adopt(Gated().double().eval(), GatedMLP, Role(SITE, Gated, "silu"))
     grow(mlp, rank)
     assert mlp.star.grown == rank
     assert not mlp.star_grown.training

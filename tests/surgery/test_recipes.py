@@ -109,7 +109,7 @@ def fails(x):
         (nn.Linear(4, 4), False),
         (nn.GELU, False),
         (WithChild(), False),
-        (TwoParameters(), False),
+        (TwoParameters(), True),
         (ManyNumbers(), False),
         (lambda x: 2 * x + 1, False),
         (lambda x: x.sum(), False),
@@ -338,6 +338,7 @@ def test_one_recipe_claims_a_module(make, recipe):
         "sequential",
         "split",
         "chain",
+        "inline",
         "bilinear",
         "half",
     ]

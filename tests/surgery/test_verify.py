@@ -9,7 +9,7 @@ from torch import nn
 from starlayers import starify
 from starlayers.surgery import Site, find_mlps, report
 from starlayers.surgery import verify as module
-from starlayers.surgery.trial_run import MismatchError
+from starlayers.surgery.trial_run import CannotRunError, MismatchError
 from starlayers.surgery.verify import Verdict, verify
 from tests.surgery.small import MLP, Gated, Packed, Twice, train_gates
 
@@ -398,7 +398,7 @@ class Between(Gated):
 
 def test_modules_between_product_and_last_layer_are_told_in_their_order():
     site = Site("gated", "gated", "gate", "act", "down", up="up")
-    assert verify(Between(), site) == Verdict(site, None, ("first",), "silu", "silu(x)")
+    assert verify(Between(), site) == Verdict(site, None, ("first",), (), "silu", "silu(x)")
 
 
 class TrainOnly(Gated):
@@ -473,9 +473,9 @@ def test_trials_see_outputs_attributes_and_gradients():
 
     layer = nn.Linear(8, 8)
     body = Keeps(layer)
-    results = module._trials(body, layer, list(layer.parameters()))
+    results = module._trials(body, layer, (2, 3, 8), list(layer.parameters()))
     assert len(results) == len(module.SCALES) * (2 * 2 * 3 + 2)  # two modules, two more gradients
-    x = module._random_input(layer)
+    x = module._random_input(layer, (2, 3, 8))
     for i, scale in enumerate(module.SCALES):
         output, kept = results[14 * i : 14 * i + 2]
         assert torch.equal(output, layer(x) * scale)
@@ -485,11 +485,65 @@ def test_trials_see_outputs_attributes_and_gradients():
 
 
 def test_random_input():
-    x = module._random_input(nn.Linear(8, 4, dtype=torch.bfloat16))
+    layer = nn.Linear(8, 4, dtype=torch.bfloat16)
+    x = module._random_input(layer, (2, 3, 8))
     assert (x.shape, x.dtype) == ((2, 3, 8), torch.bfloat16)
-    maps = module._random_input(nn.Conv2d(8, 4, 1))
-    assert maps.shape == (2, 8, 3, 3)
-    assert torch.equal(maps, module._random_input(nn.Conv2d(8, 4, 1)))
+    assert torch.equal(x, module._random_input(layer, (2, 3, 8)))
+
+
+class Takes(nn.Module):
+    """Linear layer that takes input of one shape only."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.fc = shape, nn.Linear(8, 4)
+
+    def forward(self, x):
+        if x.shape != self.shape:
+            raise ValueError(f"{tuple(x.shape)} is not {self.shape}")
+        return x
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8), (2, 8, 3, 3), (2, 8, 3), (6, 8)])
+def test_the_input_has_a_shape_that_runs(shape):
+    body = Takes(shape)
+    assert module._shape_that_runs(body, body.fc) == shape
+    assert module._shape_that_runs(nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)) == (2, 8, 3, 3)
+
+
+def test_the_reason_is_that_of_the_first_shape():
+    body = Takes((1, 8))
+    with pytest.raises(CannotRunError, match=r"\(2, 3, 8\) is not \(1, 8\)"):
+        module._shape_that_runs(body, body.fc)
+
+
+class MapBlock(MLP):
+    """ConvNeXt's layer: maps outside, channels last inside."""
+
+    def forward(self, x):
+        return x + super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Packing(MLP):
+    """Layer of one long sequence with the boundaries of those that it holds."""
+
+    def forward(self, x, cu_seqlens):
+        first, *ends = cu_seqlens.tolist()
+        assert x.ndim == 2
+        assert (first, ends) == (0, [len(x)])
+        return super().forward(x)
+
+
+class Map(MLP):
+    """MLP that takes the sizes of a map beside its positions."""
+
+    def forward(self, x, height, width):
+        return super().forward(x).view(len(x), height, width, -1)
+
+
+@pytest.mark.parametrize("kind", [MapBlock, Packing, Map])
+def test_layers_of_other_inputs_are_verified(kind):
+    assert reasons(kind()) is None
 
 
 def test_the_smallest_part_that_runs_the_mlp_is_run():
