@@ -78,6 +78,7 @@ def trace(body: nn.Module, x: Tensor, parts: Collection[str], channels: int = -1
     from torch.export import Dim, export  # heavy, and not needed to import the library
 
     snapshot = Snapshot(body, type(body).forward)
+    before = {name: set(vars(module)) for name, module in body.named_modules()}
     sizes = ({i: Dim.DYNAMIC for i in range(x.ndim) if i != channels % x.ndim},)
     try:
         with _quiet():
@@ -86,6 +87,9 @@ def trace(body: nn.Module, x: Tensor, parts: Collection[str], channels: int = -1
         if "Constraints violated" in str(error):
             raise MismatchError("its forward depends on the size of its input") from error
         raise MismatchError(f"its forward has no fixed graph: {first_line(error)}") from error
+    for name, module in body.named_modules():
+        if new := vars(module).keys() - before.get(name, set()):
+            raise MismatchError(f"its forward sets {f'{name}.{min(new)}'.lstrip('.')!r}")
     if change := snapshot.change(body):
         raise MismatchError(f"its forward changes its state: {change}")
     _require_any_size(program)

@@ -151,6 +151,8 @@ def _traced(owner: nn.Module, pair: Pair, shape: tuple[int, ...]) -> Graph:
     dtype, device = dtype_and_device(attribute(owner, pair.first))
     device = torch.device("cpu") if device.type == "meta" else device
     dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
+    from torch._subclasses.fake_tensor import FakeTensorMode  # heavy, as `torch.export` is
+
     with FakeTensorMode(allow_non_fake_inputs=True):
         body = sandbox_copy(owner, make=fake_maker(dtype, device)).eval()
         x = torch.empty(shape, dtype=dtype, device=device)

@@ -215,8 +215,8 @@ def _of_module(
     hides = partial(_hiding, part, kind, len(state), frozenset(state))
     yield Entry(f"{label}methods hidden", hides, "")
     yield Entry(f"{label}children", partial(_keys, part._modules), _keys(part._modules))
-    for tensors in (part._parameters, part._buffers):
-        yield Entry(f"{label}tensors", partial(_filled, tensors), _filled(tensors))
+    for what, tensors in (("parameters", part._parameters), ("buffers", part._buffers)):
+        yield Entry(label + what, partial(_filled, tensors), _filled(tensors))
     if identities:
         for key, child in part._modules.items():
             if label + key in apart or _is_star(key):
@@ -322,7 +322,7 @@ def _of_function(function: Any, seen: set[int]) -> Iterator[Entry]:
     if str(getattr(function, "__module__", "")).startswith("torch."):
         return
     seen.add(id(function))
-    name = function.__name__
+    name = function.__qualname__
     for kind in ("__defaults__", "__kwdefaults__"):
         yield Entry(f"{kind} of {name}", partial(getattr, function, kind), getattr(function, kind))
     variables = function.__globals__
@@ -363,7 +363,8 @@ def _words(value: Any) -> str:
     if isinstance(value, type):
         return value.__name__
     plain = type(value) in VALUES or isinstance(value, (_Missing, tuple))
-    return repr(value) if plain else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return repr(value) if plain else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def _functions(kind: type) -> Iterator[Any]:

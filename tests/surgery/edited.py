@@ -210,7 +210,7 @@ REFUSED = {
         on_output(lambda s, y, x: y if x.is_contiguous() else 2 * y),
         "differs",
     ),
-    "counts its calls": (edited(counted), "changes its state: calls is 1, was gone"),
+    "counts its calls": (edited(counted), "sets 'calls'"),
     "counts in a buffer": (
         edited(lambda s, x: (s.calls.add_(1), SwiGLU.forward(s, x))[1], calls=torch.zeros(2)),
         "changes 'calls' in place",
@@ -234,13 +234,12 @@ REFUSED = {
     ),
     "learned beta": (lambda: SwiGLU(TrainsBeta()), r"act_fn\.beta"),
     "PReLU": (lambda: SwiGLU(nn.PReLU(init=0.0)), r"'act_fn\.weight'"),
-    "norm after": (on_output(lambda s, y, x: s.norm(y), norm=lambda: nn.LayerNorm(16)), "norm"),
     "residual": (on_output(lambda s, y, x: x + y), "its output is add"),
     # interface
     "keeps its gate": (
         edited(lambda s, x: s.down_proj(s.act_fn(s.keep(s.gate_proj(x))) * s.up_proj(x)),
                keep=lambda: Keeps()),
-        r"changes its state: keep\.kept",
+        r"sets 'keep\.kept'",
     ),
     "returns two": (on_output(lambda s, y, x: (y, s.product(x))), "times|one tensor"),
     "returns none": (on_output(lambda s, y, x: (y, None)), "one tensor"),
@@ -295,6 +294,9 @@ EXACT = {
     "functional dropout at 0": edited(with_dropout, rate=0.0),
     "no limit": edited(with_limit, limit=None),
     "dropout": edited(lambda s, x: s.down_proj(s.drop(s.product(x))), drop=lambda: nn.Dropout(0.5)),
+    "norm after the last layer": on_output(
+        lambda s, y, x: s.norm(y), norm=lambda: nn.LayerNorm(16)
+    ),
     "norm before the last layer": edited(
         lambda s, x: s.down_proj(s.norm(s.product(x))), norm=lambda: nn.LayerNorm(40)
     ),
