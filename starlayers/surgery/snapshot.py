@@ -148,7 +148,7 @@ def signature(module: nn.Module, apart: Collection[str] = ()) -> tuple[tuple[Any
             (k, t if t is None else (t.shape, t.dtype, t.device, type(t)))
             for k, t in (*part._parameters.items(), *part._buffers.items())
         )
-        parts.append((name, key(type(part)), key(type(part).forward), tensors))
+        parts.append((name, key(type(part)), key(vars(type(part)).get("forward")), tensors))
     return (tuple(parts), entries), kept
 
 
@@ -166,8 +166,15 @@ def _contents(value: Any) -> _Contents:
     return _Contents(value)
 
 
+def _contents_of(state: dict[str, Any], key: str) -> Any:
+    value = state.get(key, MISSING)
+    return _contents(value) if isinstance(value, CONTAINERS) else value
+
+
 def _parts(module: nn.Module, apart: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
     for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):  # whose code is fixed
+            continue
         if not any(name == other or name.startswith(f"{other}.") for other in apart):
             yield name, part
 
@@ -204,7 +211,10 @@ def _of_module(
     for key, value in plain.items():
         if isinstance(value, Tensor):
             continue
-        if identities or type(value) in VALUES or callable(value):
+        if isinstance(value, CONTAINERS):  # an export puts equal ones in their places
+            read = partial(_contents_of, state, key)
+            yield Entry(label + key, read, _contents(value))
+        elif identities or type(value) in VALUES or callable(value):
             yield Entry(label + key, partial(state.get, key, MISSING), value)
         if type(value) not in VALUES and key in names:
             yield from _inside(label + key, value, seen, DEPTH)
@@ -214,14 +224,13 @@ def _of_module(
             yield Entry(label + key, partial(state.get, key, MISSING), MISSING)
     hides = partial(_hiding, part, kind, len(state), frozenset(state))
     yield Entry(f"{label}methods hidden", hides, "")
-    yield Entry(f"{label}children", partial(_keys, part._modules), _keys(part._modules))
+    yield Entry(f"{label}children", partial(_children, part), _children(part))
     for what, tensors in (("parameters", part._parameters), ("buffers", part._buffers)):
         yield Entry(label + what, partial(_filled, tensors), _filled(tensors))
     if identities:
-        for key, child in part._modules.items():
-            if label + key in apart or _is_star(key):
-                continue
-            yield Entry(label + key, partial(part._modules.get, key, MISSING), child)
+        for key, child in part.named_children():
+            if label + key not in apart and not _is_star(key):
+                yield Entry(label + key, partial(getattr, part, key, MISSING), child)
     if "forward" in state:
         yield Entry(f"{label}forward", partial(state.get, "forward", MISSING), state["forward"])
 
@@ -234,8 +243,8 @@ def _hiding(part: nn.Module, kind: type, size: int, known: frozenset[str]) -> st
     return ", ".join(k for k in state if k not in known and not _is_star(k) and hasattr(kind, k))
 
 
-def _keys(children: dict[str, Any]) -> str:
-    return ", ".join(key for key in children if not _is_star(key))
+def _children(part: nn.Module) -> str:
+    return ", ".join(key for key, _ in part.named_children() if not _is_star(key))
 
 
 def _filled(tensors: dict[str, Any]) -> str:
@@ -245,6 +254,9 @@ def _filled(tensors: dict[str, Any]) -> str:
 def _inside(name: str, value: Any, seen: set[int], depth: int) -> Iterator[Entry]:
     """Yield what an object, a container or a function holds."""
     if id(value) in seen or depth == 0 or isinstance(value, (Tensor, type)):
+        return
+    if isinstance(value, (FunctionType, MethodType)):
+        yield from _of_function(getattr(value, "__func__", value), seen)
         return
     seen.add(id(value))
     if isinstance(value, CONTAINERS):
@@ -263,9 +275,6 @@ def _inside(name: str, value: Any, seen: set[int], depth: int) -> Iterator[Entry
     if isinstance(value, partial):
         yield from _inside(f"{name}.keywords", value.keywords, seen, depth - 1)
         yield from _inside(f"{name}.func", value.func, seen, depth - 1)
-        return
-    if isinstance(value, (FunctionType, MethodType)):
-        yield from _of_function(getattr(value, "__func__", value), seen)
         return
     slots = [s for base in type(value).__mro__ for s in vars(base).get("__slots__", ())]
     for key in [*getattr(value, "__dict__", {}), *slots]:
@@ -398,6 +407,9 @@ def names_in_code(kind: type) -> frozenset[str]:
             helper = function.__globals__.get(key)
             if getattr(helper, "__globals__", None) is function.__globals__:
                 visit_function(helper)
+        for cell in function.__closure__ or ():
+            if cell != CellType() and isinstance(cell.cell_contents, FunctionType):
+                visit_function(cell.cell_contents)
 
     for function in _functions(kind):
         visit_function(function)

@@ -228,16 +228,54 @@ def _compare_plain(body: nn.Module, site: Site) -> None:
     dtype = dtype_and_device(attribute(body, site.inp))[0]
     shape = _shape_that_runs(body, attribute(body, site.inp))
     _compare_in_dtype(sandbox_copy(body, share=True), site, shape)
-    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
-    converted = sandbox_copy(body).to(other)
-    try:
-        run(converted, _random_input(attribute(converted, site.inp), shape))
-    except CannotRunError:
-        return  # it asks for its own dtype
-    try:
-        _compare_in_dtype(converted, site, shape)
-    except MismatchError as error:
-        raise MismatchError(f"in {other}: {error}") from error
+    for other in {torch.float32, torch.bfloat16, torch.float16, torch.float64} - {dtype}:
+        converted = sandbox_copy(body).to(other)
+        try:
+            run(converted, _random_input(attribute(converted, site.inp), shape))
+        except CannotRunError:
+            continue  # it asks for its own dtype
+        try:
+            _compare_in_dtype(converted, site, shape)
+        except MismatchError as error:
+            raise MismatchError(f"in {other}: {error}") from error
+
+
+def _require_direct(body: nn.Module, site: Site, shape: Shape) -> None:
+    """Raise a MismatchError unless the activation takes the first layer's output, always.
+
+    The module is run on inputs of other shapes and strides too, with and without gradients, in
+    inference mode and under autocast; what does not run there has no say.
+    """
+    inp, act = attribute(body, site.inp), site.act or ""
+    n = (projection(inp) or Projection(1, 1)).in_features
+    first = projection(inp) is not None and projection(inp).channels_first  # type: ignore[union-attr]
+    shapes: list[Shape] = [(1, *shape[1:])]
+    if not first and len(shape) == 3:
+        shapes += [(3, n), (1, n), (1, 1, n), (2, 1, n), (1, 600, n)]
+    inputs = [_random_input(inp, other) for other in [shape, *shapes]]
+    if not first and len(shape) == 3:
+        inputs.append(_random_input(inp, (shape[1], shape[0], n)).transpose(0, 1))
+    kind = inputs[0].device.type
+    modes: dict[str, Any] = {
+        "": torch.no_grad,
+        "with gradients: ": torch.enable_grad,
+        "in inference mode: ": torch.inference_mode,
+        "under autocast: ": lambda: torch.autocast(kind, torch.bfloat16),
+    }
+    for x, (words, mode), train in product(inputs, modes.items(), (False, True)):
+        try:
+            with mode():
+                log = _recorded_run(body, x, [site.inp, act], train)
+        except CannotRunError:
+            continue
+        direct = len(log.of(site.inp)) == len(log.of(act)) == 1 and _equal_tensors(
+            log.of(act)[0].input, log.of(site.inp)[0].output
+        )
+        if not direct:
+            raise MismatchError(
+                f"{words}{act!r} is not applied to the output of {site.inp!r} for input of shape "
+                f"{tuple(x.shape)}"
+            )
 
 
 def _compare_in_dtype(body: nn.Module, site: Site, shape: Shape) -> None:
@@ -251,6 +289,7 @@ def _compare_in_dtype(body: nn.Module, site: Site, shape: Shape) -> None:
                 raise MismatchError(f"one run calls {name!r} {len(log.of(name))} times, not once")
         if not _equal_tensors(log.of(act)[0].input, log.of(site.inp)[0].output):
             raise MismatchError(f"{act!r} is not applied to the output of {site.inp!r}")
+    _require_direct(body, site, shape)
     parameters = [p for p in body.parameters() if p.requires_grad]
     expected = _trials(body, inp, shape, parameters)
     star = install_plain(body, site, "full")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ def name_of_act(act: nn.Module | Callable[[Tensor], Tensor]) -> str | None:
     """
     if isinstance(act, nn.Module) and "forward" not in vars(act) and type(act) in STOCK:
         return STOCK[type(act)]
+    if not isinstance(act, (nn.Module, FunctionType, BuiltinFunctionType)):
+        return None  # an object whose state nobody watches
     own, kept = signature(act) if isinstance(act, nn.Module) else (id(act), [act])
     key = own, tuple(map(id, ACTIVATIONS.values()))
     if key not in _names:
@@ -84,7 +87,30 @@ def _traced_name(act: nn.Module | Callable[[Tensor], Tensor]) -> str | None:
         if not texts:
             name = activation_name(chain)
         texts.add(chain.text)
-    return name if len(texts) == 1 else None
+    return name if len(texts) == 1 and name is not None and _agrees(act, name) else None
+
+
+def _agrees(act: nn.Module | Callable[[Tensor], Tensor], name: str) -> bool:
+    """Return True if values and gradients are those of a row of `ACTIVATIONS`, however it is run.
+
+    A graph shows no gradient that a function makes itself, and no choice by shape or autocast.
+    """
+    f = sandbox_copy(act) if isinstance(act, nn.Module) else act
+    shapes = ((64,), (1, 64), (8, 8), (1, 8, 8), (4, 2, 8), (2, 2, 4, 4))
+    for dtype, shape, low in product((torch.float32, torch.float64), shapes, (False, True)):
+        x = torch.linspace(-9.01, 9, 64, dtype=dtype, device="cpu").view(shape)
+        ways = []
+        for function in (f, ACTIVATIONS[name].fn):
+            inputs = x.clone().requires_grad_()
+            with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+                y = function(inputs.clone())
+                (gradient,) = torch.autograd.grad(y.sum(), inputs)
+            with torch.inference_mode():
+                z = function(x.clone())
+            ways.append((y.detach(), gradient, z.clone()))
+        if any(not torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*ways)):
+            return False
+    return True
 
 
 def _fake(dtype: torch.dtype, tensor: Tensor) -> Any:

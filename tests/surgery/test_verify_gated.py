@@ -14,15 +14,18 @@ SITE = Site("gated", "gated", "gate", None, "down", up="up")
 
 
 def test_the_contexts():
-    assert len(set(module.CONTEXTS)) == 24
+    assert len(set(module.CONTEXTS)) == 56
     for train in (False, True):
         for grad in (False, True):
             some = [c for c in module.CONTEXTS if (c.train, c.grad) == (train, grad)]
-            assert {c.dtype for c in some} == {torch.float32, torch.bfloat16, torch.float16}
+            low = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
+            assert {c.dtype for c in some} == low
             assert {c.ndim for c in some} == {2, 3, 4}
-            assert {c.autocast for c in some} == {False, True}
-    words = str(Context(True, False, torch.float16, 3, True))
-    assert words == "train mode, float16, without gradients, under autocast, 3 dimensions"
+            assert {c.autocast for c in some} == {None, torch.bfloat16, torch.float16}
+    words = str(Context(True, False, torch.float32, 3, torch.float16))
+    assert words == (
+        "train mode, float32, without gradients, under autocast to torch.float16, 3 dimensions"
+    )
 
 
 def test_a_verdict():
