@@ -31,7 +31,7 @@ __all__ = ["StarExperts"]
 
 @dataclass
 class ExpertsRole:
-    """What `starify` knows of experts, kept in their attribute `star`.
+    """Settings of star experts, kept in their attribute `star`.
 
     Args:
         original: the class that the experts had before.

@@ -222,7 +222,9 @@ def _of_module(
     for key in names - plain.keys() - OWN:
         if not hasattr(kind, key) and key not in part._modules and key.isidentifier():
             yield Entry(label + key, partial(state.get, key, MISSING), MISSING)
-    hides = partial(_hiding, part, kind, len(state), frozenset(state))
+    # a wrapper on the instance that reaches this check is one that calls the module's own forward
+    known = frozenset(state) | ({"forward"} if not name else set())
+    hides = partial(_hiding, part, kind, len(state), known)
     yield Entry(f"{label}methods hidden", hides, "")
     yield Entry(f"{label}children", partial(_children, part), _children(part))
     for what, tensors in (("parameters", part._parameters), ("buffers", part._buffers)):
