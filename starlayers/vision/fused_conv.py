@@ -47,9 +47,8 @@ def plan(layer: "ConvNorm", x: Tensor, act: str | None = None) -> Plan:
     reason = "" if x.numel() else "the batch is empty"
     if not reason and kind_of(x, _tensors(layer)) is None:
         reason = AMD if torch.version.hip else EACH_STEP
-    elif not reason and unusual(layer.bn):
-        reason = unusual(layer.bn)
-    elif not reason and _state(layer, conv, act) is None:
+    reason = reason or unusual(layer.bn)
+    if not reason and _state(layer, conv, act) is None:
         reason = "the norm uses statistics of the batch, or a tensor is no parameter or buffer"
     tensors = [t for t in _tensors(layer) if t is not None and t.ndim]  # without a norm's counter
     if any(t.ndim != 4 and t.shape != (conv.out_channels,) for t in tensors):

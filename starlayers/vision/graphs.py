@@ -140,7 +140,8 @@ class Graphs:
                 self.met.clear()
             self.met.add(kind)
             return None
-        if self._not_worth_it(model, x):
+        if reason := self._not_worth_it(model, x):
+            self.failed[kind] = reason  # later calls need not count the layers again
             return None
         try:
             with torch.inference_mode(False):  # its memory is written in whatever mode comes later

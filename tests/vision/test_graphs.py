@@ -103,6 +103,8 @@ def test_auto_declines_where_copies_cost_more_than_launches(captures, monkeypatc
     for _ in range(3):
         net(X)
     assert captures == []
+    (reason,) = net.graphs.failed.values()  # later calls need not find it again
+    assert reason in net.plan(X).reason
 
 
 def sgd(net):
