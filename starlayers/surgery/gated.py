@@ -25,6 +25,7 @@ from starlayers.kernels.registration import compute_dtype
 from starlayers.recompute import recomputed
 from starlayers.surgery.grown import Grown
 from starlayers.surgery.linear_layers import Projection, projection
+from starlayers.surgery.sandbox import unsharded
 from starlayers.surgery.site import Site, attribute, with_new_names
 from starlayers.surgery.snapshot import Snapshot
 
@@ -156,6 +157,7 @@ class GatedMLP(nn.Module):
         if reason or x is None:
             return declined(reason, f"this {type(self).__name__}")
         layers = {name: attribute(self, name) for name in (site.inp, site.up, site.out) if name}
+        odd = False  # a layer is not a plain `nn.Linear`
         if len(layers) < 3:
             reason = "it has one packed layer, or none after the product: no op for these"
         elif role.grown:
@@ -168,9 +170,11 @@ class GatedMLP(nn.Module):
                 plan = plan_mlp(x, weights, role.act_name, recompute=role.recompute)
                 if plan.fused:
                     return plan
-            reason = attached(layers) if weights is None else plan.reason
-        if plan_early(x) is not None:  # no kernel for the product either
-            return Plan("eager", reason)
+            odd = weights is None
+            reason = attached(layers) if odd else plan.reason
+        early = plan_early(x)
+        if early is not None:  # no kernel for the product either
+            return Plan("eager", f"{reason}; its product alone: {early.reason}" if odd else reason)
         # the product alone: its branches have the dtype that linear layers give them
         h = x.new_empty(1, dtype=compute_dtype(x)).expand(*x.shape[:-1], self.star_sizes()[1])
         plan = plan_star(h, h, role.act_name)
@@ -318,14 +322,27 @@ def release(module: GatedMLP) -> nn.Module:
     """Give a module its original class back, and remove grown products."""
     original = module.star.original
     if type(module) is not star_class(original):
-        raise ValueError(
-            f"revert: an MLP is a {type(module).__name__} now, another library has changed its "
-            "class after starify; undo that first"
-        )
+        original = _derived_anew(type(module), original)
     module._modules.pop("star_grown", None)
     del module.star
     module.__class__ = original  # type: ignore[assignment]
     return module
+
+
+def _derived_anew(kind: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that FSDP2 would have derived from the original class, not its star."""
+    if unsharded(kind) is not star_class(original):
+        raise ValueError(
+            f"revert: an MLP is a {kind.__name__} now, another library has changed its class after "
+            "starify; undo that first"
+        )
+    left_out = ("__dict__", "__weakref__")
+    members = {key: value for key, value in vars(kind).items() if key not in left_out}
+    metaclass: Any = type(kind)
+    derived: type[nn.Module] = metaclass(
+        f"FSDP{original.__name__}", (kind.__bases__[0], original), members
+    )
+    return derived
 
 
 def acts(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """State of a module that was verified, and what has changed since."""
 
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from starlayers.dispatch import has_global_hooks
+from starlayers.surgery.sandbox import FSDP_STATE
 
 #: attributes that every module has; parameters, buffers and children are looked at by themselves
 OWN = frozenset(vars(nn.Module()))
@@ -46,9 +48,9 @@ class Snapshot:
         #: name, object and attributes of configs that the modules hold
         self.configs: list[tuple[str, Any, dict[str, Any]]] = []
         seen: set[int] = set()
-        for name, part in _parts(module, self.apart):
+        for name, part in parts_of(module, self.apart):
             own = forward if part is module else type(part).forward
-            plain = {k: v for k, v in vars(part).items() if k not in OWN and not _is_star(k)}
+            plain = {k: v for k, v in vars(part).items() if k not in OWN and not _is_added(k)}
             self.parts.append((name, name.rpartition(".")[0], part, own, plain))
             names = names_in_code(type(part))
             for key, value in plain.items():
@@ -101,7 +103,7 @@ class Snapshot:
 
 def _hidden(part: nn.Module, plain: dict[str, Any]) -> str:
     """Return the name of a new attribute that hides one of the class, empty if none does."""
-    new = [k for k in vars(part) if k not in OWN and k not in plain and not _is_star(k)]
+    new = [k for k in vars(part) if k not in OWN and k not in plain and not _is_added(k)]
     return next((k for k in new if hasattr(type(part), k)), "")
 
 
@@ -115,17 +117,27 @@ class _Missing:
 MISSING = _Missing()
 
 
-def signature(module: nn.Module) -> tuple[tuple[Any, ...], list[Any]]:
+def signature(
+    module: nn.Module, apart: Collection[str] = (), without: Collection[tuple[str, str]] = ()
+) -> tuple[tuple[Any, ...], list[Any]]:
     """Return all that can change what a forward computes but values of tensors, as a key.
 
     Modules with equal keys have the same graph. Objects without a value enter by their ids, which
     are theirs alone while they exist: they are returned too, for a cache to keep.
+
+    Args:
+        module: the module.
+        apart: names of children that are left out.
+        without: names of modules and of attributes in them whose values are left out.
     """
     parts, kept = [], []
 
     def entry(value: Any, names: frozenset[str] | None = None) -> Any:
-        if type(value) in VALUES and _hashable(value):
+        if is_value(value):
             return type(value), value
+        if type(value) is partial:  # each module has one of its own
+            items = [value.func, *value.args, *value.keywords.values()]
+            return partial, tuple(value.keywords), tuple(map(entry, items))
         kept.append(value)
         known = getattr(value, "__dict__", None)
         if names is None or not known or isinstance(value, (nn.Module, type)) or callable(value):
@@ -133,14 +145,18 @@ def signature(module: nn.Module) -> tuple[tuple[Any, ...], list[Any]]:
         read = sorted(k for k in known if k in names)  # a config: what the forward reads of it
         return type(value), tuple((k, entry(known[k])) for k in read)
 
-    for name, part in module.named_modules():
+    for name, part in parts_of(module, apart):
         kind = type(part)
         names = names_in_code(kind)
         tensors = [
             (k, t if t is None else (t.shape, t.dtype, t.device, type(t)))
             for k, t in (*part._parameters.items(), *part._buffers.items())
         ]
-        plain = [(k, entry(v, names)) for k, v in vars(part).items() if k not in OWN]
+        plain = [
+            (k, None if (name, k) in without else entry(v, names))
+            for k, v in vars(part).items()
+            if k not in OWN and not k.startswith(FSDP_STATE)
+        ]
         methods = [entry(value) for value in _functions(kind)]
         parts.append((name, entry(kind), tuple(methods), tuple(plain), tuple(tensors)))
     return tuple(parts), kept
@@ -154,15 +170,16 @@ def _functions(kind: type) -> Iterator[Any]:
                 yield value
 
 
-def _parts(module: nn.Module, apart: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+def parts_of(module: nn.Module, apart: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules in a module by name, without those `apart`."""
     for name, part in module.named_modules():
         if not any(name == other or name.startswith(f"{other}.") for other in apart):
             yield name, part
 
 
-def _is_star(name: str) -> bool:
-    """Return True for the attributes that this library adds."""
-    return name == "star" or name.startswith("star_")
+def _is_added(name: str) -> bool:
+    """Return True for the attributes that this library adds, or FSDP2."""
+    return name == "star" or name.startswith(("star_", FSDP_STATE))
 
 
 def _same(new: Any, old: Any) -> bool:
@@ -170,7 +187,10 @@ def _same(new: Any, old: Any) -> bool:
     return type(new) is type(old) and type(old) in VALUES and bool(new == old)
 
 
-def _hashable(value: Any) -> bool:
+def is_value(value: Any) -> bool:
+    """Return True for values that are compared by value and can be in a key."""
+    if type(value) not in VALUES:
+        return False
     try:
         hash(value)
     except TypeError:  # a tuple of lists
@@ -178,7 +198,7 @@ def _hashable(value: Any) -> bool:
     return True
 
 
-def names_in_code(kind: type) -> frozenset[str]:
+def names_in_code(kind: type, *, constructors: bool = True) -> frozenset[str]:
     """Return all names and strings in the methods of a class and its bases below `nn.Module`."""
     names: set[str] = set()
 
@@ -192,6 +212,7 @@ def names_in_code(kind: type) -> frozenset[str]:
 
     for value in _functions(kind):
         function = getattr(value, "fget", None) or getattr(value, "__func__", value)
-        if (code := getattr(function, "__code__", None)) is not None:
+        code = getattr(function, "__code__", None)
+        if code is not None and (constructors or code.co_name != "__init__"):
             visit(code)
     return frozenset(names)
