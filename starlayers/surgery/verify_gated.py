@@ -134,12 +134,14 @@ def _read(owner: nn.Module, site: Site, reads: Reads) -> tuple[Formula, str | No
             x = torch.empty(shape, dtype=context.dtype, device=device)
         try:
             with _entered(context, body, device):
-                _record_reads(body, x, fake, reads)
                 formula, chain = read_formula(trace(body, x, parts), site)
         except MismatchError as error:
             if first is None:
                 raise
             raise MismatchError(f"in {context}: {error}") from error
+        finally:  # after the trace, because a forward may count its calls
+            with _entered(context, body, device):
+                _record_reads(body, x, fake, reads)
         if first is None:
             first = formula, activation_name(chain)
         elif formula != first[0]:
