@@ -71,7 +71,7 @@ class GatedVerdict(NamedTuple):
     act_name: str | None
 
 
-def verify_gated(owner: nn.Module, site: Site, reads: Reads) -> GatedVerdict:
+def verify_gated(owner: nn.Module, site: Site, reads: Reads | None = None) -> GatedVerdict:
     """Return the star formula of a gated MLP, verified.
 
     By graph: under all `CONTEXTS` and for input of any size its forward is the same star formula
@@ -88,7 +88,7 @@ def verify_gated(owner: nn.Module, site: Site, reads: Reads) -> GatedVerdict:
         MismatchError: the module computes anything else; the message says what.
     """
     _require_one_input(owner)
-    formula, act_name = _read(owner, site, reads)
+    formula, act_name = _read(owner, site, set() if reads is None else reads)
     site = formula.site
     if act_name is None and site.act is None:
         raise MismatchError(
