@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from starlayers.surgery.sandbox import unsharded
+
 
 class Adopted(nn.Module):
     """Module of a foreign class `C` with the class `StarC`, of a mixin and of `C`.
@@ -110,17 +112,32 @@ def adopt(module: nn.Module, mixin: type[Adopted], star: Any) -> Any:
 
 def release(module: Adopted) -> nn.Module:
     """Give a module its original class back, and remove the children that `starify` added."""
-    original = module.star.original
-    if type(module) is not star_class(original, _mixin(type(module))):
-        raise ValueError(
-            f"revert: an MLP is a {type(module).__name__} now, another library has changed its "
-            "class after starify; undo that first"
-        )
+    original, star = module.star.original, star_class(module.star.original, _mixin(type(module)))
+    if type(module) is not star:
+        original = _derived_anew(type(module), star, original)
     for name in ADDED:
         module._modules.pop(name, None)
     del module.star
     module.__class__ = original  # type: ignore[assignment]
     return module
+
+
+def _derived_anew(
+    kind: type[nn.Module], star: type[Adopted], original: type[nn.Module]
+) -> type[nn.Module]:
+    """Return the class that FSDP2 would have derived from the original class, not its star."""
+    if unsharded(kind) is not star:
+        raise ValueError(
+            f"revert: an MLP is a {kind.__name__} now, another library has changed its class after "
+            "starify; undo that first"
+        )
+    left_out = ("__dict__", "__weakref__")
+    members = {key: value for key, value in vars(kind).items() if key not in left_out}
+    metaclass: Any = type(kind)
+    derived: type[nn.Module] = metaclass(
+        f"FSDP{original.__name__}", (kind.__bases__[0], original), members
+    )
+    return derived
 
 
 def arguments(module: nn.Module) -> list[inspect.Parameter]:

@@ -10,6 +10,7 @@ from starlayers.surgery.adopted import Adopted
 from starlayers.surgery.experts import experts_names
 from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import installed
+from starlayers.surgery.progress import shown
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.recipes import RECIPES, TENTATIVE, is_sequence, runs
 from starlayers.surgery.site import Site, attribute, join, parent_of
@@ -57,7 +58,8 @@ def find_mlps(
     """Return the MLPs of a model that are not star layers yet.
 
     Each is verified by the graph of its forward or by trial runs on random input; equal MLPs are
-    verified once.
+    verified once. What takes longer than two seconds shows a progress bar; TQDM_DISABLE=1 in the
+    environment and the `disable_progress_bar` of transformers switch it off.
 
     Args:
         model: any module; it is not changed.
@@ -78,7 +80,7 @@ def find_mlps(
     findings: dict[tuple[int, str], Finding] = {}
     names: list[str] = []
     cache: Cache = {}
-    for claim in _claims(model):
+    for claim in shown(list(_claims(model))):
         tentative = claim.site.recipe in TENTATIVE
         if not tentative:
             names.append(claim.path)

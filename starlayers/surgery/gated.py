@@ -161,6 +161,7 @@ class GatedMLP(Adopted):
         if reason or x is None:
             return declined(reason, f"this {type(self).__name__}")
         layers = {name: attribute(self, name) for name in (site.inp, site.up, site.out) if name}
+        odd = False  # a layer is not a plain `nn.Linear`
         if len(layers) < 3:
             reason = "it has one packed layer, or none after the product: no op for these"
         elif role.grown:
@@ -173,9 +174,11 @@ class GatedMLP(Adopted):
                 plan = plan_mlp(x, weights, role.act_name, recompute=role.recompute)
                 if plan.fused:
                     return plan
-            reason = attached(layers) if weights is None else plan.reason
-        if plan_early(x) is not None:  # no kernel for the product either
-            return Plan("eager", reason)
+            odd = weights is None
+            reason = attached(layers) if odd else plan.reason
+        early = plan_early(x)
+        if early is not None:  # no kernel for the product either
+            return Plan("eager", f"{reason}; its product alone: {early.reason}" if odd else reason)
         # the product alone: its branches have the dtype that linear layers give them
         h = x.new_empty(1, dtype=compute_dtype(x)).expand(*x.shape[:-1], self.star_sizes()[1])
         plan = plan_star(h, h, role.act_name)

@@ -79,8 +79,8 @@ def gate_blocker(module: nn.Module) -> str | None:
         )
     if type(weight) not in (Tensor, nn.Parameter):
         return (
-            f"{kind} has a {type(weight).__name__} for a weight: starify before quantising, after "
-            "initialising"
+            f"{kind} has a weight of type {type(weight).__name__}: starify before quantising, "
+            "after initialising"
         )
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"{kind} holds {weight.dtype} weights: starify before quantising"

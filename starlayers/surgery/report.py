@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable
 from dataclasses import astuple, dataclass
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +141,7 @@ def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = No
     for path, _, star in installed(model):
         name = name_of(path, star)
         if name in selected:
-            rows[name] = _installed_row(name, star)
+            rows[name] = _installed_row(name, star, gathered=_is_gathered(model, path))
     for f in find_mlps(model, include=include, exclude=exclude):
         state = "ready" if f.site.form == "plain" else "is a star"
         state = state if f.reason is None else "skipped"
@@ -160,7 +161,37 @@ def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = No
     return Report(ordered, total - sum(row.parameters for row in ordered))
 
 
-def _installed_row(name: str, star: StarLayer) -> Row:
+def _is_gathered(model: nn.Module, path: str) -> bool:
+    """Return True if FSDP2 gathers the weights of a module during a call of it or one above."""
+    names = path.split(".") if path else []
+    above = (model.get_submodule(".".join(names[:n])) for n in range(len(names) + 1))
+    return any(k.__name__ == "FSDPModule" for module in above for k in type(module).__mro__)
+
+
+def _gathered(star: Any) -> Any:
+    """Return a star layer as it is during a call: plain weights in the place of divided ones."""
+    copy = object.__new__(type(star))
+    vars(copy).update(vars(star))
+    vars(copy)["_modules"] = dict(star._modules)
+    for name, layer in star._modules.items():
+        weights = getattr(layer, "_parameters", {})
+        if any(hasattr(p, "device_mesh") for p in weights.values()):
+            plain = object.__new__(type(layer))
+            vars(plain).update(vars(layer))
+            vars(plain)["_parameters"] = {k: _whole(p) for k, p in weights.items()}
+            vars(copy)["_modules"][name] = plain
+    return copy
+
+
+def _whole(weight: Any) -> Any:
+    """Return a parameter of the shape, dtype and device of a divided one; it holds one number."""
+    if not hasattr(weight, "device_mesh"):
+        return weight
+    one = torch.empty(1, dtype=weight.dtype, device=weight.device).expand(weight.shape)
+    return nn.Parameter(one, weight.requires_grad)
+
+
+def _installed_row(name: str, star: StarLayer, *, gathered: bool) -> Row:
     gate = gate_of(star)
     count = 0 if gate is None else sum(p.numel() for p in gate.parameters())
     role = role_of(star)
@@ -168,7 +199,7 @@ def _installed_row(name: str, star: StarLayer) -> Row:
         words = [role.spec]
     else:
         words = [role.act_name or "", f"grown by {role.grown}" if role.grown else ""]
-    plan = _plan_of_large(star) if role.fused else None
+    plan = _plan_of_large(_gathered(star) if gathered else star) if role.fused else None
     if plan is not None:
         words.append(plan.reason if plan.reason else "fused" if gate is not None else "")
     state = "star" if gate is not None else "fused" if plan is None or plan.fused else "eager"

@@ -16,6 +16,8 @@ PLAIN = (Tensor, nn.Parameter)
 
 #: attributes of `nn.Module` that `sandbox_copy` copies entry by entry
 CONTAINERS = ("_parameters", "_buffers", "_modules")
+#: start of the names of attributes in which FSDP2 keeps its state of a module
+FSDP_STATE = "__composable_api_state_key"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -50,8 +52,8 @@ def sandbox_copy(
 ) -> Any:
     """Return a copy of a module to run without an effect on the module.
 
-    Parameters, buffers, generators, lists, sets, dicts and child modules are copied, hooks are
-    left out, other attributes are shared.
+    Parameters, buffers, generators, lists, sets, dicts and child modules are copied, hooks and
+    what FSDP2 added are left out, other attributes are shared.
 
     Args:
         module: the module.
@@ -63,11 +65,11 @@ def sandbox_copy(
     memo = {} if memo is None else memo
     if id(module) in memo:
         return memo[id(module)]
-    copy = object.__new__(type(module))
+    copy = object.__new__(unsharded(type(module)))
     memo[id(module)] = copy
     state = copy.__dict__
     for name, value in vars(module).items():
-        if name not in CONTAINERS:
+        if name not in CONTAINERS and not name.startswith(FSDP_STATE):
             hooks = name.endswith("_hooks") or name.startswith(HOOKS)
             empty = hooks and isinstance(value, dict)
             state[name] = type(value)() if empty else _copied(value, memo, make)
@@ -79,6 +81,15 @@ def sandbox_copy(
         for k, child in module._modules.items()
     }
     return copy
+
+
+def unsharded(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class from which FSDP2 derived a module's class, or that class itself.
+
+    `fully_shard` gives a module of class `K` a class with the bases `FSDPModule` and `K`.
+    """
+    bases = kind.__bases__
+    return bases[1] if len(bases) == 2 and bases[0].__name__ == "FSDPModule" else kind
 
 
 def _copied(value: Any, memo: dict[int, Any], make: Callable[[Tensor], Tensor]) -> Any:

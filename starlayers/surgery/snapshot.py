@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from starlayers.dispatch import has_global_hooks
+from starlayers.surgery.sandbox import FSDP_STATE
 
 #: attributes that every module has; parameters, buffers and children are looked at by themselves
 OWN = frozenset(vars(nn.Module()))
@@ -74,7 +75,7 @@ class Snapshot:
         self.module: nn.Module = module
         self.kind: Any = kind or type(module)
         self.forward, self.apart = forward, tuple(apart)
-        self.parts = [(n, p) for n, p in _parts(module, apart) if n]
+        self.parts = [(n, p) for n, p in parts_of(module, apart) if n]
         self.entries = list(_entries(module, self.kind, apart))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,11 +125,18 @@ class Snapshot:
         return ""
 
 
-def signature(module: nn.Module, apart: Collection[str] = ()) -> tuple[tuple[Any, ...], list[Any]]:
+def signature(
+    module: nn.Module, apart: Collection[str] = (), without: Collection[tuple[str, str]] = ()
+) -> tuple[tuple[Any, ...], list[Any]]:
     """Return all that can change what a forward computes but values of tensors, as a key.
 
     Modules with equal keys have the same graph. Objects without a value enter by their ids, which
     are theirs alone while they exist: they are returned too, for a cache to keep.
+
+    Args:
+        module: the module.
+        apart: names of children that are left out.
+        without: names of modules and of attributes in them whose values are left out.
     """
     kept: list[Any] = []
 
@@ -137,13 +145,18 @@ def signature(module: nn.Module, apart: Collection[str] = ()) -> tuple[tuple[Any
             return type(value), value
         if type(value) is _Contents:
             return type(value), tuple(key(v) for v in value)
+        if type(value) is partial:  # each module has one of its own
+            items = [value.func, *value.args, *value.keywords.values()]
+            return partial, tuple(value.keywords), tuple(map(key, items))
         kept.append(value)
         return type(value), id(value)
 
     kind = type(module)
-    entries = tuple((e.name, key(e.value)) for e in _entries(module, kind, (), identities=False))
+    left_out = {f"{name}.{attr}".lstrip(".") for name, attr in without}
+    every = _entries(module, kind, apart, identities=False)
+    entries = tuple((e.name, key(e.value)) for e in every if e.name not in left_out)
     parts = []
-    for name, part in module.named_modules():
+    for name, part in parts_of(module, apart):
         tensors = tuple(
             (k, t if t is None else (t.shape, t.dtype, t.device, type(t)))
             for k, t in (*part._parameters.items(), *part._buffers.items())
@@ -171,7 +184,8 @@ def _contents_of(state: dict[str, Any], key: str) -> Any:
     return _contents(value) if isinstance(value, CONTAINERS) else value
 
 
-def _parts(module: nn.Module, apart: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
+def parts_of(module: nn.Module, apart: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules in a module by name, without those `apart`."""
     for name, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):  # whose code is fixed
             continue
@@ -185,7 +199,7 @@ def _entries(
     """Yield all that decides about a forward; a module and its parts by identity if asked for."""
     seen: set[int] = set()
     kinds: dict[type, None] = {}
-    for name, part in _parts(module, apart):
+    for name, part in parts_of(module, apart):
         own_kind = kind if part is module else type(part)
         kinds[own_kind] = None
         yield from _of_module(name, part, own_kind, seen, identities, apart)
@@ -207,7 +221,7 @@ def _of_module(
 ) -> Iterator[Entry]:
     state, names = vars(part), names_in_code(kind)
     label = f"{name}." if name else ""
-    plain = {k: v for k, v in state.items() if k not in OWN and not _is_star(k)}
+    plain = {k: v for k, v in state.items() if k not in OWN and not _is_added(k)}
     for key, value in plain.items():
         if isinstance(value, Tensor):
             continue
@@ -231,7 +245,7 @@ def _of_module(
         yield Entry(label + what, partial(_filled, tensors), _filled(tensors))
     if identities:
         for key, child in part.named_children():
-            if label + key not in apart and not _is_star(key):
+            if label + key not in apart and not _is_added(key):
                 yield Entry(label + key, partial(getattr, part, key, MISSING), child)
     if "forward" in state:
         yield Entry(f"{label}forward", partial(state.get, "forward", MISSING), state["forward"])
@@ -242,11 +256,11 @@ def _hiding(part: nn.Module, kind: type, size: int, known: frozenset[str]) -> st
     state = vars(part)
     if len(state) == size:
         return ""
-    return ", ".join(k for k in state if k not in known and not _is_star(k) and hasattr(kind, k))
+    return ", ".join(k for k in state if k not in known and not _is_added(k) and hasattr(kind, k))
 
 
 def _children(part: nn.Module) -> str:
-    return ", ".join(key for key, _ in part.named_children() if not _is_star(key))
+    return ", ".join(key for key, _ in part.named_children() if not _is_added(key))
 
 
 def _filled(tensors: dict[str, Any]) -> str:
@@ -353,9 +367,10 @@ def _of_function(function: Any, seen: set[int]) -> Iterator[Entry]:
                 yield from _inside(f"the variable {key}", cell.cell_contents, seen, 2)
 
 
-def _is_star(name: str) -> bool:
-    """Return True for the attributes that this library adds."""
-    return name in ("star", "star_gate", "star_grown", "star_use_nested_tensor")
+def _is_added(name: str) -> bool:
+    """Return True for the attributes that this library adds, or FSDP2."""
+    ours = name in ("star", "star_gate", "star_grown", "star_use_nested_tensor")
+    return ours or name.startswith(FSDP_STATE)
 
 
 def _same(new: Any, old: Any) -> bool:

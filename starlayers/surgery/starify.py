@@ -26,6 +26,7 @@ from starlayers.surgery.overlooked import overlooked
 from starlayers.surgery.projection import parse_gate
 from starlayers.surgery.saving import note_in_config
 from starlayers.surgery.sharding import settle_tp_plans
+from starlayers.surgery.site import attribute
 
 __all__ = ["revert", "starify"]
 
@@ -93,6 +94,8 @@ def starify(
     findings = find_mlps(model, include=include, exclude=exclude)
     for f in findings:
         f.reason = f.reason or _obstacle(model, f, mode, grow=grow, recompute=recompute)
+    for path, _, star in existing if grow else []:
+        _require_growth(path, star)
     verified = [f for f in findings if f.reason is None]
     plain, gated = mode == "star", mode == "fuse" or grow > 0  # the forms that the options change
     ready = [f for f in verified if (plain if f.site.form == "plain" else gated)]
@@ -127,9 +130,10 @@ def _check(model: nn.Module, mode: str, gate: str, grow: int) -> None:
         agent = isinstance(getattr(model, "policy", None), nn.Module)
         hint = "; it has a policy: use starlayers.rl.starify(model)" if agent else ""
         raise TypeError(f"starify expects a torch.nn.Module, got {type(model).__name__}{hint}")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(model, nn.parallel.DistributedDataParallel) and mode != "fuse":
         raise ValueError(
-            "starify: DistributedDataParallel knows no new parameters; wrap afterwards"
+            "starify: DistributedDataParallel knows no new parameters; wrap afterwards, or use "
+            "mode='fuse', which adds none"
         )
     if mode not in MODES:
         raise ValueError(f"starify: unknown mode {mode!r}, choose one of {', '.join(MODES)}")
@@ -150,13 +154,22 @@ def _obstacle(model: nn.Module, f: Finding, mode: str, *, grow: int, recompute: 
     if grow:
         blocker = gate_blocker(model.get_submodule(f.path))
         if blocker is not None:
-            return blocker
+            return f"it cannot grow: {blocker}; mode='fuse' adds no parameter and serves it"
     if mode == "fuse" and f.act_name is None and not recompute:
         return (
             f"its activation is {f.act}, which no row of ACTIVATIONS equals; recompute=True saves "
             "memory all the same, and register_activation adds a row"
         )
     return None
+
+
+def _require_growth(path: str, star: nn.Module) -> None:
+    """Raise an error if a star layer of an earlier call is to grow and cannot."""
+    if isinstance(star, GatedMLP) and not star.star.grown:
+        blocker = gate_blocker(attribute(star, star.star.site.inp))
+        if blocker is not None:
+            name = name_of(path, star)
+            raise ValueError(f"starify: {name} cannot grow: {blocker}; it stays fused as it is")
 
 
 def _update(star: StarLayer, mode: str, *, recompute: bool, rank: int) -> None:
@@ -180,6 +193,8 @@ def _no_mlp_message(model: nn.Module, mode: str, findings: list[Finding], expert
         return f"{start}: its {len(verified)} MLPs are plain; mode='star' gives them gates"
     if experts:
         return f"{start}: {experts}"
+    if mode == "fuse" and findings and all(f.site.form == "plain" for f in findings):
+        return f"{start}: its {len(findings)} MLPs are plain, without a second branch to fuse"
     if findings:
         reasons = "; ".join(dict.fromkeys(f"{f.path}: {f.reason}" for f in findings[:3]))
         return f"{start}: {len(findings)} looked like one, but {reasons}"

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from starlayers.activations import ACTIVATIONS
 from starlayers.surgery.forwards import remedy, replaced_forward
 from starlayers.surgery.install import install_plain
-from starlayers.surgery.linear_layers import Projection, dtype_and_device, gate_blocker, projection
+from starlayers.surgery.linear_layers import (
+    Projection,
+    base_layer,
+    dtype_and_device,
+    gate_blocker,
+    projection,
+    weight_of,
+)
+from starlayers.surgery.reads import EVERY, Attributes, Reads, unnamed_attributes
 from starlayers.surgery.recipes import is_sequence, runs
 from starlayers.surgery.sandbox import (
     preserved_generators,
@@ -38,8 +46,9 @@ from starlayers.surgery.verify_hidden import verify_hidden
 #: factors of the branches in the trial runs: limits only act far from zero
 SCALES = (1.0, 1e-2, 30.0, 1e3, 1e6)
 
-#: verdicts by the signature of what was verified, and the objects whose ids are in it
-Cache = dict[Any, tuple["Verdict", Any]]
+#: verdicts by the signature of what was verified, each with the values of unnamed attributes that
+#: were read for it, and the objects whose ids are in the signature
+Cache = dict[Any, list[tuple["Verdict", Attributes, Any]]]
 
 #: verdicts on gated MLPs, which rest on no value of a tensor
 _gated: Cache = {}
@@ -84,29 +93,48 @@ def verify(
     on the MLP's input its output must stay the same, too. `cache` has the verdicts on plain MLPs
     of the same signature in one model.
     """
+    reads: Reads = set()
+    unnamed: Attributes = {}
+    keys: Any
+    kept: Any
     if site.form == "plain":
-        store = cache
+        store = {} if cache is None else cache
         modules = [owner.get_submodule(_deepest_common(owner, site)), *(caller or ())[:1]]
+        keys, kept = zip(*map(signature, modules))
     else:
-        store, modules = _gated, [owner]
-    keys, kept = zip(*map(signature, modules))
+        store = _gated
+        layers = [name for name in (site.inp, site.up, site.out) if name]
+        unnamed = unnamed_attributes(owner, layers)
+        own, kept = signature(owner, layers, unnamed)
+        keys = own, *(_stood_in(attribute(owner, name)) for name in layers)
     key = site, keys, tuple(map(id, ACTIVATIONS.values())), caller and caller[1]
-    if store is not None and key in store:
-        return store[key][0]
+    for known, read, _ in store.get(key, []):
+        if all(unnamed[name] == value for name, value in read.items()):
+            return known
     try:
-        verdict = _verified(owner, site, caller)
+        verdict = _verified(owner, site, caller, reads)
     except MismatchError as error:
         verdict = Verdict(site, str(error))
     except Exception as error:  # a foreign module may raise anything
         verdict = Verdict(site, f"it cannot be tried: {first_line(error)}")
-    if store is not None:
-        if len(store) >= MOST_VERDICTS:
-            store.clear()
-        store[key] = verdict, (*kept, *ACTIVATIONS.values())
+    if len(store) >= MOST_VERDICTS:
+        store.clear()
+    read = {name: value for name, value in unnamed.items() if name in reads or EVERY in reads}
+    store.setdefault(key, []).append((verdict, read, (*kept, *ACTIVATIONS.values())))
     return verdict
 
 
-def _verified(owner: nn.Module, site: Site, caller: tuple[nn.Module, str] | None) -> Verdict:
+def _stood_in(layer: nn.Module) -> Any:
+    """Return what a verification knows of a linear layer, for which a plain one stands in."""
+    base, weight = base_layer(layer), weight_of(layer)
+    bias = getattr(base, "bias", None) is not None
+    place = dtype_and_device(layer)[1] if projection(layer) else None
+    return type(layer), type(base), type(weight), projection(layer), bias, place
+
+
+def _verified(
+    owner: nn.Module, site: Site, caller: tuple[nn.Module, str] | None, reads: Reads
+) -> Verdict:
     """Return the verdict on an MLP, or raise an error with the reason."""
     for name in filter(None, (site.inp, site.up)):
         if projection(attribute(owner, name)) is None:
@@ -119,7 +147,7 @@ def _verified(owner: nn.Module, site: Site, caller: tuple[nn.Module, str] | None
     with _default_state(device):
         if site.form != "plain":
             _require_own_forward(owner)
-            formula, act_name = verify_gated(owner, site)
+            formula, act_name = verify_gated(owner, site, reads)
             between, after = formula.between, formula.after
             return Verdict(formula.site, None, between, after, act_name, formula.act)
         if site.act is None:

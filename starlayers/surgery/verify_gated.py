@@ -15,6 +15,7 @@ from starlayers.surgery.formula import Formula, activation_name, read_formula
 from starlayers.surgery.gated import GatedMLP, Role
 from starlayers.surgery.graph import SIZES, trace
 from starlayers.surgery.linear_layers import Projection, base_layer, dtype_and_device, projection
+from starlayers.surgery.reads import EVERY, Reads, recorded_reads
 from starlayers.surgery.sandbox import random_tensor, sandbox_copy, seed_generators
 from starlayers.surgery.site import Site, attribute
 from starlayers.surgery.snapshot import names_in_code
@@ -82,7 +83,7 @@ class GatedVerdict(NamedTuple):
     act_name: str | None
 
 
-def verify_gated(owner: nn.Module, site: Site) -> GatedVerdict:
+def verify_gated(owner: nn.Module, site: Site, reads: Reads | None = None) -> GatedVerdict:
     """Return the star formula of a gated MLP, verified.
 
     By graph: under all `CONTEXTS` and for input of any size its forward is the same star formula
@@ -90,12 +91,17 @@ def verify_gated(owner: nn.Module, site: Site) -> GatedVerdict:
     the input and of all parameters. The linear layers are replaced by plain ones for this, because
     whatever they are, adapters, quantised or sharded, a star calls them as the module does.
 
+    Args:
+        owner: the MLP.
+        site: names of its parts.
+        reads: is given the names of the attributes that its forward reads.
+
     Raises:
         MismatchError: the module computes anything else; the message says what.
     """
     _require_visible(owner)
     _require_one_input(owner)
-    formula, act_name = _read(owner, site)
+    formula, act_name = _read(owner, site, set() if reads is None else reads)
     site = formula.site
     if act_name is None and site.act is None:
         raise MismatchError(
@@ -136,7 +142,7 @@ def _require_one_input(owner: nn.Module) -> None:
 # by graph
 
 
-def _read(owner: nn.Module, site: Site) -> tuple[Formula, str | None]:
+def _read(owner: nn.Module, site: Site, reads: Reads) -> tuple[Formula, str | None]:
     """Return the formula under all contexts, and the name of its activation."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # heavy, as `torch.export` is
 
@@ -147,7 +153,7 @@ def _read(owner: nn.Module, site: Site) -> tuple[Formula, str | None]:
     device = torch.device("cpu") if device.type == "meta" else device
     first: tuple[Formula, str | None] | None = None
     for context in CONTEXTS:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             body = _stand_in(owner, site, fake_maker(context.dtype, device))
             shape = (*SIZES[: context.ndim - 1], n)
             x = torch.empty(shape, dtype=context.dtype, device=device)
@@ -158,12 +164,27 @@ def _read(owner: nn.Module, site: Site) -> tuple[Formula, str | None]:
             if first is None:
                 raise
             raise MismatchError(f"in {context}: {error}") from error
+        finally:  # after the trace, because a forward may count its calls
+            with entered(context, body, device):
+                _record_reads(body, x, fake, reads)
         if first is None:
             first = formula, activation_name(chain)
         elif formula != first[0]:
             raise MismatchError(f"it computes {formula.act} in {context}, {first[0].act} otherwise")
     assert first is not None
     return first
+
+
+def _record_reads(body: nn.Module, x: Tensor, fake: Any, reads: Reads) -> None:
+    """Add the names of the attributes that a forward reads."""
+    try:
+        with fake, recorded_reads(body) as read:
+            body(x)
+            with torch.inference_mode():
+                body(x)
+        reads |= read
+    except Exception:  # a foreign module may raise anything
+        reads.add(EVERY)
 
 
 @contextmanager

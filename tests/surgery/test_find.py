@@ -361,11 +361,11 @@ def subclassed():
         ),
         (
             subclassed(),
-            "Linear has a Packed4Bit for a weight: starify before quantising, after initialising",
+            "Linear has a weight of type Packed4Bit: starify before quantising, after initialising",
         ),
         (
             nn.LazyLinear(3),
-            "LazyLinear has a UninitializedParameter for a weight: starify before quantising, "
+            "LazyLinear has a weight of type UninitializedParameter: starify before quantising, "
             "after initialising",
         ),
     ],

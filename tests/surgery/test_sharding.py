@@ -8,11 +8,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from starlayers import from_pretrained, starify
-from starlayers.surgery import apply_record, merge, record_of, revert
+from starlayers.surgery import GatedMLP, apply_record, merge, record_of, report, revert
 from tests.surgery.small import IDS, SIZES, gpt2, llama, train_gates
 from tests.surgery.test_grown import old_state
 
@@ -165,6 +166,89 @@ def refused_once_divided():
         merge(grown)
 
 
+def sharded_mlps(model):
+    for layer in model.model.layers:
+        fully_shard(layer.mlp)
+    return fully_shard(model)
+
+
+def sharded_layers_of_mlps(model):
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            fully_shard(getattr(layer.mlp, name))
+    return fully_shard(model)
+
+
+def assert_fused_and_back(model, expected, state, detail=""):
+    """The star computes what one process does, says so, and leaves by `revert`."""
+    (row, other) = report(model).rows
+    assert (row.state, other.state) == (state, state), row
+    assert detail in row.detail
+    assert_equal_to(model, expected)
+    assert all(isinstance(layer.mlp, GatedMLP) for layer in model.model.layers)
+    revert(model)
+    assert not any(isinstance(layer.mlp, GatedMLP) for layer in model.model.layers)
+    model.zero_grad()
+    assert_equal_to(model, expected)
+
+
+def fused_and_divided(folder):
+    """Fuse before and after FSDP2, after tensor parallelism, and inside of DDP."""
+    from transformers import AutoModelForCausalLM, DistributedConfig
+
+    expected = gradients(llama())
+    own = "gate_proj is a FSDPLinear, not nn.Linear"
+    ways = ((sharded, "fused", "silu"), (sharded_mlps, "fused", "silu"))
+    for shard, state, detail in (*ways, (sharded_layers_of_mlps, "eager", own)):
+        for options in ({}, {"recompute": True}):
+            before = shard(starify(llama(), mode="fuse", **options))
+            assert_fused_and_back(before, expected, state, detail)
+            after = starify(shard(llama()), mode="fuse", **options)
+            assert_fused_and_back(after, expected, state, detail)
+    # a class that FSDP2 derived from the star's becomes what it would have derived from the plain
+    mlp = revert(sharded_mlps(starify(llama(), mode="fuse"))).model.layers[0].mlp
+    assert type(mlp).__name__ == "FSDPLlamaMLP"
+    assert isinstance(mlp, FSDPModule)
+    if dist.get_rank() == 0:
+        llama().save_pretrained(folder)
+    dist.barrier()
+    divided = "gate_proj is divided over processes, its weight is a DTensor"
+    columns = {"distributed_config": DistributedConfig(tp_size=2)}
+    shards = {"distributed_config": DistributedConfig(fsdp_size=2)}
+    for options, state, detail in (
+        (columns, "eager", divided), ({"tp_plan": "auto"}, "eager", divided), (shards, "fused", "")
+    ):  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(folder, **copy.deepcopy(options)).eval()
+        assert_fused_and_back(starify(model, mode="fuse"), expected, state, detail)
+    for order in ("before", "after"):
+        model = llama()
+        model = starify(model, mode="fuse") if order == "before" else model
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped = starify(wrapped, mode="fuse") if order == "after" else wrapped
+        assert [row.state for row in report(wrapped).rows] == ["fused", "fused"]
+        assert_equal_to(wrapped, (expected[0], {f"module.{n}": g for n, g in expected[1].items()}))
+        with pytest.raises(ValueError, match="wrap afterwards, or use mode='fuse'"):
+            starify(wrapped, grow=1)
+
+
+def fused_in_parts(folder):
+    """Save a fused, sharded model in parts, and load them into a plain one and a sharded one."""
+    model = llama()
+    expected = gradients(copy.deepcopy(model))
+    dcp.save(get_model_state_dict(sharded(starify(model, mode="fuse"))), checkpoint_id=folder)
+    torch.manual_seed(1)
+    plain, again = (type(llama())(llama().config).eval() for _ in range(2))
+    state = plain.state_dict()
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain(IDS).logits, expected[0], rtol=1e-6, atol=1e-6)
+    again = starify(sharded_mlps(again), mode="fuse")
+    state = get_model_state_dict(again)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(again, state)
+    assert_equal_to(again, expected)
+
+
 def in_process(rank, folder):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
@@ -178,6 +262,8 @@ def in_process(rank, folder):
         other_ways_to_load(f"{folder}/ways")
         old_rows(f"{folder}/old")
         refused_once_divided()
+        fused_and_divided(f"{folder}/fused")
+        fused_in_parts(f"{folder}/fused-parts")
     finally:
         dist.destroy_process_group()
 
