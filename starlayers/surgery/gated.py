@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from starlayers.surgery.grown import Grown
 from starlayers.surgery.linear_layers import Projection, projection
 from starlayers.surgery.site import Site, attribute, with_new_names
 from starlayers.surgery.snapshot import Snapshot
+from starlayers.surgery.star_class import StarModule, star_class
 
 __all__ = ["GatedMLP"]
 
@@ -62,7 +62,7 @@ class Role:
         vars(self).update(with_new_names(state))
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(StarModule):
     """Gated MLP of a foreign model, `out(act(gate(x)) * up(x))`, computed by the core.
 
     `gate` and `up` may be the halves of one packed linear layer. With r grown products (`f1`, `f2`
@@ -245,50 +245,18 @@ class GatedMLP(nn.Module):
         added = ", ".join(f"{name}={value}" for name, value in details.items() if value)
         return ", ".join(filter(None, (super().extra_repr(), added)))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # `StarC` is made at run time: name `C` instead, which can be imported
-        original = self.star.original
-        if type(self) is not star_class(original):
-            return super().__reduce_ex__(protocol)
-        get_state = getattr(self, "__getstate__", None)
-        return _empty_star, (original,), get_state() if get_state else vars(self)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if isinstance(grown := self._modules.get("star_grown"), Grown):
             grown.settle_pickled(self.star.grown)
         if type(self) is GatedMLP:  # pickled by an earlier version
-            self.__class__ = star_class(self.star.original)  # type: ignore[assignment]
+            self.__class__ = star_class(GatedMLP, self.star.original)
 
 
 @torch.compiler.assume_constant_result
 def _change_of(mlp: GatedMLP) -> str:
     """Return what has changed of an MLP; under a compiler, what has changed by then."""
     return mlp._star_change()
-
-
-#: class -> the star of it
-_star_classes: dict[type[nn.Module], type[GatedMLP]] = {}
-
-
-def star_class(kind: type[nn.Module]) -> type[GatedMLP]:
-    """Return the class `StarC` of gated MLPs of a class `C`."""
-    if kind in _star_classes:
-        return _star_classes[kind]
-
-    @wraps(kind.forward)  # the signature, for those who ask for it
-    def forward(self: GatedMLP, *args: Any, **kwargs: Any) -> Any:
-        return GatedMLP.forward(self, *args, **kwargs)
-
-    members = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    metaclass: Any = type(kind)
-    star: type[GatedMLP] = metaclass(f"Star{kind.__name__}", (GatedMLP, kind), members)
-    return _star_classes.setdefault(kind, star)
-
-
-def _empty_star(kind: type[nn.Module]) -> GatedMLP:
-    """Return an uninitialised star of a class; what pickle and copy start from."""
-    return object.__new__(star_class(kind))
 
 
 def split_packed(h: Tensor, *, gate_last: bool) -> tuple[Tensor, Tensor]:
@@ -312,7 +280,7 @@ def input_name(module: nn.Module) -> str:
 def adopt(module: nn.Module, role: Role) -> GatedMLP:
     """Change the class of a module to the star of its class, in place."""
     module.star = role  # type: ignore[assignment]
-    module.__class__ = star_class(role.original)  # type: ignore[assignment]
+    module.__class__ = star_class(GatedMLP, role.original)
     assert isinstance(module, GatedMLP)
     return module
 
@@ -320,7 +288,7 @@ def adopt(module: nn.Module, role: Role) -> GatedMLP:
 def release(module: GatedMLP) -> nn.Module:
     """Give a module its original class back, and remove grown products."""
     original = module.star.original
-    if type(module) is not star_class(original):
+    if type(module) is not star_class(GatedMLP, original):
         raise ValueError(
             f"revert: an MLP is a {type(module).__name__} now, another library has changed its "
             "class after starify; undo that first"

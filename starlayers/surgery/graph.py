@@ -58,8 +58,10 @@ class Graph:
         return [a for a in dict.fromkeys(outer) if a not in self.tensors]
 
 
-def trace(body: nn.Module, x: Tensor, parts: tuple[str, ...]) -> Graph:
+def trace(body: nn.Module, x: Tensor, parts: tuple[str, ...], *, any_width: bool = False) -> Graph:
     """Return the graph of `body(x)`, for `x` of any size but for its last dimension.
+
+    With `any_width` it holds for all even sizes of the last dimension, too.
 
     It holds for the present mode, gradient mode and autocast, and for the dtype and the number of
     dimensions of `x`. A call of a module named in `parts` stays whole, whatever its depth.
@@ -73,22 +75,31 @@ def trace(body: nn.Module, x: Tensor, parts: tuple[str, ...]) -> Graph:
         [('0', 'aten.linear.default'), ('1', 'aten.relu.default')]
     """
     before = {name: dict(vars(module)) for name, module in body.named_modules()}
-    sizes = (dict.fromkeys(range(x.ndim - 1), Dim.DYNAMIC),)
+    sizes: dict[int, Any] = dict.fromkeys(range(x.ndim - 1), Dim.DYNAMIC)
+    if any_width:
+        sizes[x.ndim - 1] = 2 * Dim("half", min=2)
     try:
         with _quiet():
-            program = torch.export.export(_Call(body), (x,), dynamic_shapes=sizes, strict=False)
+            program = torch.export.export(_Call(body), (x,), dynamic_shapes=(sizes,), strict=False)
     except Exception as error:  # a foreign module may raise anything
         raise MismatchError(f"its forward has no fixed graph: {first_line(error)}") from error
     for name, module in body.named_modules():
         for key, value in vars(module).items():
             old = before[name].get(key, vars)
-            if old is not value and not (type(old) is type(value) is tuple and old == value):
-                raise MismatchError(f"its forward sets {f'{name}.{key}'.lstrip('.')!r}")
+            if old is value or (type(old) is type(value) is tuple and old == value):
+                continue
+            where = f"{name}.{key}".lstrip(".")
+            if type(old) is type(value) in (list, dict):  # rebuilt by the export
+                raise MismatchError(f"{where!r} is a {type(old).__name__}: its contents may change")
+            raise MismatchError(f"its forward sets {where!r}")
     signature = program.graph_signature
     changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if changed:
         raise MismatchError(f"its forward changes {changed[0].removeprefix('body.')!r} in place")
-    _require_any_size(program)
+    if any_width:
+        _require_any_width(program)
+    else:
+        _require_any_size(program)
     return _graph(program, parts)
 
 
@@ -125,6 +136,16 @@ def _require_any_size(program: ExportedProgram) -> None:
         if guards:
             raise MismatchError(f"its forward depends on the size of its input: {guards[0].expr}")
         return
+
+
+def _require_any_width(program: ExportedProgram) -> None:
+    """Raise a MismatchError if the graph holds for some even widths only.
+
+    A width that is a multiple of two makes guards of its own, so that its range tells.
+    """
+    ranges = [r for size, r in program.range_constraints.items() if size.is_symbol]
+    if not all(r.lower <= 2 and r.upper > 2**62 for r in ranges):
+        raise MismatchError("its forward depends on the size of its input")
 
 
 def _graph(program: ExportedProgram, parts: tuple[str, ...]) -> Graph:

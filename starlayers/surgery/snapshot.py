@@ -1,7 +1,10 @@
 """State of a module that was verified, and what has changed since."""
 
+import hashlib
+import inspect
 from collections.abc import Callable, Collection, Iterator
-from types import CodeType
+from functools import lru_cache, partial
+from types import CodeType, MethodType
 from typing import Any
 
 import torch
@@ -16,6 +19,42 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 VALUES = (bool, int, float, complex, str, bytes, type(None), tuple, torch.dtype)
 
 
+class Method:
+    """Function of a class, known by its identity and, in copies and pickles, by its code.
+
+    A function is pickled by name, and may be another one where it is unpickled.
+    """
+
+    def __init__(self, name: str, function: Any) -> None:
+        self.name, self.function, self.code = name, function, ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        code = self.code or code_hash(self.function)
+        return {"name": self.name, "function": None, "code": code}
+
+    def is_same(self, function: Any) -> bool:
+        """Return True if a function is this one."""
+        if self.function is None and code_hash(function) == self.code:
+            self.function = function
+        return function is self.function
+
+
+def code_hash(function: Any) -> str:
+    """Return a hash of a function's code, which differs between versions of Python."""
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None)
+    text = repr(_code(code)) if code else f"{type(function)} {getattr(function, '__name__', '')}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _code(code: CodeType) -> tuple[Any, ...]:
+    constants = [
+        _code(c) if isinstance(c, CodeType) else sorted(map(repr, c)) if type(c) is frozenset else c
+        for c in code.co_consts
+    ]
+    return code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars
+
+
 class Snapshot:
     """State on which a verification rests: classes, forwards, plain attributes, no hooks.
 
@@ -23,8 +62,10 @@ class Snapshot:
 
     Args:
         module: the module.
-        forward: its class's forward that was verified.
+        forward: its class's forward that was verified, or the method that was instead of it.
         apart: names of children that are left out, because whatever they are is called.
+        names: the module's own attributes that count, all of them by default.
+        method: name of that method.
 
     Example:
         >>> module = nn.Sequential(nn.Linear(2, 2), nn.LeakyReLU(0.1))
@@ -37,27 +78,40 @@ class Snapshot:
     """
 
     def __init__(
-        self, module: nn.Module, forward: Callable[..., Any], apart: Collection[str] = ()
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        apart: Collection[str] = (),
+        names: Collection[str] | None = None,
+        method: str = "forward",
     ) -> None:
-        self.forward, self.apart = forward, tuple(apart)
+        self.names = names
         #: dotted name, name of the parent, the part, its class's forward, its attributes
-        self.parts: list[tuple[str, str, nn.Module, object, dict[str, Any]]] = []
+        self.parts: list[tuple[str, str, nn.Module, Method, dict[str, Any]]] = []
         #: name, object and attributes of configs that the modules hold
         self.configs: list[tuple[str, Any, dict[str, Any]]] = []
         seen: set[int] = set()
-        for name, part in _parts(module, self.apart):
-            own = forward if part is module else type(part).forward
+        for name, part in _parts(module, tuple(apart)):
+            own = Method("forward", type(part).forward)
+            own = Method(method, forward) if part is module else own
             plain = {k: v for k, v in vars(part).items() if k not in OWN and not _is_star(k)}
             self.parts.append((name, name.rpartition(".")[0], part, own, plain))
-            names = names_in_code(type(part))
+            read_names = names_in_code(type(part))
             for key, value in plain.items():
                 known = getattr(value, "__dict__", None)
                 if isinstance(value, (nn.Module, type)) or callable(value) or not known:
                     continue
+                if not name and not self._counts(key):
+                    continue
                 if id(value) not in seen:
                     seen.add(id(value))
-                    read = {k: v for k, v in known.items() if k in names and type(v) in VALUES}
+                    found = {k: known[k] for k in read_names & known.keys()}
+                    read = {k: v for k, v in found.items() if type(v) in VALUES}
                     self.configs.append((f"{name}.{key}".lstrip("."), value, read))
+
+    def _counts(self, name: str) -> bool:
+        """Return True if an attribute of the module itself counts."""
+        return self.names is None or name in self.names
 
     def change(
         self,
@@ -68,7 +122,7 @@ class Snapshot:
     ) -> str:
         """Return the first change in words, empty if there is none.
 
-        `forward` is what the module's class computes now, if it was given another class. Hooks
+        `forward` is what the method is now, if the module was given another class. Hooks
         count as changes unless `with_hooks` is False.
         """
         if with_hooks and hooks._has_any_global_hook():
@@ -84,12 +138,14 @@ class Snapshot:
                 if "forward" in state and "forward" not in plain:
                     return f"{name} has a forward of its own"
             now = forward if not name and forward is not None else type(part).forward
-            if now is not own:
-                return f"the forward of {name or 'its class'} was replaced"
-            if len(state) != len(plain) + len(OWN) and (hidden := _hidden(part, plain)):
-                return f"{name}.{hidden} hides a method of its class".lstrip(".")
+            if now is not own.function and not own.is_same(now):
+                return f"the {own.name} of {name or 'its class'} was replaced"
+            if len(state) != len(plain) + len(OWN) and (added := _added(part, plain)):
+                return f"{name}.{added}".lstrip(".")
             for key, value in plain.items():
-                if (new := state.get(key, MISSING)) is not value and not _same(new, value):
+                if (new := state.get(key, MISSING)) is value or _same(new, value):
+                    continue
+                if name or self._counts(key):
                     return f"{name}.{key} is {new!r}, was {value!r}".lstrip(".")
         for name, config, read in self.configs:
             for key, value in read.items():
@@ -98,10 +154,19 @@ class Snapshot:
         return ""
 
 
-def _hidden(part: nn.Module, plain: dict[str, Any]) -> str:
-    """Return the name of a new attribute that hides one of the class, empty if none does."""
-    new = [k for k in vars(part) if k not in OWN and k not in plain and not _is_star(k)]
-    return next((k for k in new if hasattr(type(part), k)), "")
+def _added(part: nn.Module, plain: dict[str, Any]) -> str:
+    """Return in words a new attribute that the code of a class reads, empty if there is none.
+
+    A forward is none: where it replaces that of the class, what was verified does not run at all.
+    """
+    for key in vars(part).keys() - plain.keys() - OWN - {"forward"}:
+        if _is_star(key):
+            continue
+        if hasattr(type(part), key):
+            return f"{key} hides a method of its class"
+        if key in _names_in_code(type(part)):
+            return f"{key} is new"
+    return ""
 
 
 class _Missing:
@@ -121,10 +186,16 @@ def signature(module: nn.Module) -> tuple[tuple[Any, ...], list[Any]]:
     are theirs alone while they exist: they are returned too, for a cache to keep.
     """
     parts, kept = [], []
+    owners = {id(part): name for name, part in module.named_modules()}
 
     def entry(value: Any, names: frozenset[str] | None = None) -> Any:
         if type(value) in VALUES and _hashable(value):
             return type(value), value
+        if isinstance(value, partial):
+            words = tuple((k, entry(v)) for k, v in value.keywords.items())
+            return partial, entry(value.func), tuple(map(entry, value.args)), words
+        if isinstance(value, MethodType) and id(value.__self__) in owners:
+            return owners[id(value.__self__)], entry(value.__func__)
         kept.append(value)
         known = getattr(value, "__dict__", None)
         if names is None or not known or isinstance(value, (nn.Module, type)) or callable(value):
@@ -194,3 +265,7 @@ def names_in_code(kind: type) -> frozenset[str]:
         if (code := getattr(function, "__code__", None)) is not None:
             visit(code)
     return frozenset(names)
+
+
+#: the same, faster, for a class that has not changed
+_names_in_code: Callable[[type], frozenset[str]] = lru_cache(names_in_code)

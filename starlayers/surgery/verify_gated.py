@@ -198,15 +198,15 @@ def _compare(body: nn.Module, site: Site, between: tuple[str, ...], act_name: st
             own.train(train), star.train(train)
             x = _input(own, site, shape, dtype)
             x = x.transpose(0, 1) if mode == "inference" and x.ndim == 3 else x  # other strides
-            expected = _values(own, own, x, mode)
+            expected = values_of(own, own, x, mode)
             ways: list[tuple[Any, str]] = [(star.star_definition, "eager")]
             if dtype == torch.float32 and _fits_cpu_op(star, x):
                 ways.append((star, "cpu"))
             for call, backend in ways:
                 with use_backend(backend):
-                    actual = _values(star, call, x, mode)
+                    actual = values_of(star, call, x, mode)
                 where = f"for {tuple(x.shape)} of {dtype}, {'train' if train else 'eval'}, {mode}"
-                _require_close(expected, actual, TOLERANCES[dtype], where)
+                require_close(expected, actual, TOLERANCES[dtype], where)
 
 
 def _input(
@@ -233,7 +233,7 @@ def _fits_cpu_op(star: GatedMLP, x: Tensor) -> bool:
         return False
 
 
-def _values(
+def values_of(
     module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, mode: str
 ) -> dict[str, Tensor]:
     """Return the output of a call, and the gradients of input and parameters if there are any."""
@@ -252,7 +252,7 @@ def _values(
     return {"": y.detach(), **found}
 
 
-def _require_close(
+def require_close(
     expected: dict[str, Tensor], actual: dict[str, Tensor], tolerance: float, where: str
 ) -> None:
     """Raise a MismatchError if a star differs from the module by more than roundings."""
