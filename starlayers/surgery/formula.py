@@ -88,7 +88,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Formula:
-    """Star formula of a gated MLP, `out(act(inp(x)) * up(x))`.
+    """Formula of a gated MLP as its graph computes it: `out(act(inp(x)) * up(x))`.
 
     Args:
         site: names of the parts, the branches in the right order. Its `act` is the child that

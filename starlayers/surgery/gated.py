@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from starlayers.attached import attached
-from starlayers.backend import backend_name
 from starlayers.dispatch import (
     Plan,
     declined,
@@ -149,11 +148,11 @@ class GatedMLP(StarModule):
             reason = "no activation of the table computes what the model's does"
         elif x is None:
             reason = "the call has other arguments than the input alone"
-        elif torch.compiler.is_compiling() and backend_name() == "auto":
+        elif torch.compiler.is_compiling():
             # a compiler guards what the module's own forward reads, and fuses the product itself
             return Plan("eager", "being compiled: the compiler sees the module's own forward")
         else:
-            reason = _change_of(self)
+            reason = self._star_change()
         if reason or x is None:
             return declined(reason, f"this {type(self).__name__}")
         layers = {name: attribute(self, name) for name in (site.inp, site.up, site.out) if name}
@@ -203,9 +202,8 @@ class GatedMLP(StarModule):
     def _star_product(self, a: Tensor, b: Tensor) -> Tensor:
         """Return `act(a) * b`, by the core if it is as verified, else by the module's own act."""
         role = self.star
-        if role.act_name is not None and (
-            role.site.act is None or (role.fused and not _change_of(self))
-        ):
+        own = torch.compiler.is_compiling() or not role.fused or self._star_change() != ""
+        if role.act_name is not None and (role.site.act is None or not own):
             return star_product(a, b, role.act_name)
         act = attribute(self, role.site.act or "")
         return act(a) * b  # type: ignore[no-any-return]
@@ -220,7 +218,12 @@ class GatedMLP(StarModule):
         return x if isinstance(x, Tensor) and 2 <= x.ndim <= 4 else None
 
     def _star_change(self, *, with_hooks: bool = True) -> str:
-        """Return in words what has changed since the module was verified."""
+        """Return in words what has changed since the module was verified.
+
+        A compiler traces what runs, and guards it: for it there is no change.
+        """
+        if torch.compiler.is_compiling():
+            return ""
         snapshot, forward = self.star.snapshot, self.star.original.forward
         return "" if snapshot is None else snapshot.change(self, forward, with_hooks=with_hooks)
 
@@ -251,12 +254,6 @@ class GatedMLP(StarModule):
             grown.settle_pickled(self.star.grown)
         if type(self) is GatedMLP:  # pickled by an earlier version
             self.__class__ = star_class(GatedMLP, self.star.original)
-
-
-@torch.compiler.assume_constant_result
-def _change_of(mlp: GatedMLP) -> str:
-    """Return what has changed of an MLP; under a compiler, what has changed by then."""
-    return mlp._star_change()
 
 
 def split_packed(h: Tensor, *, gate_last: bool) -> tuple[Tensor, Tensor]:

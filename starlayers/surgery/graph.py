@@ -5,13 +5,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
 
 from starlayers.surgery.trial_run import MismatchError, first_line
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 #: sizes of the dimensions before the channels; distinct, so that no two are taken for one
 SIZES = (3, 5, 7)
@@ -74,14 +76,18 @@ def trace(body: nn.Module, x: Tensor, parts: tuple[str, ...], *, any_width: bool
         >>> [(call.name, str(call.nodes[-1].target)) for call in graph.calls]
         [('0', 'aten.linear.default'), ('1', 'aten.relu.default')]
     """
+    from torch.export import Dim, export  # heavy, and not needed to import the library
+
     before = {name: dict(vars(module)) for name, module in body.named_modules()}
     sizes: dict[int, Any] = dict.fromkeys(range(x.ndim - 1), Dim.DYNAMIC)
     if any_width:
         sizes[x.ndim - 1] = 2 * Dim("half", min=2)
     try:
         with _quiet():
-            program = torch.export.export(_Call(body), (x,), dynamic_shapes=(sizes,), strict=False)
+            program = export(_Call(body), (x,), dynamic_shapes=(sizes,), strict=False)
     except Exception as error:  # a foreign module may raise anything
+        if "Constraints violated" in str(error):
+            raise MismatchError("its forward depends on the size of its input") from error
         raise MismatchError(f"its forward has no fixed graph: {first_line(error)}") from error
     for name, module in body.named_modules():
         for key, value in vars(module).items():
@@ -126,7 +132,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _require_any_size(program: ExportedProgram) -> None:
+def _require_any_size(program: "ExportedProgram") -> None:
     """Raise a MismatchError if the graph holds for some sizes of the input only."""
     for node in program.graph.nodes:
         value = node.meta.get("val")
@@ -138,7 +144,7 @@ def _require_any_size(program: ExportedProgram) -> None:
         return
 
 
-def _require_any_width(program: ExportedProgram) -> None:
+def _require_any_width(program: "ExportedProgram") -> None:
     """Raise a MismatchError if the graph holds for some even widths only.
 
     A width that is a multiple of two makes guards of its own, so that its range tells.
@@ -148,7 +154,7 @@ def _require_any_width(program: ExportedProgram) -> None:
         raise MismatchError("its forward depends on the size of its input")
 
 
-def _graph(program: ExportedProgram, parts: tuple[str, ...]) -> Graph:
+def _graph(program: "ExportedProgram", parts: tuple[str, ...]) -> Graph:
     signature = program.graph_signature
     names = {
         **signature.inputs_to_parameters,

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 #: seed of every trial run; any fixed number would do
 SEED = 0x57A4
 
+PLAIN = (Tensor, nn.Parameter)
+
 #: attributes of `nn.Module` that `sandbox_copy` copies entry by entry
 CONTAINERS = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -20,6 +22,14 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 def own_tensor(tensor: Tensor) -> Tensor:
     """Return a copy of a tensor; of one on the meta device, random values on the CPU."""
     return random_tensor(tensor) if tensor.is_meta else tensor.detach().clone()
+
+
+def usual_tensor(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor; random values for memory that nobody has written to yet."""
+    plain = type(tensor) in PLAIN and tensor.is_floating_point() and not tensor.is_meta
+    if plain and tensor.numel() and not tensor.detach().abs().max() < 1e4:
+        return random_tensor(tensor)
+    return own_tensor(tensor)
 
 
 def random_tensor(tensor: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ import hashlib
 import inspect
 from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache, partial
-from types import CodeType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as hooks
+
+from starlayers.dispatch import has_global_hooks
 
 #: attributes that every module has; parameters, buffers and children are looked at by themselves
 OWN = frozenset(vars(nn.Module()))
@@ -108,6 +109,22 @@ class Snapshot:
                     found = {k: known[k] for k in read_names & known.keys()}
                     read = {k: v for k, v in found.items() if type(v) in VALUES}
                     self.configs.append((f"{name}.{key}".lstrip("."), value, read))
+        #: names of attributes of classes and of globals and closures that methods read, their
+        #: places and values; `forward` is looked at above
+        kinds = dict.fromkeys([type(module), *(type(part) for _, _, part, _, _ in self.parts[1:])])
+        self.outside = [entry for kind in kinds for entry in _outside(kind)]
+        self.kinds = list(kinds)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # places are found again where a copy or pickle is made; their values are kept
+        kept = {name: value for name, _, _, value in self.outside if type(value) in VALUES}
+        return {**vars(self), "outside": kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        kept = state["outside"]
+        entries = [entry for kind in self.kinds for entry in _outside(kind)]
+        self.outside = [(n, place, key, kept.get(n, v)) for n, place, key, v in entries]
 
     def _counts(self, name: str) -> bool:
         """Return True if an attribute of the module itself counts."""
@@ -125,7 +142,7 @@ class Snapshot:
         `forward` is what the method is now, if the module was given another class. Hooks
         count as changes unless `with_hooks` is False.
         """
-        if with_hooks and hooks._has_any_global_hook():
+        if with_hooks and has_global_hooks():
             return "a global hook is registered"
         for name, parent, part, own, plain in self.parts:
             state = vars(part)
@@ -151,7 +168,57 @@ class Snapshot:
             for key, value in read.items():
                 if (new := vars(config).get(key, MISSING)) is not value and not _same(new, value):
                     return f"{name}.{key} is {new!r}, was {value!r}"
+        for name, place, key, value in self.outside:
+            new = place.get(key, MISSING)
+            if new is not value and not _same(new, value):
+                known = type(value) in VALUES
+                return f"{name} is {new!r}, was {value!r}" if known else f"{name} was replaced"
         return ""
+
+
+class _Cell:
+    """Variable of a closure as a mapping with one key."""
+
+    def __init__(self, cell: Any) -> None:
+        self.cell = cell
+
+    def get(self, key: str, default: Any) -> Any:
+        """Return the value of the variable."""
+        return self.cell.cell_contents
+
+
+def _outside(kind: type) -> list[tuple[str, Any, str, Any]]:
+    """Return name, place, key and value of what methods of a class read outside of a module.
+
+    These are its methods and plain attributes, and plain variables of globals and closures.
+    Classes of PyTorch read nothing that changes.
+    """
+    entries: list[tuple[str, Any, str, Any]] = []
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        if base.__module__.startswith("torch."):
+            continue
+        for key, value in vars(base).items():
+            if key != "forward" and not key.startswith("__") and _is_read(value):
+                entries.append((f"{base.__name__}.{key}", vars(base), key, value))
+    for value in _functions(kind):
+        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        code, module = getattr(function, "__code__", None), getattr(function, "__module__", "")
+        if code is None or str(module).startswith("torch."):
+            continue
+        variables = function.__globals__
+        for key in code.co_names:
+            if type(variables.get(key, MISSING)) in VALUES:
+                entries.append((f"the global {key}", variables, key, variables[key]))
+        for key, cell in zip(code.co_freevars, function.__closure__ or ()):
+            filled = key != "__class__" and cell != CellType()
+            if filled and type(cell.cell_contents) in VALUES:
+                entries.append((f"the variable {key}", _Cell(cell), key, cell.cell_contents))
+    return entries
+
+
+def _is_read(value: Any) -> bool:
+    """Return True for a method, a property or a plain value."""
+    return type(value) in VALUES or isinstance(value, (FunctionType, property, staticmethod))
 
 
 def _added(part: nn.Module, plain: dict[str, Any]) -> str:

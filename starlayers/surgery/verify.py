@@ -15,7 +15,12 @@ from starlayers.surgery.forwards import remedy, replaced_forward
 from starlayers.surgery.install import install_plain
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, gate_blocker, projection
 from starlayers.surgery.recipes import is_sequence, runs
-from starlayers.surgery.sandbox import preserved_generators, sandbox_copy, seed_generators
+from starlayers.surgery.sandbox import (
+    preserved_generators,
+    sandbox_copy,
+    seed_generators,
+    usual_tensor,
+)
 from starlayers.surgery.site import Site, attribute
 from starlayers.surgery.snapshot import signature
 from starlayers.surgery.trial_run import (
@@ -150,13 +155,14 @@ def _runnable_part(owner: nn.Module, site: Site) -> tuple[nn.Module, Site]:
         start, end = names.index(site.inp), names.index(site.act or "")
         layers = OrderedDict((name, owner._modules[name]) for name in names[start : end + 1])
         part = nn.Sequential(layers).train(owner.training)  # type: ignore[arg-type]
-        return sandbox_copy(part), replace(site, out=None)
+        return sandbox_copy(part, make=usual_tensor), replace(site, out=None)
     prefix = _deepest_common(owner, site)
     base = f"{prefix}." if prefix else ""
     parts: dict[str, Any] = {key: getattr(site, key) for key in ("inp", "act", "out", "up")}
     for key, name in parts.items():  # a part that lies outside of the module is None
         parts[key] = name[len(base) :] if name and name.startswith(base) else None
-    return sandbox_copy(owner.get_submodule(prefix)), replace(site, **parts)
+    part = sandbox_copy(owner.get_submodule(prefix), make=usual_tensor)
+    return part, replace(site, **parts)
 
 
 def _deepest_common(owner: nn.Module, site: Site) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from starlayers.activations import ACTIVATIONS
 from starlayers.surgery.formula import activation_name, read_chain
@@ -66,6 +65,8 @@ def name_of_act(act: nn.Module | Callable[[Tensor], Tensor]) -> str | None:
 
 
 def _traced_name(act: nn.Module | Callable[[Tensor], Tensor]) -> str | None:
+    from torch._subclasses.fake_tensor import FakeTensorMode  # heavy, as `torch.export` is
+
     texts: set[str] = set()
     name = None
     dtypes = (torch.float32, torch.bfloat16, torch.float16)

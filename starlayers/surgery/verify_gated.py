@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from starlayers.backend import use_backend
 from starlayers.surgery.formula import Formula, activation_name, read_formula
@@ -114,6 +113,8 @@ def _require_one_input(owner: nn.Module) -> None:
 
 def _read(owner: nn.Module, site: Site) -> tuple[Formula, str | None]:
     """Return the formula under all contexts, and the name of its activation."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # heavy, as `torch.export` is
+
     parts = tuple(name for name in (site.inp, site.up, site.out) if name)
     inp = attribute(owner, site.inp)
     n = (projection(inp) or Projection(1, 1)).in_features

@@ -178,7 +178,7 @@ REFUSED = {
     "random slopes": (lambda: SwiGLU(nn.RReLU(0.1, 0.3)), "rrelu|leaky_relu"),
     "train mode doubles": (on_output(lambda s, y, x: 2 * y if s.training else y), "train mode"),
     "with gradients only": (
-        on_product(lambda s, h, x: h + 0.1 * h.detach().abs().mean() if torch.is_grad_enabled() else h),
+        on_product(lambda s, h, x: h + h.detach().mean() if torch.is_grad_enabled() else h),
         "takes add",
     ),
     "without gradients only": (
@@ -213,7 +213,10 @@ REFUSED = {
     "counts its calls": (edited(counted), "sets 'calls'"),
     # parameters at neutral values
     "ReZero": (on_output(lambda s, y, x: y + s.alpha * x, alpha=parameter()), "'alpha'|add"),
-    "LayerScale": (on_output(lambda s, y, x: y * s.scale, scale=parameter(16, value=1.0)), "'scale'"),
+    "LayerScale": (
+        on_output(lambda s, y, x: y * s.scale, scale=parameter(16, value=1.0)),
+        "'scale'",
+    ),
     "bias of zeros": (on_output(lambda s, y, x: y + s.shift, shift=parameter(16)), "'shift'"),
     "buffer of ones": (on_output(lambda s, y, x: y * s.ones, ones=torch.ones(16)), "'ones'"),
     "side branch of zeros": (
@@ -283,9 +286,7 @@ EXACT = {
     "shift by keyword": edited(shifted),
     "functional dropout at 0": edited(with_dropout, rate=0.0),
     "no limit": edited(with_limit, limit=None),
-    "dropout": edited(
-        lambda s, x: s.down_proj(s.drop(s.product(x))), drop=lambda: nn.Dropout(0.5)
-    ),
+    "dropout": edited(lambda s, x: s.down_proj(s.drop(s.product(x))), drop=lambda: nn.Dropout(0.5)),
     "norm before the last layer": edited(
         lambda s, x: s.down_proj(s.norm(s.product(x))), norm=lambda: nn.LayerNorm(40)
     ),

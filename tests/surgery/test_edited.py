@@ -153,7 +153,9 @@ def test_other_arguments_run_the_own_forward():
     for backend in ("auto", "eager"):
         with use_backend(backend):
             require_equal(own, star, x, 0.0, shift=2.0)
-    assert star.star_plan(x, shift=2.0).reason == "the call has other arguments than the input alone"
+    assert (
+        star.star_plan(x, shift=2.0).reason == "the call has other arguments than the input alone"
+    )
     with pytest.raises(TypeError, match="positional"):
         star(x, x)
     grown = starify(copy.deepcopy(own), grow=1)
@@ -311,6 +313,48 @@ def test_a_forward_of_the_class_replaced_afterwards_acts(monkeypatch):
     x = torch.randn(50, 16)
     monkeypatch.setattr(Mine, "forward", lambda self, x: 2 * self.down_proj(self.product(x)))
     assert star.star_plan(x).reason == "the forward of its class was replaced"
+    require_equal(own, star, x, 0.0)
+
+
+LIMIT = None
+
+
+def test_a_global_a_closure_and_a_class_changed_afterwards_act(monkeypatch):
+    doubled = False
+
+    class Mine(SwiGLU):
+        scale = 1.0
+
+        def forward(self, x):
+            h = self.product(x)
+            h = h if LIMIT is None else h.clamp(max=LIMIT)
+            h = 2 * h if doubled else h
+            return self.down_proj(h if self.scale == 1.0 else h * self.scale)
+
+        def other(self, x):
+            return 3 * self.up_proj(x)
+
+    own, star = pair(Mine)
+    x = torch.randn(50, 16)
+    with use_backend("cpu"):
+        assert star.star_plan(x).path == "cpu"
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "LIMIT", 0.1)
+        assert star.star_plan(x).reason == "the global LIMIT is 0.1, was None"
+        assert copy.deepcopy(star).star_plan(x).reason == star.star_plan(x).reason
+        require_equal(own, star, x, 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Mine, "scale", 2.0)
+        assert star.star_plan(x).reason == "Mine.scale is 2.0, was 1.0"
+        require_equal(own, star, x, 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(SwiGLU, "product", Mine.other)
+        assert star.star_plan(x).reason == "SwiGLU.product was replaced"
+        require_equal(own, star, x, 0.0)
+    with use_backend("cpu"):
+        assert star.star_plan(x).path == "cpu"
+    doubled = True
+    assert star.star_plan(x).reason == "the variable doubled is True, was False"
     require_equal(own, star, x, 0.0)
 
 

@@ -12,9 +12,13 @@ from torch.nn.utils import parametrize
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from starlayers import ACTIVATIONS
 from starlayers.surgery import experts_gate as module
 from starlayers.surgery.experts import cached
 from starlayers.surgery.experts_gate import verify_gate
+from starlayers.surgery.formula import activation_name, read_formula
+from starlayers.surgery.graph import trace
+from starlayers.surgery.trial_run import MismatchError
 from tests.surgery.moe import causal, experts_of
 
 
@@ -333,9 +337,9 @@ def along_rows(self, h):
         (without_gradients, r"without gradients, .* clamp\(x, -100, 100\)"),
         (half_guard, "in eval mode, float16, .* its output takes clamp with -60000, 60000"),
         (bfloat16_guard, "in eval mode, bfloat16, .* depends on to"),
-        (long_batches, r"its gate has no fixed graph: .*size\(\)\[0\]"),
-        (single_rows, r"its gate has no fixed graph: .*size\(\)\[0\]"),
-        (no_rows, r"its gate has no fixed graph: .*size\(\)\[0\]"),
+        (long_batches, "its gate depends on the size of its input"),
+        (single_rows, "its gate depends on the size of its input"),
+        (no_rows, "its gate depends on the size of its input"),
         (large_values, "its gate has no fixed graph: .*data-dependent"),
         (by_max_of_batch, "a factor of its product depends on amax"),
         (in_place, "works in place, by mul_"),
@@ -361,6 +365,70 @@ def test_what_is_no_star(gate, reason):
     found = verify_gate(experts(gate, **given))
     assert found.act_name == ""
     assert re.search(reason, found.reason), found.reason
+
+
+class Packed(nn.Module):
+    """Function of a tensor that holds both branches."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, h):
+        return self.function(h)
+
+
+def read(function, *, any_width=False):
+    graph = trace(Packed(function), torch.ones(4, 6), (), any_width=any_width)
+    return read_formula(graph, module.SITE)
+
+
+@pytest.mark.parametrize("name", [n for n, row in ACTIVATIONS.items() if row.name == n])
+def test_rows_of_the_table(name):
+    _, chain = read(lambda h: ACTIVATIONS[name].fn(h[:, :3]) * h[:, 3:])
+    assert activation_name(chain) == name
+
+
+@pytest.mark.parametrize(
+    ("gate", "up"),
+    [
+        (lambda h: h.split(3, 1)[0], lambda h: h.split([3, 3], -1)[1]),
+        (lambda h: h[:, :-3], lambda h: h[..., -3:]),
+        (lambda h: h[:][..., :][:, :3], lambda h: h.tensor_split(2, 1)[1]),
+        (lambda h: h.chunk(2, 1)[0].clone(), lambda h: h.chunk(2, -1)[1].contiguous()),
+    ],
+)
+def test_halves(gate, up):
+    first, second = read(lambda h: F.silu(gate(h)) * up(h)), read(lambda h: gate(h) * F.silu(up(h)))
+    assert (first[0].act, first[0].site.gate_last) == ("silu(x)", False)
+    assert (second[0].act, second[0].site.gate_last) == ("silu(x)", True)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: F.silu(h[:, 1:4]) * h[:, 3:],
+        lambda h: F.silu(h[:, :3]) * h[:, 6:3],
+        lambda h: F.silu(h.split([2, 4], -1)[0]) * h[:, :1],
+        lambda h: F.silu(h[::2, :3]) * h[::2, 3:],
+        lambda h: F.silu(h[1:, :3]) * h[1:, 3:],
+    ],
+)
+def test_parts_that_are_no_halves(function):
+    with pytest.raises(MismatchError, match="split|different|fixed graph"):
+        read(function)
+
+
+def test_halves_of_any_width():
+    def narrow(h):
+        gate, up = h.chunk(2, -1)
+        return F.silu(gate) * up if h.shape[-1] > 5 else up
+
+    chunked, _ = read(lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1], any_width=True)
+    assert chunked == read(narrow)[0]
+    for function in (narrow, lambda h: F.silu(h[:, :3]) * h[:, 3:]):
+        with pytest.raises(MismatchError, match="depends on the size of its input"):
+            read(function, any_width=True)
 
 
 def test_gates_that_ask_about_their_width():
@@ -492,8 +560,8 @@ def test_one_verification_for_equal_experts():
         calls.append(found)
         return verify_gate(found)
 
-    first = experts(act=ACT2FN["gelu_pytorch_tanh"])
-    second = experts(act=ACT2FN["gelu_pytorch_tanh"])
+    first = experts(act=ACT2FN["gelu_pytorch_tanh"], layer=0)
+    second = experts(act=ACT2FN["gelu_pytorch_tanh"], layer=1)
     second.gate_up_proj.data.zero_()
     assert cached(verify, first) == cached(verify, second) == verify_gate(first)
     assert len(calls) == 1

@@ -49,7 +49,10 @@ def test_fused_in_one_line_with_dtype_and_info(tmp_path):
         attn_implementation="eager",
     )
     assert not info["missing_keys"]
-    assert [row.state for row in report(model).rows] == ["is a star", "eager"]  # no op for bfloat16 on a CPU
+    assert [row.state for row in report(model).rows] == [
+        "is a star",
+        "eager",
+    ]  # no op for bfloat16 on a CPU
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager"
     assert [s.star.recompute for s in stars(model)] == [True]
