@@ -274,14 +274,13 @@ def _require_no_overwriting(graph: Graph) -> None:
 
 
 def _users(node: fx.Node) -> list[fx.Node]:
-    """Return what uses a tensor or slices that are all of it, `h[:]`."""
+    """Return what uses a tensor, its copies, or slices that are all of it, `h[:]`."""
     users: list[fx.Node] = []
     for user in node.users:
         sliced = _name(user) == "slice" and user.args[2:3] in ((), (0,), (None,))
-        if sliced and len(user.args) < 5 and user.meta["val"].shape == node.meta["val"].shape:
-            users += _users(user)
-        else:
-            users.append(user)
+        whole = sliced and len(user.args) < 5
+        whole = whole and user.meta["val"].shape == node.meta["val"].shape
+        users += _users(user) if whole or _name(user) in IDENTITIES else [user]
     return users
 
 

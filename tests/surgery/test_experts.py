@@ -653,14 +653,10 @@ def test_where_no_kernel_may_stand_in(mixtral, counted):
     h = torch.randn(4, 48)
     first.act_fn.register_forward_hook(lambda *_: None)
     with use_backend("triton"):
-        with pytest.raises(
-            RuntimeError, match=r"cannot serve these experts: 'act_fn' .* has hooks"
-        ):
+        with pytest.raises(RuntimeError, match="cannot serve these experts: act_fn has hooks"):
             first._apply_gate(h)
         first.config._experts_implementation_internal = "eager"
-        with pytest.raises(
-            RuntimeError, match=r"cannot serve these experts: 'act_fn' .* has hooks"
-        ):
+        with pytest.raises(RuntimeError, match="cannot serve these experts: act_fn has hooks"):
             first(*ARGS)
         with pytest.raises(
             RuntimeError, match=r"not verified for torch\.float32 of shape \(1, 4, 48"

@@ -71,7 +71,7 @@ def test_a_class_on_top_is_pickled_by_itself():
 
 def test_a_forward_that_somebody_holds_past_revert():
     """accelerate calls the forward that it found on the instance."""
-    mlp, x = starify(Gated(), mode="fuse"), torch.randn(3, 16)
+    mlp, x = starify(Gated(), mode="fuse"), torch.randn(3, 8)
     held = mlp.forward
     expected = mlp(x)
     revert(mlp)
@@ -83,7 +83,7 @@ def test_both_mlps_and_experts_are_star_modules():
     assert issubclass(GatedMLP, StarModule)
     assert issubclass(StarExperts, StarModule)
     file = io.BytesIO()
-    mlp, x = starify(Gated(), mode="fuse"), torch.randn(3, 16)
+    mlp, x = starify(Gated(), mode="fuse"), torch.randn(3, 8)
     torch.save(mlp, file)
     file.seek(0)
     again = torch.load(file, weights_only=False)
