@@ -269,6 +269,17 @@ def in_place_at_the_end(self, h):
     return (self.act_fn(gate) * up).mul_(2)
 
 
+def in_place_on_a_part(self, h):
+    h[:, 3:9].clamp_(max=1e7)
+    gate, up = h.chunk(2, -1)
+    return self.act_fn(gate) * up
+
+
+def contiguous_only(self, h):
+    gate, up = h.chunk(2, -1)
+    return self.act_fn(gate) * up if h.is_contiguous() else up
+
+
 def with_a_weight(self, h):
     gate, up = h.chunk(2, -1)
     return self.act_fn(gate) * up * self.weight
