@@ -17,7 +17,7 @@ from starlayers.surgery.formula import Formula, activation_name, read_formula
 from starlayers.surgery.graph import trace
 from starlayers.surgery.sandbox import preserved_generators, sandbox_copy
 from starlayers.surgery.site import Site
-from starlayers.surgery.snapshot import OWN, names_in_code
+from starlayers.surgery.snapshot import OWN
 from starlayers.surgery.trial_run import MismatchError, first_line
 from starlayers.surgery.verify_gated import (
     MODES,
@@ -113,13 +113,12 @@ def gate_width(experts: nn.Module) -> int:
 
 
 def without_weights(experts: nn.Module) -> nn.Module:
-    """Return experts with the same children, but only attributes that their class's code names.
+    """Return experts with the same attributes and children, but without own weights.
 
-    These are neither their weights nor what others attach to a module, FSDP2 for one.
+    FSDP2 keeps its state under keys that are no names, which no gate reads.
     """
     light: nn.Module = object.__new__(type(experts))
-    names = names_in_code(type(experts)) | OWN
-    vars(light).update({k: v for k, v in vars(experts).items() if k in names})
+    vars(light).update({k: v for k, v in vars(experts).items() if k.isidentifier()})
     vars(light).update(_parameters={}, _buffers={})
     return light
 

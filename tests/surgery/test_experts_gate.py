@@ -310,6 +310,16 @@ def by_list(self, h):
     return self.act_fn(gate) * (up if not self.limits else up.clamp(*self.limits))
 
 
+def by_helper(self, h):
+    return limited(self, h)
+
+
+def limited(experts, h):
+    gate, up = h.chunk(2, -1)
+    bound = getattr(experts, "bound", None)
+    return experts.act_fn(gate) * (up if bound is None else up.clamp(-bound, bound))
+
+
 def by_tensor(self, h):
     gate, up = h.chunk(2, -1)
     return self.act_fn(gate) * (up if self.table.numel() else -up)
@@ -364,6 +374,7 @@ def along_rows(self, h):
         (two_results, "does not return one tensor made of its input"),
         (by_config, "reads 'config', whose contents may change"),
         (by_list, "'limits' is a list: its contents may change"),
+        (by_helper, r"silu\(x\) and clamp\(x, -3.0, 3.0\)"),
         (by_tensor, "reads the tensor 'table'"),
         (fails, "RuntimeError no kernel"),
         (rolled, "roll.* does not split its input"),
@@ -373,6 +384,7 @@ def along_rows(self, h):
 def test_what_is_no_star(gate, reason):
     attributes = {"limits": [], "table": torch.ones(2)}
     given = {k: v for k, v in attributes.items() if k in gate.__code__.co_names}
+    given |= {"bound": 3.0} if gate is by_helper else {}
     found = verify_gate(experts(gate, **given))
     assert found.act_name == ""
     assert re.search(reason, found.reason), found.reason
@@ -571,8 +583,8 @@ def test_one_verification_for_equal_experts():
         calls.append(found)
         return verify_gate(found)
 
-    first = experts(act=ACT2FN["gelu_pytorch_tanh"], layer=0)
-    second = experts(act=ACT2FN["gelu_pytorch_tanh"], layer=1)
+    first = experts(act=ACT2FN["gelu_pytorch_tanh"])
+    second = experts(act=ACT2FN["gelu_pytorch_tanh"])
     second.gate_up_proj.data.zero_()
     assert cached(verify, first) == cached(verify, second) == verify_gate(first)
     assert len(calls) == 1
