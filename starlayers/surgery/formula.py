@@ -409,5 +409,7 @@ def _with_gradient(function: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     """Return True if all values agree to 1e-9, where the first is finite."""
+    if a.shape != b.shape:
+        return False
     error = (a - b).abs()
     return bool(((error <= 1e-9 * (1 + b.abs())) | ~a.isfinite()).all())

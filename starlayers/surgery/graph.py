@@ -98,15 +98,31 @@ def trace(body: nn.Module, x: Tensor, parts: tuple[str, ...], *, any_width: bool
             if type(old) is type(value) in (list, dict):  # rebuilt by the export
                 raise MismatchError(f"{where!r} is a {type(old).__name__}: its contents may change")
             raise MismatchError(f"its forward sets {where!r}")
-    signature = program.graph_signature
-    changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if changed:
-        raise MismatchError(f"its forward changes {changed[0].removeprefix('body.')!r} in place")
     if any_width:
         _require_any_width(program)
     else:
         _require_any_size(program)
-    return _graph(program, parts)
+    graph = _graph(program, parts)
+    for node in program.graph.nodes:
+        place = _changed_in_place(node)
+        if place is not None and place.op == "placeholder":
+            name = graph.tensors.get(place, "the input")
+            raise MismatchError(f"its forward changes {name!r} in place")
+    return graph
+
+
+def _changed_in_place(node: fx.Node) -> fx.Node | None:
+    """Return the node whose memory a node changes, `None` if it makes a tensor of its own."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return None
+    place = node.args[0]
+    while isinstance(place, fx.Node) and place.op == "call_function":
+        returns = getattr(getattr(place.target, "_schema", None), "returns", ())
+        if not any(r.alias_info is not None for r in returns):
+            break
+        place = place.args[0]  # a view of it
+    return place if isinstance(place, fx.Node) else None
 
 
 class _Call(nn.Module):

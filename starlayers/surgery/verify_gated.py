@@ -219,6 +219,7 @@ def _input(
     return torch.randn(*shape, inp.in_features, dtype=dtype, device=inp.weight.device)
 
 
+@torch.no_grad()
 def _scale_branches(body: nn.Module, site: Site, scale: float) -> None:
     for name in filter(None, (site.inp, site.up)):
         for parameter in attribute(body, name).parameters():

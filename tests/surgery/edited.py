@@ -211,6 +211,14 @@ REFUSED = {
         "differs",
     ),
     "counts its calls": (edited(counted), "sets 'calls'"),
+    "counts in a buffer": (
+        edited(lambda s, x: (s.calls.add_(1), SwiGLU.forward(s, x))[1], calls=torch.zeros(2)),
+        "changes 'calls' in place",
+    ),
+    "changes its input": (
+        edited(lambda s, x: SwiGLU.forward(s, x.mul_(1.0))),
+        "changes 'the input' in place",
+    ),
     # parameters at neutral values
     "ReZero": (on_output(lambda s, y, x: y + s.alpha * x, alpha=parameter()), "'alpha'|add"),
     "LayerScale": (

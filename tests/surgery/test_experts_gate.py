@@ -363,7 +363,7 @@ def along_rows(self, h):
         (no_rows, "its gate depends on the size of its input"),
         (large_values, "its gate has no fixed graph: .*data-dependent"),
         (by_max_of_batch, "a factor of its product depends on amax"),
-        (in_place, "works in place, by mul_"),
+        (in_place, "its gate changes 'the input' in place"),
         (in_place_at_the_end, "works in place, by mul_"),
         (
             with_a_weight,
