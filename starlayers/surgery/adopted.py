@@ -18,8 +18,8 @@ class Adopted(nn.Module):
     names, hooks and mode, `isinstance(module, C)` holds, and `release` gives the class back. Names
     that mixins add begin with "star", because the module may have layers of any other name.
 
-    Its `star` has `original` (the class `C`), `input_name` and `snapshot` (its state when it was
-    verified).
+    Its `star` has `original` (the class `C`), and for the methods of this class `input_name` and
+    `snapshot` (its state when it was verified).
     """
 
     star: Any
@@ -84,8 +84,11 @@ def star_class(kind: type[nn.Module], mixin: type[Adopted]) -> type[Adopted]:
         return _star_classes[mixin, kind]
 
     @wraps(kind.forward)  # the signature, for those who ask for it
-    def forward(self: Adopted, *args: Any, **kwargs: Any) -> Any:
-        return mixin.forward(self, *args, **kwargs)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, mixin):
+            return mixin.forward(self, *args, **kwargs)
+        # accelerate and expert parallelism hold the forward that they found, past revert
+        return kind.forward(self, *args, **kwargs)
 
     members = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
     metaclass: Any = type(kind)
@@ -111,10 +114,12 @@ def adopt(module: nn.Module, mixin: type[Adopted], star: Any) -> Any:
 
 
 def release(module: Adopted) -> nn.Module:
-    """Give a module its original class back, and remove the children that `starify` added."""
-    original, star = module.star.original, star_class(module.star.original, _mixin(type(module)))
-    if type(module) is not star:
-        original = _derived_anew(type(module), star, original)
+    """Give a module its original class back, and remove the children that `starify` added.
+
+    Raises:
+        ValueError: as `released_class` does.
+    """
+    original = released_class(module)
     for name in ADDED:
         module._modules.pop(name, None)
     del module.star
@@ -122,14 +127,22 @@ def release(module: Adopted) -> nn.Module:
     return module
 
 
-def _derived_anew(
-    kind: type[nn.Module], star: type[Adopted], original: type[nn.Module]
-) -> type[nn.Module]:
-    """Return the class that FSDP2 would have derived from the original class, not its star."""
+def released_class(module: Adopted) -> type[nn.Module]:
+    """Return the class that `release` gives a module.
+
+    Where FSDP2 derived a class from the star, it is what it would have derived from the original.
+
+    Raises:
+        ValueError: another library has changed the class since.
+    """
+    original: type[nn.Module] = module.star.original
+    kind, star = type(module), star_class(original, _mixin(type(module)))
+    if kind is star:
+        return original
     if unsharded(kind) is not star:
         raise ValueError(
-            f"revert: an MLP is a {kind.__name__} now, another library has changed its class after "
-            "starify; undo that first"
+            f"revert: a {star.__name__} is a {kind.__name__} now, another library has changed its "
+            "class after starify; undo that first (parametrisations)"
         )
     left_out = ("__dict__", "__weakref__")
     members = {key: value for key, value in vars(kind).items() if key not in left_out}

@@ -1,44 +1,43 @@
 """Mixtures of experts: star experts in transformers' experts interface."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from starlayers.dispatch import Plan, declined, is_plain, plan_early, plan_star
+from starlayers.activations import ACTIVATIONS
+from starlayers.dispatch import Plan, declined, plan_early, plan_star
 from starlayers.functional import star_packed_product
 from starlayers.recompute import recomputed
+from starlayers.surgery.adopted import Adopted, adopt
 from starlayers.surgery.experts_gate import (
     DTYPES,
-    FORWARD,
     Gate,
-    cached_verification,
-    code_print,
-    restored,
-    same_settings,
-    same_value,
-    settings,
+    gate_width,
     verify_gate,
+    without_weights,
 )
 from starlayers.surgery.experts_loop import Loop, loop_over_experts, verify_loop
+from starlayers.surgery.snapshot import Snapshot, signature
 from starlayers.surgery.stacked_weights import stacked_experts
 
 __all__ = ["StarExperts"]
 
+#: name of the gate's method in transformers' experts interface
+GATE = "_apply_gate"
+
 
 @dataclass
 class ExpertsRole:
-    """Settings of star experts, kept in their attribute `star`.
+    """Settings of a `StarExperts`, kept in its attribute `star`.
 
     Args:
         original: the class that the experts had before.
         act_name: name of the activation in `ACTIVATIONS`.
-        functions: the class's methods `_apply_gate` and `forward`, as they were verified.
-        reads: attributes of the experts that the gate reads, and their values.
-        acts: settings of those attributes that are modules.
+        gate: state of the experts on which the verification of their gate rests.
+        own_loop: the loop of the class, as it was compared with ours.
         autocast: autocast leaves the gate as it is.
         width: the only number of channels for which the gate was verified, 0 for any.
         loop: why the class's own loop over the experts is kept, "" if ours can replace it.
@@ -47,33 +46,15 @@ class ExpertsRole:
 
     original: type[nn.Module]
     act_name: str
-    functions: dict[str, Any]
-    reads: dict[str, Any]
-    acts: dict[str, dict[str, Any]]
+    gate: Snapshot
+    own_loop: Snapshot
     autocast: bool = False
     width: int = 0
     loop: str = ""
     recompute: bool = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        # a function is pickled by name, and may be another one where it is unpickled
-        prints = {name: code_print(f) for name, f in self.functions.items()}
-        acts = {n: {**act, FORWARD: code_print(act[FORWARD])} for n, act in self.acts.items()}
-        return {**vars(self), "functions": prints, "acts": acts}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.functions = {
-            name: restored(getattr(self.original, name, None), known)
-            for name, known in state["functions"].items()
-        }
-        self.acts = {
-            name: {**act, FORWARD: restored(type(self.reads[name]).forward, act[FORWARD])}
-            for name, act in state["acts"].items()
-        }
-
-
-class StarExperts(nn.Module):
+class StarExperts(Adopted):
     """Experts of a foreign model, `W2 (act(x W1) * x V1)` each, with the product of the core.
 
     It is a base class beside the model's own: experts of class C become a `StarC`, which is a C
@@ -110,7 +91,7 @@ class StarExperts(nn.Module):
         """Return True to run our loop: most classes write the product into theirs."""
         if self.star.loop or plan_early(x) is not None:
             return False
-        reason = self.star_obstacle()
+        reason = self.star_obstacle() or self.star.own_loop.change(self, self.star.original.forward)
         return not reason or declined(reason, "these experts").fused
 
     def _apply_gate(self, gate_up_out: Tensor) -> Tensor:
@@ -139,56 +120,23 @@ class StarExperts(nn.Module):
 
     def star_obstacle(self) -> str:
         """Return why the gate is not as it was verified, "" if it is."""
-        role = self.star
-        if "_apply_gate" in vars(self):
-            return "the gate of these experts was replaced"
-        for name, function in role.functions.items():
-            if getattr(role.original, name, None) is not function:
-                return f"{role.original.__name__}.{name} is not the one that was verified"
-        for name, value in role.reads.items():
-            now = getattr(self, name, None)
-            if not same_value(now, value):
-                return f"{name!r} of these experts was replaced"
-            if isinstance(now, nn.Module) and not (
-                is_plain(now, type(now)) and same_settings(settings(now), role.acts[name])
-            ):
-                return f"{name!r} of these experts has hooks, or its settings were changed"
-        return ""
+        return str(_change_of(self))
 
     def extra_repr(self) -> str:
         role = self.star
         parts = [super().extra_repr(), f"act={role.act_name}", "recompute=True" * role.recompute]
         return ", ".join(filter(None, parts))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # the class is made at run time, so that pickles name the model's class instead
-        return (_new, (self.star.original,), *super().__reduce_ex__(protocol)[2:])
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _change_of(experts: StarExperts) -> str:
+    """Return what has changed of a gate; under a compiler, what has changed by then."""
+    role = experts.star
+    return role.gate.change(experts, _gate_of(role.original))
 
 
-#: class of experts -> its subclass
-_star_classes: dict[type[nn.Module], type[StarExperts]] = {}
-
-
-def star_class(original: type[nn.Module]) -> type[StarExperts]:
-    """Return the subclass of an experts class that is a `StarExperts`."""
-    if original not in _star_classes:
-
-        @wraps(original.forward)  # exporters and tracers read the signature
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-            if isinstance(self, StarExperts):
-                return StarExperts.forward(self, *args, **kwargs)
-            # accelerate and expert parallelism hold the forward that they found, past revert
-            return original.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
-
-        body = {"__module__": __name__, "__doc__": StarExperts.__doc__, "forward": forward}
-        name = "Star" + original.__name__
-        _star_classes[original] = type(name, (StarExperts, original), body)
-    return _star_classes[original]
-
-
-def _new(original: type[nn.Module]) -> StarExperts:
-    kind = star_class(original)
-    return kind.__new__(kind)
+def _gate_of(kind: type[nn.Module]) -> Any:
+    return getattr(kind, GATE)
 
 
 def implementation(experts: nn.Module) -> str:
@@ -201,43 +149,20 @@ def adopt_experts(
     experts: nn.Module, gate: Gate, loop: Loop, *, recompute: bool = False
 ) -> StarExperts:
     """Change the class of verified experts to a `StarExperts`, in place."""
-    original = type(experts)
-    reads = {name: getattr(experts, name) for name in gate.reads}
-    acts = {name: settings(v) for name, v in reads.items() if isinstance(v, nn.Module)}
-    experts.star = ExpertsRole(  # type: ignore[assignment]
+    original, children = type(experts), [name for name, _ in experts.named_children()]
+    others = [name for name in children if name not in gate.reads]
+    role = ExpertsRole(
         original,
         gate.act_name,
-        {name: getattr(original, name) for name in ("_apply_gate", "forward")},
-        reads,
-        acts,
+        Snapshot(experts, _gate_of(original), others, names=gate.reads, method=GATE),
+        Snapshot(experts, original.forward, children, names=()),
         gate.autocast,
         gate.width,
         loop.reason,
         recompute,
     )
-    experts.__class__ = star_class(original)
-    assert isinstance(experts, StarExperts)
-    return experts
-
-
-def release_experts(model: nn.Module) -> int:
-    """Give all star experts of a model their own classes back, and return their number.
-
-    Raises:
-        ValueError: something else, such as FSDP2, has changed their class since.
-    """
-    stars = list(installed_experts(model))
-    for path, experts in stars:
-        if type(experts) is not star_class(experts.star.original):
-            raise ValueError(
-                f"revert: {path!r} has become a {type(experts).__name__} since starify: undo that "
-                "first (FSDP2, parametrisations)"
-            )
-    for _, experts in stars:
-        original = experts.star.original
-        del experts.star
-        experts.__class__ = original  # type: ignore[assignment]
-    return len(stars)
+    star: StarExperts = adopt(experts, StarExperts, role)
+    return star
 
 
 # finding
@@ -278,12 +203,28 @@ def experts_names(model: nn.Module) -> list[str]:
 
 def find_experts(model: nn.Module, selected: Names) -> list[ExpertsFinding]:
     """Return the selected experts of a model that are no star experts, each verified."""
-    verify = cached_verification(verify_gate)
     return [
-        ExpertsFinding(path, m, Gate("", reason) if reason else verify(m))
+        ExpertsFinding(path, m, Gate("", reason) if reason else cached(verify_gate, m))
         for path, m, reason in _experts(model)
         if path in selected and not isinstance(m, StarExperts)
     ]
+
+
+#: results by function and signature, and the objects whose ids are in it
+_results: dict[Any, tuple[Any, Any]] = {}
+MOST_RESULTS = 256
+
+
+def cached(verify: Callable[[nn.Module], Any], experts: nn.Module) -> Any:
+    """Return `verify(experts)`, once for experts that differ in nothing but their weights."""
+    own, kept = signature(without_weights(experts))
+    rows = ACTIVATIONS.values()
+    key = verify, own, gate_width(experts), tuple(map(id, rows))
+    if key not in _results:
+        if len(_results) >= MOST_RESULTS:
+            _results.clear()
+        _results[key] = verify(experts), (kept, *rows)
+    return _results[key][0]
 
 
 def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -302,7 +243,7 @@ def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def has_interface(module: nn.Module) -> bool:
     """Return True for experts under transformers' `use_experts_implementation`."""
     options = ("config", "has_gate", "is_transposed")
-    return hasattr(type(module), "_apply_gate") and all(name in vars(module) for name in options)
+    return hasattr(type(module), GATE) and all(name in vars(module) for name in options)
 
 
 # starify, report and records
@@ -311,10 +252,9 @@ def has_interface(module: nn.Module) -> bool:
 def update_experts(model: nn.Module, selected: Names, mode: str, *, recompute: bool = False) -> int:
     """Serve the selected experts in mode "fuse"; return the number of star experts then."""
     if mode == "fuse":
-        verify = cached_verification(verify_loop)
         for found in find_experts(model, selected):
             if found.gate.reason is None:
-                adopt_experts(found.experts, found.gate, verify(found.experts))
+                adopt_experts(found.experts, found.gate, cached(verify_loop, found.experts))
     stars = list(installed_experts(model))
     for path, experts in stars:
         if path in selected:
@@ -377,10 +317,14 @@ def apply_experts_record(experts: nn.Module, record: dict[str, Any]) -> None:
     """
     if isinstance(experts, StarExperts):
         return
-    gate = verify_gate(experts) if has_interface(experts) else Gate("", "no experts interface")
+    gate = (
+        cached(verify_gate, experts) if has_interface(experts) else Gate("", "no experts interface")
+    )
     if gate.act_name != record["act"]:
         raise ValueError(
             f"the record of {record['owner']!r} tells of experts with {record['act']}, but of this "
             f"{type(experts).__name__} it says: {gate.reason or 'activation ' + gate.act_name}"
         )
-    adopt_experts(experts, gate, verify_loop(experts), recompute=record.get("recompute", False))
+    adopt_experts(
+        experts, gate, cached(verify_loop, experts), recompute=record.get("recompute", False)
+    )

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from starlayers.surgery.experts_gate import own_attributes, recording_shell
+from starlayers.surgery.experts_gate import own_attributes, without_weights
+from starlayers.surgery.reads import recorded_reads
+from starlayers.surgery.sandbox import sandbox_copy
 
 #: attributes that `loop_over_experts` reads; a loop that reads others is not the same
 READS = frozenset(("act_fn", "post_expert_norm"))
@@ -78,9 +80,9 @@ def verify_loop(experts: nn.Module) -> Loop:
     names = set[str]()
     try:
         for dtype, train in product((torch.float32, torch.bfloat16), (False, True)):
-            stand_in, reads = _stand_in(experts, dtype)
-            stand_in.train(train)
-            _outputs(stand_in, own, dtype, EXPERTS)
+            stand_in = _stand_in(experts, dtype).train(train)
+            with recorded_reads(stand_in) as reads:
+                _outputs(stand_in, own, dtype, EXPERTS)
             names |= set(own_attributes(experts, reads)) - WEIGHTS
             if unknown := names - READS:
                 return Loop(f"the loop of its class reads {min(unknown)!r}", tuple(sorted(names)))
@@ -93,9 +95,9 @@ def verify_loop(experts: nn.Module) -> Loop:
     return Loop("", tuple(sorted(names)))
 
 
-def _stand_in(experts: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, set[str]]:
-    """Return a copy of experts with few channels, random weights, and the names read of it."""
-    small, names = recording_shell(experts)
+def _stand_in(experts: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of experts with few channels and random weights."""
+    small: Any = sandbox_copy(without_weights(experts))
     transposed, width = bool(vars(experts).get("is_transposed")), _width(experts)
     generator = torch.Generator("cpu").manual_seed(3)
     for name, shape in (("gate_up_proj", (2 * HIDDEN, width)), ("down_proj", (width, HIDDEN))):
@@ -106,7 +108,8 @@ def _stand_in(experts: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, set[st
     small.num_experts = EXPERTS
     for child in small.children():
         child.to("cpu", dtype)
-    return small, names
+    stand_in: nn.Module = small
+    return stand_in
 
 
 def _width(experts: nn.Module) -> int:

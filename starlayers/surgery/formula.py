@@ -54,6 +54,8 @@ ELEMENTWISE = frozenset(
     ]
 )
 CASTS = ("to", "_to_copy", "type_as")
+#: functions that return the values of their input
+IDENTITIES = ("alias", "clone", "contiguous")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Formula:
 def read_formula(graph: Graph, site: Site) -> tuple[Formula, Chain]:
     """Read the star formula from a graph, and the function that is its activation.
 
+    A packed site whose `inp` is "" has no first layer: the input itself holds both branches.
+
     Raises:
         MismatchError: the graph computes anything else; the message names the first such part.
     """
@@ -120,9 +124,13 @@ class _Reader:
         #: results of the first layers: the layer, and the half for a packed one
         self.branches: dict[fx.Node, tuple[str, int | None]] = {}
         self.outputs = {name: self._only_output(name) for name in self.parts}
-        for name in self.parts:
-            if name != site.out:
-                self._add_branch(name)
+        firsts = {name: node for name, node in self.outputs.items() if name != site.out}
+        if not site.inp:
+            firsts[""] = graph.x
+            _require_no_overwriting(graph)
+        self.firsts = firsts
+        for name, node in firsts.items():
+            self._add_branch(name, node)
 
     def read(self) -> tuple[Formula, Chain]:
         product, between, after = self._before_out()
@@ -136,7 +144,8 @@ class _Reader:
         name, half = self.branches[a.base]
         other, other_half = self.branches[b.base]
         if (name, half) == (other, other_half):
-            raise MismatchError(f"its product has {name!r} for both factors")
+            what = repr(name) if name else "one half of its input"
+            raise MismatchError(f"its product has {what} for both factors")
         act = self._act_module(a)
         if self.site.act is not None and act != self.site.act:
             raise MismatchError(f"{self.site.act!r} is not applied to the output of {name!r}")
@@ -160,17 +169,18 @@ class _Reader:
             raise MismatchError(f"{name!r} takes {what}, not the input itself")
         return outputs[0]
 
-    def _add_branch(self, name: str) -> None:
-        output = self.outputs[name]
+    def _add_branch(self, name: str, output: fx.Node) -> None:
         if self.site.form != "packed":
             self.branches[output] = name, None
             return
-        for node in list(output.users):
+        users = _users(output)
+        for node in users:
             for half_node, half in _halves(node, output):
                 self.branches[half_node] = name, half
         if {half for _, half in self.branches.values()} != {0, 1}:
-            users = ", ".join(function_name(node) for node in output.users)
-            raise MismatchError(f"{users} does not split {name!r} into its first and second half")
+            what = repr(name) if name else "its input"
+            words = ", ".join(map(_call_text, users)) or "nothing"
+            raise MismatchError(f"{words} does not split {what} into its first and second half")
 
     def _before_out(self) -> tuple[fx.Node, tuple[str, ...], tuple[str, ...]]:
         """Return the product, and the names of the modules that lead to `out` and follow it."""
@@ -195,17 +205,13 @@ class _Reader:
             if call is None or call.name in self.parts:
                 break
             inputs = graph.inputs(call)
-            if len(inputs) != 1 or inputs[0] in self.branches or inputs[0] in self._packed:
+            if len(inputs) != 1 or inputs[0] in self.branches or inputs[0] in self.firsts.values():
                 break  # it computes the product, or a part of it
             if len(graph.calls_to(call.name)) != 1:
                 raise MismatchError(f"one run calls {call.name!r} more than once")
             names.append(call.name)
             node = inputs[0]
         return node, tuple(reversed(names))
-
-    @property
-    def _packed(self) -> set[fx.Node]:
-        return {self.outputs[name] for name in self.parts if name != self.site.out}
 
     def _factors(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
         if function_name(node) == "mul" and len(node.args) == 2:
@@ -254,7 +260,7 @@ def read_chain(graph: Graph, end: fx.Node, bases: Collection[fx.Node]) -> Chain:
         if node in texts:
             return texts[node]
         name = function_name(node)
-        if name in CASTS and _widens(node):
+        if name in IDENTITIES or (name in CASTS and _widens(node)):
             text = visit(node.args[0])  # type: ignore[arg-type]
         elif node.op == "call_function" and name in ELEMENTWISE and not _overwrites(node):
             text = _text(name, node, visit)
@@ -270,17 +276,36 @@ def read_chain(graph: Graph, end: fx.Node, bases: Collection[fx.Node]) -> Chain:
     return Chain(next(iter(used)), end, tuple(nodes), text)
 
 
+def _require_no_overwriting(graph: Graph) -> None:
+    """Raise a MismatchError if anything works in place: it may overwrite the input."""
+    for node in graph.x.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            raise MismatchError(f"its forward works in place, by {node.target._opname}")
+
+
+def _users(node: fx.Node) -> list[fx.Node]:
+    """Return what uses a tensor, its copies, or slices that are all of it, `h[:]`."""
+    users: list[fx.Node] = []
+    for user in node.users:
+        sliced = function_name(user) == "slice" and user.args[2:3] in ((), (0,), (None,))
+        whole = sliced and len(user.args) < 5
+        whole = whole and user.meta["val"].shape == node.meta["val"].shape
+        users += _users(user) if whole or function_name(user) in IDENTITIES else [user]
+    return users
+
+
 def _halves(node: fx.Node, output: fx.Node) -> list[tuple[fx.Node, int]]:
     """Return the halves of a packed result that `node` makes of it, with their numbers."""
     name, n = function_name(node), output.meta["val"].shape[-1]
     last = (-1, output.meta["val"].ndim - 1)
-    args = list(node.args[1:])
+    args: list[Any] = list(node.args[1:])
     if name == "slice":
-        dim, start, end, step = [*args, 0, None, None, 1][: len(args)] + [0, None, None, 1][
-            len(args) :
-        ]
-        first = start in (None, 0) and end == n // 2
-        second = start == n // 2 and (end is None or end >= n)
+        defaults: list[Any] = [0, None, None, 1]
+        dim, start, end, step = [*args, *defaults[len(args) :]]
+        start, end = start or 0, n if end is None else min(end, n)
+        start, end = start + n * (start < 0), end + n * (end < 0)
+        first, second = (start, end) == (0, n // 2), (start, end) == (n // 2, n)
         if dim in last and step == 1 and (first or second):
             return [(node, int(second))]
         return []
@@ -301,6 +326,12 @@ def _text(name: str, node: fx.Node, visit: Any) -> str:
         return str(args[0])
     words = [str(a) for a in args] + [f"{k}={v}" for k, v in kwargs.items()]
     return f"{name}({', '.join(words)})"
+
+
+def _call_text(node: fx.Node) -> str:
+    """Return a call with its constants in words, `slice(1, 0, 48, 2)`."""
+    constants = ["None" if a == 2**63 - 1 else str(a) for a in node.args[1:]]
+    return f"{function_name(node)}({', '.join(constants)})"
 
 
 def function_name(node: fx.Node) -> str:

@@ -61,8 +61,17 @@ class Graph:
         return [a for a in dict.fromkeys(outer) if a not in self.tensors]
 
 
-def trace(body: nn.Module, x: Tensor, parts: Collection[str], channels: int = -1) -> Graph:
+def trace(
+    body: nn.Module,
+    x: Tensor,
+    parts: Collection[str],
+    channels: int = -1,
+    *,
+    any_width: bool = False,
+) -> Graph:
     """Return the graph of `body(x)`, for `x` of any size but for its dimension of channels.
+
+    With `any_width` it holds for all even numbers of channels, too.
 
     It holds for the present mode, gradient mode and autocast, and for the dtype and the number of
     dimensions of `x`. A call of a module named in `parts` stays whole, whatever its depth.
@@ -79,10 +88,13 @@ def trace(body: nn.Module, x: Tensor, parts: Collection[str], channels: int = -1
 
     snapshot = Snapshot(body, type(body).forward)
     before = {name: set(vars(module)) for name, module in body.named_modules()}
-    sizes = ({i: Dim.DYNAMIC for i in range(x.ndim) if i != channels % x.ndim},)
+    channels %= x.ndim
+    sizes: dict[int, Any] = {i: Dim.DYNAMIC for i in range(x.ndim) if i != channels}
+    if any_width:
+        sizes[channels] = 2 * Dim("half", min=2)
     try:
         with _quiet():
-            program = export(_Call(body), (x,), dynamic_shapes=sizes, strict=False)
+            program = export(_Call(body), (x,), dynamic_shapes=(sizes,), strict=False)
     except Exception as error:  # a foreign module may raise anything
         if "Constraints violated" in str(error):
             raise MismatchError("its forward depends on the size of its input") from error
@@ -92,7 +104,10 @@ def trace(body: nn.Module, x: Tensor, parts: Collection[str], channels: int = -1
             raise MismatchError(f"its forward sets {f'{name}.{min(new)}'.lstrip('.')!r}")
     if change := snapshot.change(body):
         raise MismatchError(f"its forward changes its state: {change}")
-    _require_any_size(program)
+    if any_width:
+        _require_any_width(program)
+    else:
+        _require_any_size(program)
     graph = _graph(program, parts)
     for node in program.graph.nodes:
         place = _changed_in_place(node)
@@ -149,6 +164,16 @@ def _require_any_size(program: "ExportedProgram") -> None:
         if guards:
             raise MismatchError(f"its forward depends on the size of its input: {guards[0].expr}")
         return
+
+
+def _require_any_width(program: "ExportedProgram") -> None:
+    """Raise a MismatchError if the graph holds for some even widths only.
+
+    A width that is a multiple of two makes guards of its own, so that its range tells.
+    """
+    ranges = [r for size, r in program.range_constraints.items() if size.is_symbol]
+    if not all(r.lower <= 2 and r.upper > 2**62 for r in ranges):
+        raise MismatchError("its forward depends on the size of its input")
 
 
 def _graph(program: "ExportedProgram", parts: Collection[str]) -> Graph:

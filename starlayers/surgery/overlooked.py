@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from starlayers.surgery.adopted import Adopted
+from starlayers.surgery.entries import names_in_code
 from starlayers.surgery.formula import function_name, read_chain
 from starlayers.surgery.graph import SIZES, Graph, trace
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
@@ -15,7 +16,7 @@ from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.recipes import FUNCTIONS, SPLITS, half, is_sequence, runs
 from starlayers.surgery.sandbox import sandbox_copy
 from starlayers.surgery.site import attribute, join
-from starlayers.surgery.snapshot import names_in_code, signature
+from starlayers.surgery.snapshot import signature
 from starlayers.surgery.trial_run import MismatchError
 from starlayers.surgery.verify import verify
 from starlayers.surgery.verify_gated import fake_maker

@@ -11,9 +11,10 @@ from torch.nn.utils import skip_init
 from starlayers.dispatch import Plan, declined, plan_star
 from starlayers.functional import star_product
 from starlayers.recompute import recomputed
+from starlayers.surgery.entries import HOOKS
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
 from starlayers.surgery.site import Site, with_new_names
-from starlayers.surgery.snapshot import HOOKS, Snapshot
+from starlayers.surgery.snapshot import Snapshot
 
 __all__ = ["StarProjection"]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from starlayers.surgery.entries import OWN, VALUES, names_in_code, parts_of
 from starlayers.surgery.sandbox import FSDP_STATE
-from starlayers.surgery.snapshot import OWN, VALUES, names_in_code, parts_of
 
 #: values of attributes by the names of module and attribute, and the names alone
 Attributes = dict[tuple[str, str], Any]

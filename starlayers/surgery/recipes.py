@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from starlayers.surgery.entries import names_in_code
 from starlayers.surgery.linear_layers import Projection, projection
 from starlayers.surgery.sandbox import sandbox_copy
 from starlayers.surgery.site import Site
-from starlayers.surgery.snapshot import names_in_code
 
 __all__ = ["RECIPES", "register_recipe"]
 

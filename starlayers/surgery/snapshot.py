@@ -1,45 +1,41 @@
 """State that decides what a module computes: as a key, and what has changed of it."""
 
-from collections.abc import Callable, Collection, Iterator
+import hashlib
+import inspect
+from collections.abc import Callable, Collection
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType
-from typing import Any, NamedTuple
+from types import CodeType, FunctionType, MethodType
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from starlayers.dispatch import has_global_hooks
-from starlayers.surgery.sandbox import FSDP_STATE
-
-#: attributes that every module has; parameters, buffers and children are looked at by themselves
-OWN = frozenset(vars(nn.Module()))
-#: kinds of hooks that act on a forward or its gradient
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-#: values that are compared by value; other objects are compared by identity
-VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-CONTAINERS = (list, tuple, dict, set, frozenset)
-#: methods that no forward calls
-ELSEWHERE = ("__init__", "__repr__", "extra_repr", "reset_parameters", "_init_weights")
-#: levels of objects inside of objects that are looked at
-DEPTH = 3
+from starlayers.surgery.entries import HOOKS, VALUES, Contents, Missing, entries_of, parts_of
 
 
-class Entry(NamedTuple):
-    """Value that decides about a forward: its name, how to read it again, and what it was."""
+class _Code(str):
+    """Hash of a function's code, which stands for it in copies and pickles.
 
-    name: str
-    read: Callable[[], Any]
-    value: Any
+    A function is pickled by name, and may be another one where it is unpickled.
+    """
 
-
-class _Missing:
-    """Value of an attribute that is not there."""
-
-    def __repr__(self) -> str:
-        return "gone"
+    __slots__ = ()
 
 
-MISSING = _Missing()
+def _code_hash(function: Any) -> _Code:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    text = repr(_contents_of_code(code)) if code else repr(function)
+    return _Code(hashlib.sha256(text.encode()).hexdigest())
+
+
+def _contents_of_code(code: CodeType) -> tuple[Any, ...]:
+    constants = [
+        _contents_of_code(c) if isinstance(c, CodeType)
+        else sorted(map(repr, c)) if isinstance(c, frozenset)
+        else c
+        for c in code.co_consts
+    ]  # fmt: skip
+    return code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars
 
 
 class Snapshot:
@@ -51,9 +47,11 @@ class Snapshot:
 
     Args:
         module: the module.
-        forward: its class's forward that was verified.
+        forward: its class's forward that was verified, or the method that was instead of it.
         apart: names of children that are left out, because whatever they are is called.
         kind: class to look at, by default that of the module.
+        names: the module's own attributes that count, all of them by default.
+        method: name of that method.
 
     Example:
         >>> module = nn.Sequential(nn.Linear(2, 2), nn.LeakyReLU(0.1))
@@ -71,28 +69,37 @@ class Snapshot:
         forward: Callable[..., Any],
         apart: Collection[str] = (),
         kind: type | None = None,
+        names: Collection[str] | None = None,
+        method: str = "forward",
     ) -> None:
         self.module: nn.Module = module
         self.kind: Any = kind or type(module)
         self.forward, self.apart = forward, tuple(apart)
+        self.names, self.method = names, method
+        #: values of a copy that has not looked at its own state yet
+        self._kept: dict[str, Any] | None = None
         self.parts = [(n, p) for n, p in parts_of(module, apart) if n]
-        self.entries = list(_entries(module, self.kind, apart))
+        self.entries = list(entries_of(module, self.kind, apart, names=names))
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy reads its own state: only plain values are kept, under their names
+        # a copy reads its own state: plain values and codes are kept, under their names
+        if self._kept is not None:
+            return vars(self)
         kept = {e.name: e.value for e in self.entries if type(e.value) in VALUES}
-        return {**vars(self), "entries": kept, "parts": None, "forward": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._kept: dict[str, Any] | None = state["entries"]
+        functions = {e.name: e.value for e in self.entries if isinstance(e.value, FunctionType)}
+        kept |= {name: _code_hash(function) for name, function in functions.items()}
+        forward = _code_hash(self.forward)
+        return {**vars(self), "entries": [], "parts": [], "forward": forward, "_kept": kept}
 
     def _settle(self) -> None:
         """Look at the state of a copy, once it is complete."""
         kept, self._kept = self._kept or {}, None
-        fresh = Snapshot(self.module, self.kind.forward, self.apart, self.kind)
-        self.forward, self.parts = fresh.forward, fresh.parts
-        self.entries = [e._replace(value=kept.get(e.name, e.value)) for e in fresh.entries]
+        method = getattr(self.kind, self.method)
+        fresh = Snapshot(self.module, method, self.apart, self.kind, self.names, self.method)
+        self.forward, self.parts = _restored(self.forward, method), fresh.parts
+        self.entries = [
+            e._replace(value=_restored(kept.get(e.name, e.value), e.value)) for e in fresh.entries
+        ]
 
     def change(
         self,
@@ -103,17 +110,17 @@ class Snapshot:
     ) -> str:
         """Return the first change in words, empty if there is none.
 
-        `forward` is what the module's class computes now, if it was given another class. Hooks
+        `forward` is what the method is now, if the module was given another class. Hooks
         of the parts named in `hooks_of` are no change, because these parts are called.
         """
-        if getattr(self, "_kept", None) is not None:
+        if self._kept is not None:
             self._settle()
         if module is not self.module:
             return "it is a shallow copy of the module that was verified"
         if hooks_of is None and has_global_hooks():
             return "a global hook is registered"
-        if (forward or self.kind.forward) is not self.forward:
-            return "the forward of its class was replaced"
+        if (forward or getattr(self.kind, self.method)) is not self.forward:
+            return f"the {self.method} of its class was replaced"
         for name, part in self.parts:
             state = vars(part)
             if any(state[kind] for kind in HOOKS) and name not in (hooks_of or ()):
@@ -123,6 +130,11 @@ class Snapshot:
             if new is not value and not _same(new, value):
                 return f"{name} is {_words(new)}, was {_words(value)}"
         return ""
+
+
+def _restored(kept: Any, now: Any) -> Any:
+    """Return a value of a copy: the function itself where only its code was kept, if it has it."""
+    return now if type(kept) is _Code and kept == _code_hash(now) else kept
 
 
 def signature(
@@ -139,21 +151,24 @@ def signature(
         without: names of modules and of attributes in them whose values are left out.
     """
     kept: list[Any] = []
+    owners = {id(part): name for name, part in module.named_modules()}
 
     def key(value: Any) -> Any:
         if type(value) in VALUES:
             return type(value), value
-        if type(value) is _Contents:
+        if type(value) is Contents:
             return type(value), tuple(key(v) for v in value)
         if type(value) is partial:  # each module has one of its own
             items = [value.func, *value.args, *value.keywords.values()]
             return partial, tuple(value.keywords), tuple(map(key, items))
+        if isinstance(value, MethodType) and id(value.__self__) in owners:
+            return owners[id(value.__self__)], key(value.__func__)
         kept.append(value)
         return type(value), id(value)
 
     kind = type(module)
     left_out = {f"{name}.{attr}".lstrip(".") for name, attr in without}
-    every = _entries(module, kind, apart, identities=False)
+    every = entries_of(module, kind, apart, identities=False)
     entries = tuple((e.name, key(e.value)) for e in every if e.name not in left_out)
     parts = []
     for name, part in parts_of(module, apart):
@@ -163,214 +178,6 @@ def signature(
         )
         parts.append((name, key(type(part)), key(vars(type(part)).get("forward")), tensors))
     return (tuple(parts), entries), kept
-
-
-class _Contents(tuple[Any, ...]):
-    """Contents of a container at one time."""
-
-    __slots__ = ()
-
-
-def _contents(value: Any) -> _Contents:
-    if isinstance(value, dict):
-        return _Contents(x for pair in value.items() for x in pair)
-    if isinstance(value, (set, frozenset)):
-        return _Contents(sorted(value, key=repr))
-    return _Contents(value)
-
-
-def _contents_of(state: dict[str, Any], key: str) -> Any:
-    value = state.get(key, MISSING)
-    return _contents(value) if isinstance(value, CONTAINERS) else value
-
-
-def parts_of(module: nn.Module, apart: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules in a module by name, without those `apart`."""
-    for name, part in module.named_modules():
-        if isinstance(part, torch.jit.ScriptModule):  # whose code is fixed
-            continue
-        if not any(name == other or name.startswith(f"{other}.") for other in apart):
-            yield name, part
-
-
-def _entries(
-    module: nn.Module, kind: type, apart: Collection[str], *, identities: bool = True
-) -> Iterator[Entry]:
-    """Yield all that decides about a forward; a module and its parts by identity if asked for."""
-    seen: set[int] = set()
-    kinds: dict[type, None] = {}
-    for name, part in parts_of(module, apart):
-        own_kind = kind if part is module else type(part)
-        kinds[own_kind] = None
-        yield from _of_module(name, part, own_kind, seen, identities, apart)
-        if identities and name:
-            yield Entry(f"the class of {name}", partial(getattr, part, "__class__"), type(part))
-            read = partial(getattr, type(part), "forward")
-            yield Entry(f"the forward of {name}", read, type(part).forward)
-    for own_kind in kinds:
-        yield from _of_class(own_kind, seen)
-
-
-def _of_module(
-    name: str,
-    part: nn.Module,
-    kind: type,
-    seen: set[int],
-    identities: bool,
-    apart: Collection[str],
-) -> Iterator[Entry]:
-    state, names = vars(part), names_in_code(kind)
-    label = f"{name}." if name else ""
-    plain = {k: v for k, v in state.items() if k not in OWN and not _is_added(k)}
-    for key, value in plain.items():
-        if isinstance(value, Tensor):
-            continue
-        if isinstance(value, CONTAINERS):  # an export puts equal ones in their places
-            read = partial(_contents_of, state, key)
-            yield Entry(label + key, read, _contents(value))
-        elif identities or type(value) in VALUES or callable(value):
-            yield Entry(label + key, partial(state.get, key, MISSING), value)
-        if type(value) not in VALUES and key in names:
-            yield from _inside(label + key, value, seen, DEPTH)
-    # what a forward asks for and is not there, or is None
-    for key in names - plain.keys() - OWN:
-        if not hasattr(kind, key) and key not in part._modules and key.isidentifier():
-            yield Entry(label + key, partial(state.get, key, MISSING), MISSING)
-    # a wrapper on the instance that reaches this check is one that calls the module's own forward
-    known = frozenset(state) | ({"forward"} if not name else set())
-    hides = partial(_hiding, part, kind, len(state), known)
-    yield Entry(f"{label}methods hidden", hides, "")
-    yield Entry(f"{label}children", partial(_children, part), _children(part))
-    for what, tensors in (("parameters", part._parameters), ("buffers", part._buffers)):
-        yield Entry(label + what, partial(_filled, tensors), _filled(tensors))
-    if identities:
-        for key, child in part.named_children():
-            if label + key not in apart and not _is_added(key):
-                yield Entry(label + key, partial(getattr, part, key, MISSING), child)
-    if "forward" in state:
-        yield Entry(f"{label}forward", partial(state.get, "forward", MISSING), state["forward"])
-
-
-def _hiding(part: nn.Module, kind: type, size: int, known: frozenset[str]) -> str:
-    """Return the names of new attributes that hide those of the class."""
-    state = vars(part)
-    if len(state) == size:
-        return ""
-    return ", ".join(k for k in state if k not in known and not _is_added(k) and hasattr(kind, k))
-
-
-def _children(part: nn.Module) -> str:
-    return ", ".join(key for key, _ in part.named_children() if not _is_added(key))
-
-
-def _filled(tensors: dict[str, Any]) -> str:
-    return ", ".join(key for key, value in tensors.items() if value is not None)
-
-
-def _inside(name: str, value: Any, seen: set[int], depth: int) -> Iterator[Entry]:
-    """Yield what an object, a container or a function holds."""
-    if id(value) in seen or depth == 0 or isinstance(value, (Tensor, type)):
-        return
-    if isinstance(value, (FunctionType, MethodType)):
-        yield from _of_function(getattr(value, "__func__", value), seen)
-        return
-    seen.add(id(value))
-    if isinstance(value, CONTAINERS):
-        yield Entry(name, partial(_contents, value), _contents(value))
-        items = value.values() if isinstance(value, dict) else value
-        for i, item in enumerate(items):
-            if type(item) not in VALUES:
-                yield from _inside(f"{name}[{i}]", item, seen, depth - 1)
-        return
-    if isinstance(value, nn.Module):  # one that is no registered child
-        for inner, part in value.named_modules():
-            label = f"{name}.{inner}".rstrip(".")
-            yield Entry(f"hooks of {label}", partial(_hooks, part), _hooks(part))
-            yield from _of_module(label, part, type(part), seen, True, ())
-        return
-    if isinstance(value, partial):
-        yield from _inside(f"{name}.keywords", value.keywords, seen, depth - 1)
-        yield from _inside(f"{name}.func", value.func, seen, depth - 1)
-        return
-    slots = [s for base in type(value).__mro__ for s in vars(base).get("__slots__", ())]
-    for key in [*getattr(value, "__dict__", {}), *slots]:
-        item = getattr(value, key, MISSING) if key in slots else vars(value)[key]
-        read = partial(getattr, value, key, MISSING)
-        yield Entry(f"{name}.{key}", read if key in slots else partial(_item, value, key), item)
-        if type(item) not in VALUES:
-            yield from _inside(f"{name}.{key}", item, seen, depth - 1)
-    yield Entry(f"attributes of {name}", partial(_size, value), _size(value))
-    if not type(value).__module__.startswith(("torch.", "builtins")):
-        yield from _of_class(type(value), seen)
-
-
-def _item(value: Any, key: str) -> Any:
-    return vars(value).get(key, MISSING)
-
-
-def _size(value: Any) -> int:
-    return len(getattr(value, "__dict__", ()))
-
-
-def _hooks(part: nn.Module) -> int:
-    return sum(len(vars(part)[kind]) for kind in HOOKS)
-
-
-def _of_class(kind: type, seen: set[int]) -> Iterator[Entry]:
-    """Yield methods and plain attributes of a class, and what its methods read outside.
-
-    Classes of PyTorch read nothing that changes.
-    """
-    for base in _bases(kind):
-        for key, value in vars(base).items():
-            if key in ("forward", *ELSEWHERE) or (key.startswith("__") and key != "__call__"):
-                continue
-            if type(value) in (*VALUES, FunctionType, property, staticmethod, classmethod):
-                read = partial(vars(base).get, key, MISSING)
-                yield Entry(f"{base.__name__}.{key}", read, value)
-    for function in _functions(kind):
-        yield from _of_function(function, seen)
-
-
-def _bases(kind: type) -> Iterator[type]:
-    """Yield a class and its bases that are not PyTorch's or Python's own."""
-    for base in kind.__mro__:
-        if not base.__module__.startswith(("torch.", "builtins", "typing", "starlayers.surgery")):
-            yield base
-
-
-def _of_function(function: Any, seen: set[int]) -> Iterator[Entry]:
-    """Yield the globals, closures and defaults that a function reads."""
-    code = getattr(function, "__code__", None)
-    if code is None or id(function) in seen:
-        return
-    if str(getattr(function, "__module__", "")).startswith("torch."):
-        return
-    seen.add(id(function))
-    name = function.__qualname__
-    for kind in ("__defaults__", "__kwdefaults__"):
-        yield Entry(f"{kind} of {name}", partial(getattr, function, kind), getattr(function, kind))
-    variables = function.__globals__
-    for key in code.co_names:
-        value = variables.get(key, MISSING)
-        if value is MISSING or isinstance(value, type) or type(value).__name__ == "module":
-            continue
-        yield Entry(f"the global {key}", partial(variables.get, key, MISSING), value)
-        here = getattr(value, "__globals__", None) is variables  # a helper beside it
-        if here or isinstance(value, CONTAINERS):
-            yield from _inside(f"the global {key}", value, seen, 2)
-    for key, cell in zip(code.co_freevars, function.__closure__ or ()):
-        if key != "__class__" and cell != CellType():
-            read = partial(getattr, cell, "cell_contents")
-            yield Entry(f"the variable {key}", read, cell.cell_contents)
-            if type(cell.cell_contents) not in VALUES:
-                yield from _inside(f"the variable {key}", cell.cell_contents, seen, 2)
-
-
-def _is_added(name: str) -> bool:
-    """Return True for the attributes that this library adds, or FSDP2."""
-    ours = name in ("star", "star_gate", "star_grown", "star_use_nested_tensor")
-    return ours or name.startswith(FSDP_STATE)
 
 
 def _same(new: Any, old: Any) -> bool:
@@ -388,46 +195,8 @@ def _same(new: Any, old: Any) -> bool:
 def _words(value: Any) -> str:
     if isinstance(value, type):
         return value.__name__
-    plain = type(value) in VALUES or isinstance(value, (_Missing, tuple))
+    if isinstance(value, _Code):
+        return "another function"
+    plain = type(value) in VALUES or isinstance(value, (Missing, tuple))
     name = type(value).__name__
     return repr(value) if plain else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
-
-
-def _functions(kind: type) -> Iterator[Any]:
-    """Yield the functions of a class and its bases that a forward may call."""
-    for base in _bases(kind):
-        for key, value in vars(base).items():
-            function = getattr(value, "fget", None) or getattr(value, "__func__", value)
-            if isinstance(function, FunctionType) and key not in ELSEWHERE:
-                yield function
-
-
-def names_in_code(kind: type) -> frozenset[str]:
-    """Return all names and strings in the functions that a forward of a class may call."""
-    names: set[str] = set()
-    seen: set[int] = set()
-
-    def visit(code: CodeType) -> None:
-        names.update(code.co_names)
-        for constant in code.co_consts:
-            if isinstance(constant, str):
-                names.add(constant)
-            elif isinstance(constant, CodeType):
-                visit(constant)
-
-    def visit_function(function: Any) -> None:
-        if id(function) in seen:
-            return
-        seen.add(id(function))
-        visit(function.__code__)
-        for key in function.__code__.co_names:  # helpers in the same file
-            helper = function.__globals__.get(key)
-            if getattr(helper, "__globals__", None) is function.__globals__:
-                visit_function(helper)
-        for cell in function.__closure__ or ():
-            if cell != CellType() and isinstance(cell.cell_contents, FunctionType):
-                visit_function(cell.cell_contents)
-
-    for function in _functions(kind):
-        visit_function(function)
-    return frozenset(names)

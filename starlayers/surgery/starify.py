@@ -7,7 +7,8 @@ from torch import nn
 
 from starlayers.checks import positive_int
 from starlayers.surgery.adapters import settle_adapter_hooks
-from starlayers.surgery.experts import experts_message, release_experts, update_experts
+from starlayers.surgery.adopted import Adopted, release, released_class
+from starlayers.surgery.experts import experts_message, installed_experts, update_experts
 from starlayers.surgery.find import Finding, NameFilter, Patterns, find_mlps
 from starlayers.surgery.forwards import check_forwards, liger_mlps
 from starlayers.surgery.gated import GatedMLP
@@ -215,7 +216,8 @@ def revert(model: nn.Module) -> nn.Module:
         `model` itself.
 
     Raises:
-        ValueError: the model has no star layer of `starify`.
+        ValueError: the model has no star layer of `starify`, or another library has changed the
+            class of one since; the model is as it was then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
@@ -227,10 +229,16 @@ def revert(model: nn.Module) -> nn.Module:
         )
     """
     stars = list(installed(model))
-    if not release_experts(model) + len(stars):
+    experts = [module for _, module in installed_experts(model)]
+    if not experts and not stars:
         raise ValueError(f"revert: this {type(model).__name__} has no star layer of starify's")
     sizes = {name_of(path, star): gate_size(star) for path, _, star in stars}
     nonzero = {name: size for name, size in sizes.items() if size > 0}
+    for star_module in [star for _, _, star in stars] + experts:
+        if isinstance(star_module, Adopted):
+            released_class(star_module)
+    for module in experts:
+        release(module)
     for _, owner, star in stars:
         uninstall(owner, star)
     settle_fast_paths(model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from starlayers.backend import use_backend
 from starlayers.surgery.adopted import COMBINATIONS, adopt, arguments
+from starlayers.surgery.entries import names_in_code
 from starlayers.surgery.formula import Formula, activation_name, read_formula
 from starlayers.surgery.gated import GatedMLP, Role
 from starlayers.surgery.graph import SIZES, trace
@@ -18,7 +19,6 @@ from starlayers.surgery.linear_layers import Projection, base_layer, dtype_and_d
 from starlayers.surgery.reads import EVERY, Reads, recorded_reads
 from starlayers.surgery.sandbox import random_tensor, sandbox_copy, seed_generators
 from starlayers.surgery.site import Site, attribute
-from starlayers.surgery.snapshot import names_in_code
 from starlayers.surgery.trial_run import MismatchError, run
 
 #: sizes of input and hidden layer of the small stand-in
@@ -248,7 +248,7 @@ def _compare(body: nn.Module, formula: Formula, act_name: str | None) -> None:
             own.train(train), star.train(train)
             x = _input(own, site, shape, dtype)
             x = x.transpose(0, 1) if mode == "inference" and x.ndim == 3 else x  # other strides
-            expected = _values(own, own, x, mode)
+            expected = values_of(own, own, x, mode)
             ways: list[tuple[Any, str]] = [(star.star_definition, "eager")]
             if scale == 1.0:
                 ways.append((star.star_original, "eager"))
@@ -256,9 +256,9 @@ def _compare(body: nn.Module, formula: Formula, act_name: str | None) -> None:
                 ways.append((star, "cpu"))
             for call, backend in ways:
                 with use_backend(backend):
-                    actual = _values(star, call, x, mode)
+                    actual = values_of(star, call, x, mode)
                 where = f"for {tuple(x.shape)} of {dtype}, {'train' if train else 'eval'}, {mode}"
-                _require_close(expected, actual, TOLERANCES[dtype], where)
+                require_close(expected, actual, TOLERANCES[dtype], where)
 
 
 def _input(
@@ -286,7 +286,7 @@ def _fits_cpu_op(star: GatedMLP, x: Tensor) -> bool:
         return False
 
 
-def _values(
+def values_of(
     module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, mode: str
 ) -> dict[str, Tensor]:
     """Return the output of a call, and the gradients of input and parameters if there are any."""
@@ -307,7 +307,7 @@ def _values(
     return {"": y.detach(), **found}
 
 
-def _require_close(
+def require_close(
     expected: dict[str, Tensor], actual: dict[str, Tensor], tolerance: float, where: str
 ) -> None:
     """Raise a MismatchError if a star differs from the module by more than roundings."""

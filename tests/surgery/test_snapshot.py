@@ -6,7 +6,8 @@ import pickle
 import torch
 from torch import nn
 
-from starlayers.surgery.snapshot import Snapshot, names_in_code, signature
+from starlayers.surgery.entries import names_in_code
+from starlayers.surgery.snapshot import Snapshot, signature
 from tests.surgery.small import MLP, Gated
 
 

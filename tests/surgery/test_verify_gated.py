@@ -59,16 +59,16 @@ def test_a_forward_that_knows_its_sizes_is_run_at_them():
 def test_differences_beyond_roundings_are_told():
     a = {"": torch.ones(2, 3), "gate.weight": torch.ones(3)}
     near = {"": torch.ones(2, 3) * (1 + 1e-4), "gate.weight": torch.ones(3)}
-    module._require_close(a, near, 1e-3, "here")
+    module.require_close(a, near, 1e-3, "here")
     with pytest.raises(MismatchError, match=r"its output differs by 0.0001 here"):
-        module._require_close(a, near, 1e-8, "here")
+        module.require_close(a, near, 1e-8, "here")
     other = {"": torch.ones(2, 3), "gate.weight": torch.tensor([1.0, 1.0, float("nan")])}
     with pytest.raises(MismatchError, match=r"the gradient of 'gate\.weight' differs by inf"):
-        module._require_close(a, other, 1e-4, "here")
+        module.require_close(a, other, 1e-4, "here")
     infinite = {"": torch.full((2, 3), torch.inf), "gate.weight": torch.ones(3)}
-    module._require_close(infinite, a, 1e-4, "here")  # counts where the first is finite
+    module.require_close(infinite, a, 1e-4, "here")  # counts where the first is finite
     with pytest.raises(MismatchError, match=r"torch.float64 \(2, 3\)"):
-        module._require_close(a, {**a, "": torch.ones(2, 3).double()}, 1e-4, "here")
+        module.require_close(a, {**a, "": torch.ones(2, 3).double()}, 1e-4, "here")
 
 
 def test_no_parameter_or_random_number_of_the_user_is_touched():
