@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from starlayers.surgery.adopted import Adopted
 from starlayers.surgery.sandbox import FSDP_STATE
 
 #: attributes that every module has; parameters, buffers and children are looked at by themselves
@@ -24,11 +25,15 @@ DEPTH = 3
 
 
 class Entry(NamedTuple):
-    """Value that decides about a forward: its name, how to read it again, and what it was."""
+    """Value that decides about a forward: its name, how to read it again, and what it was.
+
+    `words` is the sentence for a change, with "{new}" for the new value.
+    """
 
     name: str
     read: Callable[[], Any]
     value: Any
+    words: str = ""
 
 
 class Missing:
@@ -127,7 +132,9 @@ def _of_module(
     # a wrapper on the instance that reaches this check is one that calls the module's own forward
     known = frozenset(state) | ({"forward"} if not name else set())
     hides = partial(_hiding, part, kind, len(state), known)
-    yield Entry(f"{label}methods hidden", hides, "")
+    yield Entry(
+        f"{label}methods hidden", hides, "", "{new} was set on " + (name or "it") + ", over its own"
+    )
     yield Entry(f"{label}children", partial(_children, part), _children(part))
     for what, tensors in (("parameters", part._parameters), ("buffers", part._buffers)):
         yield Entry(label + what, partial(_filled, tensors), _filled(tensors))
@@ -140,11 +147,12 @@ def _of_module(
 
 
 def _hiding(part: nn.Module, kind: type, size: int, known: frozenset[str]) -> str:
-    """Return the names of new attributes that hide those of the class."""
+    """Return the names of new attributes that hide children or attributes of the class."""
     state = vars(part)
     if len(state) == size:
         return ""
-    return ", ".join(k for k in state if k not in known and not _is_added(k) and hasattr(kind, k))
+    new = [k for k in state if k not in known and not _is_added(k)]
+    return ", ".join(k for k in new if hasattr(kind, k) or k in part._modules)
 
 
 def _children(part: nn.Module) -> str:
@@ -183,8 +191,11 @@ def _inside(name: str, value: Any, seen: set[int], depth: int) -> Iterator[Entry
     slots = [s for base in type(value).__mro__ for s in vars(base).get("__slots__", ())]
     for key in [*getattr(value, "__dict__", {}), *slots]:
         item = getattr(value, key, MISSING) if key in slots else vars(value)[key]
-        read = partial(getattr, value, key, MISSING)
-        yield Entry(f"{name}.{key}", read if key in slots else partial(_item, value, key), item)
+        read = partial(getattr, value, key, MISSING) if key in slots else partial(_item, value, key)
+        if not isinstance(item, CONTAINERS):  # whose contents count
+            yield Entry(f"{name}.{key}", read, item)
+        elif key not in slots:
+            yield Entry(f"{name}.{key}", partial(_contents_of, vars(value), key), _contents(item))
         if type(item) not in VALUES:
             yield from _inside(f"{name}.{key}", item, seen, depth - 1)
     yield Entry(f"attributes of {name}", partial(_size, value), _size(value))
@@ -221,9 +232,10 @@ def _of_class(kind: type, seen: set[int]) -> Iterator[Entry]:
 
 
 def _bases(kind: type) -> Iterator[type]:
-    """Yield a class and its bases that are not PyTorch's or Python's own."""
+    """Yield a class and its bases that are not PyTorch's, Python's or this library's own."""
     for base in kind.__mro__:
-        if not base.__module__.startswith(("torch.", "builtins", "typing", "starlayers.surgery")):
+        foreign = not base.__module__.startswith(("torch.", "builtins", "typing"))
+        if foreign and not issubclass(base, Adopted):
             yield base
 
 
@@ -232,7 +244,7 @@ def _of_function(function: Any, seen: set[int]) -> Iterator[Entry]:
     code = getattr(function, "__code__", None)
     if code is None or id(function) in seen:
         return
-    if str(getattr(function, "__module__", "")).startswith("torch."):
+    if str(getattr(function, "__module__", "")).startswith(("torch.", "starlayers.surgery.reads")):
         return
     seen.add(id(function))
     name = function.__qualname__

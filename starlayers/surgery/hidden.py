@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from starlayers.dispatch import Plan
 from starlayers.recompute import recomputed
 from starlayers.surgery.adopted import Adopted, adopt, input_name
-from starlayers.surgery.projection import LowRankGate, make_gate, zero_
+from starlayers.surgery.projection import LowRankGate, gated, make_gate, zero_
 from starlayers.surgery.site import Site, attribute, parent_of
 from starlayers.surgery.snapshot import Snapshot
 
@@ -90,7 +90,7 @@ class GatedHidden(Adopted):
 
     def _star_gated(self, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
         y = call(x)
-        return torch.addcmul(y, y, self.star_gate(x).to(y.dtype))  # type: ignore[operator]
+        return gated(y, self.star_gate(x))  # type: ignore[operator]
 
     def _star_require_as_verified(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the input of a call, and raise an error if it or the module is another."""

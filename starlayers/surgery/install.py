@@ -9,7 +9,8 @@ from starlayers.surgery.adopted import Adopted, adopt, input_name, release
 from starlayers.surgery.gated import GatedMLP, Role
 from starlayers.surgery.grown import grow
 from starlayers.surgery.hidden import GatedHidden, HiddenRole, install_hidden
-from starlayers.surgery.projection import Place, StarProjection, make_gate
+from starlayers.surgery.place import Place
+from starlayers.surgery.projection import StarProjection, make_gate
 from starlayers.surgery.site import Site, attribute, parent_of, put
 from starlayers.surgery.snapshot import Snapshot
 
@@ -18,7 +19,7 @@ StarLayer = StarProjection | GatedMLP | GatedHidden
 
 
 def identity(x: Tensor) -> Tensor:
-    """Return `x`; placeholder for a function that moved into `StarProjection`."""
+    """Return `x`; pickles of earlier versions name it as the placeholder of a function."""
     return x
 
 
@@ -30,10 +31,9 @@ def install_plain(owner: nn.Module, site: Site, spec: str, **options: Any) -> St
     act_at = site.act or ""
     inp, act = attribute(owner, site.inp), attribute(owner, act_at)
     star = StarProjection(inp, act, make_gate(spec, inp), site, spec=spec, **options)
-    placeholder = nn.Identity() if isinstance(act, nn.Module) else identity
+    star.place = Place(parent_of(owner, act_at), site.inp, is_module=isinstance(act, nn.Module))
     put(owner, site.inp, star)
-    put(owner, act_at, placeholder)
-    star.place = Place(parent_of(owner, act_at), placeholder)
+    put(owner, act_at, star.place.placeholder)
     if isinstance(owner, nn.TransformerEncoderLayer):
         # its inference path reads the weights and never calls the layers: 0 switches it off
         star.undo["activation_relu_or_gelu"] = owner.activation_relu_or_gelu

@@ -13,6 +13,7 @@ from starlayers.functional import star_product
 from starlayers.recompute import recomputed
 from starlayers.surgery.entries import HOOKS
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
+from starlayers.surgery.place import Place
 from starlayers.surgery.site import Site, with_new_names
 from starlayers.surgery.snapshot import Snapshot
 
@@ -95,32 +96,24 @@ def make_gate(spec: str, inp: nn.Module) -> nn.Module:
     return _linear(sizes, zero=True, **factory)
 
 
+def gated(a: Tensor, gate: Tensor) -> Tensor:
+    """Return `a + a * gate`, which is `a` to the last bit where the gate is zero.
+
+    In float16 activations overflow in models that people use (T5 clamps them afterwards), so an
+    infinite `a` stays what it is there; infinity times zero would be no number.
+    """
+    finite = a
+    if a.dtype == torch.float16:
+        limit = torch.finfo(a.dtype).max
+        finite = a.clamp(-limit, limit)
+    return torch.addcmul(a, finite, gate.to(a.dtype))
+
+
 def zero_(gate: nn.Module) -> None:
     """Set a gate to zero, in place; the random first layer of a low-rank gate stays."""
     last = gate.up if isinstance(gate, LowRankGate) else gate
     for parameter in last.parameters():  # type: ignore[union-attr]
         nn.init.zeros_(parameter)
-
-
-class Place:
-    """Place that an activation had in its MLP, where a placeholder stands now.
-
-    It is an object of its own, so that the modules that it refers to are no children.
-    """
-
-    def __init__(self, parent: tuple[nn.Module, str], placeholder: object) -> None:
-        (self.parent, self.name), self.placeholder = parent, placeholder
-
-    def require_free(self) -> None:
-        """Raise a RuntimeError if another activation was put into the place."""
-        now = vars(self.parent).get(self.name, self.parent._modules.get(self.name))
-        if now is not self.placeholder:
-            kind = type(now).__name__ if isinstance(now, nn.Module) else repr(now)
-            raise RuntimeError(
-                f"the activation {self.name!r} of a {type(self.parent).__name__} was set to {kind} "
-                "after starify, and would be applied to a product; set it as `act` of the "
-                "StarProjection, or revert first"
-            )
 
 
 class StarProjection(nn.Module):
@@ -186,8 +179,10 @@ class StarProjection(nn.Module):
         if self.place is not None and not torch.compiler.is_compiling():
             self.place.require_free()
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(self._star, x, *args, **kwargs)
-        return self._star(x, *args, **kwargs)
+            y: Tensor = recomputed(self._star, x, *args, **kwargs)
+        else:
+            y = self._star(x, *args, **kwargs)
+        return y if self.place is None else self.place.mark(y)
 
     def plan(self, x: Tensor, *args: Any, **kwargs: Any) -> Plan:
         """Return the plan for the product: what runs, or why it is the definition.
@@ -208,8 +203,7 @@ class StarProjection(nn.Module):
         h = self.inp(x, *args, **kwargs)
         if self.fused and self.act_name is not None and not self._change():
             return star_product(h, self.gate(x).to(h.dtype), self.act_name, offset=1.0)
-        a = self.act(h)
-        return torch.addcmul(a, a, self.gate(x).to(a.dtype))
+        return gated(self.act(h), self.gate(x))
 
     def _change(self) -> str:
         """Return in words what has changed of the activation since it was verified."""

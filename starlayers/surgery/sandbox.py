@@ -39,7 +39,7 @@ def random_tensor(tensor: Tensor) -> Tensor:
     device = "cpu" if tensor.is_meta else tensor.device
     if not tensor.is_floating_point():
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-    fan_in = tensor.shape[-1] if tensor.ndim > 1 else 1
+    fan_in = tensor.shape[1:].numel() if tensor.ndim > 1 else 1
     return torch.randn(tensor.shape, device=device).div_(fan_in**0.5).to(tensor.dtype)
 
 

@@ -125,10 +125,10 @@ class Snapshot:
             state = vars(part)
             if any(state[kind] for kind in HOOKS) and name not in (hooks_of or ()):
                 return f"{name} has hooks"
-        for name, read, value in self.entries:
+        for name, read, value, words in self.entries:
             new = read()
             if new is not value and not _same(new, value):
-                return f"{name} is {_words(new)}, was {_words(value)}"
+                return words.format(new=new) if words else _sentence(name, new, value)
         return ""
 
 
@@ -192,11 +192,21 @@ def _same(new: Any, old: Any) -> bool:
     return equal
 
 
+def _sentence(name: str, new: Any, value: Any) -> str:
+    if isinstance(value, Missing):
+        return f"{name} is new"
+    return f"{name} is {_words(new)}, was {_words(value)}"
+
+
 def _words(value: Any) -> str:
     if isinstance(value, type):
         return value.__name__
     if isinstance(value, _Code):
         return "another function"
+    if isinstance(value, (FunctionType, MethodType)):
+        return value.__qualname__
+    if callable(value) and hasattr(value, "__name__"):
+        return str(value.__name__)
     plain = type(value) in VALUES or isinstance(value, (Missing, tuple))
     name = type(value).__name__
     return repr(value) if plain else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"

@@ -323,11 +323,14 @@ def _compare_in_dtype(body: nn.Module, site: Site, shape: Shape) -> None:
     star = install_plain(body, site, "full")
     _require_equal(expected, _trials(body, inp, shape, parameters), "with a zero gate")
     for train in (False, True):
-        before = _after_gate(body, site, x, train)
+        with _spread(inp):
+            before = _after_gate(body, site, x, train)
         kept = [p.detach().clone() for p in star.gate.parameters()]
         for parameter in star.gate.parameters():
             nn.init.normal_(parameter)
-        if _equal(before, _after_gate(body, site, x, train)):
+        with _spread(inp):
+            after = _after_gate(body, site, x, train)
+        if _equal(before, after):
             raise MismatchError("a gate there has no effect on what follows")
         for parameter, zero in zip(star.gate.parameters(), kept):
             parameter.copy_(zero)
@@ -374,6 +377,18 @@ def _trials(
 def _scaled(layer: nn.Module, scale: float) -> Iterator[None]:
     """Multiply the output of a layer by a number while the block runs."""
     handle = layer.register_forward_hook(lambda _, args, y: y * scale)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _spread(layer: nn.Module) -> Iterator[None]:
+    """Add numbers from -2 to 2 to the output of a layer: with zero weights it is zero itself."""
+    handle = layer.register_forward_hook(
+        lambda _, args, y: y + torch.linspace(-2, 2, y.numel()).to(y).view_as(y)
+    )
     try:
         yield
     finally:

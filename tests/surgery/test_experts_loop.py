@@ -120,7 +120,7 @@ def test_choices_of_no_expert_are_compared_where_the_class_knows_them(experts):
     def never(self, x, index, weights):
         raise RuntimeError("never")
 
-    stand_in, _ = module._stand_in(experts, torch.float32)
+    stand_in = module._stand_in(experts, torch.float32)
     assert not module._same_bits(stand_in, own, torch.float32)
     assert module._same_bits(stand_in, strict, torch.float32)
     with pytest.raises(RuntimeError, match="never"):

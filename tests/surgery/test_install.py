@@ -23,6 +23,7 @@ from starlayers.surgery.install import (
     settle_fast_paths,
     uninstall,
 )
+from starlayers.surgery.place import Placeholder
 from starlayers.surgery.report import Row
 from tests.surgery.small import MLP, Gated, Net, Packed, Twice
 
@@ -41,7 +42,7 @@ def test_install_plain(fused, recompute):
     assert mlp.fc1 is star
     assert (star.inp, star.act, star.site, star.spec) == (fc1, act, PLAIN, "low_rank=2")
     assert (star.act_name, star.fused, star.recompute) == ("gelu", fused, recompute)
-    assert type(mlp.act) is nn.Identity
+    assert type(mlp.act) is Placeholder
     assert [name for name, _ in mlp.named_children()] == ["fc1", "fc2", "act", "drop"]
     assert role_of(star) is star
     uninstall(mlp, star)
@@ -53,11 +54,11 @@ def test_install_plain_defaults():
     assert (star.fused, star.recompute, star.act_name) == (False, False, None)
 
 
-def test_a_function_is_replaced_by_the_identity_function(x):
+def test_a_function_is_replaced_by_a_place(x):
     mlp = MLP(act=nn.functional.silu)
     star = install_plain(mlp, PLAIN, "scale")
-    assert mlp.act is identity
-    assert identity(x) is x
+    assert mlp.act is star.place
+    assert identity(x) is x  # the placeholder of earlier versions
     assert star.act is nn.functional.silu
     uninstall(mlp, star)
     assert mlp.act is nn.functional.silu
