@@ -227,7 +227,7 @@ def _of_class(kind: type, seen: set[int]) -> Iterator[Entry]:
             if type(value) in (*VALUES, FunctionType, property, staticmethod, classmethod):
                 read = partial(vars(base).get, key, MISSING)
                 yield Entry(f"{base.__name__}.{key}", read, value)
-    for function in _functions(kind):
+    for function in functions_of(kind):
         yield from _of_function(function, seen)
 
 
@@ -273,7 +273,7 @@ def _is_added(name: str) -> bool:
     return ours or name.startswith(FSDP_STATE)
 
 
-def _functions(kind: type) -> Iterator[Any]:
+def functions_of(kind: type) -> Iterator[Any]:
     """Yield the functions of a class and its bases that a forward may call."""
     for base in _bases(kind):
         for key, value in vars(base).items():
@@ -308,6 +308,6 @@ def names_in_code(kind: type) -> frozenset[str]:
             if cell != CellType() and isinstance(cell.cell_contents, FunctionType):
                 visit_function(cell.cell_contents)
 
-    for function in _functions(kind):
+    for function in functions_of(kind):
         visit_function(function)
     return frozenset(names)

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from starlayers.surgery.adopted import Adopted
+from starlayers.surgery.callers import other_caller
 from starlayers.surgery.experts import experts_names
 from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import installed
@@ -91,7 +92,13 @@ def find_mlps(
         settled = known is not None and known.reason is None
         if settled or claim.path not in selected:
             continue
-        verdict = verify(owner, claim.site, _caller(model, claim.owner), cache)
+        above = _caller(model, claim.owner)
+        caller = None if above is None else (model.get_submodule(above[0]), above[1])
+        verdict = verify(owner, claim.site, caller, cache)
+        if verdict.reason is None and claim.site.form == "plain" and claim.site.act is not None:
+            other = other_caller(model, claim.owner, claim.site, above and above[0])
+            reason = f"{other} calls it past its activation" if other else None
+            verdict = verdict._replace(reason=reason)
         if tentative:
             if verdict.reason is not None:
                 continue
@@ -117,8 +124,8 @@ def _claims(model: nn.Module) -> Iterator[Finding]:
                     yield Finding(join(path, site.inp), path, site)
 
 
-def _caller(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
-    """Return the module that calls a sequence, and its name for the sequence.
+def _caller(model: nn.Module, path: str) -> tuple[str, str] | None:
+    """Return the name of the module that calls a sequence, and its name for the sequence.
 
     This is the nearest module above with a forward of its own. `None` if `path` is no sequence.
     """
@@ -126,9 +133,10 @@ def _caller(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
         return None
     parts = path.split(".")
     for i in reversed(range(len(parts))):
-        above = model.get_submodule(".".join(parts[:i]))
+        name = ".".join(parts[:i])
+        above = model.get_submodule(name)
         if not is_sequence(above) and runs(above):
-            return above, ".".join(parts[i:])
+            return name, ".".join(parts[i:])
     return None
 
 

@@ -4,7 +4,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 
 class Projection(NamedTuple):
@@ -84,4 +86,20 @@ def gate_blocker(module: nn.Module) -> str | None:
         )
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"{kind} holds {weight.dtype} weights: starify before quantising"
+    return None
+
+
+def recompute_blocker(module: nn.Module) -> str | None:
+    """Return why a module must not run twice in one training step, or `None` if it may.
+
+    Spectral norms and running statistics change a buffer in every forward in train mode.
+    """
+    for name, part in module.named_modules():
+        where = f"{name!r}" if name else "it"
+        spectral = any(isinstance(h, SpectralNorm) for h in part._forward_pre_hooks.values())
+        parametrised = part._modules.get("parametrizations") or nn.Module()
+        if spectral or next(parametrised.buffers(), None) is not None:
+            return f"{where} has a parametrisation with state, which recompute would change twice"
+        if isinstance(part, _NormBase) and part.running_mean is not None:
+            return f"{where} has running statistics, which recompute would change twice"
     return None

@@ -22,9 +22,9 @@ from starlayers.surgery.install import (
     settle_fast_paths,
     uninstall,
 )
-from starlayers.surgery.linear_layers import gate_blocker
+from starlayers.surgery.linear_layers import gate_blocker, recompute_blocker
 from starlayers.surgery.overlooked import overlooked
-from starlayers.surgery.projection import parse_gate
+from starlayers.surgery.projection import StarProjection, parse_gate
 from starlayers.surgery.saving import note_in_config
 from starlayers.surgery.sharding import settle_tp_plans
 from starlayers.surgery.site import attribute
@@ -95,8 +95,8 @@ def starify(
     findings = find_mlps(model, include=include, exclude=exclude)
     for f in findings:
         f.reason = f.reason or _obstacle(model, f, mode, grow=grow, recompute=recompute)
-    for path, _, star in existing if grow else []:
-        _require_growth(path, star)
+    for path, _, star in existing:
+        _require_options(path, star, grow=grow, recompute=recompute)
     verified = [f for f in findings if f.reason is None]
     plain, gated = mode == "star", mode == "fuse" or grow > 0  # the forms that the options change
     ready = [f for f in verified if (plain if f.site.form == "plain" else gated)]
@@ -149,7 +149,12 @@ def _check(model: nn.Module, mode: str, gate: str, grow: int) -> None:
 
 
 def _obstacle(model: nn.Module, f: Finding, mode: str, *, grow: int, recompute: bool) -> str | None:
-    """Return why the options do not serve an MLP that is a star, `None` if they do."""
+    """Return why the options do not serve an MLP, `None` if they do."""
+    if recompute:
+        part = f.path if f.site.form == "plain" else f.owner
+        blocker = recompute_blocker(model.get_submodule(part))
+        if blocker is not None:
+            return f"{blocker}; leave recompute out"
     if f.site.form == "plain":
         return None
     if grow:
@@ -164,13 +169,17 @@ def _obstacle(model: nn.Module, f: Finding, mode: str, *, grow: int, recompute: 
     return None
 
 
-def _require_growth(path: str, star: nn.Module) -> None:
-    """Raise an error if a star layer of an earlier call is to grow and cannot."""
-    if isinstance(star, GatedMLP) and not star.star.grown:
+def _require_options(path: str, star: StarLayer, *, grow: int, recompute: bool) -> None:
+    """Raise an error if options do not serve a star layer of an earlier call."""
+    name = name_of(path, star)
+    if grow and isinstance(star, GatedMLP) and not star.star.grown:
         blocker = gate_blocker(attribute(star, star.star.site.inp))
         if blocker is not None:
-            name = name_of(path, star)
             raise ValueError(f"starify: {name} cannot grow: {blocker}; it stays fused as it is")
+    if recompute and not role_of(star).recompute:
+        blocker = recompute_blocker(star.inp if isinstance(star, StarProjection) else star)
+        if blocker is not None:
+            raise ValueError(f"starify: {name}: {blocker}; it stays as it is")
 
 
 def _update(star: StarLayer, mode: str, *, recompute: bool, rank: int) -> None:

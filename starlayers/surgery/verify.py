@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from starlayers.activations import ACTIVATIONS
+from starlayers.surgery.callers import call_in_forward
 from starlayers.surgery.forwards import remedy, replaced_forward
 from starlayers.surgery.install import install_plain
 from starlayers.surgery.linear_layers import (
@@ -209,13 +210,15 @@ def _deepest_common(owner: nn.Module, site: Site) -> str:
 
 def _compare_in_caller(caller: nn.Module, sequence: str, site: Site) -> None:
     """Compare the caller of a sequence as it is and with the MLP replaced."""
-    if any(p.is_meta for p in caller.parameters()):
-        return  # it may be a whole model, too large for random weights on the CPU
     inp, act = f"{sequence}.{site.inp}", f"{sequence}.{site.act}"
     try:
+        if any(p.is_meta for p in caller.parameters()):
+            # it may be a whole model, too large for random weights on the CPU
+            raise CannotRunError("it has no weights")
         _compare_plain(sandbox_copy(caller, share=True), replace(site, inp=inp, act=act, out=None))
-    except CannotRunError:
-        return  # most callers take other input than the MLP does
+    except CannotRunError:  # most callers take other input than the MLP does
+        if other := call_in_forward(caller, inp):
+            raise MismatchError(f"{other} calls {inp!r} by itself, and cannot be tried") from None
 
 
 #: shape of an input

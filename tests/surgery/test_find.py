@@ -174,12 +174,12 @@ class Holds(nn.Module):
 
 def test_the_caller_of_a_sequence():
     net = Holds(nn.ModuleDict({"seq": nn.Sequential(sequence(), nn.LayerNorm(8))}))
-    assert module._caller(net, "child.seq.0") == (net, "child.seq.0")
-    assert module._caller(net, "child.seq") == (net, "child.seq")
+    assert module._caller(net, "child.seq.0") == ("", "child.seq.0")
+    assert module._caller(net, "child.seq") == ("", "child.seq")
     assert module._caller(net, "child") is None  # no sequence
     assert module._caller(net, "") is None
     inner = Holds(sequence())
-    assert module._caller(Holds(inner), "child.child") == (inner, "child")
+    assert module._caller(Holds(inner), "child.child") == ("child", "child")
     alone = nn.Sequential(sequence())
     assert module._caller(alone, "0") is None
     assert module._caller(nn.ModuleDict({"a": sequence()}), "a") is None

@@ -21,6 +21,7 @@ from starlayers.surgery.adopted import adopt, release
 from starlayers.surgery.gated import Role, split_packed
 from starlayers.surgery.gates import gate_of, gate_size, name_of
 from starlayers.surgery.grown import grow
+from starlayers.surgery.linear_layers import recompute_blocker
 from tests.surgery.small import MLP, Gated, Net, Packed, train_gates
 
 
@@ -347,3 +348,50 @@ def test_keyword_input(x):
     assert torch.equal(fused(model)(x), y)
     revert(model)
     assert type(model.mlp) is Gated
+
+
+# --- layers that must not run twice
+
+
+def spectral(layer):
+    return nn.utils.parametrizations.spectral_norm(layer)
+
+
+def spectral_by_hook(layer):
+    return nn.utils.spectral_norm(layer)
+
+
+@pytest.mark.parametrize("norm", [spectral, spectral_by_hook])
+@pytest.mark.parametrize("name", ["gate", "down"])
+def test_recompute_is_refused_where_a_forward_changes_state(norm, name):
+    mlp = Gated()
+    setattr(mlp, name, norm(getattr(mlp, name)))
+    with pytest.raises(ValueError, match=f"'{name}' has a parametrisation with state"):
+        starify(mlp, mode="fuse", recompute=True)
+    x = torch.randn(2, 8)
+    own = copy.deepcopy(mlp)
+    starify(mlp, mode="fuse")
+    for _ in range(2):
+        torch.testing.assert_close(mlp(x), own(x))
+    for ours, theirs in zip(mlp.buffers(), own.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_recompute_blockers():
+    assert recompute_blocker(nn.Linear(2, 2)) is None
+    assert recompute_blocker(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) is None
+    assert recompute_blocker(nn.BatchNorm1d(2, track_running_stats=False)) is None
+    norm = nn.Sequential(nn.BatchNorm1d(2))
+    assert recompute_blocker(norm) == (
+        "'0' has running statistics, which recompute would change twice"
+    )
+    reason = "it has a parametrisation with state, which recompute would change twice"
+    assert recompute_blocker(spectral(nn.Linear(2, 2))) == reason
+    net = MLP()
+    net.fc1 = spectral(net.fc1)
+    with pytest.raises(ValueError, match=f"fc1: {reason}; leave recompute out"):
+        starify(net, recompute=True)
+    starify(net.eval())
+    with pytest.raises(ValueError, match=f"fc1: {reason}; it stays as it is"):
+        starify(net, recompute=True)
+    assert not net.fc1.recompute
