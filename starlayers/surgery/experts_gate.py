@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from starlayers.backend import use_backend
 from starlayers.functional import star_packed_product
+from starlayers.surgery.contexts import Context
 from starlayers.surgery.entries import OWN
 from starlayers.surgery.formula import Formula, activation_name, read_formula
 from starlayers.surgery.graph import trace
@@ -20,14 +21,7 @@ from starlayers.surgery.reads import Reads, recorded_reads
 from starlayers.surgery.sandbox import preserved_generators, sandbox_copy
 from starlayers.surgery.site import Site
 from starlayers.surgery.trial_run import MismatchError, first_line
-from starlayers.surgery.verify_gated import (
-    MODES,
-    SCALES,
-    TOLERANCES,
-    Context,
-    require_close,
-    values_of,
-)
+from starlayers.surgery.verify_gated import MODES, SCALES, TOLERANCES, require_close, values_of
 
 #: dtypes in which the gate is traced; in others it is the model's own
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from starlayers.surgery.adopted import Adopted
+from starlayers.surgery.contexts import fake_maker
 from starlayers.surgery.entries import names_in_code
 from starlayers.surgery.formula import function_name, read_chain
 from starlayers.surgery.graph import SIZES, Graph, trace
@@ -19,7 +20,6 @@ from starlayers.surgery.site import attribute, join
 from starlayers.surgery.snapshot import signature
 from starlayers.surgery.trial_run import MismatchError
 from starlayers.surgery.verify import verify
-from starlayers.surgery.verify_gated import fake_maker
 
 #: classes whose linear layers are no MLP, though their sizes may be those of one
 OTHERS = re.compile(r"attention|attn|mamba|mixer$|recurrent|deltanet|lstm|gru\b|router", re.I)

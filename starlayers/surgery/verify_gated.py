@@ -1,8 +1,8 @@
 """Verify a gated MLP: by the graph of its forward, then by values and gradients."""
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from starlayers.backend import use_backend
-from starlayers.surgery.adopted import COMBINATIONS, adopt, arguments
+from starlayers.surgery.adopted import adopt, arguments
+from starlayers.surgery.contexts import graphs
 from starlayers.surgery.entries import names_in_code
 from starlayers.surgery.formula import Formula, activation_name, read_formula
 from starlayers.surgery.gated import GatedMLP, Role
-from starlayers.surgery.graph import SIZES, trace
 from starlayers.surgery.linear_layers import Projection, base_layer, dtype_and_device, projection
-from starlayers.surgery.reads import EVERY, Reads, recorded_reads
+from starlayers.surgery.reads import Reads
 from starlayers.surgery.sandbox import random_tensor, sandbox_copy, seed_generators
 from starlayers.surgery.site import Site, attribute
 from starlayers.surgery.trial_run import MismatchError, run
@@ -50,30 +50,6 @@ UNSEEN = {
 
 #: key of the state of the random generators among values
 RANDOM = "random numbers"
-
-
-class Context(NamedTuple):
-    """Conditions under which a forward is traced; a forward may ask for any of them."""
-
-    train: bool
-    grad: bool
-    dtype: torch.dtype
-    ndim: int
-    autocast: torch.dtype | None = None
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        words = ["train mode" if self.train else "eval mode", dtype]
-        words += [] if self.grad else ["without gradients"]
-        words += [f"under autocast to {self.autocast}"] if self.autocast else []
-        return ", ".join([*words, f"{self.ndim} dimensions"])
-
-
-CONTEXTS = [
-    Context(train, grad, *kind)
-    for train, grad in product((False, True), (True, False))
-    for kind in sorted(COMBINATIONS, key=lambda kind: kind != (torch.float32, 3, None))
-]
 
 
 class GatedVerdict(NamedTuple):
@@ -144,67 +120,25 @@ def _require_one_input(owner: nn.Module) -> None:
 
 def _read(owner: nn.Module, site: Site, reads: Reads) -> tuple[Formula, str | None]:
     """Return the formula under all contexts, and the name of its activation."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # heavy, as `torch.export` is
-
     parts = tuple(name for name in (site.inp, site.up, site.out) if name)
     inp = attribute(owner, site.inp)
     n = (projection(inp) or Projection(1, 1)).in_features
     device = dtype_and_device(inp)[1]
     device = torch.device("cpu") if device.type == "meta" else device
     first: tuple[Formula, str | None] | None = None
-    for context in CONTEXTS:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            body = _stand_in(owner, site, fake_maker(context.dtype, device))
-            shape = (*SIZES[: context.ndim - 1], n)
-            x = torch.empty(shape, dtype=context.dtype, device=device)
+    for context, graph in graphs(partial(_stand_in, owner, site), n, device, parts, reads):
         try:
-            with entered(context, body, device):
-                formula, chain = read_formula(trace(body, x, parts), site)
+            formula, chain = read_formula(graph, site)
         except MismatchError as error:
             if first is None:
                 raise
             raise MismatchError(f"in {context}: {error}") from error
-        finally:  # after the trace, because a forward may count its calls
-            with entered(context, body, device):
-                _record_reads(body, x, fake, reads)
         if first is None:
             first = formula, activation_name(chain)
         elif formula != first[0]:
             raise MismatchError(f"it computes {formula.act} in {context}, {first[0].act} otherwise")
     assert first is not None
     return first
-
-
-def _record_reads(body: nn.Module, x: Tensor, fake: Any, reads: Reads) -> None:
-    """Add the names of the attributes that a forward reads."""
-    try:
-        with fake, recorded_reads(body) as read:
-            body(x)
-            with torch.inference_mode():
-                body(x)
-        reads |= read
-    except Exception:  # a foreign module may raise anything
-        reads.add(EVERY)
-
-
-@contextmanager
-def entered(context: Context, body: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run the block with a module in the state of a context."""
-    body.train(context.train)
-    low = context.autocast or torch.bfloat16
-    autocast = torch.autocast(device.type, low, enabled=context.autocast is not None)
-    with torch.set_grad_enabled(context.grad), autocast:
-        yield
-
-
-def fake_maker(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return a function that makes fake tensors, the floating-point ones of one dtype."""
-
-    def make(tensor: Tensor) -> Tensor:
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
-        return torch.empty(tensor.shape, dtype=kind, device=device)
-
-    return make
 
 
 def _stand_in(

@@ -4,15 +4,15 @@ import torch
 from torch import Tensor, nn
 
 from starlayers.surgery.adopted import arguments
+from starlayers.surgery.contexts import graphs
 from starlayers.surgery.formula import Chain, activation_name, read_chain
-from starlayers.surgery.graph import SIZES, trace
 from starlayers.surgery.hidden import install_hidden
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, gate_blocker, projection
+from starlayers.surgery.reads import Reads
 from starlayers.surgery.recipes import is_activation
 from starlayers.surgery.sandbox import sandbox_copy
 from starlayers.surgery.site import Site, attribute, parent_of
 from starlayers.surgery.trial_run import MismatchError, run
-from starlayers.surgery.verify_gated import CONTEXTS, entered, fake_maker
 
 
 def verify_hidden(owner: nn.Module, site: Site) -> str | None:
@@ -45,20 +45,14 @@ def verify_hidden(owner: nn.Module, site: Site) -> str | None:
 
 def _read(module: nn.Module, leaf: str) -> Chain:
     """Return the function that makes the output of the result of a linear layer."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # heavy, as `torch.export` is
-
     inp = attribute(module, leaf)
     n = (projection(inp) or Projection(1, 1)).in_features
     device = dtype_and_device(inp)[1]
     device = torch.device("cpu") if device.type == "meta" else device
     first: Chain | None = None
-    for context in CONTEXTS:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            body = sandbox_copy(module, make=fake_maker(context.dtype, device))
-            shape = (*SIZES[: context.ndim - 1], n)
-            x = torch.empty(shape, dtype=context.dtype, device=device)
-        with entered(context, body, device):
-            graph = trace(body, x, (leaf,))
+    for context, graph in graphs(
+        lambda make: sandbox_copy(module, make=make), n, device, [leaf], Reads()
+    ):
         calls = graph.calls_to(leaf)
         if len(calls) != 1:
             raise MismatchError(f"one run calls {leaf!r} {len(calls)} times, not once")

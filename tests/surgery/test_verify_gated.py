@@ -7,25 +7,10 @@ from torch import nn
 from starlayers.surgery import verify_gated as module
 from starlayers.surgery.site import Site
 from starlayers.surgery.trial_run import MismatchError
-from starlayers.surgery.verify_gated import Context, verify_gated
+from starlayers.surgery.verify_gated import verify_gated
 from tests.surgery.small import Gated, Packed
 
 SITE = Site("gated", "gated", "gate", None, "down", up="up")
-
-
-def test_the_contexts():
-    assert len(set(module.CONTEXTS)) == 56
-    for train in (False, True):
-        for grad in (False, True):
-            some = [c for c in module.CONTEXTS if (c.train, c.grad) == (train, grad)]
-            low = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
-            assert {c.dtype for c in some} == low
-            assert {c.ndim for c in some} == {2, 3, 4}
-            assert {c.autocast for c in some} == {None, torch.bfloat16, torch.float16}
-    words = str(Context(True, False, torch.float32, 3, torch.float16))
-    assert words == (
-        "train mode, float32, without gradients, under autocast to torch.float16, 3 dimensions"
-    )
 
 
 def test_a_verdict():
