@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -52,6 +53,13 @@ class ExpertsRole:
     width: int = 0
     loop: str = ""
     recompute: bool = False
+
+    def __post_init__(self) -> None:
+        _mark_constant()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        _mark_constant()
 
 
 class StarExperts(Adopted):
@@ -128,11 +136,16 @@ class StarExperts(Adopted):
         return ", ".join(filter(None, parts))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _change_of(experts: StarExperts) -> str:
     """Return what has changed of a gate; under a compiler, what has changed by then."""
     role = experts.star
     return role.gate.change(experts, _gate_of(role.original))
+
+
+@cache
+def _mark_constant() -> None:
+    """Make compilers call `_change_of` once; not at import, because it loads the compiler."""
+    torch.compiler.assume_constant_result(_change_of)  # type: ignore[no-untyped-call]
 
 
 def _gate_of(kind: type[nn.Module]) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from starlayers.backend import use_backend
 from starlayers.surgery.adopted import adopt, arguments
 from starlayers.surgery.contexts import graphs
-from starlayers.surgery.entries import names_in_code
+from starlayers.surgery.entries import names_in_code, parts_of
 from starlayers.surgery.formula import Formula, activation_name, read_formula
 from starlayers.surgery.gated import GatedMLP, Role
 from starlayers.surgery.linear_layers import Projection, base_layer, dtype_and_device, projection
@@ -75,7 +75,7 @@ def verify_gated(owner: nn.Module, site: Site, reads: Reads | None = None) -> Ga
     Raises:
         MismatchError: the module computes anything else; the message says what.
     """
-    _require_visible(owner)
+    _require_visible(owner, [name for name in (site.inp, site.up, site.out) if name])
     _require_one_input(owner)
     formula, act_name = _read(owner, site, set() if reads is None else reads)
     site = formula.site
@@ -97,13 +97,13 @@ def verify_gated(owner: nn.Module, site: Site, reads: Reads | None = None) -> Ga
     return GatedVerdict(formula, act_name)
 
 
-def _require_visible(owner: nn.Module) -> None:
+def _require_visible(owner: nn.Module, layers: list[str]) -> None:
     """Raise a MismatchError for names that starify needs, and what cannot be seen."""
     own = [*vars(owner), *owner._modules, *owner._parameters, *owner._buffers, *dir(type(owner))]
     taken = next((name for name in own if name == "star" or name.startswith("star_")), None)
     if taken is not None:
         raise MismatchError(f"its attribute {taken!r} has a name that a star needs")
-    for part in owner.modules():
+    for _, part in parts_of(owner, layers):
         hidden = UNSEEN & names_in_code(type(part))
         if hidden:
             raise MismatchError(f"its forward may ask for {min(hidden)!r}, which no graph shows")

@@ -349,7 +349,8 @@ def test_a_global_a_closure_and_a_class_changed_afterwards_act(monkeypatch):
         require_equal(own, star, x, 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(SwiGLU, "product", Mine.other)
-        assert star.star_plan(x).reason == "SwiGLU.product is a function, was a function"
+        words = f"SwiGLU.product is {Mine.other.__qualname__}, was SwiGLU.product"
+        assert star.star_plan(x).reason == words
         require_equal(own, star, x, 0.0)
     with use_backend("cpu"):
         assert star.star_plan(x).path == "cpu"
