@@ -114,6 +114,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.nlp speed
 	$(BIN)/python -m benchmarks.starify quality
 	$(BIN)/python -m benchmarks.starify speed
+	$(BIN)/python -m benchmarks.starify liger
+	$(BIN)/python -m benchmarks.starify families
 	$(BIN)/python -m benchmarks.rl quality
 	$(BIN)/python -m benchmarks.rl speed
 	$(BIN)/python -m benchmarks.coefficients dimension
@@ -141,6 +143,8 @@ bench-smoke: setup
 	$(BIN)/python -m benchmarks.nlp speed --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.starify quality --smoke --processes 1 --out runs/smoke
 	$(BIN)/python -m benchmarks.starify speed --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.starify liger --smoke --out runs/smoke
+	$(BIN)/python -m benchmarks.starify families --smoke --processes 1 --out runs/smoke
 	$(BIN)/python -m benchmarks.rl quality --smoke --processes 1 --out runs/smoke
 	$(BIN)/python -m benchmarks.rl speed --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.coefficients dimension --smoke --processes 1 --out runs/smoke

@@ -19,6 +19,8 @@ def attached(layers: Mapping[str, nn.Module | None]) -> str:
         'g is an Identity, not nn.Linear'
     """
     for name, layer in layers.items():
+        if hasattr(getattr(layer, "_parameters", {}).get("weight"), "device_mesh"):
+            return f"{name} is divided over processes, its weight is a DTensor"
         kind = type(layer)
         where = f"{kind.__module__}.{kind.__name__}"
         if kind is not nn.Linear:

@@ -20,11 +20,7 @@ from starlayers.activations import ACTIVATIONS, get_activation
 from starlayers.backend import backend_name
 from starlayers.kernels import registration
 from starlayers.kernels.conv import Convolution
-from starlayers.kernels.registration import (
-    MLPWeights,
-    compute_dtype,
-    needs_gradients,
-)
+from starlayers.kernels.registration import MLPWeights, compute_dtype, needs_gradients
 from starlayers.kernels.tuning import ENV_VAR as TUNING
 from starlayers.kernels.tuning import tuning
 from starlayers.kernels.versions import weights_stay
@@ -38,6 +34,7 @@ __all__ = [
     "declined",
     "exporting",
     "forget_plans",
+    "has_global_hooks",
     "is_plain",
     "is_transformed",
     "launches_directly",
@@ -340,6 +337,9 @@ def _original_forward(kind: type[nn.Module]) -> object:
     return forward if same else None
 
 
+#: True if hooks on all modules are registered
+has_global_hooks: Any = hooks._has_any_global_hook
+
 #: class -> its own forward; a class whose forward was replaced is not plain
 FORWARDS: dict[type[nn.Module], object] = {
     kind: _original_forward(kind) for kind in (nn.Linear, nn.Identity, nn.Conv2d, nn.BatchNorm2d)
@@ -413,7 +413,7 @@ def is_plain(m: nn.Module | None, kind: type[nn.Module]) -> bool:
         or m._backward_pre_hooks
         or "forward" in m.__dict__
         or kind.forward is not FORWARDS.get(kind, kind.forward)
-        or hooks._has_any_global_hook()
+        or has_global_hooks()
     )
 
 

@@ -137,8 +137,8 @@ def test_starified_models():
     ids = torch.ones(1, 12, dtype=torch.long)
     fused = explain(starify(llama, mode="fuse"), ids)
     assert [(row.name, row.layer) for row in fused] == [
-        ("model.layers.0.mlp", "GatedMLP"),
-        ("model.layers.1.mlp", "GatedMLP"),
+        ("model.layers.0.mlp", "StarLlamaMLP"),
+        ("model.layers.1.mlp", "StarLlamaMLP"),
     ]
     assert all("small enough for eager" in row.plan.reason for row in fused)
     plain = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))

@@ -97,7 +97,12 @@ def test_layers_get_their_plans_from_dispatch_alone():
     }
     assert {source for _, source, _ in imported} == {"starlayers.dispatch"}
     assert {name for _, _, name in imported} == DECIDING
-    assert set(dispatch.__all__) == DECIDING | {"FORWARDS", "Plan", "forget_plans"}
+    assert set(dispatch.__all__) == DECIDING | {
+        "FORWARDS",
+        "Plan",
+        "forget_plans",
+        "has_global_hooks",
+    }
 
 
 @pytest.mark.parametrize("question", QUESTIONS)

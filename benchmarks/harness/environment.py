@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "torchvision", "triton", "timm", "transformers", "peft", "optuna", "cmaes")
-PACKAGES += ("numpy", "stable-baselines3", "gymnasium", "mujoco", "starlayers")
+PACKAGES += ("liger-kernel", "numpy", "stable-baselines3", "gymnasium", "mujoco", "starlayers")
 HARDWARE = ("cpu", "cores", "threads", "gpu")
 
 

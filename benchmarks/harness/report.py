@@ -7,7 +7,7 @@ from benchmarks.harness.records import Record
 
 #: packages whose versions a page states, where a run has them
 STATED = ("python", "torch", "timm", "transformers", "peft", "stable-baselines3", "gymnasium")
-STATED += ("optuna", "cmaes")
+STATED += ("optuna", "cmaes", "liger-kernel")
 
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:

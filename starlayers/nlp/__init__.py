@@ -36,6 +36,7 @@ from starlayers.nlp.modeling_starformer_seq2seq import (
     StarformerSeq2SeqModel,
 )
 from starlayers.nlp.sharing import save_with_code
+from starlayers.nlp.trainer import StarifyCallback
 
 __all__ = [
     "StarConv",
@@ -54,6 +55,7 @@ __all__ = [
     "StarformerModel",
     "StarformerSeq2SeqConfig",
     "StarformerSeq2SeqModel",
+    "StarifyCallback",
     "from_llama",
     "save_with_code",
     "to_llama",

@@ -12,7 +12,7 @@ from starlayers.activations import get_activation
 from starlayers.checks import positive_int
 from starlayers.modules import GATE_GAIN, StarBlock, StarMLP
 from starlayers.rl.stack import PackedStar, StarStack
-from starlayers.surgery.recipes import recognise
+from starlayers.surgery.verify_act import name_of_act
 
 #: makes a norm over so many channels
 Norm = Callable[[int], nn.Module]
@@ -233,7 +233,7 @@ def activation_name(activation_fn: str | type[nn.Module] | None) -> str:
     act = parse_activation(activation_fn)
     if isinstance(act, str):
         return act
-    name = recognise(act())
+    name = name_of_act(act())
     if name is None:
         raise ValueError(
             f"activation_fn={act.__name__}: a star layer needs an activation of ACTIVATIONS, and "

@@ -6,13 +6,16 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from starlayers.surgery.gated import GatedMLP
+from starlayers.surgery.adopted import Adopted
+from starlayers.surgery.callers import other_caller
+from starlayers.surgery.experts import experts_names
 from starlayers.surgery.gates import name_of
 from starlayers.surgery.install import installed
+from starlayers.surgery.progress import shown
 from starlayers.surgery.projection import StarProjection
-from starlayers.surgery.recipes import RECIPES, is_sequence, runs
+from starlayers.surgery.recipes import RECIPES, TENTATIVE, is_sequence, runs
 from starlayers.surgery.site import Site, attribute, join, parent_of
-from starlayers.surgery.verify import verify
+from starlayers.surgery.verify import Cache, verify
 
 __all__ = ["find_mlps"]
 
@@ -30,6 +33,9 @@ class Finding:
         site: names of the MLP's parts.
         reason: why the MLP cannot be replaced, `None` if it can.
         between: names of the modules between the product of a gated MLP and its last layer.
+        after: names of the modules after that layer.
+        act_name: name of the activation in `ACTIVATIONS`, `None` if it is not one of them.
+        act: the activation of a gated MLP in words.
 
     Example:
         >>> (finding,) = find_mlps(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)))
@@ -42,6 +48,9 @@ class Finding:
     site: Site
     reason: str | None = None
     between: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    act_name: str | None = None
+    act: str = ""
 
 
 def find_mlps(
@@ -49,7 +58,9 @@ def find_mlps(
 ) -> list[Finding]:
     """Return the MLPs of a model that are not star layers yet.
 
-    Each is verified by a trial run on random input.
+    Each is verified by the graph of its forward or by trial runs on random input; equal MLPs are
+    verified once. What takes longer than two seconds shows a progress bar; TQDM_DISABLE=1 in the
+    environment and the `disable_progress_bar` of transformers switch it off.
 
     Args:
         model: any module; it is not changed.
@@ -69,8 +80,11 @@ def find_mlps(
     selected = NameFilter(include, exclude)
     findings: dict[tuple[int, str], Finding] = {}
     names: list[str] = []
-    for claim in _claims(model):
-        names.append(claim.path)
+    cache: Cache = {}
+    for claim in shown(list(_claims(model))):
+        tentative = claim.site.recipe in TENTATIVE
+        if not tentative:
+            names.append(claim.path)
         owner = model.get_submodule(claim.owner)
         parent, leaf = parent_of(owner, claim.site.inp)
         key = id(parent), leaf  # the same for a layer that several modules share
@@ -78,11 +92,21 @@ def find_mlps(
         settled = known is not None and known.reason is None
         if settled or claim.path not in selected:
             continue
-        verdict = verify(owner, claim.site, _caller(model, claim.owner))
+        above = _caller(model, claim.owner)
+        caller = None if above is None else (model.get_submodule(above[0]), above[1])
+        verdict = verify(owner, claim.site, caller, cache)
+        if verdict.reason is None and claim.site.form == "plain" and claim.site.act is not None:
+            other = other_caller(model, claim.owner, claim.site, above and above[0])
+            reason = f"{other} calls it past its activation" if other else None
+            verdict = verdict._replace(reason=reason)
+        if tentative:
+            if verdict.reason is not None:
+                continue
+            names.append(claim.path)
         if known is None or verdict.reason is None:
             findings[key] = replace(claim, **verdict._asdict())
     names += [name_of(path, star) for path, _, star in installed(model)]
-    selected.check(names)
+    selected.check([*names, *experts_names(model)])
     return list(findings.values())
 
 
@@ -90,16 +114,18 @@ def _claims(model: nn.Module) -> Iterator[Finding]:
     """Yield the claims of all recipes, without those inside star layers."""
     inside = {id(m) for s in model.modules() if isinstance(s, StarProjection) for m in s.modules()}
     for path, owner in model.named_modules():
-        if isinstance(owner, GatedMLP) or id(owner) in inside or not runs(owner):
+        if isinstance(owner, Adopted) or id(owner) in inside or not runs(owner):
             continue
         for recipe in list(RECIPES):
             for site in recipe(owner):
-                if not isinstance(attribute(owner, site.inp), StarProjection):
+                parent = parent_of(owner, site.inp)[0]
+                in_star = isinstance(parent, Adopted) or id(parent) in inside
+                if not in_star and not isinstance(attribute(owner, site.inp), StarProjection):
                     yield Finding(join(path, site.inp), path, site)
 
 
-def _caller(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
-    """Return the module that calls a sequence, and its name for the sequence.
+def _caller(model: nn.Module, path: str) -> tuple[str, str] | None:
+    """Return the name of the module that calls a sequence, and its name for the sequence.
 
     This is the nearest module above with a forward of its own. `None` if `path` is no sequence.
     """
@@ -107,9 +133,10 @@ def _caller(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
         return None
     parts = path.split(".")
     for i in reversed(range(len(parts))):
-        above = model.get_submodule(".".join(parts[:i]))
+        name = ".".join(parts[:i])
+        above = model.get_submodule(name)
         if not is_sequence(above) and runs(above):
-            return above, ".".join(parts[i:])
+            return name, ".".join(parts[i:])
     return None
 
 

@@ -1,26 +1,32 @@
 """Gated MLPs of existing models (SwiGLU, GEGLU), fused or grown."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
+from torch.nn.modules.dropout import _DropoutNd
 
 from starlayers.attached import attached
 from starlayers.dispatch import (
     Plan,
     declined,
     plain_weights,
+    plan_early,
     plan_mlp,
     plan_star,
 )
 from starlayers.functional import star_packed, star_product
 from starlayers.kernels.layer import run_mlp
+from starlayers.kernels.registration import compute_dtype
 from starlayers.recompute import recomputed
-from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
+from starlayers.surgery.adopted import Adopted, star_class
+from starlayers.surgery.grown import Grown
+from starlayers.surgery.linear_layers import Projection, projection
 from starlayers.surgery.site import Site, attribute, with_new_names
+from starlayers.surgery.snapshot import Snapshot
 
 __all__ = ["GatedMLP"]
 
@@ -34,31 +40,40 @@ class Role:
         original: the class that the module had before `starify`.
         act_name: name of its activation in `ACTIVATIONS`, `None` if it is not one of them.
         between: names of the modules between the product and the last layer, in order.
-        fused: use the kernels of the core; otherwise the module's own activation, to the last bit.
+        after: names of the modules after the last layer, in order.
+        fused: use the kernels of the core; otherwise the module's own forward, to the last bit.
         recompute: save only the input for the backward pass.
         grown: number of products per channel that `grow` added.
+        input_name: name by which the module's forward takes its input.
+        snapshot: state of the module when it was verified.
     """
 
     site: Site
     original: type[nn.Module]
     act_name: str | None
     between: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     fused: bool = True
     recompute: bool = False
     grown: int = 0
+    input_name: str = ""
+    snapshot: Snapshot | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(with_new_names(state))
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Adopted):
     """Gated MLP of a foreign model, `out(act(gate(x)) * up(x))`, computed by the core.
 
     `gate` and `up` may be the halves of one packed linear layer. With r grown products (`f1`, `f2`
     in the child `star_grown`) it computes `out(act(gate(x)) * up(x) + sum_r act(f1(x)) * f2(x))`.
 
-    It has no constructor: `starify` changes the class of an existing module in place, which keeps
-    its identity, children, parameter names, hooks and mode, and `revert` gives the class back.
+    It has no constructor: `starify` gives a module of class `C` the class `StarC`, which derives
+    from this one and from `C`. So the module keeps its identity, attributes, methods, children,
+    parameter names, hooks and mode, `isinstance(module, C)` holds, and `revert` gives the class
+    back. What is not as it was verified runs the forward of `C`: other arguments, a replaced or
+    hooked part, a changed option. `star_plan(x)` has the reason.
 
     Shapes: (..., in) -> (..., out), as before.
 
@@ -75,37 +90,56 @@ class GatedMLP(nn.Module):
         ...         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         >>> mlp, x = SwiGLU(), torch.randn(2, 4)
         >>> before = mlp(x)
-        >>> isinstance(starify(mlp, mode="fuse"), GatedMLP)
-        True
-        >>> torch.allclose(mlp(x), before, atol=1e-6)
-        True
-        >>> isinstance(revert(mlp), SwiGLU)
+        >>> starify(mlp, mode="fuse")
+        StarSwiGLU(
+          act=silu, fused=True
+          (gate_proj): Linear(in_features=4, out_features=8, bias=True)
+          (up_proj): Linear(in_features=4, out_features=8, bias=True)
+          (down_proj): Linear(in_features=8, out_features=4, bias=True)
+          (act_fn): SiLU()
+        )
+        >>> torch.allclose(mlp(x), before, atol=1e-6), isinstance(mlp, SwiGLU)
+        (True, True)
+        >>> type(revert(mlp)) is SwiGLU
         True
     """
 
     star: Role
 
-    # Names that this class adds begin with "star": the module may have layers of any other name.
-
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        (x,) = (*args, *kwargs.values())  # the model may pass its MLP's input by keyword
-        plan, role = self.star_plan(x), self.star
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        role, plan = self.star, self.star_plan(*args, **kwargs)
         if plan.weights is not None:
+            (x,) = (*args, *kwargs.values())
             act, recompute = role.act_name, role.recompute
-            return run_mlp(plan.path, x, plan.weights, act, 0.0, recompute=recompute)
-        if self.star.recompute and torch.is_grad_enabled():
-            return recomputed(self._star_eager, x)
-        return self._star_eager(x)
+            y = run_mlp(plan.path, x, plan.weights, act, 0.0, recompute=recompute)
+            return self._star_after(y)
+        call: Callable[..., Any] = self.star_original
+        if role.grown:
+            self._star_require_as_verified(args, kwargs)
+            call = self.star_definition
+        elif plan.fused:
+            call = self.star_definition
+        if role.recompute and torch.is_grad_enabled():
+            return recomputed(call, *args, **kwargs)
+        return call(*args, **kwargs)
+
+    def star_original(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the MLP by the forward of the class that it had."""
+        return super().forward(*args, **kwargs)
 
     def star_sizes(self) -> tuple[int, int, int]:
         """Return the numbers of input, hidden and output channels."""
         site = self.star.site
         inp = projection(attribute(self, site.inp)) or Projection(0, 0)
-        out = projection(attribute(self, site.out or "")) or Projection(0, 0)
-        return inp.in_features, out.in_features, out.out_features
+        hidden = inp.out_features if site.form == "gated" else inp.out_features // 2
+        out = projection(attribute(self, site.out)) if site.out else None
+        return inp.in_features, hidden, hidden if out is None else out.out_features
 
-    def star_plan(self, x: Tensor) -> Plan:
-        """Return the plan for one fused op: what runs, or why it is the definition.
+    def star_plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """Return the plan for a call: what runs, or why it is the module's own forward.
+
+        A fused path is one op for the whole MLP, or "star" for the product alone, where a layer is
+        not a plain `nn.Linear`.
 
         Raises:
             RuntimeError: the backend is "triton" or "cpu" and cannot serve the MLP.
@@ -113,52 +147,110 @@ class GatedMLP(nn.Module):
         role, site = self.star, self.star.site
         if not role.fused:
             return Plan("eager", "the model's own activation was asked for, to the last bit")
+        x = self._star_input(args, kwargs)
+        reason = ""
         if role.act_name is None:
-            return Plan("eager", "no activation of the table computes what the model's does")
-        if role.grown or site.form != "gated":
-            return Plan("eager", "it has grown products or one packed layer: no op for these")
-        if self.training and any(_is_active_dropout(attribute(self, n)) for n in role.between):
-            return Plan("eager", "a dropout acts before its last layer")
-        layers = {name or "": attribute(self, name or "") for name in (site.inp, site.up, site.out)}
-        weights = plain_weights(*layers.values())
-        if weights is None:
-            return declined(attached(layers), "this GatedMLP")
-        return plan_mlp(x, weights, role.act_name, recompute=role.recompute)
+            reason = "no activation of the table computes what the model's does"
+        elif x is None:
+            reason = "the call has other arguments than one input of a kind that was verified"
+        elif torch.compiler.is_compiling():
+            # a compiler guards what the module's own forward reads, and fuses the product itself
+            return Plan("eager", "being compiled: the compiler sees the module's own forward")
+        else:
+            reason = self._star_change()
+        if reason or x is None:
+            return declined(reason, f"this {type(self).__name__}")
+        layers = {name: attribute(self, name) for name in (site.inp, site.up, site.out) if name}
+        odd = False  # a layer is not a plain `nn.Linear`
+        if len(layers) < 3:
+            reason = "it has one packed layer, or none after the product: no op for these"
+        elif role.grown:
+            reason = "it has grown products: no op for these"
+        elif any(acts(attribute(self, name)) for name in role.between):
+            reason = "a module acts between the product and its last layer"
+        else:
+            weights = plain_weights(*layers.values())
+            if weights is not None:
+                plan = plan_mlp(x, weights, role.act_name, recompute=role.recompute)
+                if plan.fused:
+                    return plan
+            odd = weights is None
+            reason = attached(layers) if odd else plan.reason
+        early = plan_early(x)
+        if early is not None:  # no kernel for the product either
+            return Plan("eager", f"{reason}; its product alone: {early.reason}" if odd else reason)
+        # the product alone: its branches have the dtype that linear layers give them
+        h = x.new_empty(1, dtype=compute_dtype(x)).expand(*x.shape[:-1], self.star_sizes()[1])
+        plan = plan_star(h, h, role.act_name)
+        return plan if plan.fused else Plan("eager", reason)
 
-    def _star_eager(self, x: Tensor) -> Tensor:
-        h = self._star_product(x)
-        for name in self.star.between:
-            h = attribute(self, name)(h)
-        out = attribute(self, self.star.site.out or "")
-        dtype = getattr(getattr(out, "weight", None), "dtype", h.dtype)
-        if dtype.is_floating_point and dtype != h.dtype:  # T5 keeps its last layer in float32
-            h = h.to(dtype)
-        return out(h)  # type: ignore[no-any-return]
-
-    def _star_product(self, x: Tensor) -> Tensor:
+    def star_definition(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the MLP by its own layers and the product of the core."""
+        (x,) = (*args, *kwargs.values())
         role, site = self.star, self.star.site
-        act: Callable[[Tensor], Tensor] = attribute(self, site.act)
-        act_name = role.act_name if role.fused else None
         h = attribute(self, site.inp)(x)
-        if site.up is None:
-            a, b = split_packed(h, gate_last=site.gate_last)
+        if site.up is not None:
+            y = self._star_product(h, attribute(self, site.up)(x))
+        elif role.fused and role.act_name is not None and not site.gate_last:
+            y = star_packed(h, role.act_name)
         else:
-            a, b = h, attribute(self, site.up)(x)
-        packed = act_name is not None and site.up is None and not site.gate_last
-        if packed and plan_star(a, b, act_name).fused:
-            y = star_packed(h, act_name)
-        else:
-            y = _product(a, b, act, act_name)
+            y = self._star_product(*split_packed(h, gate_last=site.gate_last))
         if role.grown:
-            grown: Any = self.star_grown
-            products = _product(grown.f1(x), grown.f2(x), act, act_name)
-            y = y + products.unflatten(-1, (role.grown, -1)).sum(-2)
+            y = y + self.star_grown(x, self._star_product)  # type: ignore[operator]
+        for name in role.between:
+            y = attribute(self, name)(y)
+        if site.out is None:
+            return y
+        out = attribute(self, site.out)
+        dtype = getattr(getattr(out, "weight", None), "dtype", y.dtype)
+        if dtype.is_floating_point and dtype != y.dtype:  # T5 keeps its last layer in float32
+            y = y.to(dtype)
+        return self._star_after(out(y))
+
+    def _star_after(self, y: Tensor) -> Tensor:
+        for name in self.star.after:
+            y = attribute(self, name)(y)
         return y
 
+    def _star_product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return `act(a) * b`, by the core if it is as verified, else by the module's own act."""
+        role = self.star
+        own = torch.compiler.is_compiling() or not role.fused or self._star_change() != ""
+        if role.act_name is not None and (role.site.act is None or not own):
+            return star_product(a, b, role.act_name)
+        act = attribute(self, role.site.act or "")
+        return act(a) * b  # type: ignore[no-any-return]
+
+    def _star_require_as_verified(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise an error where grown products are no part of what a call would compute."""
+        name, act = type(self).__name__, self.star.site.act
+        if self._star_input(args, kwargs) is None:
+            raise TypeError(
+                f"{name} has grown products and takes its input alone, got {len(args)} positional "
+                f"arguments and the keywords {sorted(kwargs)}; revert gives the model's MLP back"
+            )
+        called = [part for part in (act, *self.star.between) if part is not None]
+        change = self._star_change(called)
+        if change and not (
+            act and re.match(rf"(the (class|forward) of )?{re.escape(act)}\b", change)
+        ):
+            raise RuntimeError(
+                f"{name} was changed after starify: {change}. Its grown products were verified "
+                "with what it was: change it back, or revert"
+            )
+
     def extra_repr(self) -> str:
-        details = {"was": self.star.original.__name__, "act": self.star.act_name}
-        details |= {name: getattr(self.star, name) for name in ("fused", "recompute", "grown")}
-        return ", ".join(f"{name}={value}" for name, value in details.items() if value)
+        details = {name: getattr(self.star, name) for name in ("fused", "recompute", "grown")}
+        details = {"act": self.star.act_name, **details}
+        added = ", ".join(f"{name}={value}" for name, value in details.items() if value)
+        return ", ".join(filter(None, (super().extra_repr(), added)))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if isinstance(grown := self._modules.get("star_grown"), Grown):
+            grown.settle_pickled(self.star.grown)
+        if type(self) is GatedMLP:  # pickled by an earlier version
+            self.__class__ = star_class(self.star.original, GatedMLP)  # type: ignore[assignment]
 
 
 def split_packed(h: Tensor, *, gate_last: bool) -> tuple[Tensor, Tensor]:
@@ -167,64 +259,8 @@ def split_packed(h: Tensor, *, gate_last: bool) -> tuple[Tensor, Tensor]:
     return (second, first) if gate_last else (first, second)
 
 
-def _product(a: Tensor, b: Tensor, act: Callable[[Tensor], Tensor], act_name: str | None) -> Tensor:
-    """Return `act(a) * b`, by a kernel if `act_name` is given and a kernel can run."""
-    if act_name is not None and plan_star(a, b, act_name).fused:
-        return star_product(a, b, act_name)
-    return act(a) * b
-
-
-class Grown(nn.Module):
-    """Products added to a gated MLP: two linear layers, `f2` zero at first.
-
-    The MLP runs them with its own activation. Their outputs are laid out as (rank, hidden).
-    """
-
-    def __init__(self, n: int, hidden: int, rank: int, **factory: Any) -> None:
-        super().__init__()
-        self.f1 = nn.Linear(n, rank * hidden, **factory)
-        self.f2 = skip_init(nn.Linear, n, rank * hidden, **factory)
-        self.reset()
-
-    def reset(self) -> None:
-        """Initialise `f1` at random and `f2` with zeros, so that the products are zero."""
-        self.f1.reset_parameters()
-        for parameter in self.f2.parameters():
-            nn.init.zeros_(parameter)
-
-
-def adopt(module: nn.Module, role: Role) -> GatedMLP:
-    """Change the class of a module to `GatedMLP`, in place."""
-    module.star = role  # type: ignore[assignment]
-    module.__class__ = GatedMLP
-    assert isinstance(module, GatedMLP)
-    return module
-
-
-def release(module: GatedMLP) -> nn.Module:
-    """Give a module its original class back, and remove grown products."""
-    original = module.star.original
-    module._modules.pop("star_grown", None)
-    del module.star
-    module.__class__ = original  # type: ignore[assignment]
-    return module
-
-
-def grow(module: GatedMLP, rank: int) -> None:
-    """Add `rank` products per channel to a gated MLP, all of them zero at first."""
-    inp = attribute(module, module.star.site.inp)
-    n, f, _ = module.star_sizes()
-    dtype, device = dtype_and_device(inp)
-    bias = getattr(inp, "bias", None) is not None
-    grown = Grown(n, f, rank, bias=bias, dtype=dtype, device=device)
-    module.star_grown = grown.train(module.training)
-    module.star.grown = rank
-
-
-def _is_active_dropout(module: Any) -> bool:
-    """Return True if a module may change its input in train mode.
-
-    It is one between product and last layer, which `verify` found to be the identity in eval mode.
-    A module without a dropout rate `p` may do anything in train mode.
-    """
-    return not isinstance(module, nn.Identity) and getattr(module, "p", 1.0) > 0.0
+def acts(module: nn.Module) -> bool:
+    """Return True unless a module is the identity: a dropout that drops nothing now."""
+    if isinstance(module, _DropoutNd):
+        return module.training and module.p > 0
+    return not isinstance(module, nn.Identity)

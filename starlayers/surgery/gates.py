@@ -1,10 +1,13 @@
 """Gates in a model: their parameters, their mean sizes, and setting them to zero."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from starlayers.surgery.gated import GatedMLP, Grown
-from starlayers.surgery.install import installed, role_of
+from starlayers.surgery.gated import GatedMLP
+from starlayers.surgery.hidden import GatedHidden
+from starlayers.surgery.install import StarLayer, installed, role_of
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
 from starlayers.surgery.projection import StarProjection
 from starlayers.surgery.site import attribute, join
@@ -65,14 +68,14 @@ def reset_gates(model: nn.Module) -> nn.Module:
         0.0
     """
     for _, _, star in installed(model):
-        if isinstance(star, StarProjection):
+        if isinstance(star, (StarProjection, GatedHidden)):
             star.reset_gate()
         elif star.star.grown:
             star.star_grown.reset()  # type: ignore[operator, union-attr]
     return model
 
 
-def gate_size(star: StarProjection | GatedMLP) -> float:
+def gate_size(star: StarLayer) -> float:
     """Return the mean |gate| of one star layer.
 
     It is 0 without a gate and on the meta device. For grown products it is the mean |f2(x)|, the
@@ -81,7 +84,7 @@ def gate_size(star: StarProjection | GatedMLP) -> float:
     gate = gate_of(star)
     if gate is None or any(p.is_meta for p in star.parameters()):
         return 0.0
-    inp = star.inp if isinstance(star, StarProjection) else attribute(star, star.star.site.inp)
+    inp = first_layer(star)
     sizes = projection(inp) or Projection(1, 1)
     dtype, device = dtype_and_device(inp)
     generator = torch.Generator("cpu").manual_seed(0)
@@ -89,17 +92,26 @@ def gate_size(star: StarProjection | GatedMLP) -> float:
     shape = (PROBE_ROWS, n, 1, 1) if sizes.channels_first else (PROBE_ROWS, n)
     x = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
     with torch.no_grad():
-        factor = gate.f2 if isinstance(gate, Grown) else gate
+        factor: Any = gate.f2 if isinstance(star, GatedMLP) else gate
         return float(factor(x).abs().float().mean())
 
 
-def gate_of(star: StarProjection | GatedMLP) -> nn.Module | None:
+def gate_of(star: StarLayer) -> nn.Module | None:
     """Return the gate or the grown products of a star layer, if any."""
     if isinstance(star, StarProjection):
         return star.gate
+    if isinstance(star, GatedHidden):
+        return star.star_gate  # type: ignore[return-value]
     return star.star_grown if star.star.grown else None  # type: ignore[return-value]
 
 
-def name_of(path: str, star: StarProjection | GatedMLP) -> str:
+def first_layer(star: StarLayer) -> nn.Module:
+    """Return the model's own linear layer whose output is activated."""
+    if isinstance(star, StarProjection):
+        return star.inp
+    return attribute(star, star.star.site.inp)  # type: ignore[no-any-return]
+
+
+def name_of(path: str, star: StarLayer) -> str:
     """Return the name of a star layer's first linear layer; `path` is its owner's."""
     return join(path, role_of(star).site.inp)

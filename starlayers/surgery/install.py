@@ -5,26 +5,35 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from starlayers.surgery.gated import GatedMLP, Role, adopt, grow, release
+from starlayers.surgery.adopted import Adopted, adopt, input_name, release
+from starlayers.surgery.gated import GatedMLP, Role
+from starlayers.surgery.grown import grow
+from starlayers.surgery.hidden import GatedHidden, HiddenRole, install_hidden
+from starlayers.surgery.place import Place
 from starlayers.surgery.projection import StarProjection, make_gate
-from starlayers.surgery.recipes import recognise
-from starlayers.surgery.site import Site, attribute, put
+from starlayers.surgery.site import Site, attribute, parent_of, put
+from starlayers.surgery.snapshot import Snapshot
+
+#: what `starify` puts into a model
+StarLayer = StarProjection | GatedMLP | GatedHidden
 
 
 def identity(x: Tensor) -> Tensor:
-    """Return `x`; placeholder for a function that moved into `StarProjection`."""
+    """Return `x`; pickles of earlier versions name it as the placeholder of a function."""
     return x
 
 
-def install_plain(
-    owner: nn.Module, site: Site, spec: str, *, fused: bool = False, recompute: bool = False
-) -> StarProjection:
-    """Replace first layer and activation of a plain MLP by a star projection."""
-    inp, act = attribute(owner, site.inp), attribute(owner, site.act)
-    options: dict[str, Any] = {"act_name": recognise(act), "fused": fused, "recompute": recompute}
+def install_plain(owner: nn.Module, site: Site, spec: str, **options: Any) -> StarProjection:
+    """Replace first layer and activation of a plain MLP by a star projection.
+
+    `options` are those of `StarProjection`.
+    """
+    act_at = site.act or ""
+    inp, act = attribute(owner, site.inp), attribute(owner, act_at)
     star = StarProjection(inp, act, make_gate(spec, inp), site, spec=spec, **options)
+    star.place = Place(parent_of(owner, act_at), site.inp, is_module=isinstance(act, nn.Module))
     put(owner, site.inp, star)
-    put(owner, site.act, nn.Identity() if isinstance(act, nn.Module) else identity)
+    put(owner, act_at, star.place.placeholder)
     if isinstance(owner, nn.TransformerEncoderLayer):
         # its inference path reads the weights and never calls the layers: 0 switches it off
         star.undo["activation_relu_or_gelu"] = owner.activation_relu_or_gelu
@@ -35,53 +44,61 @@ def install_plain(
 def install(
     owner: nn.Module,
     site: Site,
+    act_name: str | None,
     *,
     gate: str = "full",
     between: tuple[str, ...] = (),
+    after: tuple[str, ...] = (),
     fused: bool = False,
     recompute: bool = False,
     rank: int = 0,
-) -> StarProjection | GatedMLP:
-    """Put a star layer in the place of an MLP: a projection, or a `GatedMLP`.
+) -> StarLayer:
+    """Put a star layer in the place of an MLP that was verified: a projection, or a `GatedMLP`.
 
-    A plain MLP gets a `gate`, a gated one `rank` products per channel; `between`, `fused` and
-    `recompute` are as for `Role`.
+    A plain MLP gets a `gate`, a gated one `rank` products per channel; `act_name`, `between`,
+    `after`, `fused` and `recompute` are as for `Role`.
     """
+    options: dict[str, Any] = {"act_name": act_name, "fused": fused, "recompute": recompute}
+    if site.form == "plain" and site.act is None:
+        return install_hidden(owner, site, gate, recompute=recompute)
     if site.form == "plain":
-        return install_plain(owner, site, gate, fused=fused, recompute=recompute)
-    act_name = recognise(attribute(owner, site.act))
-    star = adopt(owner, Role(site, type(owner), act_name, between, fused, recompute))
+        return install_plain(owner, site, gate, **options)
+    kind, apart = type(owner), [name for name in (site.inp, site.up, site.out) if name]
+    snapshot, name = Snapshot(owner, kind.forward, apart), input_name(owner)
+    options |= {"between": between, "after": after}
+    role = Role(site, kind, input_name=name, snapshot=snapshot, **options)
+    star: GatedMLP = adopt(owner, GatedMLP, role)
     if rank:
         grow(star, rank)
     return star
 
 
-def role_of(star: StarProjection | GatedMLP) -> StarProjection | Role:
+def role_of(star: StarLayer) -> StarProjection | Role | HiddenRole:
     """Return the object with `site`, `fused` and `recompute` of a star layer."""
     return star if isinstance(star, StarProjection) else star.star
 
 
-def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, StarProjection | GatedMLP]]:
+def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, StarLayer]]:
     """Yield name of the owner, owner and star layer, for each star layer once."""
     seen: set[int] = set()
     for path, star in list(model.named_modules(remove_duplicate=False)):
-        if id(star) in seen or not isinstance(star, (StarProjection, GatedMLP)):
+        if id(star) in seen or not isinstance(star, StarLayer):
             continue
         # a projection's own name ends with its site's name for it, which may have several parts
-        inp = "" if isinstance(star, GatedMLP) else star.site.inp
+        inp = star.site.inp if isinstance(star, StarProjection) else ""
         if not inp or f".{path}".endswith(f".{inp}"):
             seen.add(id(star))
             owner = path.removesuffix(inp).removesuffix(".")
             yield owner, model.get_submodule(owner), star
 
 
-def uninstall(owner: nn.Module, star: StarProjection | GatedMLP) -> None:
+def uninstall(owner: nn.Module, star: StarLayer) -> None:
     """Put the original modules of a star layer back, and drop its gate."""
-    if isinstance(star, GatedMLP):
+    if isinstance(star, Adopted):
         release(star)
         return
     put(owner, star.site.inp, star.inp)
-    put(owner, star.site.act, star.act)
+    put(owner, star.site.act or "", star.act)
     for name, value in star.undo.items():
         setattr(owner, name, value)
 

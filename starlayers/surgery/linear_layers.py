@@ -4,7 +4,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 
 class Projection(NamedTuple):
@@ -56,8 +58,10 @@ def weight_of(module: nn.Module) -> Any:
 
 
 def dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Return dtype and device of the weight of a linear layer."""
+    """Return dtype and device of the weight of a linear layer, the defaults for one without."""
     weight = weight_of(module)
+    if not isinstance(weight, Tensor):
+        return torch.get_default_dtype(), torch.device("cpu")
     return weight.dtype, weight.device
 
 
@@ -70,11 +74,32 @@ def gate_blocker(module: nn.Module) -> str | None:
     weight, kind = weight_of(module), type(base_layer(module)).__name__
     if not isinstance(weight, Tensor):
         return f"{kind} has no weight tensor: quantised? starify before quantising"
+    if hasattr(weight, "device_mesh"):
+        return (
+            f"the weight of {kind} is divided by FSDP2 or tensor parallelism: starify before that; "
+            "starlayers.from_pretrained divides what was saved"
+        )
     if type(weight) not in (Tensor, nn.Parameter):
         return (
-            f"{kind} has a {type(weight).__name__} for a weight: starify before quantising, after "
-            "initialising"
+            f"{kind} has a weight of type {type(weight).__name__}: starify before quantising, "
+            "after initialising"
         )
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"{kind} holds {weight.dtype} weights: starify before quantising"
+    return None
+
+
+def recompute_blocker(module: nn.Module) -> str | None:
+    """Return why a module must not run twice in one training step, or `None` if it may.
+
+    Spectral norms and running statistics change a buffer in every forward in train mode.
+    """
+    for name, part in module.named_modules():
+        where = f"{name!r}" if name else "it"
+        spectral = any(isinstance(h, SpectralNorm) for h in part._forward_pre_hooks.values())
+        parametrised = part._modules.get("parametrizations") or nn.Module()
+        if spectral or next(parametrised.buffers(), None) is not None:
+            return f"{where} has a parametrisation with state, which recompute would change twice"
+        if isinstance(part, _NormBase) and part.running_mean is not None:
+            return f"{where} has running statistics, which recompute would change twice"
     return None

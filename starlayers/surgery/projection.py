@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from starlayers.dispatch import Plan, plan_star
+from starlayers.dispatch import Plan, declined, plan_star
 from starlayers.functional import star_product
 from starlayers.recompute import recomputed
+from starlayers.surgery.entries import HOOKS
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
+from starlayers.surgery.place import Place
 from starlayers.surgery.site import Site, with_new_names
+from starlayers.surgery.snapshot import Snapshot
 
 __all__ = ["StarProjection"]
 
@@ -93,6 +96,19 @@ def make_gate(spec: str, inp: nn.Module) -> nn.Module:
     return _linear(sizes, zero=True, **factory)
 
 
+def gated(a: Tensor, gate: Tensor) -> Tensor:
+    """Return `a + a * gate`, which is `a` to the last bit where the gate is zero.
+
+    In float16 activations overflow in models that people use (T5 clamps them afterwards), so an
+    infinite `a` stays what it is there; infinity times zero would be no number.
+    """
+    finite = a
+    if a.dtype == torch.float16:
+        limit = torch.finfo(a.dtype).max
+        finite = a.clamp(-limit, limit)
+    return torch.addcmul(a, finite, gate.to(a.dtype))
+
+
 def zero_(gate: nn.Module) -> None:
     """Set a gate to zero, in place; the random first layer of a low-rank gate stays."""
     last = gate.up if isinstance(gate, LowRankGate) else gate
@@ -150,15 +166,23 @@ class StarProjection(nn.Module):
         self.fused, self.recompute = fused, recompute
         #: original values of the owner's attributes that had to change, which `revert` restores
         self.undo: dict[str, Any] = {}
+        self.place: Place | None = None
+        self._verified = Snapshot(act, type(act).forward) if isinstance(act, nn.Module) else None
         self.train(inp.training)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(with_new_names(state))  # type: ignore[no-untyped-call]
+        # pickled by earlier versions
+        state = {"place": None, "_verified": None, **with_new_names(state)}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.place is not None and not torch.compiler.is_compiling():
+            self.place.require_free()
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(self._star, x, *args, **kwargs)
-        return self._star(x, *args, **kwargs)
+            y: Tensor = recomputed(self._star, x, *args, **kwargs)
+        else:
+            y = self._star(x, *args, **kwargs)
+        return y if self.place is None else self.place.mark(y)
 
     def plan(self, x: Tensor, *args: Any, **kwargs: Any) -> Plan:
         """Return the plan for the product: what runs, or why it is the definition.
@@ -166,17 +190,32 @@ class StarProjection(nn.Module):
         Raises:
             RuntimeError: the backend is "triton" and no kernel applies.
         """
-        if not (self.fused and self.act_name is not None):
+        if not self.fused:
             return Plan("eager", "the model's own activation is kept, to the last bit")
+        if self.act_name is None:
+            return Plan("eager", "no activation of the table computes what the model's does")
+        if change := self._change():
+            return declined(change, "this StarProjection")
         h = x.new_empty(1).expand(*x.shape[:-1], self.out_features)
         return plan_star(h, h, self.act_name)
 
     def _star(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         h = self.inp(x, *args, **kwargs)
-        if self.fused and self.act_name is not None:
+        if self.fused and self.act_name is not None and not self._change():
             return star_product(h, self.gate(x).to(h.dtype), self.act_name, offset=1.0)
-        a = self.act(h)
-        return torch.addcmul(a, a, self.gate(x).to(a.dtype))
+        return gated(self.act(h), self.gate(x))
+
+    def _change(self) -> str:
+        """Return in words what has changed of the activation since it was verified."""
+        if torch.compiler.is_compiling() or not isinstance(self.act, nn.Module):
+            return ""
+        if self._verified is None:
+            return ""
+        if any(vars(self.act)[kind] for kind in HOOKS):
+            return "the activation has hooks"
+        if self._verified.module is not self.act:
+            return "the activation was replaced"
+        return self._verified.change(self.act)
 
     # Models read weight, dtype and sizes of their own linear layer, which is now `inp`.
     @property

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from starlayers.activations import ACTIVATIONS
+from starlayers.surgery.entries import names_in_code
 from starlayers.surgery.linear_layers import Projection, projection
 from starlayers.surgery.sandbox import sandbox_copy
 from starlayers.surgery.site import Site
@@ -20,6 +20,30 @@ Recipe = Callable[[nn.Module], Iterator[Site]]
 
 #: names of attributes that hold an activation function rather than a module
 ACTIVATION_NAME = re.compile(r"(^|_)(act|activation|nonlin|nonlinearity)(_|\d|$)")
+
+#: functions of activations, as a forward calls them
+FUNCTIONS = frozenset(
+    [
+        "elu",
+        "gelu",
+        "hardswish",
+        "hardtanh",
+        "leaky_relu",
+        "mish",
+        "relu",
+        "relu6",
+        "selu",
+        "sigmoid",
+        "silu",
+        "softplus",
+        "tanh",
+    ]
+)
+#: functions that split a tensor; a forward without any of them has no packed branches
+SPLITS = frozenset(("chunk", "split", "tensor_split"))
+
+#: recipes whose claims count when they are verified: most of what they see is no MLP
+TENTATIVE = frozenset(("half", "bilinear"))
 
 RECIPES: list[Recipe] = []
 """Recipes in the order they are called; the first whose claim is verified gets the MLP.
@@ -74,25 +98,13 @@ def is_activation(f: Any) -> bool:
     """
     if not callable(f) or isinstance(f, (type, nn.Dropout, nn.Identity, torch.jit.ScriptModule)):
         return False
-    if isinstance(f, nn.Module) and (len(f._modules) or len(f._parameters) > 1):
+    if isinstance(f, nn.Module) and len(f._modules):
         return False
     x = torch.tensor([[-1.0, 0.0, 1.0, 2.0], [-3.0, 0.5, 5.0, 7.0]], device="cpu")
     y, y_of_column = _applied(f, x), _applied(f, x[:, 1:2])
     if y is None or y_of_column is None or not torch.equal(y_of_column, y[:, 1:2]):
         return False  # other elements have an influence
     return bool((y[0].diff(n=2) != 0).any())  # the first row has equal steps: second differences
-
-
-def recognise(act: Any) -> str | None:
-    """Return the name of an activation in `ACTIVATIONS`, `None` for others.
-
-    It is recognised by its values at 257 points from -8 to 8, to 1e-6.
-    """
-    x = torch.linspace(-8, 8, 257, device="cpu")
-    if (y := _applied(act, x)) is None:
-        return None
-    close = (a for a in ACTIVATIONS.values() if torch.allclose(a.fn(x), y, rtol=1e-6, atol=1e-6))
-    return next((activation.name for activation in close), None)
 
 
 def _applied(f: Any, x: Tensor) -> Tensor | None:
@@ -165,6 +177,59 @@ def _first_layers(linears: dict[str, Projection], last: str, branches: int = 1) 
 
 
 @register_recipe
+def half(owner: nn.Module) -> Iterator[Site]:
+    """Claim one linear layer whose output is split into two branches: diffusers' GEGLU."""
+    linears = _own_projections(owner)
+    if len(linears) != 1 or not SPLITS & names_in_code(type(owner)):
+        return
+    ((name, sizes),) = linears.items()
+    if sizes.out_features % 2 == 0 and not sizes.channels_first:
+        yield Site("half", "packed", name, None, None)
+
+
+@register_recipe
+def bilinear(owner: nn.Module) -> Iterator[Site]:
+    """Claim two linear layers that widen and one that narrows, without an activation."""
+    for (inp, up), last in _gated_parts(owner, first_layers=2, branches=1):
+        sizes = projections(owner)[inp]
+        if sizes.out_features > sizes.in_features and not _activates(owner, inp):
+            yield Site("bilinear", "gated", inp, None, last, up=up)
+
+
+@register_recipe
+def inline(owner: nn.Module) -> Iterator[Site]:
+    """Claim a child whose forward widens and activates, and a sibling that narrows.
+
+    diffusers' `FeedForward` has them in a list, ESM's layers as `intermediate` and `output`.
+    """
+    children = dict(_children(owner))
+    for first, child in children.items():
+        linears = _own_projections(child)
+        if len(linears) != 1 or not runs(child):
+            continue
+        ((inp, sizes),) = linears.items()
+        if sizes.out_features <= sizes.in_features or not _activates(child, inp):
+            continue
+        lasts = [
+            f"{name}.{leaf}".rstrip(".")
+            for name, sibling in children.items()
+            for leaf, other in {"": projection(sibling), **projections(sibling)}.items()
+            if name != first and other is not None and _returns(sizes, other)
+        ]
+        if lasts:
+            yield Site("inline", "plain", f"{first}.{inp}", None, lasts[0])
+
+
+def _children(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the children of a module by name, those in lists too."""
+    for name, child in owner._modules.items():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{inner}", module) for inner, module in _children(child))
+        elif child is not None:
+            yield name, child
+
+
+@register_recipe
 def chain(owner: nn.Module) -> Iterator[Site]:
     """Claim two linear layers and an activation: fc1/fc2, c_fc/c_proj, wi/wo."""
     linears = _own_projections(owner)
@@ -210,17 +275,27 @@ def sequential(owner: nn.Module) -> Iterator[Site]:
         return
     names = list(owner._modules)
     linears = projections(owner)
-    for inp, act in pairwise(names):
-        if inp not in linears or not is_activation(owner._modules[act]):
+    for inp, act in _pairs(owner):
+        first = projection(owner.get_submodule(inp))
+        if first is None or not is_activation(owner.get_submodule(act)):
             continue
-        later = [name for name in names[names.index(act) + 1 :] if name in linears]
+        later = [n for n in names[names.index(act.partition(".")[0]) + 1 :] if n in linears]
         if not later:
-            if _is_stack(owner):
+            if inp in names and _is_stack(owner):
                 yield Site("stack", "plain", inp, act, None)
             continue
-        first, last = linears[inp], linears[later[0]]
+        last = linears[later[0]]
         if first.out_features == last.in_features and _widens(first, last):
             yield Site("sequential", "plain", inp, act, later[0])
+
+
+def _pairs(owner: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the names of neighbours in a sequence, and of the last two in a sequence within it."""
+    yield from pairwise(owner._modules)
+    for name, child in owner._modules.items():
+        if child is not None and is_sequence(child) and len(child._modules) > 1:
+            inp, act = list(child._modules)[-2:]
+            yield f"{name}.{inp}", f"{name}.{act}"
 
 
 def _is_stack(owner: nn.Module) -> bool:
@@ -243,24 +318,37 @@ def _is_stack(owner: nn.Module) -> bool:
 @register_recipe
 def gated(owner: nn.Module) -> Iterator[Site]:
     """Claim two linear layers that widen and one that narrows: gate/up/down."""
-    for (inp, up), act, last in _gated_parts(owner, first_layers=2, branches=1):
-        yield Site("gated", "gated", inp, act, last, up=up)
+    for (inp, up), last in _gated_parts(owner, first_layers=2, branches=1):
+        if _activates(owner, inp):
+            yield Site("gated", "gated", inp, None, last, up=up)
 
 
 @register_recipe
 def packed(owner: nn.Module) -> Iterator[Site]:
     """Claim one linear layer for both branches: Wi/Wo, gate_up_proj/down_proj."""
-    for (inp,), act, last in _gated_parts(owner, first_layers=1, branches=2):
-        yield Site("packed", "packed", inp, act, last)
+    for (inp,), last in _gated_parts(owner, first_layers=1, branches=2):
+        if _activates(owner, inp):
+            yield Site("packed", "packed", inp, None, last)
+
+
+def _activates(owner: nn.Module, first: str) -> bool:
+    """Return True if a module has an activation, or a forward that widens and calls one.
+
+    What is named as an activation counts, even if it is more than one: the reason then says so.
+    """
+    sizes = projections(owner)[first]
+    widens = sizes.out_features > sizes.in_features
+    named = any(ACTIVATION_NAME.search(name) for name in (*owner._modules, *vars(owner)))
+    calls = bool(FUNCTIONS & names_in_code(type(owner)))
+    return bool(activations(owner)) or (widens and (named or calls))
 
 
 def _gated_parts(
     owner: nn.Module, first_layers: int, branches: int
-) -> Iterator[tuple[list[str], str, str]]:
-    """Yield the first layers, an activation and the last layer of a gated MLP, by name."""
+) -> Iterator[tuple[list[str], str]]:
+    """Yield the first layers and the last layer of a gated MLP, by name."""
     linears = _own_projections(owner)
     for last in linears:
         firsts = _first_layers(linears, last, branches)
         if len(firsts) == first_layers and not linears[last].channels_first:
-            for act in activations(owner):
-                yield firsts, act, last
+            yield firsts, last

@@ -3,18 +3,29 @@
 from collections.abc import Collection, Iterable
 from dataclasses import astuple, dataclass
 from itertools import zip_longest
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from starlayers.backend import use_backend
+from starlayers.dispatch import Plan
+from starlayers.surgery.experts import experts_rows
 from starlayers.surgery.find import NameFilter, Patterns, find_mlps
+from starlayers.surgery.forwards import bypassed, liger_mlps
 from starlayers.surgery.gated import GatedMLP
-from starlayers.surgery.gates import gate_of, name_of
-from starlayers.surgery.install import installed, role_of
-from starlayers.surgery.linear_layers import Projection, projection
+from starlayers.surgery.gates import first_layer, gate_of, name_of
+from starlayers.surgery.hidden import HiddenRole
+from starlayers.surgery.install import StarLayer, installed, role_of
+from starlayers.surgery.linear_layers import Projection, projection, weight_of
+from starlayers.surgery.overlooked import overlooked
 from starlayers.surgery.projection import ScaleGate, StarProjection
 
 __all__ = ["Report", "report"]
+
+#: rows of a call that is large enough for every fused path
+LARGE = 2**20
 
 
 @dataclass(frozen=True)
@@ -22,12 +33,13 @@ class Row:
     """Row of a `Report`: one MLP.
 
     Args:
-        name: name of the MLP's first linear layer in the model.
-        recipe: name of the recipe that claimed it.
-        form: "plain", "gated" or "packed", as in `Site`.
-        state: "star" (has a gate or grown products), "fused" (computed by the core), "ready"
-            (plain, can get a gate), "is a star" (can be fused or grown), or "skipped".
-        detail: the gate, the activation, or the reason for "skipped".
+        name: name of the MLP's first linear layer in the model, or of the module of experts.
+        recipe: name of the recipe that claimed it, or "experts".
+        form: "plain", "gated" or "packed", as in `Site`, or "experts".
+        state: "star" (has a gate or grown products), "fused" (computed by the core where a call is
+            large enough), "eager" (replaced, but no call is fused as things are), "ready" (plain,
+            can get a gate), "is a star" (can be fused or grown), or "skipped".
+        detail: the gate, the activation, or the reason for "eager" and "skipped".
         parameters: number of parameters that `starify` added.
         flops: FLOPs that `starify` added per position (token or pixel), two per multiply-add.
     """
@@ -64,7 +76,7 @@ class Report:
     @property
     def replaced(self) -> list[Row]:
         """Rows of the MLPs that `starify` has made star layers."""
-        return [row for row in self.rows if row.state in ("star", "fused")]
+        return [row for row in self.rows if row.state in ("star", "fused", "eager")]
 
     @property
     def ready(self) -> list[Row]:
@@ -129,38 +141,97 @@ def report(model: nn.Module, *, include: Patterns = None, exclude: Patterns = No
     for path, _, star in installed(model):
         name = name_of(path, star)
         if name in selected:
-            rows[name] = _installed_row(name, star)
+            rows[name] = _installed_row(name, star, gathered=_is_gathered(model, path))
     for f in find_mlps(model, include=include, exclude=exclude):
         state = "ready" if f.site.form == "plain" else "is a star"
         state = state if f.reason is None else "skipped"
-        rows[f.path] = Row(f.path, f.site.recipe, f.site.form, state, f.reason or "")
+        own = f.act if f.act_name is None else ""  # an activation that no row equals
+        rows[f.path] = Row(f.path, f.site.recipe, f.site.form, state, f.reason or own)
+    for path, (state, detail) in experts_rows(model, selected).items():
+        rows[path] = Row(path, "experts", "experts", state, detail)
+    for path, reason in liger_mlps(model).items():
+        if path in selected:
+            rows[path] = Row(path, "", "gated", "skipped", reason)
+    for path, (form, reason) in overlooked(model, rows).items():
+        if path in selected:
+            rows[path] = Row(path, "", form, "skipped", reason)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     ordered = sorted(rows.values(), key=lambda row: order.get(row.name, 0))
     total = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     return Report(ordered, total - sum(row.parameters for row in ordered))
 
 
-def _installed_row(name: str, star: StarProjection | GatedMLP) -> Row:
+def _is_gathered(model: nn.Module, path: str) -> bool:
+    """Return True if FSDP2 gathers the weights of a module during a call of it or one above."""
+    names = path.split(".") if path else []
+    above = (model.get_submodule(".".join(names[:n])) for n in range(len(names) + 1))
+    return any(k.__name__ == "FSDPModule" for module in above for k in type(module).__mro__)
+
+
+def _gathered(star: Any) -> Any:
+    """Return a star layer as it is during a call: plain weights in the place of divided ones."""
+    copy = object.__new__(type(star))
+    vars(copy).update(vars(star))
+    vars(copy)["_modules"] = dict(star._modules)
+    for name, layer in star._modules.items():
+        weights = getattr(layer, "_parameters", {})
+        if any(hasattr(p, "device_mesh") for p in weights.values()):
+            plain = object.__new__(type(layer))
+            vars(plain).update(vars(layer))
+            vars(plain)["_parameters"] = {k: _whole(p) for k, p in weights.items()}
+            vars(copy)["_modules"][name] = plain
+    return copy
+
+
+def _whole(weight: Any) -> Any:
+    """Return a parameter of the shape, dtype and device of a divided one; it holds one number."""
+    if not hasattr(weight, "device_mesh"):
+        return weight
+    one = torch.empty(1, dtype=weight.dtype, device=weight.device).expand(weight.shape)
+    return nn.Parameter(one, weight.requires_grad)
+
+
+def _installed_row(name: str, star: StarLayer, *, gathered: bool) -> Row:
     gate = gate_of(star)
     count = 0 if gate is None else sum(p.numel() for p in gate.parameters())
     role = role_of(star)
-    if isinstance(role, StarProjection):
-        detail = role.spec + (", fused" if role.fused else "")
+    if isinstance(role, (StarProjection, HiddenRole)):
+        words = [role.spec]
     else:
-        detail = (role.act_name or "") + (f", grown by {role.grown}" if role.grown else "")
-    state = "fused" if gate is None else "star"
+        words = [role.act_name or "", f"grown by {role.grown}" if role.grown else ""]
+    plan = _plan_of_large(_gathered(star) if gathered else star) if role.fused else None
+    if plan is not None:
+        words.append(plan.reason if plan.reason else "fused" if gate is not None else "")
+    state = "star" if gate is not None else "fused" if plan is None or plan.fused else "eager"
+    detail = ", ".join(filter(None, words))
+    if (replaced := bypassed(star)) is not None:
+        detail = f"does not run: {replaced}"
     return Row(name, role.site.recipe, role.site.form, state, detail, count, _flops(star))
 
 
-def _flops(star: StarProjection | GatedMLP) -> int:
+def _plan_of_large(star: StarLayer) -> Plan:
+    """Return the plan for a call that is large enough for every fused path."""
+    inp = first_layer(star)
+    n, _, channels_first = projection(inp) or Projection(1, 1)
+    weight = weight_of(inp)
+    usual = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
+    dtype = weight.dtype if usual else torch.get_default_dtype()
+    device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
+    shape = (1, n, LARGE, 1) if channels_first else (LARGE, n)
+    x = torch.empty(1, dtype=dtype, device=device).expand(shape)  # of one element of memory
+    with use_backend("auto"):
+        return star.plan(x) if isinstance(star, StarProjection) else star.star_plan(x)
+
+
+def _flops(star: StarLayer) -> int:
     """Return the FLOPs per position that starify added: matrices, biases and products."""
     gate = gate_of(star)
     if gate is None:
         return 0
     layers = [sizes for m in gate.modules() if (sizes := projection(m)) is not None]
     matrices = sum(2 * sizes.in_features * sizes.out_features for sizes in layers)
-    if isinstance(star, StarProjection):
-        sizes = projection(star.inp) or Projection(0, 0)
+    if not isinstance(star, GatedMLP):
+        sizes = projection(first_layer(star)) or Projection(0, 0)
         # a multiply-add per hidden channel, and the bias that a scale gate does not have
         return matrices + (2 if isinstance(gate, ScaleGate) else 3) * sizes.out_features
     # per grown hidden channel: activation, two biases or the product and the sum

@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,66 +12,105 @@ from torch import Tensor, nn
 #: seed of every trial run; any fixed number would do
 SEED = 0x57A4
 
+PLAIN = (Tensor, nn.Parameter)
+
 #: attributes of `nn.Module` that `sandbox_copy` copies entry by entry
 CONTAINERS = ("_parameters", "_buffers", "_modules")
+#: start of the names of attributes in which FSDP2 keeps its state of a module
+FSDP_STATE = "__composable_api_state_key"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
+def own_tensor(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor; of one on the meta device, random values on the CPU."""
+    return random_tensor(tensor) if tensor.is_meta else tensor.detach().clone()
+
+
+def usual_tensor(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor; random values for memory that nobody has written to yet."""
+    plain = type(tensor) in PLAIN and tensor.is_floating_point() and not tensor.is_meta
+    if plain and tensor.numel() and not tensor.detach().abs().max() < 1e4:
+        return random_tensor(tensor)
+    return own_tensor(tensor)
+
+
+def random_tensor(tensor: Tensor) -> Tensor:
+    """Return random weights of usual size, with the shape and dtype of a tensor."""
+    device = "cpu" if tensor.is_meta else tensor.device
+    if not tensor.is_floating_point():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+    fan_in = tensor.shape[1:].numel() if tensor.ndim > 1 else 1
+    return torch.randn(tensor.shape, device=device).div_(fan_in**0.5).to(tensor.dtype)
+
+
 def sandbox_copy(
-    module: nn.Module, memo: dict[int, Any] | None = None, *, share: bool = False
+    module: nn.Module,
+    memo: dict[int, Any] | None = None,
+    *,
+    share: bool = False,
+    make: Callable[[Tensor], Tensor] = own_tensor,
 ) -> Any:
     """Return a copy of a module to run without an effect on the module.
 
-    Parameters, buffers, generators, lists, sets, dicts and child modules are copied, hooks are
-    left out, other attributes are shared. Tensors on the meta device become random ones on the
-    CPU. `memo` has the copies of objects that occur more than once, by the id of their original.
-    With `share` the copy has the module's own parameters, to save memory.
+    Parameters, buffers, generators, lists, sets, dicts and child modules are copied, hooks and
+    what FSDP2 added are left out, other attributes are shared.
+
+    Args:
+        module: the module.
+        memo: copies of objects that occur more than once, by the id of their original. What it has
+            already is used, so it can put other modules in the place of some.
+        share: keep the module's own parameters, to save memory.
+        make: function from a tensor to its copy.
     """
     memo = {} if memo is None else memo
     if id(module) in memo:
         return memo[id(module)]
-    copy = object.__new__(type(module))
+    copy = object.__new__(unsharded(type(module)))
     memo[id(module)] = copy
     state = copy.__dict__
     for name, value in vars(module).items():
-        if name not in CONTAINERS:
+        if name not in CONTAINERS and not name.startswith(FSDP_STATE):
             hooks = name.endswith("_hooks") or name.startswith(HOOKS)
             empty = hooks and isinstance(value, dict)
-            state[name] = type(value)() if empty else _copied(value, memo)
-    parameters, buffers = module._parameters, module._buffers
-    state["_parameters"] = {k: p if share else _copied(p, memo) for k, p in parameters.items()}
-    state["_buffers"] = {k: _copied(b, memo) for k, b in buffers.items()}
+            state[name] = type(value)() if empty else _copied(value, memo, make)
+    parameters, buffers = module._parameters.items(), module._buffers.items()
+    state["_parameters"] = {k: p if share else _copied(p, memo, make) for k, p in parameters}
+    state["_buffers"] = {k: _copied(b, memo, make) for k, b in buffers}
     state["_modules"] = {
-        k: None if child is None else sandbox_copy(child, memo, share=share)
+        k: None if child is None else sandbox_copy(child, memo, share=share, make=make)
         for k, child in module._modules.items()
     }
     return copy
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
+def unsharded(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class from which FSDP2 derived a module's class, or that class itself.
+
+    `fully_shard` gives a module of class `K` a class with the bases `FSDPModule` and `K`.
+    """
+    bases = kind.__bases__
+    return bases[1] if len(bases) == 2 and bases[0].__name__ == "FSDPModule" else kind
+
+
+def _copied(value: Any, memo: dict[int, Any], make: Callable[[Tensor], Tensor]) -> Any:
     """Return a copy of a tensor, generator or container, others as they are."""
     if id(value) in memo:
         return memo[id(value)]
     copy: Any
     if isinstance(value, Tensor):
-        copy = _random_like(value) if value.is_meta else value.detach().clone()
-        copy = nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
+        copy = make(value)
+        trains = value.requires_grad and copy.is_floating_point()
+        copy = nn.Parameter(copy, trains) if isinstance(value, nn.Parameter) else copy
     elif isinstance(value, torch.Generator):
         copy = value.clone_state()
     elif type(value) in (list, set):
-        copy = type(value)(_copied(v, memo) for v in value)
+        copy = type(value)(_copied(v, memo, make) for v in value)
     elif type(value) is dict:
-        copy = {k: _copied(v, memo) for k, v in value.items()}
+        copy = {k: _copied(v, memo, make) for k, v in value.items()}
     else:
         return value
     memo[id(value)] = copy
     return copy
-
-
-def _random_like(tensor: Tensor) -> Tensor:
-    """Return random weights of usual size for a meta tensor."""
-    fan_in = tensor.shape[-1] if tensor.ndim > 1 else 1
-    return torch.randn(tensor.shape, device="cpu").div_(fan_in**0.5).to(tensor.dtype)
 
 
 @contextmanager

@@ -6,25 +6,33 @@ from typing import Any
 
 from torch import nn
 
-from starlayers.surgery.gated import GatedMLP
-from starlayers.surgery.gates import gate_parameters
-from starlayers.surgery.install import install, installed, role_of, settle_fast_paths
+from starlayers.surgery.adapters import settle_adapter_hooks
+from starlayers.surgery.experts import apply_experts_record, experts_record
+from starlayers.surgery.gates import gate_of, gate_parameters
+from starlayers.surgery.grown import Grown
+from starlayers.surgery.hidden import HiddenRole
+from starlayers.surgery.install import StarLayer, install, installed, role_of, settle_fast_paths
 from starlayers.surgery.projection import StarProjection
+from starlayers.surgery.sharding import settle_tp_plans
 from starlayers.surgery.site import Site
+from starlayers.surgery.verify import Verdict, named, verify
 
-__all__ = ["apply_record", "from_pretrained", "record_of"]
+__all__ = ["apply_record", "record_of"]
 
 #: version of the records that this module writes; it reads all of `READABLE`
-VERSION = 2
-#: version 1 has one field more, "anneal", which is 0 for everything that can still be computed
-READABLE = (1, 2)
+VERSION = 3
+#: version 1 has one field more, "anneal", which is 0 for everything that can still be computed;
+#: up to version 2 the rows of grown products had another order, see `Grown`
+READABLE = (1, 2, 3)
+#: first version whose grown products have the rows of a channel side by side
+BY_CHANNEL = 3
 
 #: key in `config.fusion_config` of a starified model: plain classes of transformers raise an error
 #: with the name of every key that they do not know, so loading with them does not lose the gates
 GUARD = "starlayers (load this model with starlayers.from_pretrained, or its gates are lost)"
 
-#: arguments of `from_pretrained` that choose which file of a hub or cache is read
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+#: module that `save_with_code` writes into a folder, without its ending
+CODE_MODULE = "modeling_starlayers"
 
 
 def record_of(model: nn.Module) -> dict[str, Any]:
@@ -41,12 +49,14 @@ def record_of(model: nn.Module) -> dict[str, Any]:
         [('0', 'full')]
     """
     layers = [_layer_record(path, star) for path, _, star in installed(model)]
-    return {"version": VERSION, "layers": layers} if layers else {}
+    experts = experts_record(model)
+    more = {"experts": experts} if experts else {}
+    return {"version": VERSION, "layers": layers, **more} if layers or experts else {}
 
 
-def _layer_record(path: str, star: StarProjection | GatedMLP) -> dict[str, Any]:
+def _layer_record(path: str, star: StarLayer) -> dict[str, Any]:
     role = role_of(star)
-    if isinstance(role, StarProjection):
+    if isinstance(role, (StarProjection, HiddenRole)):
         options: dict[str, Any] = {"gate": role.spec}
     else:
         options = {"grow": role.grown, "between": list(role.between)}
@@ -59,7 +69,8 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
 
     Args:
         model: a model of the same structure, not starified, on any device, meta among them.
-        record: the result of `record_of`.
+        record: the result of `record_of`. After one of version 1 or 2, `load_state_dict` takes the
+            rows of grown products to be in the order of that time, and rearranges them once.
         prefix: name of the base model, where one of the two models has a head and the other has
             none: recorded names are tried as they are, with the prefix added, and with it removed.
 
@@ -81,7 +92,7 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
     if record.get("version") not in READABLE:
         raise ValueError(
             f"this record of starify has version {record.get('version')!r}, and this starlayers "
-            f"reads versions {' and '.join(map(str, READABLE))}: install the starlayers that wrote "
+            f"reads versions {', '.join(map(str, READABLE))}: install the starlayers that wrote "
             "it, or a newer one"
         )
     if annealed := [layer for layer in record["layers"] if layer.get("anneal")]:
@@ -96,10 +107,34 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
         owner = model.get_submodule(_resolved(layer["owner"], names, prefix, type(model)))
         site = Site(**layer["site"])
         options = {name: layer[name] for name in ("fused", "recompute", "gate") if name in layer}
-        between, rank = tuple(layer.get("between", ())), layer.get("grow", 0)
-        install(owner, site, between=between, rank=rank, **options)
+        verdict, rank = _repeated(owner, site), layer.get("grow", 0)
+        options |= {"between": verdict.between, "after": verdict.after, "rank": rank}
+        star = install(owner, verdict.site, verdict.act_name, **options)
+        if rank and record["version"] < BY_CHANNEL:
+            gate_of(star).expect_old_rows()  # type: ignore[union-attr, operator]
+    for entry in record.get("experts", ()):
+        name = _resolved(entry["owner"], names, prefix, type(model))
+        apply_experts_record(model.get_submodule(name), entry)
     settle_fast_paths(model)
+    settle_tp_plans(model)
+    settle_adapter_hooks(model)
     return model
+
+
+def _repeated(owner: nn.Module, site: Site) -> Verdict:
+    """Verify a recorded MLP again: its class or config may have changed since.
+
+    A gate beside a model's own activation rests on names alone, and is not tried again.
+    """
+    if site.form == "plain" and site.act is not None:
+        return named(owner, site)
+    verdict = verify(owner, site)
+    if verdict.reason is not None:
+        raise ValueError(
+            f"the record holds {site.inp!r} of a {type(owner).__name__} as a star, which it is "
+            f"not in this model: {verdict.reason}"
+        )
+    return verdict
 
 
 def _resolved(path: str, names: set[str], prefix: str, kind: type[nn.Module]) -> str:
@@ -145,55 +180,12 @@ def _other_fusions(config: Any) -> dict[str, Any]:
     return {key: value for key, value in fusions.items() if key != GUARD}
 
 
-def from_pretrained(auto_class: Any, path: str | PathLike[str], **kwargs: Any) -> Any:
-    """Load a starified model that was saved by `save_pretrained`, with its gates.
+def load_starified(auto_class: Any, path: str | PathLike[str], config: Any, **kwargs: Any) -> Any:
+    """Load the model at `path` with the gates that the record in its config tells of.
 
-    The model's config holds the record of `starify`. transformers builds and loads the model, so
-    `dtype`, `device_map` and its other options work; the gates are added while it is built.
-
-    Args:
-        auto_class: `AutoModel`, `AutoModelForCausalLM`, ..., or a model class. It may have another
-            head than the saved model, or none.
-        path: a folder, or the name of a model on the hub.
-        kwargs: arguments of `auto_class.from_pretrained`.
-
-    Returns:
-        The model, or with `output_loading_info=True` the pair (model, loading info).
-
-    Raises:
-        ImportError: transformers is not installed.
-        ValueError: the model at `path` was not starified, was saved by a newer starlayers, or
-            lacks weights of its gates.
-        TypeError: `auto_class` has no model for this config.
-
-    Example:
-        >>> import tempfile
-        >>> from transformers import AutoModel, BertConfig, BertModel
-        >>> from starlayers import from_pretrained, starify
-        >>> folder = tempfile.mkdtemp()
-        >>> small = BertConfig(hidden_size=8, num_attention_heads=2, intermediate_size=16)
-        >>> starify(BertModel(small), gate="scale").save_pretrained(folder)
-        >>> from_pretrained(AutoModel, folder).encoder.layer[0].intermediate.dense.spec
-        'scale'
+    Arguments, result and errors are those of `from_pretrained`; `config` is the model's.
     """
-    try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise ImportError(
-            "starlayers.from_pretrained needs transformers: pip install 'starlayers[nlp]'"
-        ) from error
-
-    config = kwargs.pop("config", None)
-    if config is None:
-        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        trusted = kwargs.get("trust_remote_code")
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trusted, **hub)
-    record = getattr(config, "star_mlp", None)
-    if not record:
-        raise ValueError(
-            f"{path} holds no starified model: its config has no record of one. Load it with "
-            f"{auto_class.__name__}.from_pretrained, then call starify"
-        )
+    record = config.star_mlp
     config.fusion_config = _other_fusions(config) or None
     model_class = _model_class(auto_class, config)
     with_info = kwargs.pop("output_loading_info", False)
@@ -201,7 +193,12 @@ def from_pretrained(auto_class: Any, path: str | PathLike[str], **kwargs: Any) -
     model, info = builder.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     model.__class__ = model_class
     _check_gates_loaded(model, info["missing_keys"], path)
+    for grown in model.modules():
+        if isinstance(grown, Grown):
+            grown.rearrange_old_rows()
     note_in_config(model)
+    if f"{CODE_MODULE}." in str(getattr(model.config, "auto_map", "")):
+        del model.config.auto_map  # the next folder has the code if `save_with_code` makes it
     return (model, info) if with_info else model
 
 

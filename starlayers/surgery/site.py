@@ -1,7 +1,7 @@
 """Names of an MLP's parts in a module, and access to them."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,35 +20,28 @@ class Site:
         form: "plain" for `out(act(inp(x)))`, "gated" for `out(act(inp(x)) * up(x))`, or "packed"
             if `inp` computes both branches of a gated MLP at once.
         inp: linear layer whose output goes into the activation.
-        act: activation, a module or a function attribute.
+        act: activation, a module or a function attribute; `None` for gated MLPs whose forward
+            computes it, or to let the verification find it.
         out: linear layer after the product, `None` if it lies outside of the owner.
         up: linear layer of the second branch, for "gated" only.
         gate_last: for "packed", True if the second half of the output is the activated one.
 
+    The order of `inp` and `up`, and `gate_last`, may be left to the verification too: it finds
+    which of two branches is the activated one.
+
     Example:
-        >>> swiglu = Site("mine", "gated", inp="w1", act="act", out="w2", up="w3")
-        >>> [(site.inp, site.up) for site in swiglu.variants()]
-        [('w1', 'w3'), ('w3', 'w1')]
+        >>> swiglu = Site("mine", "gated", inp="w1", act=None, out="w2", up="w3")
+        >>> swiglu.form, swiglu.act
+        ('gated', None)
     """
 
     recipe: str
     form: str
     inp: str
-    act: str
+    act: str | None
     out: str | None
     up: str | None = None
     gate_last: bool = False
-
-    def variants(self) -> Iterator["Site"]:
-        """Yield this site, then the one with its branches swapped if it has two.
-
-        Names do not tell which of two branches is activated; `verify` runs both variants.
-        """
-        yield self
-        if self.form == "gated" and self.up is not None:
-            yield replace(self, inp=self.up, up=self.inp)
-        if self.form == "packed":
-            yield replace(self, gate_last=not self.gate_last)
 
 
 def parent_of(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -59,6 +52,8 @@ def parent_of(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def attribute(owner: nn.Module, name: str) -> Any:
     """Return the module or function with a dotted name."""
+    if "." not in name:  # the usual case, at every call of a fused MLP
+        return getattr(owner, name)
     parent, leaf = parent_of(owner, name)
     return getattr(parent, leaf)
 

@@ -44,28 +44,51 @@ class CallLog:
 def run(body: nn.Module, x: Tensor, *, train: bool = False, log: CallLog | None = None) -> Any:
     """Return `body(x)` with seeded random generators; buffers are put back afterwards.
 
-    If the forward needs more arguments, they are all `None` or, if that fails, all `x`. `log`
-    records this run; it is emptied before each attempt. Hooks of `body` itself are not called.
+    If the forward needs more arguments, they are all `None`; if that fails all `x`; and if that
+    fails what their names say: sizes of a map, masks, boundaries of sequences. `log` records this
+    run; it is emptied before each attempt. Hooks of `body` itself are not called.
     """
     body.train(train)
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     others = list(inspect.signature(body.forward).parameters.values())[1:]
     needed = [p.name for p in others if p.default is p.empty and p.kind not in variadic]
     error: Exception | None = None
-    for value in (None, x) if needed else (None,):
+    for arguments in _arguments(needed, x):
         seed_generators(x.device)
         if log is not None:
             log.calls.clear()
         try:
             with _restored_buffers(body):
-                y = body.forward(x.clone(), **dict.fromkeys(needed, value))
+                y = body.forward(x.clone(), **arguments)
         except Exception as problem:  # a foreign module may raise anything
             error = error or problem
             continue
         if log is not None:
             log.output = y
         return y
-    raise CannotRunError(f"{type(body).__name__} does not run by itself: {first_line(error)}")
+    also = f" (it needs {' and '.join(map(repr, needed))} too)" if needed else ""
+    kind = type(body).__name__
+    raise CannotRunError(f"{kind} does not run by itself{also}: {first_line(error)}")
+
+
+def _arguments(needed: list[str], x: Tensor) -> Iterator[dict[str, Any]]:
+    """Yield values for the arguments that a forward needs beside its input `x`."""
+    yield dict.fromkeys(needed, None)
+    if needed:
+        yield dict.fromkeys(needed, x)
+        yield {name: _named_value(name, x) for name in needed}
+
+
+def _named_value(name: str, x: Tensor) -> Any:
+    """Return what an argument of this name usually holds beside an input of shape (..., t, n)."""
+    t = x.shape[-2]
+    if name.lower() in ("height", "h"):
+        return 1
+    if name.lower() in ("width", "w"):
+        return t
+    if name == "cu_seqlens":
+        return torch.tensor([0, t], dtype=torch.int32, device=x.device)
+    return x.new_zeros(x.shape[:-1]) if "mask" in name else x
 
 
 @contextmanager

@@ -32,6 +32,8 @@ from starlayers.coefficients.modules import (
     SumMLP,
     SumOp,
 )
+from starlayers.surgery import apply_record, gate_parameters, record_of
+from starlayers.surgery.grown import Grown
 
 FOLDER = Path(__file__).parent
 NUMBERS, SAVED = FOLDER / "golden.json", FOLDER / "saved.tar.gz"
@@ -244,8 +246,6 @@ def plain_mlp() -> nn.Module:
 
 
 def randomised_gates(model: nn.Module) -> nn.Module:
-    from starlayers.surgery import gate_parameters
-
     for parameter in gate_parameters(model):
         nn.init.normal_(parameter, std=0.1)
     return model
@@ -264,7 +264,11 @@ for _gate in ("full", "low_rank=2", "scale"):
 
 @case("surgery/grown-llama")
 def _grown_llama() -> tuple[nn.Module, tuple[Any, ...]]:
-    return randomised_gates(starify(tiny_llama(), grow=2)), (tokens(99),)
+    model, inputs = randomised_gates(starify(tiny_llama(), grow=2)), (tokens(99),)
+    # rows of grown products were laid out (rank, channels) then: records up to version 2
+    old = apply_record(tiny_llama(), record_of(model) | {"version": 2})
+    old.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    return old, inputs
 
 
 @case("surgery/fused-llama")
@@ -508,8 +512,8 @@ def measure(module: nn.Module, args: tuple[Any, ...]) -> dict[str, list[float]]:
         ranks = {
             id(p): part.rank
             for part in module.modules()
-            if isinstance(part, RankStarOp)
-            for p in part.star.parameters()
+            if isinstance(part, (RankStarOp, Grown))
+            for p in (part if isinstance(part, Grown) else part.star).parameters()
         }
         loss = sum((t * t).sum() for t in outputs if t.requires_grad)
         if parameters and isinstance(loss, Tensor):

@@ -17,9 +17,11 @@ from starlayers.surgery import (
     reset_gates,
     revert,
 )
-from starlayers.surgery.gated import Grown, Role, adopt, grow, release, split_packed
+from starlayers.surgery.adopted import adopt, release
+from starlayers.surgery.gated import Role, split_packed
 from starlayers.surgery.gates import gate_of, gate_size, name_of
-from tests.helpers import randn
+from starlayers.surgery.grown import grow
+from starlayers.surgery.linear_layers import recompute_blocker
 from tests.surgery.small import MLP, Gated, Net, Packed, train_gates
 
 
@@ -68,8 +70,10 @@ def test_sizes_draw_no_random_numbers_and_keep_no_graph():
 
 def test_another_default_device():
     with torch.device("meta"):
-        net = starify(MLP().to_empty(device="cpu"))
-        assert gate_sizes(net) == {"fc1": 0.0}
+        net = MLP().to_empty(device="cpu")
+        for parameter in net.parameters():  # not what the memory held
+            nn.init.normal_(parameter)
+        assert gate_sizes(starify(net)) == {"fc1": 0.0}
 
 
 def test_gate_parameters_are_those_that_were_added():
@@ -174,7 +178,7 @@ def test_split_packed(gate_last):
         (lambda: fused(), True, True),
         (lambda: starify(Gated(), grow=1), True, False),  # not fused
         (lambda: fused(starify(Gated(), grow=1)), False, False),
-        (lambda: fused(Gated(act=nn.Mish())), False, False),  # none of ACTIVATIONS
+        (lambda: fused(Gated(act=nn.Mish()), recompute=True), False, False),  # none of ACTIVATIONS
         (lambda: fused(Packed()), False, False),
         (lambda: fused(Drops(nn.Dropout(0.5))), False, True),
         (lambda: fused(Drops(nn.Dropout(0.5))), True, False),
@@ -193,19 +197,15 @@ def test_what_one_fused_op_computes(model, training, one_op):
         assert [id(w) for w in plan.weights] == [id(p) for p in expected]
 
 
-def test_a_module_without_a_rate_may_do_anything_in_train_mode():
-    class Noise(nn.Module):
-        def forward(self, x):
-            return x
-
-    mlp = fused(Drops(Noise()))
+def test_a_module_that_acts_before_the_last_layer_is_called():
+    mlp = fused(Drops(nn.LayerNorm(16)))
     assert mlp.star.between == ("drop",)
     x = torch.zeros(80_000, 8)
     with torch.no_grad():
-        assert mlp.train().star_plan(x).reason == "a dropout acts before its last layer"
-        plan = mlp.eval().star_plan(x)
-    assert plan.path == "cpu"
-    assert plan.weights == (mlp.gate.weight, None, mlp.up.weight, None, mlp.down.weight, None)
+        assert mlp.star_plan(x).reason == "a module acts between the product and its last layer"
+        mlp.drop = nn.Identity()
+        assert mlp.star_plan(x).reason == "drop is an Identity, was a LayerNorm"
+        assert torch.equal(mlp(x), mlp.down(mlp.act(mlp.gate(x)) * mlp.up(x)))
 
 
 def test_the_view_has_the_layers_of_now():
@@ -258,26 +258,28 @@ def test_recompute_runs_the_layers_again_in_the_backward(x, recompute):
 
 
 def test_kernels_are_asked_for_when_fused_only(x, monkeypatch):
+    models = {
+        "gated": starify(Gated(), grow=1),
+        "fused": fused(starify(Gated(), grow=1)),
+        "packed": fused(Packed()),
+        "gate last": fused(Packed(gate_last=True)),
+        "mish": fused(starify(Gated(act=nn.Mish()), grow=1)),
+    }
     asked = []
+    monkeypatch.setattr(gated, "plan_early", lambda x: None)
     monkeypatch.setattr(gated, "plan_star", lambda a, b, act: asked.append(act) or Plan("star"))
     monkeypatch.setattr(gated, "star_product", lambda a, b, act: nn.functional.silu(a) * b)
     monkeypatch.setattr(
         gated, "star_packed", lambda h, act: nn.functional.silu(h[..., :16]) * h[..., 16:]
     )
     products = {}
-    for name, model in {
-        "gated": starify(Gated(), grow=1),
-        "fused": fused(starify(Gated(), grow=1)),
-        "packed": fused(Packed()),
-        "gate last": fused(Packed(gate_last=True)),
-        "mish": fused(starify(Gated(act=nn.Mish()), grow=1)),
-    }.items():
+    for name, model in models.items():
         asked.clear()
         model(x)
         products[name] = list(asked)
     assert products == {
         "gated": [],
-        "fused": ["silu", "silu"],
+        "fused": ["silu"],
         "packed": ["silu"],
         "gate last": ["silu"],
         "mish": [],
@@ -308,45 +310,6 @@ def test_the_last_layer_may_be_of_another_dtype(x):
     assert torch.equal(starify(mlp, grow=1)(x), y)
 
 
-def test_grown_products():
-    grown = Grown(4, 6, 3, bias=True, dtype=torch.float64)
-    assert grown.f1.weight.shape == grown.f2.weight.shape == (18, 4)
-    assert grown.f1.weight.any()
-    assert not grown.f2.weight.any()
-    assert not grown.f2.bias.any()
-    before = grown.f1.weight.clone()
-    nn.init.ones_(grown.f2.weight)
-    grown.reset()
-    assert not grown.f2.weight.any()
-    assert not torch.equal(grown.f1.weight, before)
-
-
-@pytest.mark.parametrize("rank", [1, 3])
-def test_grow_adds_products_of_the_same_kind(rank):
-    mlp = adopt(Gated().double().eval(), Role(SITE, Gated, "silu"))
-    grow(mlp, rank)
-    assert mlp.star.grown == rank
-    assert not mlp.star_grown.training
-    assert mlp.star_grown.f1.weight.shape == (16 * rank, 8)
-    assert mlp.star_grown.f1.weight.dtype == torch.float64
-    assert mlp.star_grown.f1.bias is None  # as its own layers
-    x = randn(5, 8, dtype=torch.float64)
-    y = mlp(x)
-    train_gates(mlp, 1.0)
-    g = mlp.star_grown
-    silu = nn.functional.silu
-    products = (silu(g.f1(x)) * g.f2(x)).unflatten(-1, (rank, 16)).sum(-2)
-    expected = mlp.down(silu(mlp.gate(x)) * mlp.up(x) + products)
-    torch.testing.assert_close(mlp(x), expected)
-    assert not torch.allclose(mlp(x), y)
-
-
-def test_grow_has_a_bias_where_the_first_layer_has_one():
-    mlp = starify(Packed(), grow=1)
-    assert mlp.star_grown.f1.bias is not None
-    assert mlp.star_grown.f1.weight.shape == (16, 8)
-
-
 def test_sizes():
     assert fused(Packed()).star_sizes() == (8, 16, 8)
 
@@ -354,7 +317,7 @@ def test_sizes():
 def test_adopt_and_release():
     mlp = Gated()
     weights = dict(mlp.named_parameters())
-    assert adopt(mlp, Role(SITE, Gated, "silu")) is mlp
+    assert adopt(mlp, GatedMLP, Role(SITE, Gated, "silu")) is mlp
     assert isinstance(mlp, GatedMLP)
     grow(mlp, 1)
     assert release(mlp) is mlp
@@ -366,9 +329,9 @@ def test_adopt_and_release():
 
 def test_repr():
     first = repr(fused(starify(Gated(), grow=2), recompute=True)).splitlines()[1]
-    assert first.strip() == "was=Gated, act=silu, fused=True, recompute=True, grown=2"
+    assert first.strip() == "act=silu, fused=True, recompute=True, grown=2"
     mish = repr(starify(Gated(act=nn.Mish()), grow=1)).splitlines()[1]
-    assert mish.strip() == "was=Gated, grown=1"
+    assert mish.strip() == "grown=1"
 
 
 def test_keyword_input(x):
@@ -385,3 +348,50 @@ def test_keyword_input(x):
     assert torch.equal(fused(model)(x), y)
     revert(model)
     assert type(model.mlp) is Gated
+
+
+# --- layers that must not run twice
+
+
+def spectral(layer):
+    return nn.utils.parametrizations.spectral_norm(layer)
+
+
+def spectral_by_hook(layer):
+    return nn.utils.spectral_norm(layer)
+
+
+@pytest.mark.parametrize("norm", [spectral, spectral_by_hook])
+@pytest.mark.parametrize("name", ["gate", "down"])
+def test_recompute_is_refused_where_a_forward_changes_state(norm, name):
+    mlp = Gated()
+    setattr(mlp, name, norm(getattr(mlp, name)))
+    with pytest.raises(ValueError, match=f"'{name}' has a parametrisation with state"):
+        starify(mlp, mode="fuse", recompute=True)
+    x = torch.randn(2, 8)
+    own = copy.deepcopy(mlp)
+    starify(mlp, mode="fuse")
+    for _ in range(2):
+        torch.testing.assert_close(mlp(x), own(x))
+    for ours, theirs in zip(mlp.buffers(), own.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_recompute_blockers():
+    assert recompute_blocker(nn.Linear(2, 2)) is None
+    assert recompute_blocker(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) is None
+    assert recompute_blocker(nn.BatchNorm1d(2, track_running_stats=False)) is None
+    norm = nn.Sequential(nn.BatchNorm1d(2))
+    assert recompute_blocker(norm) == (
+        "'0' has running statistics, which recompute would change twice"
+    )
+    reason = "it has a parametrisation with state, which recompute would change twice"
+    assert recompute_blocker(spectral(nn.Linear(2, 2))) == reason
+    net = MLP()
+    net.fc1 = spectral(net.fc1)
+    with pytest.raises(ValueError, match=f"fc1: {reason}; leave recompute out"):
+        starify(net, recompute=True)
+    starify(net.eval())
+    with pytest.raises(ValueError, match=f"fc1: {reason}; it stays as it is"):
+        starify(net, recompute=True)
+    assert not net.fc1.recompute

@@ -23,6 +23,7 @@ from starlayers.surgery.install import (
     settle_fast_paths,
     uninstall,
 )
+from starlayers.surgery.place import Placeholder
 from starlayers.surgery.report import Row
 from tests.surgery.small import MLP, Gated, Net, Packed, Twice
 
@@ -35,11 +36,13 @@ GATED = Site("gated", "gated", "gate", "act", "down", up="up")
 def test_install_plain(fused, recompute):
     mlp = MLP()
     fc1, act = mlp.fc1, mlp.act
-    star = install_plain(mlp, PLAIN, "low_rank=2", fused=fused, recompute=recompute)
+    star = install_plain(
+        mlp, PLAIN, "low_rank=2", act_name="gelu", fused=fused, recompute=recompute
+    )
     assert mlp.fc1 is star
     assert (star.inp, star.act, star.site, star.spec) == (fc1, act, PLAIN, "low_rank=2")
     assert (star.act_name, star.fused, star.recompute) == ("gelu", fused, recompute)
-    assert type(mlp.act) is nn.Identity
+    assert type(mlp.act) is Placeholder
     assert [name for name, _ in mlp.named_children()] == ["fc1", "fc2", "act", "drop"]
     assert role_of(star) is star
     uninstall(mlp, star)
@@ -51,11 +54,11 @@ def test_install_plain_defaults():
     assert (star.fused, star.recompute, star.act_name) == (False, False, None)
 
 
-def test_a_function_is_replaced_by_the_identity_function(x):
+def test_a_function_is_replaced_by_a_place(x):
     mlp = MLP(act=nn.functional.silu)
     star = install_plain(mlp, PLAIN, "scale")
-    assert mlp.act is identity
-    assert identity(x) is x
+    assert mlp.act is star.place
+    assert identity(x) is x  # the placeholder of earlier versions
     assert star.act is nn.functional.silu
     uninstall(mlp, star)
     assert mlp.act is nn.functional.silu
@@ -63,7 +66,7 @@ def test_a_function_is_replaced_by_the_identity_function(x):
 
 def test_install_gated():
     mlp = Gated()
-    star = install(mlp, GATED, between=("drop",), fused=False, recompute=True, rank=3)
+    star = install(mlp, GATED, "silu", between=("drop",), recompute=True, rank=3)
     assert star is mlp
     role = role_of(star)
     assert role is star.star
@@ -74,7 +77,7 @@ def test_install_gated():
 
 
 def test_install_gated_defaults():
-    role = install(Gated(act=nn.Mish()), GATED, fused=True).star
+    role = install(Gated(act=nn.Mish()), GATED, None, fused=True).star
     assert (role.fused, role.recompute, role.grown, role.act_name) == (True, False, 0, None)
 
 
@@ -320,10 +323,16 @@ def test_states_and_details():
     starify(net, include=["blocks.3", "blocks.4"], mode="fuse")
     table = report(net)
     assert [(r.name, r.recipe, r.form, r.state, r.detail) for r in table.rows] == [
-        ("blocks.0.fc1", "chain", "plain", "star", "full, fused"),
+        ("blocks.0.fc1", "chain", "plain", "star", "full, no Triton kernel for device 'cpu'"),
         ("blocks.1.fc1", "chain", "plain", "star", "scale"),
         ("blocks.2.gate", "gated", "gated", "star", "silu, grown by 2"),
-        ("blocks.3.gate", "gated", "gated", "star", "silu, grown by 2"),
+        (
+            "blocks.3.gate",
+            "gated",
+            "gated",
+            "star",
+            "silu, grown by 2, it has grown products: no op for these",
+        ),
         ("blocks.4.gate", "gated", "gated", "fused", "silu"),
         ("blocks.5.gate", "gated", "gated", "is a star", ""),
         ("blocks.6.fc1", "chain", "plain", "skipped", "one run calls 'act' 2 times, not once"),
@@ -336,7 +345,7 @@ def test_states_and_details():
     assert [r.name for r in table.ready] == ["blocks.5.gate", "blocks.7.fc1"]
     assert [r.name for r in table.skipped] == ["blocks.6.fc1"]
     (mish,) = report(starify(Gated(act=nn.Mish()), grow=1)).rows
-    assert mish.detail == ", grown by 1"
+    assert mish.detail == "grown by 1"
 
 
 def test_patterns():

@@ -20,7 +20,14 @@ from transformers import (
 )
 
 from starlayers import from_pretrained, starify
-from starlayers.surgery import apply_record, record_of, report, revert, saving
+from starlayers.surgery import (
+    apply_record,
+    record_of,
+    report,
+    revert,
+    save_with_code,
+    saving,
+)
 from starlayers.surgery.saving import GUARD
 from tests.surgery.small import IDS, MLP, Gated, Net, Packed, bert, gpt2, llama, train_gates
 
@@ -139,11 +146,11 @@ def test_classes_without_a_model_for_the_config_are_refused(tmp_path):
         from_pretrained(AutoConfig, tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 3, "2", None])
+@pytest.mark.parametrize("version", [0, 4, "2", None])
 def test_records_of_other_versions_are_refused(tmp_path, version):
     record = {**record_of(starify(MLP())), "version": version}
     with pytest.raises(
-        ValueError, match=rf"has version {version!r}, and .* reads versions 1 and 2"
+        ValueError, match=rf"has version {version!r}, and .* reads versions 1, 2, 3"
     ):
         apply_record(MLP(), record)
 
@@ -196,7 +203,7 @@ def test_the_record_names_every_option():
     starify(net, include="blocks.2", mode="fuse")
     site = {"up": None, "gate_last": False}
     assert record_of(net) == {
-        "version": 2,
+        "version": 3,
         "layers": [
             {
                 "owner": "blocks.0",
@@ -427,3 +434,50 @@ def test_parts_with_configs_of_their_own(tmp_path):
     part = from_pretrained(CLIPTextModel, tmp_path / "text").eval()
     want = clip.text_model(IDS).last_hidden_state
     assert torch.equal(part(IDS).last_hidden_state, want)
+
+
+# --- folders with code
+
+
+@pytest.fixture
+def dynamic_modules(monkeypatch, tmp_path):
+    """Keep the copies that transformers makes of code in folders out of the user's cache."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.mark.parametrize(("build", "options"), [(llama, {"grow": 2}), (gpt2, {"gate": "full"})])
+def test_auto_classes_load_a_folder_with_code(tmp_path, dynamic_modules, build, options):
+    model = train_gates(starify(build(), **options))
+    save_with_code(model, tmp_path / "star")
+    assert getattr(model.config, "auto_map", None) is None
+    load = AutoModelForCausalLM.from_pretrained
+    loaded = load(tmp_path / "star", trust_remote_code=True).eval()
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    base = AutoModel.from_pretrained(tmp_path / "star", trust_remote_code=True, dtype=torch.float64)
+    assert type(base) is type(model.base_model)
+    assert {p.dtype for p in base.parameters()} == {torch.float64}
+    with pytest.raises(ValueError, match=r"load this model with starlayers\.from_pretrained"):
+        load(tmp_path / "star", trust_remote_code=False)
+    # what is loaded is saved without the code, and says so
+    assert getattr(loaded.config, "auto_map", None) is None
+    loaded.save_pretrained(tmp_path / "again")
+    again = from_pretrained(AutoModelForCausalLM, tmp_path / "again").eval()
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    save_with_code(loaded, tmp_path / "star")
+    assert load(tmp_path / "star", trust_remote_code=True).config.star_mlp == record_of(model)
+
+
+def test_code_is_refused_where_it_is_not_needed_or_not_possible(tmp_path):
+    fused = starify(llama(), mode="fuse")
+    for model in (llama(), fused):
+        with pytest.raises(ValueError, match="LlamaForCausalLM has no gates or grown products: sa"):
+            save_with_code(model, tmp_path / "star")
+    model = starify(bert())
+    model.config.auto_map = {"AutoModel": "theirs.Bert"}
+    with pytest.raises(ValueError, match="has code of its own, by its config's auto_map"):
+        save_with_code(model, tmp_path / "star")
+    assert not (tmp_path / "star").exists()

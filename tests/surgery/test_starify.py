@@ -68,7 +68,9 @@ def test_starified_plain_mlps_can_be_fused(x):
     train_gates(net)
     y = net(x)
     starify(net, mode="fuse")
-    assert [row.detail for row in report(net).rows] == ["full, fused"] * 2
+    assert [row.detail for row in report(net).rows] == [
+        "full, no Triton kernel for device 'cpu'"
+    ] * 2
     torch.testing.assert_close(net(x), y)
 
 
@@ -120,8 +122,8 @@ def test_include_and_exclude():
         ({"gate": "low_rank=0"}, ValueError, "at least 1"),
         ({"gate": 8}, TypeError, "got 8"),
         ({"grow": -1}, ValueError, "at least 1, got -1"),
-        ({"mode": "fuse", "grow": 1}, ValueError, "need mode='star'"),
-        ({"mode": "fuse", "gate": "scale"}, ValueError, "need mode='star'"),
+        ({"mode": "fuse", "grow": 1}, ValueError, "needs mode='star'"),
+        ({"mode": "fuse", "gate": "scale"}, ValueError, "needs mode='star'"),
         ({"mode": "fuse"}, ValueError, "1 MLPs are plain"),
     ],
 )
@@ -306,7 +308,7 @@ def test_layers_of_any_name_can_grow(x):
     train_gates(model)
     grown, mish = model.star_grown, nn.functional.mish
     pairs = mish(grown.f1(x)) * grown.f2(x)
-    product = mish(model.hidden(x)) * model.sizes(x) + pairs[:, :16] + pairs[:, 16:]
+    product = mish(model.hidden(x)) * model.sizes(x) + pairs[:, ::2] + pairs[:, 1::2]
     torch.testing.assert_close(model(x), model.release(product))
 
 
@@ -407,7 +409,7 @@ def test_adapters_warn_when_gates_are_new_only():
         net.peft_config = {"default": object()}
         return net
 
-    with pytest.warns(UserWarning, match=r"saves its adapters only.*modules_to_save=\['gate'\]"):
+    with pytest.warns(UserWarning, match=r"its adapters only.*modules_to_save=gate_names\(model\)"):
         net = starify(adapted(MLP()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -9,7 +9,7 @@ from torch import nn
 from starlayers import starify
 from starlayers.surgery import Site, find_mlps, report
 from starlayers.surgery import verify as module
-from starlayers.surgery.trial_run import MismatchError
+from starlayers.surgery.trial_run import CannotRunError, MismatchError
 from starlayers.surgery.verify import Verdict, verify
 from tests.surgery.small import MLP, Gated, Packed, Twice, train_gates
 
@@ -35,8 +35,8 @@ def test_the_activated_half_is_found(x, gate_last):
     a, b = (b, a) if gate_last else (a, b)
     silu = nn.functional.silu
     grown = mlp.star_grown
-    pairs = zip(grown.f1(x).chunk(2, -1), grown.f2(x).chunk(2, -1))
-    product = silu(a) * b + sum(silu(p) * q for p, q in pairs)
+    pairs = silu(grown.f1(x)) * grown.f2(x)
+    product = silu(a) * b + pairs[:, ::2] + pairs[:, 1::2]
     torch.testing.assert_close(mlp(x), mlp.down(product))
 
 
@@ -75,7 +75,7 @@ class NeedsMore(MLP):
         (Unused(), "no effect on what follows"),
         (Reads(), "calls 'fc1' 0 times"),
         (NeedsMore(), "NeedsMore does not run by itself"),
-        (Gated(scale=0.5), "does not take act"),
+        (Gated(scale=0.5), "'down' takes mul with 0.5, not the product of two branches"),
     ],
 )
 def test_what_does_not_compute_its_formula_is_left_alone(model, reason):
@@ -166,9 +166,11 @@ class Limited(MLP):
 
 def test_clamps_that_rest_at_ordinary_sizes_are_seen():
     (row,) = report(Clamped()).skipped
-    assert "written as a star, its output differs" in row.detail
+    assert row.detail == (
+        "its forward computes silu(clamp(x, None, 5)), which no row of ACTIVATIONS equals"
+    )
     (row,) = report(ClampedPlain()).skipped
-    assert "with a zero gate, its output differs" in row.detail
+    assert row.detail == "'act' is not applied to the output of 'fc1'"
     assert len(report(Limited()).ready) == 1  # the clamp follows the star and stays where it is
 
 
@@ -179,7 +181,10 @@ def test_clamped_experts_of_transformers_are_left_alone():
     config = DeepseekV4Config(hidden_size=32, intermediate_size=64, moe_intermediate_size=64)
     assert config.swiglu_limit
     (row,) = report(DeepseekV4MLP(config)).skipped
-    assert "differs" in row.detail
+    assert row.detail == (
+        "both branches pass through functions, silu(clamp(x, None, 10.0)) and "
+        "clamp(x, -10.0, 10.0), where a star has one"
+    )
 
 
 class Peeks(nn.Module):
@@ -320,17 +325,27 @@ def test_a_recipe_may_name_what_is_not_there():
 def test_a_forward_on_the_instance_is_refused():
     mlp = MLP()
     mlp.forward = lambda x: x
-    assert reasons(mlp) == "its forward is replaced on the instance: starify before that"
+    assert reasons(mlp) == (
+        "its forward was replaced by test_a_forward_on_the_instance_is_refused.<locals>.<lambda> "
+        "of tests.surgery.test_verify: starify the model before that is done, or leave its MLPs "
+        "alone there"
+    )
 
 
-def test_the_reason_is_that_of_the_first_variant():
-    site = Site("gated", "gated", "up", "act", "down", up="gate")
+@pytest.mark.parametrize(("inp", "up"), [("gate", "up"), ("up", "gate")])
+def test_the_reason_does_not_depend_on_the_order_of_the_branches(inp, up):
+    site = Site("gated", "gated", inp, None, "down", up=up)
     verdict = verify(Gated(scale=0.5), site)
-    assert verdict == Verdict(site, "'down' does not take act(up) times the other branch")
+    assert verdict == Verdict(site, "'down' takes mul with 0.5, not the product of two branches")
 
 
 class Extra(Gated):
     def forward(self, x, mask=None):
+        return super().forward(x)
+
+
+class Needs(Gated):
+    def forward(self, x, mask):
         return super().forward(x)
 
 
@@ -340,7 +355,8 @@ class Keywords(Gated):
 
 
 def test_gated_mlps_take_the_input_alone():
-    assert reasons(Extra()) == "its forward takes 2 arguments, not the input alone"
+    assert reasons(Extra()) is None  # a call with a mask runs the model's own forward
+    assert reasons(Needs()) == "its forward takes 2 arguments, not the input alone"
     assert reasons(Keywords()) is None
 
 
@@ -360,9 +376,9 @@ class Residual(Gated):
 
 
 def test_gated_mlps_call_their_layers_once_and_return_the_last():
-    assert reasons(TwiceDown()) == "one run does not call 'gate' and 'down' once each"
-    assert reasons(NoGate()) == "one run does not call 'gate' and 'down' once each"
-    assert reasons(Residual()) == "its output is not that of 'down'"
+    assert reasons(TwiceDown()) == "one run calls 'gate' 2 times, not once"
+    assert reasons(NoGate()) == "one run calls 'gate' 2 times, not once"
+    assert reasons(Residual()) == "its output is add, not that of 'down'"
 
 
 class Between(Gated):
@@ -382,7 +398,7 @@ class Between(Gated):
 
 def test_modules_between_product_and_last_layer_are_told_in_their_order():
     site = Site("gated", "gated", "gate", "act", "down", up="up")
-    assert verify(Between(), site) == Verdict(site, None, ("first", "second"))
+    assert verify(Between(), site) == Verdict(site, None, ("first",), (), "silu", "silu(x)")
 
 
 class TrainOnly(Gated):
@@ -400,24 +416,21 @@ class TrainOnlyPlain(MLP):
 
 
 def test_train_mode_is_run_too():
-    assert "written as a star, its output differs by" in reasons(TrainOnly())
-    assert "differs" in reasons(TrainOnlyPlain())
+    assert reasons(TrainOnly()) == (
+        "in train mode, float32, 3 dimensions: its output is mul with 2, not that of 'down'"
+    )
+    assert reasons(TrainOnlyPlain()) == "one run calls 'fc1' 2 times, not once"
 
 
-@pytest.mark.parametrize("limit", [100.0, 1e-3])
-def test_branches_are_run_far_from_their_usual_size(limit):
-    """Usual outputs of a branch are of size 1; limits act at other sizes."""
+@pytest.mark.parametrize("limit", [100.0, 1e5])
+def test_plain_mlps_are_run_far_from_their_usual_size(limit):
+    """Usual outputs of the first layer are of size 1; limits act at other sizes."""
 
-    class Limited(Gated):
+    class Far(MLP):
         def forward(self, x):
-            gate, up = self.gate(x), self.up(x)
-            if limit > 1:
-                gate = gate.clamp(max=limit)
-            else:
-                gate = torch.where(gate.abs().amax() < 0.1, gate + limit, gate)
-            return self.down(self.act(gate) * up)
+            return self.fc2(self.act(self.fc1(x).clamp(max=limit)))
 
-    assert "written as a star, its output differs" in reasons(Limited())
+    assert reasons(Far()) == "'act' is not applied to the output of 'fc1'"
 
 
 def test_a_difference_is_told_in_two_digits():
@@ -452,24 +465,85 @@ def test_tensors_are_equal_where_the_first_is_finite(a, b, equal):
     assert not module._equal_tensors(torch.tensor(a), torch.tensor(a).double())
 
 
-def test_scales():
-    assert module.SCALES == (1.0, 1e-2, 30.0, 1e3)
+def test_trials_see_outputs_attributes_and_gradients():
+    class Keeps(nn.Sequential):
+        def forward(self, x):
+            self.kept = 2 * x
+            return super().forward(x)
+
     layer = nn.Linear(8, 8)
-    x = torch.randn(2, 8)
-    outputs = module._outputs_at_scales(nn.Sequential(layer), x, [layer])
-    assert len(outputs) == 8  # eval and train mode of each
+    body = Keeps(layer)
+    results = module._trials(body, layer, (2, 3, 8), list(layer.parameters()))
+    assert len(results) == len(module.SCALES) * (2 * 2 * 3 + 2)  # two modules, two more gradients
+    x = module._random_input(layer, (2, 3, 8))
     for i, scale in enumerate(module.SCALES):
-        assert torch.equal(outputs[2 * i], layer(x) * scale)
-        assert torch.equal(outputs[2 * i + 1], layer(x) * scale)
+        output, kept = results[14 * i : 14 * i + 2]
+        assert torch.equal(output, layer(x) * scale)
+        assert torch.equal(kept[0], 2 * x)
     assert not layer._forward_hooks
+    assert not hasattr(body, "kept")
 
 
 def test_random_input():
-    x = module._random_input(nn.Linear(8, 4, dtype=torch.bfloat16))
+    layer = nn.Linear(8, 4, dtype=torch.bfloat16)
+    x = module._random_input(layer, (2, 3, 8))
     assert (x.shape, x.dtype) == ((2, 3, 8), torch.bfloat16)
-    maps = module._random_input(nn.Conv2d(8, 4, 1))
-    assert maps.shape == (2, 8, 3, 3)
-    assert torch.equal(maps, module._random_input(nn.Conv2d(8, 4, 1)))
+    assert torch.equal(x, module._random_input(layer, (2, 3, 8)))
+
+
+class Takes(nn.Module):
+    """Linear layer that takes input of one shape only."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.fc = shape, nn.Linear(8, 4)
+
+    def forward(self, x):
+        if x.shape != self.shape:
+            raise ValueError(f"{tuple(x.shape)} is not {self.shape}")
+        return x
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8), (2, 8, 3, 3), (2, 8, 3), (6, 8)])
+def test_the_input_has_a_shape_that_runs(shape):
+    body = Takes(shape)
+    assert module._shape_that_runs(body, body.fc) == shape
+    assert module._shape_that_runs(nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)) == (2, 8, 3, 3)
+
+
+def test_the_reason_is_that_of_the_first_shape():
+    body = Takes((1, 8))
+    with pytest.raises(CannotRunError, match=r"\(2, 3, 8\) is not \(1, 8\)"):
+        module._shape_that_runs(body, body.fc)
+
+
+class MapBlock(MLP):
+    """ConvNeXt's layer: maps outside, channels last inside."""
+
+    def forward(self, x):
+        return x + super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Packing(MLP):
+    """Layer of one long sequence with the boundaries of those that it holds."""
+
+    def forward(self, x, cu_seqlens):
+        first, *ends = cu_seqlens.tolist()
+        assert x.ndim == 2
+        assert (first, ends) == (0, [len(x)])
+        return super().forward(x)
+
+
+class Map(MLP):
+    """MLP that takes the sizes of a map beside its positions."""
+
+    def forward(self, x, height, width):
+        return super().forward(x).view(len(x), height, width, -1)
+
+
+@pytest.mark.parametrize("kind", [MapBlock, Packing, Map])
+def test_layers_of_other_inputs_are_verified(kind):
+    assert reasons(kind()) is None
 
 
 def test_the_smallest_part_that_runs_the_mlp_is_run():
@@ -493,22 +567,22 @@ def test_the_smallest_part_that_runs_the_mlp_is_run():
 
     outer = Outer()
     site = Site("mine", "plain", "inner.parts.fc1", "inner.parts.act", "inner.parts.fc2")
-    assert module._deepest_common_module(outer, site) == "inner"
+    assert module._deepest_common(outer, site) == "inner"
     body, local = module._runnable_part(outer, site)
     assert type(body) is Inner
     assert local == Site("mine", "plain", "parts.fc1", "parts.act", "parts.fc2")
-    assert verify(outer, site) == Verdict(site)
+    assert verify(outer, site) == Verdict(site, act_name="relu")
     outside = Site("mine", "packed", "inner.parts.fc1", "inner.parts.act", "head", gate_last=True)
     _, local = module._runnable_part(outer, outside)
     assert local == Site("mine", "packed", "parts.fc1", "parts.act", None, gate_last=True)
     apart = Site("mine", "plain", "inner.parts.fc1", "head", None)
-    assert module._deepest_common_module(outer, apart) == ""
+    assert module._deepest_common(outer, apart) == ""
 
 
 def test_a_part_directly_below_the_owner_is_run_by_itself():
     owner = nn.ModuleDict({"wide": MLP(), "output": nn.Linear(16, 8)})
     site = Site("split", "plain", "wide.fc1", "wide.act", "output")
-    assert module._deepest_common_module(owner, site) == "wide"
+    assert module._deepest_common(owner, site) == "wide"
     body, local = module._runnable_part(owner, site)
     assert type(body) is MLP
     assert local == Site("split", "plain", "fc1", "act", None)
@@ -538,13 +612,18 @@ class Caller(nn.Module):
         return self.net[2](self.net[1](h)) + h.sum()
 
 
-@pytest.mark.parametrize(("mode", "reason"), [("whole", None), ("fails", None), ("reads", "zero")])
+UNTRIED = "Caller.forward calls 'net.0' by itself, and cannot be tried"
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"), [("whole", None), ("fails", UNTRIED), ("reads", "zero")]
+)
 def test_callers_of_sequences(mode, reason):
     caller, site = Caller(mode), Site("sequential", "plain", "0", "1", "2")
     verdict = verify(caller.net, site, (caller, "net"))
     assert verdict.reason is reason or reason in verdict.reason
     caller.register_parameter("large", nn.Parameter(torch.empty(1, device="meta")))
-    assert verify(caller.net, site, (caller, "net")).reason is None  # a part on meta: not run
+    assert verify(caller.net, site, (caller, "net")).reason == UNTRIED  # a part on meta: not run
     assert type(caller.net[0]) is nn.Linear
 
 
@@ -564,5 +643,35 @@ def test_the_users_state_is_set_aside():
     model, seen = Sees(), []
     with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert verify(model, Site("chain", "plain", "fc1", "act", "fc2")).reason is None
-    assert set(seen) == {(False, False, False, "cpu")}
+    assert seen[0] == (False, False, False, "cpu")  # later runs have modes of their own
+    assert {device for *_, device in seen} == {"cpu"}
     assert torch.is_grad_enabled()
+
+
+def guarded(condition):
+    """Return an MLP that clamps between layer and activation where a condition holds."""
+
+    class Guarded(MLP):
+        def forward(self, x):
+            h = self.fc1(x)
+            return self.fc2(self.act(h.clamp(-1e-3, 1e-3) if condition(h, x) else h))
+
+    return Guarded()
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda h, x: h.dtype == torch.float16,
+        lambda h, x: h.dtype == torch.float64,
+        lambda h, x: x.ndim == 2,
+        lambda h, x: x.shape[0] == 1,
+        lambda h, x: x.shape[-2] > 512,
+        lambda h, x: torch.is_autocast_enabled("cpu"),
+        lambda h, x: torch.is_inference_mode_enabled(),
+        lambda h, x: torch.is_grad_enabled(),
+        lambda h, x: not x.is_contiguous(),
+    ],
+)
+def test_what_is_between_under_a_condition_is_seen(condition):
+    assert "is not applied to the output of 'fc1'" in reasons(guarded(condition))

@@ -1,0 +1,212 @@
+"""State that decides what a module computes: as a key, and what has changed of it."""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Collection
+from functools import partial
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+from starlayers.dispatch import has_global_hooks
+from starlayers.surgery.entries import HOOKS, VALUES, Contents, Missing, entries_of, parts_of
+
+
+class _Code(str):
+    """Hash of a function's code, which stands for it in copies and pickles.
+
+    A function is pickled by name, and may be another one where it is unpickled.
+    """
+
+    __slots__ = ()
+
+
+def _code_hash(function: Any) -> _Code:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    text = repr(_contents_of_code(code)) if code else repr(function)
+    return _Code(hashlib.sha256(text.encode()).hexdigest())
+
+
+def _contents_of_code(code: CodeType) -> tuple[Any, ...]:
+    constants = [
+        _contents_of_code(c) if isinstance(c, CodeType)
+        else sorted(map(repr, c)) if isinstance(c, frozenset)
+        else c
+        for c in code.co_consts
+    ]  # fmt: skip
+    return code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars
+
+
+class Snapshot:
+    """State on which a verification rests: classes, forwards, attributes, no hooks.
+
+    Tensors' values are no part of it, because what was verified holds for all of them. Looked at
+    are attributes of the module and its parts, what objects and containers among them hold, methods
+    and attributes of their classes, and globals and closures that their methods read.
+
+    Args:
+        module: the module.
+        forward: its class's forward that was verified, or the method that was instead of it.
+        apart: names of children that are left out, because whatever they are is called.
+        kind: class to look at, by default that of the module.
+        names: the module's own attributes that count, all of them by default.
+        method: name of that method.
+
+    Example:
+        >>> module = nn.Sequential(nn.Linear(2, 2), nn.LeakyReLU(0.1))
+        >>> snapshot = Snapshot(module, nn.Sequential.forward, apart=["0"])
+        >>> snapshot.change(module)
+        ''
+        >>> module[1].negative_slope = 0.2
+        >>> snapshot.change(module)
+        '1.negative_slope is 0.2, was 0.1'
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        apart: Collection[str] = (),
+        kind: type | None = None,
+        names: Collection[str] | None = None,
+        method: str = "forward",
+    ) -> None:
+        self.module: nn.Module = module
+        self.kind: Any = kind or type(module)
+        self.forward, self.apart = forward, tuple(apart)
+        self.names, self.method = names, method
+        #: values of a copy that has not looked at its own state yet
+        self._kept: dict[str, Any] | None = None
+        self.parts = [(n, p) for n, p in parts_of(module, apart) if n]
+        self.entries = list(entries_of(module, self.kind, apart, names=names))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy reads its own state: plain values and codes are kept, under their names
+        if self._kept is not None:
+            return vars(self)
+        kept = {e.name: e.value for e in self.entries if type(e.value) in VALUES}
+        functions = {e.name: e.value for e in self.entries if isinstance(e.value, FunctionType)}
+        kept |= {name: _code_hash(function) for name, function in functions.items()}
+        forward = _code_hash(self.forward)
+        return {**vars(self), "entries": [], "parts": [], "forward": forward, "_kept": kept}
+
+    def _settle(self) -> None:
+        """Look at the state of a copy, once it is complete."""
+        kept, self._kept = self._kept or {}, None
+        method = getattr(self.kind, self.method)
+        fresh = Snapshot(self.module, method, self.apart, self.kind, self.names, self.method)
+        self.forward, self.parts = _restored(self.forward, method), fresh.parts
+        self.entries = [
+            e._replace(value=_restored(kept.get(e.name, e.value), e.value)) for e in fresh.entries
+        ]
+
+    def change(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any] | None = None,
+        *,
+        hooks_of: Collection[str] | None = None,
+    ) -> str:
+        """Return the first change in words, empty if there is none.
+
+        `forward` is what the method is now, if the module was given another class. Hooks
+        of the parts named in `hooks_of` are no change, because these parts are called.
+        """
+        if self._kept is not None:
+            self._settle()
+        if module is not self.module:
+            return "it is a shallow copy of the module that was verified"
+        if hooks_of is None and has_global_hooks():
+            return "a global hook is registered"
+        if (forward or getattr(self.kind, self.method)) is not self.forward:
+            return f"the {self.method} of its class was replaced"
+        for name, part in self.parts:
+            state = vars(part)
+            if any(state[kind] for kind in HOOKS) and name not in (hooks_of or ()):
+                return f"{name} has hooks"
+        for name, read, value, words in self.entries:
+            new = read()
+            if new is not value and not _same(new, value):
+                return words.format(new=new) if words else _sentence(name, new, value)
+        return ""
+
+
+def _restored(kept: Any, now: Any) -> Any:
+    """Return a value of a copy: the function itself where only its code was kept, if it has it."""
+    return now if type(kept) is _Code and kept == _code_hash(now) else kept
+
+
+def signature(
+    module: nn.Module, apart: Collection[str] = (), without: Collection[tuple[str, str]] = ()
+) -> tuple[tuple[Any, ...], list[Any]]:
+    """Return all that can change what a forward computes but values of tensors, as a key.
+
+    Modules with equal keys have the same graph. Objects without a value enter by their ids, which
+    are theirs alone while they exist: they are returned too, for a cache to keep.
+
+    Args:
+        module: the module.
+        apart: names of children that are left out.
+        without: names of modules and of attributes in them whose values are left out.
+    """
+    kept: list[Any] = []
+    owners = {id(part): name for name, part in module.named_modules()}
+
+    def key(value: Any) -> Any:
+        if type(value) in VALUES:
+            return type(value), value
+        if type(value) is Contents:
+            return type(value), tuple(key(v) for v in value)
+        if type(value) is partial:  # each module has one of its own
+            items = [value.func, *value.args, *value.keywords.values()]
+            return partial, tuple(value.keywords), tuple(map(key, items))
+        if isinstance(value, MethodType) and id(value.__self__) in owners:
+            return owners[id(value.__self__)], key(value.__func__)
+        kept.append(value)
+        return type(value), id(value)
+
+    kind = type(module)
+    left_out = {f"{name}.{attr}".lstrip(".") for name, attr in without}
+    every = entries_of(module, kind, apart, identities=False)
+    entries = tuple((e.name, key(e.value)) for e in every if e.name not in left_out)
+    parts = []
+    for name, part in parts_of(module, apart):
+        tensors = tuple(
+            (k, t if t is None else (t.shape, t.dtype, t.device, type(t)))
+            for k, t in (*part._parameters.items(), *part._buffers.items())
+        )
+        parts.append((name, key(type(part)), key(vars(type(part)).get("forward")), tensors))
+    return (tuple(parts), entries), kept
+
+
+def _same(new: Any, old: Any) -> bool:
+    """Return True for values that are equal; objects have to be the same one."""
+    if type(new) is not type(old):
+        return False
+    if isinstance(old, tuple):
+        return len(new) == len(old) and all(a is b or _same(a, b) for a, b in zip(new, old))
+    if isinstance(old, MethodType):
+        return new.__func__ is old.__func__ and new.__self__ is old.__self__
+    equal: bool = type(old) in VALUES and new == old
+    return equal
+
+
+def _sentence(name: str, new: Any, value: Any) -> str:
+    if isinstance(value, Missing):
+        return f"{name} is new"
+    return f"{name} is {_words(new)}, was {_words(value)}"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, type):
+        return value.__name__
+    if isinstance(value, _Code):
+        return "another function"
+    if isinstance(value, (FunctionType, MethodType)):
+        return value.__qualname__
+    if callable(value) and hasattr(value, "__name__"):
+        return str(value.__name__)
+    plain = type(value) in VALUES or isinstance(value, (Missing, tuple))
+    name = type(value).__name__
+    return repr(value) if plain else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"

@@ -1,0 +1,95 @@
+"""Snapshots: what changed since a verification, and keys of what decides about a graph."""
+
+import copy
+import pickle
+
+import torch
+from torch import nn
+
+from starlayers.surgery.entries import names_in_code
+from starlayers.surgery.snapshot import Snapshot, signature
+from tests.surgery.small import MLP, Gated
+
+
+def snapshot_of(module, apart=()):
+    return Snapshot(module, type(module).forward, apart)
+
+
+def test_nothing_changes_by_use():
+    mlp = MLP(dropout=0.1)
+    snapshot = snapshot_of(mlp, ["fc1", "fc2"])
+    mlp(torch.ones(2, 8)).sum().backward()
+    mlp.eval().requires_grad_(False).double()
+    mlp.load_state_dict({k: 2 * v for k, v in mlp.state_dict().items()})
+    mlp.fc1.register_forward_hook(lambda *_: None)  # left out: it is called, whatever it is
+    mlp.fc2 = nn.Identity()
+    assert snapshot.change(mlp) == ""
+
+
+def test_changes_in_words():
+    mlp = MLP(act=nn.LeakyReLU(0.1), dropout=0.1)
+    snapshot = snapshot_of(mlp)
+    mlp.act.negative_slope = 0.2
+    assert snapshot.change(mlp) == "act.negative_slope is 0.2, was 0.1"
+    mlp.act.negative_slope = 0.1
+    assert snapshot.change(mlp) == ""
+    del mlp.act.negative_slope
+    assert snapshot.change(mlp) == "act.negative_slope is gone, was 0.1"
+    mlp.act.negative_slope = 0.1
+    handle = mlp.drop.register_full_backward_hook(lambda *_: None)
+    assert snapshot.change(mlp) == "drop has hooks"
+    assert snapshot.change(mlp, hooks_of=["drop"]) == ""
+    handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert snapshot.change(mlp) == "a global hook is registered"
+    handle.remove()
+    mlp.act.forward = torch.relu
+    assert snapshot.change(mlp) == "forward was set on act, over its own"
+    del mlp.act.forward
+    mlp.act.__class__ = nn.ReLU
+    assert snapshot.change(mlp) == "the class of act is ReLU, was LeakyReLU"
+    mlp.act = nn.ReLU()
+    assert snapshot.change(mlp) == "act is a ReLU, was a ReLU"  # of another class by now
+
+
+def test_a_copy_watches_the_copy():
+    mlp = MLP()
+    mlp.watched = snapshot_of(mlp)
+    for again in (copy.deepcopy(mlp), pickle.loads(pickle.dumps(mlp))):
+        assert again.watched.change(again) == ""
+        again.act.approximate = "tanh"
+        assert again.watched.change(again) == "act.approximate is 'tanh', was 'none'"
+    assert mlp.watched.change(mlp) == ""
+
+
+def test_equal_modules_have_equal_signatures():
+    a, b = signature(Gated())[0], signature(Gated())[0]
+    assert a == b
+    assert hash(a) == hash(b)
+    assert signature(Gated("up"))[0] != a  # another order of children
+    assert signature(Gated(scale=2.0))[0] != a
+    assert signature(Gated(act=nn.GELU()))[0] != a
+    assert signature(Gated().double())[0] != a
+
+
+class Config:
+    def __init__(self, limit, unread):
+        self.limit, self.unread = limit, unread
+
+
+class Reads(MLP):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, x):
+        return super().forward(x).clamp(max=self.config.limit)
+
+
+def test_a_config_that_a_forward_reads_counts_by_its_values():
+    key = signature(Reads(Config(1.0, 2)))[0]
+    assert signature(Reads(Config(1.0, 2)))[0] == key
+    assert signature(Reads(Config(1.0, 3)))[0] != key  # helpers may read the others
+    assert signature(Reads(Config(5.0, 2)))[0] != key
+    assert {"limit", "config", "forward"} <= names_in_code(Reads)
+    assert "unread" not in names_in_code(Reads)
