@@ -1,7 +1,6 @@
 """Verify that the gate of experts is a star: by its graph, then by values."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
 from itertools import product
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -18,7 +17,7 @@ from starlayers.surgery.entries import OWN
 from starlayers.surgery.formula import Formula, activation_name, read_formula
 from starlayers.surgery.graph import trace
 from starlayers.surgery.reads import Reads, recorded_reads
-from starlayers.surgery.sandbox import preserved_generators, sandbox_copy
+from starlayers.surgery.sandbox import default_state, sandbox_copy
 from starlayers.surgery.site import Site
 from starlayers.surgery.trial_run import MismatchError, first_line
 from starlayers.surgery.verify_gated import MODES, SCALES, TOLERANCES, require_close, values_of
@@ -68,7 +67,7 @@ def verify_gate(experts: nn.Module) -> Gate:
     shell.forward = shell._apply_gate
     width, recorded = gate_width(experts), Reads()
     try:
-        with _default_state(), recorded_reads(shell) as recorded:
+        with default_state(torch.device("cpu"), grad=True), recorded_reads(shell) as recorded:
             formula, act_name = _read(shell, width)
             _compare(shell, act_name, width)
             any_width = _has_any_width(shell, formula, width)
@@ -149,19 +148,6 @@ def _is_settled(value: Any) -> bool:
     return value is None or isinstance(
         value, (bool, int, float, str, BuiltinFunctionType, MethodType, partial)
     )
-
-
-@contextmanager
-def _default_state() -> Iterator[None]:
-    """Run the block on the CPU without the user's device, modes, autocast and seeds."""
-    with (
-        torch.device("cpu"),
-        preserved_generators(torch.device("cpu")),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
-        yield
 
 
 # by graph

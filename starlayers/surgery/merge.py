@@ -18,7 +18,7 @@ from starlayers.surgery.install import StarLayer, installed, role_of, settle_fas
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
 from starlayers.surgery.projection import LowRankGate, ScaleGate, StarProjection
 from starlayers.surgery.recipes import is_sequence
-from starlayers.surgery.sandbox import preserved_generators, sandbox_copy, seed_generators
+from starlayers.surgery.sandbox import default_state, sandbox_copy, seed_generators
 from starlayers.surgery.saving import note_in_config
 from starlayers.surgery.sharding import settle_tp_plans
 from starlayers.surgery.site import attribute, join
@@ -314,13 +314,7 @@ def _error(owner: nn.Module, star: StarLayer, attributes: dict[str, Any]) -> flo
         body = nn.Sequential(OrderedDict((name, owner.get_submodule(name)) for name in part))
     device = dtype_and_device(attribute(owner, site.inp))[1]
     device = torch.device("cpu") if device.type == "meta" else device
-    with (
-        torch.device("cpu"),
-        preserved_generators(device),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-    ):
+    with default_state(device):
         copy = sandbox_copy(body).float()
         copied: Any = copy if isinstance(star, GatedMLP) else attribute(copy, site.inp)
         if isinstance(copied, GatedMLP):  # its snapshot has the objects of the original

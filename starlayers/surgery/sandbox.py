@@ -131,6 +131,23 @@ def preserved_generators(device: torch.device) -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
+@contextmanager
+def default_state(device: torch.device, *, grad: bool = False) -> Iterator[None]:
+    """Run the block without the user's device, modes, autocast and seeds.
+
+    New tensors are on the CPU, gradients are off unless `grad` is True, and the random generators
+    are restored when the block ends.
+    """
+    with (
+        torch.device("cpu"),
+        preserved_generators(device),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(grad),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
+
+
 def seed_generators(device: torch.device) -> None:
     """Seed the generators of Python and torch that `preserved_generators` restores.
 

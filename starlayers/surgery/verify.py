@@ -25,7 +25,7 @@ from starlayers.surgery.linear_layers import (
 from starlayers.surgery.reads import EVERY, Attributes, Reads, unnamed_attributes
 from starlayers.surgery.recipes import is_sequence, runs
 from starlayers.surgery.sandbox import (
-    preserved_generators,
+    default_state,
     sandbox_copy,
     seed_generators,
     usual_tensor,
@@ -145,7 +145,7 @@ def _verified(
         raise MismatchError(reason)
     device = dtype_and_device(attribute(owner, site.inp))[1]
     device = torch.device("cpu") if device.type == "meta" else device
-    with _default_state(device):
+    with default_state(device):
         if site.form != "plain":
             _require_own_forward(owner)
             formula, act_name = verify_gated(owner, site, reads)
@@ -167,19 +167,6 @@ def named(owner: nn.Module, site: Site) -> Verdict:
 def _require_own_forward(body: nn.Module) -> None:
     if replaced := replaced_forward(body):
         raise MismatchError(f"{replaced}: {remedy(replaced)}")
-
-
-@contextmanager
-def _default_state(device: torch.device) -> Iterator[None]:
-    """Run the block without the user's device, gradients, autocast and seeds."""
-    with (
-        torch.device("cpu"),
-        preserved_generators(device),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-    ):
-        yield
 
 
 def _runnable_part(owner: nn.Module, site: Site) -> tuple[nn.Module, Site]:
