@@ -131,6 +131,11 @@ def load_images(
     if name == "fashion-mnist":
         return _fashion_mnist(path) or _digits("scikit-learn digits (no Fashion-MNIST in reach)")
     if name == "digits":
+        if path is not None:
+            raise ValueError(
+                f"'digits' are scikit-learn's own and are not read from a path, got path={path!r}; "
+                "load_images('folder', path=...) reads image files"
+            )
         return _digits("scikit-learn digits")
     if name == "folder":
         return _folder(path, size)
@@ -178,9 +183,19 @@ def _fashion_mnist_files(folder: Path) -> list[Path] | None:
 
 def _from_idx(files: list[Path], source: str) -> ImageData:
     train_x, train_y, test_x, test_y = map(_read_idx, files)
-    for images, labels, file in ((train_x, train_y, files[1]), (test_x, test_y, files[3])):
+    for images, labels, i in ((train_x, train_y, 0), (test_x, test_y, 2)):
+        if images.ndim != 3 or labels.ndim != 1:
+            file, kind = (files[i], images) if images.ndim != 3 else (files[i + 1], labels)
+            raise ValueError(
+                f"{file} holds an array of shape {tuple(kind.shape)}; images have 3 dimensions and "
+                "labels 1: are the files mixed up?"
+            )
         if len(images) != len(labels):
-            raise ValueError(f"{file} has {len(labels)} labels for {len(images)} images")
+            raise ValueError(f"{files[i + 1]} has {len(labels)} labels for {len(images)} images")
+        if labels.numel() and labels.max() >= len(FASHION_MNIST_CLASSES):
+            raise ValueError(
+                f"{files[i + 1]} has the label {int(labels.max())}; there are 10 classes"
+            )
     parts: list[Any] = [
         TensorDataset(train_x[:, None], train_y.long()),
         TensorDataset(test_x[:, None], test_y.long()),
@@ -229,7 +244,8 @@ def _cifar10(path: str | os.PathLike[str] | None) -> ImageData | None:
         images = torch.cat([_cifar10_images(name, files[name]) for name in pngs])
         labels = torch.tensor(json.loads(files[label_file]))
         counts = torch.bincount(labels, minlength=len(CIFAR10_CLASSES))
-        if len(images) != len(labels) or len(counts.unique()) != 1:
+        equal = len(counts) == len(CIFAR10_CLASSES) and len(counts.unique()) == 1
+        if len(images) != len(labels) or not equal:
             raise ValueError(
                 f"{source}: the {part} part has {len(images)} images, {len(labels)} labels and "
                 f"{counts.tolist()} images a class; the classes of CIFAR-10 are of equal size"

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlayers.datasets.optional import require
 from starlayers.datasets.packages import pypi_wheel
-from starlayers.datasets.tables import hold_out
+from starlayers.datasets.tables import hold_out, separated
 
 pandas: Any = require("pandas")
 
@@ -128,7 +128,7 @@ def _parse_recbole(content: bytes, source: str, columns: tuple[str, ...]) -> Any
     """Parse tab-separated text with column names such as `age:token`."""
     try:
         # quotation marks in titles are no delimiters, and "NA" is no missing value
-        rows = pandas.read_csv(
+        rows = separated(
             io.BytesIO(content), sep="\t", quoting=3, keep_default_na=False, na_values=[""]
         )
     except ValueError as error:  # among them UnicodeDecodeError and pandas' parsers'
@@ -136,4 +136,8 @@ def _parse_recbole(content: bytes, source: str, columns: tuple[str, ...]) -> Any
     rows.columns = [column.partition(":")[0] for column in rows.columns]
     if missing := sorted(set(columns) - set(rows.columns)):
         raise ValueError(f"{source}: no column {', '.join(missing)} in {list(rows.columns)}")
+    if "rating" in columns and not pandas.api.types.is_numeric_dtype(rows["rating"]):
+        numbers = pandas.to_numeric(rows["rating"], errors="coerce")
+        odd = rows["rating"][numbers.isna() & rows["rating"].notna()].iloc[0]
+        raise ValueError(f"{source}: ratings are numbers, and one is {odd!r}")
     return rows

@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +105,8 @@ def read_table(file: Path) -> Any:
         ValueError: another kind of file, or one that cannot be parsed.
     """
     readers = {
-        ".csv": pandas.read_csv,
-        ".tsv": lambda f: pandas.read_csv(f, sep="\t"),
+        ".csv": separated,
+        ".tsv": lambda f: separated(f, sep="\t"),
         ".json": pandas.read_json,
         ".jsonl": lambda f: pandas.read_json(f, lines=True),
         ".parquet": pandas.read_parquet,
@@ -119,6 +120,24 @@ def read_table(file: Path) -> Any:
         return readers[file.suffix](file)
     except (OSError, ValueError) as error:  # among them UnicodeDecodeError and pandas' parsers'
         raise ValueError(f"{file} cannot be read: {error}. Text files must be UTF-8") from error
+
+
+def separated(file: Any, **options: Any) -> Any:
+    """Read text of separated fields, as many in each row as in the header.
+
+    pandas takes the first field of longer rows for a name of the row, and shifts the others.
+
+    Raises:
+        ValueError: the rows have more fields than the header.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pandas.errors.ParserWarning)
+        try:
+            return pandas.read_csv(file, index_col=False, **options)
+        except pandas.errors.ParserWarning as error:
+            raise ValueError(
+                "its rows have more fields than its header; name all columns"
+            ) from error
 
 
 def _flights() -> Any:

@@ -182,6 +182,26 @@ def test_a_header_of_fashion_mnist_is_compared_with_what_follows(tmp_path):
             load_images("fashion-mnist", path=tmp_path)
 
 
+def test_files_of_fashion_mnist_that_are_mixed_up_are_told(tmp_path):
+    files, _ = fake_fashion(1)
+    images, labels = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+    write({**files, labels: files[images]}, tmp_path)
+    shape = r"\(30, 28, 28\); images have 3 dimensions and labels 1: are the files mixed up"
+    with pytest.raises(ValueError, match=f"{labels} holds an array of shape {shape}"):
+        load_images("fashion-mnist", path=tmp_path)
+    write({**files, images: files[labels]}, tmp_path)
+    with pytest.raises(ValueError, match=rf"{images} holds an array of shape \(30,\); images"):
+        load_images("fashion-mnist", path=tmp_path)
+    write({**files, labels: files[labels][:-1] + b"\n"}, tmp_path)
+    with pytest.raises(ValueError, match=f"{labels} has the label 10; there are 10 classes"):
+        load_images("fashion-mnist", path=tmp_path)
+
+
+def test_digits_are_read_from_no_path(tmp_path):
+    with pytest.raises(ValueError, match="'digits' are scikit-learn's own and are not read from"):
+        load_images("digits", path=tmp_path)
+
+
 def test_a_path_without_fashion_mnist_is_told_what_is_expected(cache, no_package, tmp_path):
     files, _ = fake_fashion(1)
     del files["t10k-labels-idx1-ubyte"]

@@ -193,6 +193,26 @@ def test_mnist1d_itself(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
 
 
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
+@pytest.mark.parametrize("more", [1, 2])
+def test_rows_longer_than_the_header_are_not_shifted(tmp_path, suffix, separator, more):
+    """pandas takes their first fields for names of the rows."""
+    row = separator.join("12345"[: 2 + more])
+    file = tmp_path / f"rows.{suffix}"
+    file.write_text(f"hour{separator}delay\n" + f"{row}\n" * 20)
+    message = rf"rows.{suffix} cannot be read: its rows have more fields than its header"
+    with pytest.raises(ValueError, match=message):
+        load_table(path=file, target="delay")
+
+
+def test_separators_at_the_ends_of_rows_are_no_fields(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("hour,delay\n" + "7,3,\n" * 20)
+    rows = everything(load_table(path=file, target="delay"))
+    assert rows["hour"].tolist() == [7] * 20
+    assert rows["delay"].tolist() == [3] * 20
+
+
 # --- ratings of items by users
 
 
@@ -273,6 +293,16 @@ def test_a_folder_of_ones_own(tmp_path):
         ({"user": "id:token\n1\n"}, ValueError, r"user: no column user_id in \['id'\]"),
         ({"item": "id:token\n1\n"}, ValueError, "item: no column item_id in"),
         ({"item": ""}, ValueError, "files in .*mine, .item cannot be read: "),
+        (
+            {"user": "user_id:token\tage:token\n1\t30\tx\n2\t40\ty\n"},
+            ValueError,
+            ".user cannot be read: its rows have more fields than its header; name all",
+        ),
+        (
+            {"inter": FILES["inter"].replace("\t5\t", "\tfive\t")},
+            ValueError,
+            ".inter: ratings are numbers, and one is 'five'",
+        ),
         ({"inter": FILES["inter"][:75]}, ValueError, "rows are too few"),
     ],
 )
