@@ -1,6 +1,7 @@
 """Read rows with Hugging Face's `datasets`, from local files or the hub, and select columns."""
 
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,29 @@ def _read_local(path: Path) -> Splits:
     else:
         reader, options = str(path), {}
     try:
+        for file in [path] if path.is_file() else path.rglob("*.json*"):
+            if file.suffix in (".json", ".jsonl"):  # whose reader takes any bytes
+                _require_utf8(file)
         return dict(datasets.load_dataset(reader, **options))
+    except FileNotFoundError:
+        raise
     except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(
-            f"{path} cannot be read: {error.__cause__ or error}. Text files must be UTF-8"
-        ) from error
+        raise _unreadable(path, error.__cause__ or error) from error
+    except (EOFError, OSError, StopIteration, ValueError, zipfile.BadZipFile) as error:
+        raise _unreadable(path, error) from error
+
+
+def _require_utf8(file: Path) -> None:
+    """Raise a UnicodeDecodeError for a file that is no UTF-8."""
+    with file.open(encoding="utf-8") as lines:
+        while lines.read(2**20):
+            pass
+
+
+def _unreadable(path: Path, error: BaseException) -> ValueError:
+    empty = isinstance(error, StopIteration)
+    what = "it is empty" if empty else str(error) or type(error).__name__
+    return ValueError(f"{path} cannot be read: {what}. Text files must be UTF-8")
 
 
 def _read_hub(name: str, known: Sequence[str]) -> Splits:
@@ -160,6 +179,14 @@ def class_labels(splits: Splits, column: str) -> Splits:
             f"column {column!r} holds {feature}, which is no class; labels are names or whole "
             f"numbers, not {', '.join(repr(y) for y in list(values)[:3])}"
         )
+    for split, ys in labels.items():
+        last = ys[-1] if ys and isinstance(ys[-1], str) and ys.count(ys[-1]) == 1 else ""
+        whole = [y for y in values if last and y != last and str(y).startswith(last)]
+        if whole:
+            raise ValueError(
+                f"the last row of split {split!r} has the label {last!r}, which no other row has, "
+                f"and which begins {whole[0]!r}: its file is truncated"
+            )
     numbers = {y: i for i, y in enumerate(sorted(values))}
     feature = datasets.ClassLabel(names=[str(y) for y in numbers])
     encoded = {}

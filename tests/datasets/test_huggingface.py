@@ -225,11 +225,49 @@ def test_a_path_is_never_written_to(tmp_path, kind):
             load_prose(path=folder / f"rows{suffix}", text_column="words")
 
 
-def test_a_file_in_another_encoding_is_named(tmp_path):
-    file = tmp_path / "mine.csv"
-    file.write_bytes("text,label\nTrès bien,1\n".encode("latin-1"))
+FRENCH = {
+    "mine.csv": "text,label\nTrès bien,1\n",
+    "mine.jsonl": '{"text": "Très bien", "label": 1}\n' * 20,
+    "mine.json": '[{"text": "Très bien", "label": 1}]',
+}
+
+
+@pytest.mark.parametrize("name", FRENCH)
+def test_a_file_in_another_encoding_is_named(tmp_path, name):
+    file = tmp_path / name
+    file.write_bytes(FRENCH[name].encode("latin-1"))
     with pytest.raises(ValueError, match=f"{file} cannot be read: .*Text files must be UTF-8"):
         load_sentiment(path=file)
+    if name != "mine.csv":
+        with pytest.raises(ValueError, match=f"{tmp_path} cannot be read: .*UTF-8"):
+            load_sentiment(path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.jsonl", b""),
+        ("empty.csv", b""),
+        ("empty.parquet", b""),
+        ("damaged.parquet", b"PAR1garbage"),
+        ("cut.json", b'[{"text": "a", "label": 1'),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file} cannot be read: "):
+        load_sentiment(path=file)
+
+
+def test_a_label_that_is_cut_off_is_no_class(tmp_path):
+    file = tmp_path / "mine.csv"
+    rows = "text,label\n" + "good,positive\nbad,negative\n" * 10
+    file.write_text(rows + "good,posi")
+    with pytest.raises(ValueError, match=r"label 'posi', .* begins 'positive': its file is trunc"):
+        load_sentiment(path=file)
+    file.write_text(rows + "odd,neutral")  # a class of one row
+    assert len(load_sentiment(path=file).splits["train"].features["label"].names) == 3
 
 
 def test_too_few_paragraphs_are_told_what_a_row_is(tmp_path):
