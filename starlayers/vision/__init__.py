@@ -21,6 +21,7 @@ from starlayers.vision.models import (
     starnet_s100,
     starnet_s150,
 )
+from starlayers.vision.norm_statistics import reestimate_norms
 from starlayers.vision.starnet import StarNet
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "StarBlock2d",
     "StarNet",
     "load_checkpoint",
+    "reestimate_norms",
     "starnet_s050",
     "starnet_s1",
     "starnet_s2",

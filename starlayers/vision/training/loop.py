@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from tqdm import tqdm
 
+from starlayers.vision.norm_statistics import frozen_norms, reestimate_norms
 from starlayers.vision.training.augment import (
     Augmented,
     ShuffleSampler,
@@ -227,6 +229,8 @@ class _Run:
             self.augmented.set_epoch(epoch)
         self.train_loader.set_epoch(epoch)
         self.model.train()
+        for norm in frozen_norms(self.model):
+            norm.eval()  # a frozen part is what it was, its statistics too
         steps = len(self.train_loader)
         done = self.step - epoch * steps
         label = f"epoch {epoch + 1}/{self.config.epochs}"
@@ -278,6 +282,9 @@ class _Run:
         self.step += 1
 
     def _end_epoch(self) -> None:
+        if self.config.norm_batches:
+            with self.accelerator.autocast():
+                reestimate_norms(self._validated_model(), self._norm_batches())
         test = self._validate()
         self.epoch += 1
         metrics = {
@@ -301,6 +308,19 @@ class _Run:
                 f"test accuracy {metrics['test_accuracy']:.2%}, "
                 f"test loss {metrics['test_loss']:.4f}"
             )
+
+    def _norm_batches(self) -> Iterator[Tensor]:
+        """Yield the first batches of the epoch once more, the same in every process."""
+        c, data = self.config, self.data
+        images: Any = self.augmented or data.train
+        sampler = ShuffleSampler(len(images), c.seed)
+        sampler.set_epoch(self.epoch)
+        order = list(islice(sampler, c.norm_batches * c.batch_size))
+        loader = self.loader(images, c.batch_size, sampler=order, drop_last=True)
+        for i, (batch, labels) in enumerate(loader):
+            torch.manual_seed(mix_seeds(c.seed, self.step, i))  # of dropout and mixing
+            batch = self._normalise(batch.to(self.accelerator.device))
+            yield self.mix(batch, labels.to(batch.device))[0] if self.mix else batch
 
     def _mean_over_processes(self, metric: MeanMetric | MulticlassAccuracy) -> float:
         # a plain mean over processes is exact, because each had equally many images

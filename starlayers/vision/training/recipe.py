@@ -28,6 +28,8 @@ class TrainConfig:
         flip, crop, randaugment: of each image, see `augment.image_transform`.
         mixup, cutmix: of each batch, see `augment.batch_transform`.
         ema: decay of the averaged weights that are validated and saved, 0 for no averaging.
+        norm_batches: training batches from which the BatchNorm statistics are estimated anew
+            before each validation, see `reestimate_norms`; 0 keeps the running statistics.
         amp: bfloat16 mixed precision.
         compile: call `torch.compile` on the model.
         seed: of order, augmentation and dropout. The caller seeds the start weights.
@@ -59,6 +61,7 @@ class TrainConfig:
     mixup: float = 0.0
     cutmix: float = 0.0
     ema: float = 0.0
+    norm_batches: int = 20
     amp: bool = False
     compile: bool = False
     seed: int = 0
@@ -79,7 +82,7 @@ class TrainConfig:
             ):
                 raise TypeError(f"TrainConfig: {field.name} must be a number, got {value!r}")
         amounts = ("lr", "weight_decay", "clip", "crop", "randaugment", "mixup", "cutmix")
-        for name in (*amounts, "workers"):
+        for name in (*amounts, "norm_batches", "workers"):
             if not getattr(self, name) >= 0:  # so that NaN fails too
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.flip <= 1:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from starlayers.datasets.images import load_images
+from starlayers.vision import starnet_s050
 from starlayers.vision.training import TrainConfig, TrainResult, train
 from starlayers.vision.training.augment import Augmented, ShuffleSampler, image_transform
 from starlayers.vision.training.rundir import RunDir
@@ -32,6 +34,7 @@ from .util import (
 
 #: one batch with all images, nothing random
 PLAIN = {"batch_size": 80, "flip": 0.0, "crop": 0, "mixup": 0.0, "cutmix": 0.0, "ema": 0.0}
+PLAIN["norm_batches"] = 0
 
 
 def still_model(seed=0, norm=True):
@@ -167,14 +170,21 @@ def test_training_accuracy_counts_the_images_seen():
         assert line["step"] == 4 * line["epoch"]
 
 
-def test_each_step_sees_the_images_of_its_epoch_normalised():
+@pytest.mark.parametrize("norm", [False, True])
+def test_each_step_sees_the_images_of_its_epoch_normalised(norm):
     data, seen = tiny_data(train=32), []
-    model = tiny_model()
+    model = tiny_model(norm=norm)
     model.register_forward_pre_hook(
         lambda m, x: seen.append(x[0].detach().clone()) if m.training else None
     )
     options = {"flip": 0.5, "crop": 1, "randaugment": 0}
-    run(model=model, data=data, epochs=2, mixup=0.0, cutmix=0.0, **options)
+    options |= {"norm_batches": 1} if norm else {}
+    run(model=model, data=data, epochs=2, mixup=0.0, cutmix=0.0, ema=0.0, **options)
+    if norm:  # the first batch of each epoch once more, for the statistics
+        again = [seen.pop(2), seen.pop(4)]
+        for first, epoch in zip((seen[0], seen[2]), again, strict=True):
+            torch.testing.assert_close(epoch, first, rtol=0, atol=0)
+        del options["norm_batches"]
     images = Augmented(data.train, image_transform(SIDE, **options), RECIPE["seed"])
     order = ShuffleSampler(32, RECIPE["seed"])
     assert len(seen) == 4
@@ -210,8 +220,34 @@ def test_the_randomness_of_a_step_is_drawn_from_seed_and_step():
     model.register_forward_pre_hook(
         lambda m, _: seeds.append(torch.initial_seed()) if m.training else None
     )
-    run(model=model, epochs=2)
-    assert seeds == [hash((RECIPE["seed"], step, 0)) & (2**63 - 1) for step in range(10)]
+    run(model=model, epochs=2, norm_batches=1)
+    steps = [hash((RECIPE["seed"], step, 0)) & (2**63 - 1) for step in range(10)]
+    estimates = [hash((RECIPE["seed"], step, 0)) & (2**63 - 1) for step in (5, 10)]
+    assert seeds == [*steps[:5], estimates[0], *steps[5:], estimates[1]]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.998])
+def test_a_short_training_is_validated_by_the_statistics_of_its_weights(ema):
+    """33 steps on digits: running statistics give 0.33 where the same weights reach 0.98."""
+    torch.manual_seed(0)
+    model = starnet_s050(
+        in_chans=1, num_classes=10, stem_stride=1, stage_strides=(1, 1, 2, 2), kernel_size=3
+    )
+    config = TrainConfig(epochs=3, flip=0.0, ema=ema)
+    result = train(model, load_images("digits"), config, progress=False)
+    last = result.history[-1]
+    assert last["step"] == 33
+    # an average lags behind by itself
+    assert last["test_accuracy"] > (0.9 if ema else last["train_accuracy"] - 0.02)
+
+
+def test_frozen_parts_are_trained_by_nothing():
+    model = tiny_model()
+    model[:3].requires_grad_(False)
+    before = {k: v.clone() for k, v in model[:3].state_dict().items()}
+    run(model=model, epochs=2, ema=0.0)
+    for name, value in model[:3].state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_it_learns():

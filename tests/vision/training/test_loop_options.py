@@ -49,6 +49,7 @@ CHANGES = {
     "mixup": 0.9,
     "cutmix": 0.0,
     "ema": 0.5,
+    "norm_batches": 0,
     "amp": True,
     "seed": 4,
 }
@@ -132,7 +133,8 @@ def test_epochs_are_augmented_and_ordered_differently():
     model.register_forward_pre_hook(
         lambda m, x: seen.append(x[0].detach().clone()) if m.training else None
     )
-    run(model=model, data=data, epochs=2, ema=0.0, mixup=0.0, cutmix=0.0, flip=0.0, crop=0)
+    options = {"ema": 0.0, "mixup": 0.0, "cutmix": 0.0, "flip": 0.0, "crop": 0, "norm_batches": 0}
+    run(model=model, data=data, epochs=2, **options)
     epochs = [torch.cat(seen[:2]).flatten(1), torch.cat(seen[2:]).flatten(1)]
     assert not torch.equal(*epochs)
     for epoch in epochs:  # every image once in each

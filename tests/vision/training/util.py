@@ -98,8 +98,9 @@ def call_at_step(model: nn.Module, step: int, action: Any) -> nn.Module:
 
     def hook(module: nn.Module, *_: object) -> None:
         nonlocal count
-        count += module.training
-        if module.training and count == step:
+        trained = module.training and torch.is_grad_enabled()
+        count += trained
+        if trained and count == step:
             action()
 
     model.register_forward_hook(hook)
