@@ -11,6 +11,7 @@ from starlayers.datasets.optional import require
 from starlayers.datasets.splits import divide
 
 PIL_Image: Any = require("PIL.Image")
+PIL_ImageOps: Any = require("PIL.ImageOps")
 
 __all__ = [
     "EXTENSIONS",
@@ -105,14 +106,14 @@ def _ignored_files(*roots: Path) -> str:
 
 
 def read_image(path: str) -> Any:
-    """Read an image file as an RGB `PIL.Image`.
+    """Read an image file as an RGB `PIL.Image`, turned upright as its EXIF data say.
 
     Raises:
         ValueError: the file cannot be decoded, or its pixels have no known range.
     """
     try:
         with PIL_Image.open(path) as image:
-            return to_rgb(image)
+            return to_rgb(PIL_ImageOps.exif_transpose(image))
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
