@@ -22,6 +22,13 @@ from starlayers.vision.models import (
     starnet_s150,
 )
 from starlayers.vision.starnet import StarNet
+from starlayers.vision.weights import (
+    architecture,
+    from_architecture,
+    read_architecture,
+    read_metadata,
+    save_weights,
+)
 
 __all__ = [
     "STARNETS",
@@ -30,7 +37,12 @@ __all__ = [
     "LoadReport",
     "StarBlock2d",
     "StarNet",
+    "architecture",
+    "from_architecture",
     "load_checkpoint",
+    "read_architecture",
+    "read_metadata",
+    "save_weights",
     "starnet_s050",
     "starnet_s1",
     "starnet_s2",
