@@ -23,6 +23,13 @@ from starlayers.vision.models import (
 )
 from starlayers.vision.norm_statistics import reestimate_norms
 from starlayers.vision.starnet import StarNet
+from starlayers.vision.weights import (
+    architecture,
+    from_architecture,
+    read_architecture,
+    read_metadata,
+    save_weights,
+)
 
 __all__ = [
     "STARNETS",
@@ -31,8 +38,13 @@ __all__ = [
     "LoadReport",
     "StarBlock2d",
     "StarNet",
+    "architecture",
+    "from_architecture",
     "load_checkpoint",
+    "read_architecture",
+    "read_metadata",
     "reestimate_norms",
+    "save_weights",
     "starnet_s050",
     "starnet_s1",
     "starnet_s2",

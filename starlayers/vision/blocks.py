@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class ConvNorm(nn.Sequential):
         kernel_size: side of the kernel, odd.
         stride: stride in both directions.
         groups: groups of channels, as for `nn.Conv2d`.
+        norm_layer: makes the norm, `norm_layer(out_chans, device=..., dtype=...)`.
         device, dtype: of the parameters.
 
     Raises:
@@ -54,6 +56,7 @@ class ConvNorm(nn.Sequential):
         *,
         stride: int = 1,
         groups: int = 1,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -62,7 +65,7 @@ class ConvNorm(nn.Sequential):
         conv = nn.Conv2d(
             in_chans, out_chans, kernel_size, stride, padding, groups=groups, **factory
         )
-        super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_chans, **factory)))
+        super().__init__(OrderedDict(conv=conv, bn=norm_layer(out_chans, **factory)))
 
     __prepare_scriptable__ = record
 
@@ -110,6 +113,7 @@ class StarBlock2d(StarBlock):
         expansion: hidden channels per channel; `dim * expansion` must be a whole number.
         act: name in `ACTIVATIONS` of the star MLP's activation; `None` for none.
         drop_path, layer_scale: as for `StarBlock`.
+        norm_layer: makes the norms, `norm_layer(dim, device=..., dtype=...)`.
         device, dtype: of the parameters.
 
     Raises:
@@ -133,6 +137,7 @@ class StarBlock2d(StarBlock):
         act: str | None = "relu6",
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -149,8 +154,8 @@ class StarBlock2d(StarBlock):
         def depthwise() -> nn.Conv2d:
             return nn.Conv2d(dim, dim, kernel_size, padding=padding, groups=dim, **factory)
 
-        def norm() -> nn.BatchNorm2d:
-            return nn.BatchNorm2d(dim, **factory)
+        def norm() -> nn.Module:
+            return norm_layer(dim, **factory)
 
         pre = OnChannelsLast(OrderedDict(conv=depthwise(), bn=norm()))
         post = OnChannelsLast(OrderedDict(bn=norm(), conv=depthwise()))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from starlayers.vision.starnet import StarNet
+from starlayers.vision.weights import architecture, checksum, differences, read_metadata
 
 #: our name of a part (of a block: without the block's name) -> timm's and the authors' name
 _TIMM_NAMES = {
@@ -70,7 +71,8 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: no such file.
         ValueError: a missing or unexpected key or another shape (each is listed), a file that is
-            truncated or no checkpoint, or a fused model.
+            truncated or no checkpoint, one that says that it is of another architecture, such as
+            other strides (see `save_weights`), or a fused model.
         TypeError: `checkpoint` is neither a path nor a mapping.
         ImportError: a `.safetensors` file, and safetensors is not installed.
 
@@ -81,8 +83,11 @@ def load_checkpoint(
         stem.conv: 3 input channels summed to 1
         head: checkpoint has 10 classes, model keeps its own head of 5
     """
-    raw = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
-    state = _unwrap(raw)
+    if isinstance(checkpoint, Mapping):
+        state = _unwrap(checkpoint)
+    else:
+        state = _unwrap(_read(checkpoint))
+        _check_metadata(model, state, checkpoint)
     timm_names = any(key.startswith("stem.0.") for key in state)
     if timm_names:
         state = {_rename(key, _OUR_NAMES): value for key, value in state.items()}
@@ -224,6 +229,21 @@ def _adapt_head(state: dict[str, Tensor], target: dict[str, Tensor], adapted: li
         has = "no head" if loaded is None else f"{loaded.shape[0]} classes"
         adapted.append(f"head: checkpoint has {has}, model keeps its own head of {own.shape[0]}")
         state.update({k: target[k] for k in ("head.weight", "head.bias")})
+
+
+def _check_metadata(model: StarNet, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Raise a ValueError if a file says that it is of another network, or was changed since."""
+    metadata = read_metadata(path)
+    saved = metadata.get("architecture")
+    differing = differences(saved, architecture(model)) if saved else []
+    if differing:
+        raise ValueError(
+            f"{path} is of another network: {'; '.join(differing)}. Build the model with these "
+            "arguments (starlayers.vision.from_architecture does so), or pass the weights alone, "
+            "safetensors.torch.load_file(path), to load them all the same"
+        )
+    if metadata.get("sha256", written := checksum(state)) != written:
+        raise ValueError(f"{path} was changed since it was written: its weights have another sum")
 
 
 def _check(state: dict[str, Tensor], target: dict[str, Tensor]) -> None:

@@ -54,6 +54,8 @@ class StarNet(nn.Module):
         act: name in `ACTIVATIONS` for stem and blocks; `None` for no activation.
         mlp_layer: makes the MLP of a block, `mlp_layer(dim, hidden, act=act)`, with `device` and
             `dtype` if they are passed: `StarMLP`, or a class of `starlayers.coefficients.modules`.
+        norm_layer: makes the norms, `norm_layer(channels)`, with `device` and `dtype` as for
+            `nn.BatchNorm2d`: `partial(nn.BatchNorm2d, momentum=0.05)`.
         global_pool: "avg", "max", "avgmax", or "" for none (needs `num_classes=0`).
         kernel_size: side of the depthwise kernels, odd.
         stem_stride: stride of the stem; 1 suits images of 28 to 64 pixels.
@@ -88,6 +90,7 @@ class StarNet(nn.Module):
         drop_path_rate: float = 0.0,
         act: str | None = "relu6",
         mlp_layer: Callable[..., nn.Module] = StarMLP,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         global_pool: str = "avg",
         kernel_size: int = 7,
         stem_stride: int = 2,
@@ -113,15 +116,16 @@ class StarNet(nn.Module):
         self.feature_info: list[dict[str, Any]] = []
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         given = {name: value for name, value in factory.items() if value is not None}
+        layers: dict[str, Any] = {"norm_layer": norm_layer, **factory}
 
         stem_stride = positive_int("StarNet", "stem_stride", stem_stride)
-        self.stem = ConvNorm(in_chans, STEM_CHANNELS, 3, stride=stem_stride, **factory)
+        self.stem = ConvNorm(in_chans, STEM_CHANNELS, 3, stride=stem_stride, **layers)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         chans, reduction = STEM_CHANNELS, stem_stride
         stages = []
         for i, (depth, stride) in enumerate(zip(depths, stage_strides, strict=True)):
             dim = base_dim * 2**i
-            down = ConvNorm(chans, dim, 3, stride=stride, **factory)
+            down = ConvNorm(chans, dim, 3, stride=stride, **layers)
             blocks = [
                 StarBlock2d(
                     dim,
@@ -130,7 +134,7 @@ class StarNet(nn.Module):
                         dim, hidden_channels("StarNet", dim, mlp_ratio), act=act, **given
                     ),
                     drop_path=next(rates),
-                    **factory,
+                    **layers,
                 )
                 for _ in range(depth)
             ]
@@ -140,7 +144,7 @@ class StarNet(nn.Module):
             self.feature_info.append(info)
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = chans
-        self.norm: nn.Module = nn.BatchNorm2d(chans, **factory)
+        self.norm: nn.Module = norm_layer(chans, **factory)
         self.global_pool = global_pool
         self.reset_classifier(num_classes)
         self.init_weights()

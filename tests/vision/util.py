@@ -51,7 +51,8 @@ def randomise(model: M, seed: int = 0) -> M:
     for m in model.modules():
         if isinstance(m, nn.Conv2d | nn.Linear):
             fill(m.weight, 0, m.weight[0].numel() ** -0.5)
-            fill(m.bias, 0, 0.3)
+            if m.bias is not None:
+                fill(m.bias, 0, 0.3)
         elif isinstance(m, nn.BatchNorm2d | nn.LayerNorm):
             fill(m.weight, 1, 0.2)
             fill(m.bias, 0, 0.3)
