@@ -23,6 +23,7 @@ from starlayers.vision.models import (
 )
 from starlayers.vision.norm_statistics import reestimate_norms
 from starlayers.vision.starnet import StarNet
+from starlayers.vision.trained import TrainedNet, load_run
 from starlayers.vision.weights import (
     architecture,
     from_architecture,
@@ -38,9 +39,11 @@ __all__ = [
     "LoadReport",
     "StarBlock2d",
     "StarNet",
+    "TrainedNet",
     "architecture",
     "from_architecture",
     "load_checkpoint",
+    "load_run",
     "read_architecture",
     "read_metadata",
     "reestimate_norms",

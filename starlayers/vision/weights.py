@@ -212,7 +212,7 @@ def save_weights(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"weights are written as *.safetensors, got {path.name!r}")
-    save_file = _safetensors(path).torch.save_file
+    save = _safetensors(path).torch.save
     content: dict[str, Any] = {"version": 1}
     if isinstance(model, StarNet):
         try:
@@ -226,8 +226,9 @@ def save_weights(
     weights = {k: v.detach().cpu().clone(memory_format=dense) for k, v in weights.items()}
     content["sha256"] = checksum(weights)
     partial_file = path.with_name(f"{path.name}.partial")
-    save_file(weights, partial_file, metadata={"format": "pt", KEY: json.dumps(content)})
-    with partial_file.open("rb+") as stream:
+    with partial_file.open("wb") as stream:
+        stream.write(_ordered(save(weights, {"format": "pt", KEY: json.dumps(content)})))
+        stream.flush()
         os.fsync(stream.fileno())
     partial_file.replace(path)
 
@@ -303,6 +304,19 @@ def checksum(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
         digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"")
     return digest.hexdigest()
+
+
+def _ordered(file: bytes) -> bytes:
+    """Return a safetensors file with its metadata in order, so that equal runs are equal bytes.
+
+    The library writes them in an order that changes from call to call.
+    """
+    length = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the weights
+    return len(text).to_bytes(8, "little") + text + file[8 + length :]
 
 
 def _usage(model: nn.Module, classes: Any, mean: Any, std: Any, size: Any) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from benchmarks.starify.tiny_tables import NOT_BUILT
 from starlayers import starify
 from starlayers.surgery import report
 
-
 #: one family in twelve; all of them, an hour, are the study `python -m benchmarks.starify families`
 SAMPLE = list(families())[::12]
 

@@ -219,8 +219,7 @@ class _Run:
         confusion = self.confusion.compute().cpu() if self.confusion.update_called else None
         result = TrainResult(self.history, confusion, finished, self.seconds)
         if self.run_dir and finished and self.accelerator.is_main_process:
-            weights = self._validated_model().state_dict()
-            self.run_dir.finish(weights, self.history, confusion, self.data.classes)
+            self.run_dir.finish(self._validated_model(), self.data, self.history, confusion)
         return result
 
     def _train_epoch(self, epoch: int) -> bool:
@@ -300,6 +299,9 @@ class _Run:
         self.accuracy.reset()
         self.history.append(metrics)
         if self.run_dir and self.accelerator.is_main_process:
+            accuracies = [h["test_accuracy"] for h in self.history]
+            if accuracies[-1] > max(accuracies[:-1], default=-1.0):
+                self.run_dir.write_weights("best.safetensors", self._validated_model(), self.data)
             self.run_dir.write_metrics(self.history)
         self._save()
         if self.show_progress:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 
+from starlayers.vision.training.data import TrainData
 from starlayers.vision.training.plots import plot_confusion, plot_curves
+from starlayers.vision.weights import save_weights
 
 
 class RunDir:
     """Folder of a run, in which every file under its final name is complete.
 
-    Holds `config.json`, `metrics.jsonl` (a line per epoch) and, in `state/step_*`, the newest
-    saved state; at the end also `model.safetensors`, `curves.png` and `confusion.png`. Files are
-    written under a temporary name and then renamed, so that a kill at any moment leaves a folder
-    from which the run can be resumed.
+    Holds `config.json`, `metrics.jsonl` (a line per epoch), in `state/step_*` the newest saved
+    state, and `best.safetensors`, the weights of the epoch with the highest test accuracy; at the
+    end also `model.safetensors`, `curves.png` and `confusion.png`. `load_run` makes a network from
+    it that predicts. Files are written under a temporary name and then renamed, so that a kill at
+    any moment leaves a folder from which the run can be resumed.
 
     Args:
         path: the folder; it is made if missing.
@@ -130,31 +132,32 @@ class RunDir:
         """Write the metrics of all epochs so far."""
         self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
 
+    def write_weights(self, name: str, model: nn.Module, data: TrainData) -> None:
+        """Write the weights to a file from which `load_run` makes a network that predicts.
+
+        The names of the classes, the normalisation and the size of the images are in it.
+        """
+        save_weights(
+            model, self.path / name, data.classes, data.mean, data.std, tuple(data.shape[1:])
+        )
+
     def finish(
         self,
-        weights: dict[str, Tensor],
+        model: nn.Module,
+        data: TrainData,
         history: list[dict[str, Any]],
         confusion: Tensor | None,
-        classes: Sequence[str],
     ) -> None:
         """Write the weights and the figures of a finished run.
 
         Without matplotlib it warns and leaves the figures out; resuming the finished run draws
         them later.
         """
-        from safetensors.torch import save_file
-
-        partial = self.path / "model.safetensors.partial"
-        # cloned, because safetensors refuses tensors that share memory, as tied weights do
-        dense = torch.contiguous_format
-        save_file(
-            {k: v.detach().cpu().clone(memory_format=dense) for k, v in weights.items()}, partial
-        )
-        partial.rename(self.path / "model.safetensors")
+        self.write_weights("model.safetensors", model, data)
         try:
             plot_curves(history, self.path / "curves.png")
             if confusion is not None:
-                plot_confusion(confusion, classes, self.path / "confusion.png")
+                plot_confusion(confusion, data.classes, self.path / "confusion.png")
         except ImportError as error:
             warnings.warn(f"no figures in {self.path}: {error}", stacklevel=2)
 

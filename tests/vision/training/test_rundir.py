@@ -3,6 +3,7 @@
 import json
 import sys
 from datetime import datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from starlayers.vision import StarNet, load_run
 from starlayers.vision.training import plots
 from starlayers.vision.training.plots import plot_confusion
 from starlayers.vision.training.rundir import RunDir
@@ -184,16 +186,42 @@ def test_saving_a_step_again_replaces_it(tmp_path, prepared):
     assert model.weight.unique().tolist() == [2]
 
 
+DATA = SimpleNamespace(classes=tuple("abc"), shape=(1, 4, 6), mean=(0.25,), std=(0.5,))
+
+
+def holder(**tensors):
+    """Return a module whose state dict is `tensors`."""
+    module = nn.Module()
+    for name, tensor in tensors.items():
+        module.register_buffer(name, tensor)
+    return module
+
+
+def test_weights_say_what_they_are_of(tmp_path):
+    run = RunDir(tmp_path, CONFIG)
+    torch.manual_seed(0)
+    model = StarNet(8, (1,), num_classes=3, in_chans=1, stem_stride=1, stage_strides=(2,)).eval()
+    run.write_weights("best.safetensors", model, DATA)
+    with pytest.raises(FileNotFoundError, match=r"has not finished; .*best\.safetensors"):
+        load_run(tmp_path)
+    net = load_run(tmp_path / "best.safetensors")
+    assert (net.classes, net.mean, net.std, net.size) == (("a", "b", "c"), (0.25,), (0.5,), (4, 6))
+    images = torch.randint(0, 256, (5, 1, 4, 6), dtype=torch.uint8)
+    want = model((images.float() / 255 - 0.25) / 0.5)
+    torch.testing.assert_close(net.logits(images), want, rtol=0, atol=0)
+
+
 def test_finish_writes_equal_weights_and_pictures(tmp_path):
     run = RunDir(tmp_path, CONFIG)
     tensors = {
-        "plain": torch.randn(3, 2, requires_grad=True),
+        "plain": torch.randn(3, 2),
         "transposed": torch.arange(6.0).view(2, 3).T,
         "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
         "count": torch.tensor(7),
-        "half": torch.randn(4).bfloat16(),
+        "short": torch.randn(4).bfloat16(),
     }
-    run.finish(tensors, HISTORY, torch.tensor([[8, 0, 2], [0, 0, 0], [1, 2, 3]]), "abc")
+    model = holder(**tensors)
+    run.finish(model, DATA, HISTORY, torch.tensor([[8, 0, 2], [0, 0, 0], [1, 2, 3]]))
     saved = load_file(tmp_path / "model.safetensors")
     assert saved.keys() == tensors.keys()
     for name, want in tensors.items():
@@ -215,13 +243,13 @@ def test_without_matplotlib_the_weights_are_saved_and_a_warning_names_the_extra(
     run = RunDir(tmp_path, CONFIG)
     message = rf"no figures in {tmp_path}: curves\.png needs matplotlib: .*'starlayers\[plots\]'"
     with pytest.warns(UserWarning, match=message):
-        run.finish({"w": torch.ones(2)}, HISTORY, torch.eye(2).long(), "ab")
+        run.finish(holder(w=torch.ones(2)), DATA, HISTORY, torch.eye(3).long())
     assert names(tmp_path) == ["config.json", "model.safetensors"]
     assert load_file(tmp_path / "model.safetensors")["w"].tolist() == [1.0, 1.0]
     with pytest.raises(ImportError, match=r"confusion\.png needs matplotlib: .*\[plots\]"):
         plot_confusion(torch.eye(2).long(), "ab", tmp_path / "confusion.png")
     monkeypatch.undo()
-    run.finish({"w": torch.ones(2)}, HISTORY, torch.eye(2).long(), "ab")  # as a resumed run does
+    run.finish(holder(w=torch.ones(2)), DATA, HISTORY, torch.eye(3).long())  # as a resumed run does
     assert names(tmp_path) == ["config.json", "confusion.png", "curves.png", "model.safetensors"]
 
 
@@ -230,7 +258,7 @@ def colours(picture):
 
 
 def test_finish_without_a_confusion(tmp_path):
-    RunDir(tmp_path, CONFIG).finish({"w": torch.ones(1)}, HISTORY, None, "ab")
+    RunDir(tmp_path, CONFIG).finish(holder(w=torch.ones(1)), DATA, HISTORY, None)
     assert names(tmp_path) == ["config.json", "curves.png", "model.safetensors"]
 
 
