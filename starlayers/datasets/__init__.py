@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from starlayers.datasets.image_folder import load_image as load_image
     from starlayers.datasets.images import ImageData as ImageData
     from starlayers.datasets.images import load_images as load_images
     from starlayers.datasets.pretrained import Pretrained as Pretrained
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from starlayers.datasets.tokens import windows as windows
 
 MODULES = {
+    "image_folder": ("load_image",),
     "images": ("ImageData", "load_images"),
     "pretrained": ("Pretrained", "pretrained_minilm"),
     "ratings": ("RatingData", "load_ratings"),
@@ -39,6 +41,7 @@ __all__ = [
     "TableData",
     "TextData",
     "byte_level_bpe",
+    "load_image",
     "load_images",
     "load_prose",
     "load_ratings",

@@ -1,11 +1,15 @@
 """Read a folder of image files, one subfolder a class, with pixels of any kind as 8-bit RGB."""
 
+import os
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from starlayers.datasets.optional import require
 from starlayers.datasets.splits import divide
@@ -15,6 +19,9 @@ PIL_ImageOps: Any = require("PIL.ImageOps")
 
 __all__ = [
     "EXTENSIONS",
+    "Remembered",
+    "fit_to",
+    "load_image",
     "open_folder",
     "open_train_and_test",
     "read_image",
@@ -49,7 +56,8 @@ def open_train_and_test(root: Path) -> tuple[list[Any], str] | None:
             f"{root}: train has classes {train.classes}, {test_root.name} has {test.classes}; they "
             "must be the same"
         )
-    return [train, test], f"images in {root}{_ignored_files(root / 'train', test_root)}"
+    source = f"images in {root}{_sizes(train.targets)}"
+    return [train, test], source + _ignored_files(root / "train", test_root)
 
 
 def split_folder(root: Path) -> tuple[Any, list[list[int]], str]:
@@ -72,6 +80,7 @@ def split_folder(root: Path) -> tuple[Any, list[list[int]], str]:
         )
     parts = divide(images.targets, lambda n: max(1, n // 5) if n > 1 else 0, ["test"])
     source = f"images in {root}, {len(parts['test'])} of {len(images)} set aside for testing"
+    source += _sizes(images.targets[i] for i in parts["train"])
     return images, [parts["train"], parts["test"]], source + _ignored_files(root)
 
 
@@ -89,6 +98,14 @@ def open_folder(root: Path) -> Any:
             f"no images in class folders under {root}; expected {root}/<class>/<image>.jpg, each "
             f"class with one image at least ({error})"
         ) from error
+
+
+def _sizes(labels: Iterable[int]) -> str:
+    """Describe classes of unequal size: the largest has twice the smallest's images or more."""
+    counts = Counter(labels).values()
+    if max(counts) < 2 * min(counts):
+        return ""
+    return f", {min(counts)} to {max(counts)} training images a class"
 
 
 def _ignored_files(*roots: Path) -> str:
@@ -112,10 +129,96 @@ def read_image(path: str) -> Any:
         ValueError: the file cannot be decoded, or its pixels have no known range.
     """
     try:
-        with PIL_Image.open(path) as image:
-            return to_rgb(PIL_ImageOps.exif_transpose(image))
+        # a stream: of a path, Pillow maps uncompressed TIFF files into memory, and mixes up the
+        # sides of those whose orientation swaps them
+        with open(path, "rb") as stream, PIL_Image.open(stream) as image:
+            PIL_ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def fit_to(size: int) -> Callable[[Any], Tensor]:
+    """Return the function from a `PIL.Image` to a uint8 tensor (3, size, size).
+
+    The shorter side is resized to `size`, and the middle of the longer one is kept.
+
+    Example:
+        >>> from PIL import Image
+        >>> fit_to(32)(Image.new("L", (200, 100))).shape
+        torch.Size([3, 32, 32])
+    """
+    v2 = require("torchvision.transforms.v2")
+    return v2.Compose(  # type: ignore[no-any-return]
+        [to_rgb, v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size)]
+    )
+
+
+def load_image(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> Tensor:
+    """Read an image file as a training on images of `shape` sees it.
+
+    Args:
+        path: image of any kind that `load_images("folder")` reads.
+        shape: (C, H, W) of the training images, with C = 3, or 1 for gray ones.
+
+    Returns:
+        uint8 tensor of that shape.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that cannot be read as an image, or another number of channels.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> file = Path(tempfile.mkdtemp(), "photo.png")
+        >>> Image.new("RGB", (200, 100)).save(file)
+        >>> load_image(file, (1, 28, 28)).shape
+        torch.Size([1, 28, 28])
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no image file at {path}")
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise ValueError(f"{path}: image files have 1 or 3 channels, the shape asks for {channels}")
+    image = read_image(str(path))
+    if channels == 1:
+        image = image.convert("L")  # then its three equal channels are one
+    if height != width:
+        image = image.resize((width, height))
+        return require("torchvision.transforms.v2").PILToTensor()(image)  # type: ignore[no-any-return]
+    return fit_to(height)(image)[:channels]
+
+
+class Remembered(Dataset[tuple[Tensor, Any]]):
+    """Data set whose items are read once and kept in memory.
+
+    Example:
+        >>> reads = []
+        >>> class Files(Dataset):
+        ...     def __len__(self):
+        ...         return 3
+        ...     def __getitem__(self, i):
+        ...         reads.append(i)
+        ...         return torch.zeros(1, 4, 4), 0
+        >>> images = Remembered(Files())
+        >>> _ = images[1], images[1]
+        >>> reads
+        [1]
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.items: list[tuple[Tensor, Any] | None] = [None] * len(dataset)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        item = self.items[index]
+        if item is None:
+            item = self.items[index] = self.dataset[index]
+        return item
 
 
 def to_rgb(image: Any) -> Any:

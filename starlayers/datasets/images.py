@@ -35,6 +35,8 @@ from starlayers.datasets.packages import (
 __all__ = ["ImageData", "load_images"]
 
 HUB_TIMEOUT_S = 10
+#: bytes up to which the images of files are kept in memory once they were read
+MEMORY = 2**30
 Images = Dataset[tuple[Tensor, Any]]
 
 #: files of Fashion-MNIST and their SHA-256
@@ -365,10 +367,9 @@ def _from_files(
     size: int,
     parts: Sequence[list[int]] | None = None,
 ) -> ImageData:
-    from starlayers.datasets.image_folder import to_rgb  # needs Pillow
+    from starlayers.datasets.image_folder import Remembered, fit_to  # needs Pillow
 
-    v2 = require("torchvision.transforms.v2")
-    to_tensor = v2.Compose([to_rgb, v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size)])
+    to_tensor = fit_to(size)
     classes = getattr(sets[0], "classes", None)
     for s in sets:
         s.transform = to_tensor
@@ -376,6 +377,8 @@ def _from_files(
         sets = [Subset(s, part) for s, part in zip(sets, parts, strict=True)]
     if classes is None:
         classes = [str(c) for c in range(1 + max(int(label) for _, label in sets[1]))]
+    if 3 * size**2 * sum(map(len, sets)) <= MEMORY:
+        sets = [Remembered(s) for s in sets]
     return _describe(name, source, sets, classes=classes)
 
 

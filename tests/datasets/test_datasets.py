@@ -23,6 +23,7 @@ def test_names_are_pinned():
         "TableData",
         "TextData",
         "byte_level_bpe",
+        "load_image",
         "load_images",
         "load_prose",
         "load_ratings",

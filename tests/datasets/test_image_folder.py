@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from starlayers.datasets.image_folder import EXTENSIONS, read_image, to_rgb
+from starlayers.datasets.image_folder import EXTENSIONS, load_image, read_image, to_rgb
 from starlayers.datasets.images import load_images
 from tests.datasets.support import unchanged
 from tests.helpers import properties
@@ -340,9 +340,10 @@ def test_the_lab_colour_space_is_converted():
 def test_a_mode_that_pillow_does_not_convert_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="La"):
         to_rgb(Image.new("La", (1, 1)))
-    monkeypatch.setattr(Image, "open", lambda path: Image.new("La", (1, 1)))
+    monkeypatch.setattr(Image, "open", lambda stream: Image.new("La", (1, 1)))
+    (tmp_path / "0.psd").write_bytes(b"any")
     with pytest.raises(ValueError, match=r"0\.psd cannot be read as an image: .*La"):
-        read_image("0.psd")
+        read_image(str(tmp_path / "0.psd"))
 
 
 @pytest.mark.parametrize("extension", [".jpg", ".png", ".gif", ".webp", ".tif", ".bmp", ".ppm"])
@@ -368,3 +369,89 @@ def test_a_folder_is_never_written_to(tmp_path):
         assert len(pairs(data.train) + pairs(data.test)) == 5
     with unchanged(tmp_path), pytest.raises(FileNotFoundError):
         load_images("folder", path=tmp_path / "cat")
+
+
+@pytest.mark.parametrize("extension", [".jpg", ".png", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_upright(tmp_path, extension, orientation):
+    upright = np.zeros((16, 24), np.uint8)
+    upright[:8, :8] = 255  # white above left
+    turned = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright),
+        7: np.rot90(upright, 2).T,
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(np.ascontiguousarray(turned)).save(tmp_path / f"a{extension}", exif=exif)
+    image = read_image(tmp_path / f"a{extension}")
+    assert image.size == (24, 16)
+    assert np.abs(np.asarray(image)[..., 0].astype(int) - upright).max() < 9  # JPEG's loss
+
+
+def test_an_image_is_read_as_the_training_reads_it(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        pixels = rng.integers(0, 256, (30, 50, 3)).astype(np.uint8)
+        file = tmp_path / "train" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file)
+    data = load_images("folder", path=tmp_path / "train", size=16)
+    wanted = dict(zip(*read_all(data)))
+    for name, image in wanted.items():
+        assert torch.equal(load_image(name, (3, 16, 16)), image)
+    grey = load_image(name, (1, 16, 16))
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    # the resizing is rounded after the channels are mixed, or before
+    torch.testing.assert_close(grey[0].float(), (image * weights).sum(0), rtol=0, atol=2)
+    assert load_image(name, (3, 10, 20)).shape == (3, 10, 20)
+
+
+def read_all(data):
+    """Return files and images of both parts."""
+    subsets = [(part.dataset, i) for part in (data.train, data.test) for i in range(len(part))]
+    return [s.dataset.samples[s.indices[i]][0] for s, i in subsets], [s[i][0] for s, i in subsets]
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no image file at {tmp_path}/a"):
+        load_image(tmp_path / "a.png", (3, 8, 8))
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{tmp_path}/a.png cannot be read"):
+        load_image(tmp_path / "a.png", (3, 8, 8))
+    picture(tmp_path / "b.png", GREY)
+    with pytest.raises(ValueError, match="1 or 3 channels, the shape asks for 4"):
+        load_image(tmp_path / "b.png", (4, 8, 8))
+
+
+def test_unequal_classes_are_told(tmp_path):
+    for i in range(12):
+        picture(tmp_path / "many" / f"{i}.png", (i, 0, 0))
+    for i in range(3):
+        picture(tmp_path / "few" / f"{i}.png", (i, 9, 0))
+    source = load_images("folder", path=tmp_path).source
+    assert source.endswith("3 of 15 set aside for testing, 2 to 10 training images a class")
+
+
+def test_files_are_read_once(tmp_path, monkeypatch):
+    for i in range(5):
+        picture(tmp_path / "a" / f"{i}.png", (i, 0, 0))
+    data = load_images("folder", path=tmp_path, size=8)
+    first = [data.train[i][0] for i in range(4)]
+    for file in (tmp_path / "a").iterdir():
+        file.write_bytes(b"changed")
+    assert all(torch.equal(data.train[i][0], image) for i, image in enumerate(first))
+    with pytest.raises(ValueError, match="cannot be read"):  # not yet read
+        data.test[0]
+    monkeypatch.setattr("starlayers.datasets.images.MEMORY", 8 * 8 * 3 * 4)
+    for i in range(5):
+        picture(tmp_path / "a" / f"{i}.png", (i, 0, 0))
+    data = load_images("folder", path=tmp_path, size=8)
+    (tmp_path / "a" / "0.png").write_bytes(b"changed")
+    with pytest.raises(ValueError, match="cannot be read"):
+        [data.train[i] for i in range(4)]

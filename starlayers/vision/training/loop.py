@@ -94,8 +94,8 @@ def train(
 
     Raises:
         TypeError: `run_dir` is not a `RunDir`.
-        ValueError: `config.batch_size` is more than the number of training images, or the model
-            has another number of outputs than the data has classes.
+        ValueError: `config.batch_size` is more than the number of training images, all of them
+            are of one value, or the model has another number of outputs than the data has classes.
 
     Example:
         >>> from starlayers.vision import StarNet
@@ -111,6 +111,11 @@ def train(
         raise TypeError(
             f"train: run_dir must be a RunDir or None, got {run_dir!r}; make one by "
             f"RunDir({str(run_dir)!r}, vars(config), resume=False)"
+        )
+    if max(data.std) <= 1e-6:
+        raise ValueError(
+            f"train: the training images have the deviations {tuple(data.std)}: all pixels are of "
+            "one value, and there is nothing to learn; look at the files"
         )
     return _Run(model, data, config, run_dir, progress).run()
 
