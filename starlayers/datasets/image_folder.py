@@ -2,14 +2,14 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from starlayers.datasets.optional import require
 from starlayers.datasets.splits import divide
@@ -210,6 +210,14 @@ class Remembered(Dataset[tuple[Tensor, Any]]):
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         self.items: list[tuple[Tensor, Any] | None] = [None] * len(dataset)
+
+    @property
+    def targets(self) -> Sequence[int]:
+        """Class numbers, where the files need not be read for them."""
+        if isinstance(self.dataset, Subset):
+            targets = self.dataset.dataset.targets  # type: ignore[attr-defined]
+            return [targets[i] for i in self.dataset.indices]
+        return self.dataset.targets  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
         return len(self.items)

@@ -20,11 +20,13 @@ def mix_seeds(*numbers: int) -> int:
 class ShuffleSampler(Sampler[int]):
     """Random order of `length` images that depends on (seed, epoch) alone.
 
-    Call `set_epoch` before each epoch; every iteration of one epoch gives the same order.
+    Call `set_epoch` before each epoch; every iteration of one epoch gives the same order. With
+    `weights` (length,) the images are drawn with replacement, each as often as its weight says.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
+    def __init__(self, length: int, seed: int, weights: Tensor | None = None) -> None:
         self.length, self.seed, self.epoch = length, seed, 0
+        self.weights = weights
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -34,7 +36,11 @@ class ShuffleSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch))
-        yield from torch.randperm(self.length, generator=generator).tolist()
+        if self.weights is None:
+            order = torch.randperm(self.length, generator=generator)
+        else:
+            order = torch.multinomial(self.weights, self.length, True, generator=generator)
+        yield from order.tolist()
 
 
 class Augmented(Dataset[tuple[Tensor, Any]]):

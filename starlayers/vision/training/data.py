@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+__all__ = ["TrainData", "class_weights", "labels_of"]
 
 
 class TrainData(Protocol):
@@ -47,3 +50,37 @@ class TrainData(Protocol):
     def mean(self) -> Sequence[float]: ...
     @property
     def std(self) -> Sequence[float]: ...
+
+
+def labels_of(dataset: Any) -> Tensor:
+    """Return the class numbers of a data set, from its `targets` if it has them.
+
+    A data set of another kind is read once, image by image.
+
+    Example:
+        >>> images = TensorDataset(torch.zeros(4, 1, 2, 2), torch.tensor([2, 0, 1, 1]))
+        >>> labels_of(Subset(images, [3, 0]))
+        tensor([1, 2])
+    """
+    if isinstance(dataset, Subset):
+        return labels_of(dataset.dataset)[list(dataset.indices)]
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[1].long()
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        targets = [int(dataset[i][1]) for i in range(len(dataset))]
+    return torch.as_tensor(targets).long()
+
+
+def class_weights(labels: Tensor, classes: int) -> Tensor:
+    """Return a weight for each class, the inverse of its number of images; 1 on average.
+
+    A class without images has weight 0.
+
+    Example:
+        >>> class_weights(torch.tensor([0, 0, 0, 1]), 2)
+        tensor([0.6667, 2.0000])
+    """
+    counts = torch.bincount(labels, minlength=classes)
+    present = (counts > 0).sum()
+    return torch.where(counts > 0, len(labels) / (present * counts), 0.0)

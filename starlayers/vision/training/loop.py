@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from starlayers.vision.training.augment import (
     image_transform,
     mix_seeds,
 )
-from starlayers.vision.training.data import TrainData
+from starlayers.vision.training.data import TrainData, class_weights, labels_of
 from starlayers.vision.training.recipe import TrainConfig, ema_model, lr_scheduler, param_groups
 from starlayers.vision.training.rundir import RunDir, process_state
 
@@ -105,7 +105,7 @@ def train(
         >>> config = TrainConfig(epochs=1, batch_size=64, lr=2e-2)
         >>> result = train(model, load_images("digits"), config, progress=False)
         >>> result.finished, result.history[-1]["step"]  # 1,437 images in batches of 64
-        (True, 22)
+        (True, 23)
     """
     if not (run_dir is None or isinstance(run_dir, RunDir)):
         raise TypeError(
@@ -167,6 +167,9 @@ class _Run:
         steps = config.epochs * len(self.train_loader)
         self.scheduler = lr_scheduler(self.optimizer.optimizer, config, steps)
         classes = len(data.classes)
+        self.class_weights = None
+        if config.balance == "loss":
+            self.class_weights = class_weights(self.labels, classes).to(device)
         self.mix = batch_transform(classes, mixup=config.mixup, cutmix=config.cutmix)
         self.mean = torch.tensor(data.mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(data.std, device=device).view(-1, 1, 1)
@@ -204,8 +207,23 @@ class _Run:
             data.shape[-1], flip=c.flip, crop=c.crop, randaugment=c.randaugment
         )
         self.augmented = Augmented(images, transform, c.seed) if transform else None
-        sampler = ShuffleSampler(len(images), c.seed)
-        return self.loader(self.augmented or images, c.batch_size, sampler=sampler, drop_last=True)
+        # BatchNorm cannot be trained on one value; several processes need equally many images
+        drop = len(images) % c.batch_size == 1 or self.accelerator.num_processes > 1
+        sampler = self._sampler()
+        return self.loader(self.augmented or images, c.batch_size, sampler=sampler, drop_last=drop)
+
+    def _sampler(self) -> ShuffleSampler:
+        images: Any = self.data.train
+        weights = None
+        if self.config.balance == "sampling":
+            labels = self.labels
+            weights = class_weights(labels, len(self.data.classes))[labels]
+        return ShuffleSampler(len(images), self.config.seed, weights)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """Class numbers of the training images."""
+        return labels_of(self.data.train)
 
     def run(self) -> TrainResult:
         if self.run_dir:
@@ -272,7 +290,9 @@ class _Run:
                     f"the data has {len(self.data.classes)} classes; build the model with "
                     f"num_classes={len(self.data.classes)}"
                 )
-            loss = F.cross_entropy(logits, targets, label_smoothing=c.label_smoothing)
+            loss = F.cross_entropy(
+                logits, targets, self.class_weights, label_smoothing=c.label_smoothing
+            )
         self.accelerator.backward(loss)
         if c.clip:
             self.accelerator.clip_grad_norm_(self.model.parameters(), c.clip)
@@ -281,7 +301,7 @@ class _Run:
         self.optimizer.zero_grad()
         if c.ema:
             self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
-        self.loss.update(loss.detach())
+        self.loss.update(loss.detach(), len(images))
         self.accuracy.update(logits.detach().float(), labels)
         self.step += 1
 
@@ -320,7 +340,7 @@ class _Run:
         """Yield the first batches of the epoch once more, the same in every process."""
         c, data = self.config, self.data
         images: Any = self.augmented or data.train
-        sampler = ShuffleSampler(len(images), c.seed)
+        sampler = self._sampler()
         sampler.set_epoch(self.epoch)
         order = list(islice(sampler, c.norm_batches * c.batch_size))
         loader = self.loader(images, c.batch_size, sampler=order, drop_last=True)

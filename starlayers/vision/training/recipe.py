@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
 from starlayers.checks import boolean, positive_int
+from starlayers.vision.training.data import TrainData
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class TrainConfig:
 
     Args:
         epochs: passes over the training images.
-        batch_size: images per step and process; a last batch with fewer is left out.
+        batch_size: images per step and process. One process keeps a last batch with fewer; several
+            leave it out.
         lr: peak learning rate of AdamW.
         weight_decay: of weight matrices and kernels; norms, biases and layer scales have none.
         schedule: "cosine" (linear warm-up, then half a cosine to 0) or "onecycle".
@@ -30,6 +32,8 @@ class TrainConfig:
         ema: decay of the averaged weights that are validated and saved, 0 for no averaging.
         norm_batches: training batches from which the BatchNorm statistics are estimated anew
             before each validation, see `reestimate_norms`; 0 keeps the running statistics.
+        balance: "loss" weights each class by the inverse of its number of images, "sampling" draws
+            the images of an epoch so that all classes are equally likely; "none" does neither.
         amp: bfloat16 mixed precision.
         compile: call `torch.compile` on the model.
         seed: of order, augmentation and dropout. The caller seeds the start weights.
@@ -62,6 +66,7 @@ class TrainConfig:
     cutmix: float = 0.0
     ema: float = 0.0
     norm_batches: int = 20
+    balance: str = "none"
     amp: bool = False
     compile: bool = False
     seed: int = 0
@@ -92,6 +97,43 @@ class TrainConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.schedule not in ("cosine", "onecycle"):
             raise ValueError(f"schedule must be 'cosine' or 'onecycle', got {self.schedule!r}")
+        if self.balance not in ("none", "loss", "sampling"):
+            raise ValueError(f"balance must be 'none', 'loss' or 'sampling', got {self.balance!r}")
+
+    @classmethod
+    def for_data(cls, data: TrainData, **options: Any) -> "TrainConfig":
+        """Choose what is not in `options` by the number and the size of the training images.
+
+        Steps are what a network learns by, so few images get small batches and many epochs:
+        batches of an eighth of the images, a power of two from 16 to 128; 1,000 steps, and at least
+        4 epochs; a rate that follows the square root of the batch; random shifts by an eighth of
+        the image where each is seen 20 times or more; weights averaged over a quarter of the steps.
+
+        Raises:
+            ValueError: an option out of range, naming it.
+
+        Example:
+            >>> from starlayers.datasets import load_images
+            >>> config = TrainConfig.for_data(load_images("digits"), flip=0.0)
+            >>> config.batch_size, config.epochs, config.lr, config.crop
+            (128, 84, 0.004, 1)
+        """
+        images: Any = data.train
+        n = len(images)
+        fitting = min(n, 2 ** min(max(int(math.log2(max(n, 1) / 8)), 4), 7))
+        batch = positive_int("TrainConfig", "batch_size", options.get("batch_size", fitting))
+        steps = math.ceil(n / batch)
+        epochs = positive_int(
+            "TrainConfig", "epochs", options.get("epochs", max(4, math.ceil(1000 / steps)))
+        )
+        chosen: dict[str, Any] = {
+            "batch_size": batch,
+            "epochs": epochs,
+            "lr": float(f"{4e-3 * math.sqrt(batch / 128):.2g}"),
+            "crop": data.shape[-1] // 8 if epochs >= 20 else 0,
+            "ema": round(max(0.0, min(0.9998, 1 - 4 / (steps * epochs))), 4),
+        }
+        return cls(**chosen | options)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

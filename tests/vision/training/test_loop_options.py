@@ -50,6 +50,7 @@ CHANGES = {
     "cutmix": 0.0,
     "ema": 0.5,
     "norm_batches": 0,
+    "balance": "sampling",
     "amp": True,
     "seed": 4,
 }
@@ -264,7 +265,7 @@ def test_progress_is_shown_only_when_wanted(capfd):
 
 def test_the_bar_shows_loss_accuracy_and_rate_every_ten_steps(capfd):
     shown = r"loss \d\.\d{3}, acc \d+\.\d%, \d+ images/s"
-    for batch_size, steps in ((8, 10), (9, 8)):
+    for batch_size, steps in ((8, 10), (9, 9)):
         config = TrainConfig(epochs=1, batch_size=batch_size)
         train(tiny_model(), tiny_data(), config)
         err = capfd.readouterr().err
@@ -283,6 +284,8 @@ BAD = [
     ({"randaugment": -2}, "randaugment must not be negative, got -2"),
     ({"mixup": -0.1}, "mixup must not be negative, got -0.1"),
     ({"cutmix": -0.2}, "cutmix must not be negative, got -0.2"),
+    ({"norm_batches": -1}, "norm_batches must not be negative, got -1"),
+    ({"balance": "weights"}, "balance must be 'none', 'loss' or 'sampling', got 'weights'"),
     ({"warmup": 1.0}, r"warmup must be in \[0, 1\), got 1.0"),
     ({"warmup": -0.1}, r"warmup must be in \[0, 1\), got -0.1"),
     ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\), got 1.5"),
