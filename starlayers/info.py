@@ -1,13 +1,10 @@
-"""Command `starlayers`: versions, devices, and the code path of typical layers."""
+"""Facts for bug reports: versions, devices, and the code path of typical layers."""
 
-import argparse
-import json
 import os
 import platform
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,7 +14,7 @@ from starlayers.backend import backend_name
 from starlayers.modules import StarMLP
 from starlayers.surgery.report import aligned
 
-__all__ = ["collect", "main"]
+__all__ = ["as_text", "collect"]
 
 PACKAGES = (
     "starlayers",
@@ -36,32 +33,6 @@ PACKAGES = (
 
 #: star MLPs whose code path is reported: (channels, rows, gradients)
 LAYERS = ((64, 8, False), (64, 65536, False), (64, 65536, True), (512, 4096, True))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the `starlayers` command and return its exit status.
-
-    `starlayers info` prints `collect()` as text, `starlayers info --json` as JSON.
-
-    Args:
-        arguments: words of the command line; default those of the process.
-
-    Raises:
-        SystemExit: the words are no command, or ask for help.
-
-    Example:
-        >>> main(["info"])  # doctest: +ELLIPSIS
-        packages
-          python ...
-    """
-    parser = argparse.ArgumentParser(prog="starlayers", description="Star layers for PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    info = commands.add_parser("info", help="versions, devices, code paths and models")
-    info.add_argument("--json", action="store_true", help="print JSON, for bug reports")
-    options = parser.parse_args(arguments)
-    facts = collect()
-    print(json.dumps(facts, indent=2) if options.json else _as_text(facts))
-    return 0
 
 
 def collect() -> dict[str, Any]:
@@ -189,7 +160,8 @@ def _models() -> list[dict[str, Any]]:
     return models
 
 
-def _as_text(facts: dict[str, Any]) -> str:
+def as_text(facts: dict[str, Any]) -> str:
+    """Return the facts of `collect` as text."""
     lines: list[str] = []
     for title in ("packages", "platform", "compilers"):
         missing = "not installed" if title == "packages" else "not found"
@@ -217,7 +189,3 @@ def _as_text(facts: dict[str, Any]) -> str:
 
 def _columns(rows: Iterable[Iterable[Any]]) -> list[str]:
     return [f"  {line}" for line in aligned(rows)]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

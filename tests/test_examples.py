@@ -11,7 +11,8 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PROGRAMS = sorted(p.stem for p in EXAMPLES.glob("[!_]*.py"))
 BAR = re.compile(
-    r"_report\.bar|_text\.train|progress_bar=True|trange|search\(|import .*train$", re.M
+    r"_report\.bar|_text\.train|progress_bar=True|trange|search\(|import .*train(?:_command)?$",
+    re.M,
 )
 
 

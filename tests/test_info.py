@@ -1,4 +1,4 @@
-"""The `starlayers` command."""
+"""The facts of `starlayers info`, and the words of the command."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from starlayers import __version__, info
+from starlayers.commands import main
 
 
 def words(capsys):
@@ -15,7 +16,7 @@ def words(capsys):
 
 
 def test_text_lists_versions_code_paths_and_model_sizes(capsys):
-    assert info.main(["info"]) == 0
+    assert main(["info"]) == 0
     text = words(capsys)
     assert f"starlayers {__version__}" in text
     assert f"torch {torch.__version__.split('+')[0]}" in text
@@ -25,7 +26,7 @@ def test_text_lists_versions_code_paths_and_model_sizes(capsys):
 
 
 def test_json_has_the_facts_of_a_bug_report(capsys):
-    assert info.main(["info", "--json"]) == 0
+    assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert list(facts) == [
         "packages", "platform", "devices", "compilers", "backend", "auto", "models",
@@ -80,7 +81,7 @@ def test_missing_packages_and_compilers_are_named(monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert info.collect()["packages"]["no-such-package"] is None
     assert info.collect()["compilers"]["no-such-compiler"] is None
-    info.main(["info"])
+    main(["info"])
     text = words(capsys)
     assert "no-such-package not installed" in text
     assert "no-such-compiler not found" in text
@@ -98,19 +99,21 @@ def test_a_compiler_that_hangs_or_breaks_is_no_failure(monkeypatch):
 def test_without_the_vision_extra_there_are_no_models(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "starlayers.vision.cost", None)
     assert info.collect()["models"] == []
-    info.main(["info"])
+    main(["info"])
     assert "models need pip install 'starlayers[vision]'" in words(capsys)
 
 
-@pytest.mark.parametrize("arguments", [[], ["information"], ["info", "--yaml"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["information"], ["info", "--yaml"], ["train", "--yaml"]]
+)
 def test_wrong_words_show_the_usage(capsys, arguments):
     with pytest.raises(SystemExit, match="2"):
-        info.main(arguments)
+        main(arguments)
     assert "usage: starlayers" in capsys.readouterr().err
 
 
 def test_it_runs_as_a_module():
-    command = [sys.executable, "-m", "starlayers.info", "info", "--json"]
+    command = [sys.executable, "-m", "starlayers.commands", "info", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["packages"]["starlayers"] == __version__

@@ -82,7 +82,9 @@ def test_the_wheel_has_the_package_alone(built):
     metadata = email.message_from_bytes(wheel.read(f"{info}/METADATA"))
     assert metadata["Version"] == starlayers.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert "starlayers = starlayers.info:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert (
+        "starlayers = starlayers.commands:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    )
 
 
 def test_the_sdist_has_what_tests_and_pages_need(built):

@@ -25,6 +25,7 @@ __all__ = [
     "open_folder",
     "open_train_and_test",
     "read_image",
+    "readable",
     "split_folder",
     "to_rgb",
 ]
@@ -227,6 +228,19 @@ class Remembered(Dataset[tuple[Tensor, Any]]):
         if item is None:
             item = self.items[index] = self.dataset[index]
         return item
+
+
+def readable(images: Remembered) -> tuple[Subset[tuple[Tensor, Any]], list[str]]:
+    """Read all images; return those that can be read, and a message for each other file."""
+    kept, messages = [], []
+    for i in range(len(images)):
+        try:
+            images[i]
+        except ValueError as error:
+            messages.append(str(error))
+        else:
+            kept.append(i)
+    return Subset(images, kept), messages
 
 
 def to_rgb(image: Any) -> Any:

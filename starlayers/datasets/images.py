@@ -96,7 +96,11 @@ class ImageData:
 
 
 def load_images(
-    name: str = "fashion-mnist", *, path: str | os.PathLike[str] | None = None, size: int = 64
+    name: str = "fashion-mnist",
+    *,
+    path: str | os.PathLike[str] | None = None,
+    size: int = 64,
+    skip_unreadable: bool = False,
 ) -> ImageData:
     """Load an image data set.
 
@@ -119,10 +123,14 @@ def load_images(
             of the npm package, from its unpacked files, or from torchvision's; any other
             torchvision data set from what torchvision put there.
         size: side to which images of "folder" and images of varying size are resized and cropped.
+        skip_unreadable: read all images of "folder" now, and leave out files that cannot be read;
+            `source` names each. Images that do not fit into 1 GiB at this size are read when they
+            are used, as without it.
 
     Raises:
         ValueError: an unknown name; an image file that cannot be read (the message names it; files
-            are read when their images are used); downloaded data with another hash than the
+            are read when their images are used), or more than one in ten that would be left out;
+            downloaded data with another hash than the
             pinned one.
         FileNotFoundError: the data are not in `path`, or not available.
 
@@ -140,7 +148,7 @@ def load_images(
             )
         return _digits("scikit-learn digits")
     if name == "folder":
-        return _folder(path, size)
+        return _folder(path, size, skip_unreadable)
     if name == "CIFAR10":
         return _cifar10(path) or _torchvision(name, path, size)
     return _torchvision(name, path, size)
@@ -328,16 +336,16 @@ def _torchvision_download(name: str, divisions: list[dict[str, Any]]) -> Path:
     return root
 
 
-def _folder(path: str | os.PathLike[str] | None, size: int) -> ImageData:
+def _folder(path: str | os.PathLike[str] | None, size: int, skip_unreadable: bool) -> ImageData:
     from starlayers.datasets import image_folder  # needs Pillow
 
     if path is None or not Path(path).is_dir():
         raise FileNotFoundError(f"data set 'folder' needs path=, a folder of images; got {path}")
     if parts := image_folder.open_train_and_test(Path(path)):
         sets, source = parts
-        return _from_files("folder", source, sets, size)
+        return _from_files("folder", source, sets, size, None, skip_unreadable)
     images, numbers, source = image_folder.split_folder(Path(path))
-    return _from_files("folder", source, [images, images], size, numbers)
+    return _from_files("folder", source, [images, images], size, numbers, skip_unreadable)
 
 
 def _digits(source: str) -> ImageData:
@@ -366,8 +374,9 @@ def _from_files(
     sets: list[Any],
     size: int,
     parts: Sequence[list[int]] | None = None,
+    skip_unreadable: bool = False,
 ) -> ImageData:
-    from starlayers.datasets.image_folder import Remembered, fit_to  # needs Pillow
+    from starlayers.datasets.image_folder import Remembered, fit_to, readable  # needs Pillow
 
     to_tensor = fit_to(size)
     classes = getattr(sets[0], "classes", None)
@@ -379,6 +388,15 @@ def _from_files(
         classes = [str(c) for c in range(1 + max(int(label) for _, label in sets[1]))]
     if 3 * size**2 * sum(map(len, sets)) <= MEMORY:
         sets = [Remembered(s) for s in sets]
+        if skip_unreadable:
+            n = sum(map(len, sets))
+            sets, messages = zip(*map(readable, sets), strict=True)
+            bad = [message for part in messages for message in part]
+            if 10 * len(bad) > n:
+                raise ValueError(
+                    f"{len(bad)} of {n} files cannot be read, among them: {'; '.join(bad[:3])}"
+                )
+            source += "".join(f"; left out: {message}" for message in bad)
     return _describe(name, source, sets, classes=classes)
 
 

@@ -1,0 +1,275 @@
+"""Commands that train, test and use a StarNet on image files."""
+
+import argparse
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from starlayers.datasets.image_folder import EXTENSIONS, load_image
+    from starlayers.datasets.images import ImageData, load_images
+    from starlayers.vision import StarNet, TrainedNet, load_run
+    from starlayers.vision.models import MODELS
+    from starlayers.vision.training import RunDir, TrainConfig, TrainResult, train
+    from starlayers.vision.training.rundir import process_state
+except ImportError as error:
+    raise ImportError(
+        f"the commands for images need pip install 'starlayers[training,datasets]' ({error})"
+    ) from error
+
+__all__ = ["build", "run", "train_command"]
+
+# The published strides reduce a 28x28 image to one pixel. These give maps with sides of 14, 14, 7,
+# 4 and 4, on which a 7x7 kernel would mostly read padding, and 3x3 trains twice as fast on a CPU.
+SMALL_IMAGES: dict[str, Any] = {"stage_strides": (1, 2, 2, 1), "kernel_size": 3}
+#: steps below which a network that starts at random has hardly learned
+FEW_STEPS = 300
+BATCH = 64
+
+
+def run(command: str, words: Sequence[str]) -> int:
+    """Run one of the commands on the words after its name; return its exit status."""
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "train": lambda words: 0 if train_command(words) else 1,
+        "eval": _eval,
+        "predict": _predict,
+    }
+    try:
+        return commands[command](words)
+    except (ValueError, OSError) as error:  # the user's own input: the message says it all
+        print(f"starlayers {command}: {error}", file=sys.stderr)
+        return 2
+
+
+def build(name: str, data: ImageData, drop_path: float = 0.0) -> StarNet:
+    """Build a published StarNet for the channels, classes and size of `data`.
+
+    Below 96 pixels it has other strides and kernels than published.
+
+    Example:
+        >>> from starlayers.datasets import load_images
+        >>> build("starnet_s050", load_images("digits")).head.out_features
+        10
+    """
+    return MODELS[name](
+        in_chans=data.shape[0],
+        num_classes=len(data.classes),
+        drop_path_rate=drop_path,
+        **(SMALL_IMAGES if data.shape[-1] < 96 else {}),
+    )
+
+
+def train_command(
+    words: Sequence[str], program: str = "starlayers train", text: str = ""
+) -> tuple[TrainResult, ImageData, StarNet, RunDir] | None:
+    """Train as the words of a command line say, and print what happens.
+
+    What the words leave open is chosen by the data, see `TrainConfig.for_data`.
+
+    Args:
+        words: after the name of the command; `--help` prints them all.
+        program: name under which the command is called, in messages.
+        text: what `--help` says first; of a docstring, the part up to the commands.
+
+    Returns:
+        Result, data, network and folder; `None` if the run was stopped and can be resumed.
+    """
+    options = vars(_train_parser(program, text).parse_args(words))
+    resume: Path | None = options["resume"]
+    recipe = {f.name: options[f.name] for f in fields(TrainConfig) if f.name in options}
+    if resume:
+        saved = RunDir.read_config(resume)
+        options |= {name: saved[name] for name in ("model", "data", "path", "size", "drop_path")}
+        recipe = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}
+    images = load_images(
+        options["data"], path=options["path"], size=options["size"], skip_unreadable=True
+    )
+    config = TrainConfig.for_data(images, **{k: v for k, v in recipe.items() if v is not None})
+    torch.manual_seed(config.seed)
+    net = build(options["model"], images, options["drop_path"])
+    setup = {name: options[name] for name in ("model", "data", "path", "size", "drop_path")}
+    setup["path"] = None if setup["path"] is None else str(setup["path"])
+    folder = resume or options["out"] or RunDir.fresh_path("runs")
+    run_dir = RunDir(folder, {**setup, **vars(config)}, resume=bool(resume))
+
+    parameters = sum(p.numel() for p in net.parameters())
+    show = process_state().print  # by one process, however many there are
+    show(f"{options['model']}: {parameters:,} parameters; data: {images.source}")
+    for line in _recipe(config, images):
+        show(line)
+    result = train(net, images, config, run_dir)
+    if not result.finished:
+        show(f"stopped; go on with: {program} --resume {run_dir.path}")
+        return None
+    show(
+        f"test accuracy {result.test_accuracy:.2%} after {config.epochs} epochs, "
+        f"{result.seconds:.0f} s of training; weights and plots in {run_dir.path}"
+    )
+    return result, images, net, run_dir
+
+
+def _recipe(config: TrainConfig, images: ImageData) -> Iterator[str]:
+    data: Any = images.train
+    steps = -(-len(data) // config.batch_size)
+    yield (
+        f"{len(data):,} training images of {len(images.classes)} classes; {config.epochs} epochs "
+        f"of {steps} steps, batch {config.batch_size}, rate {config.lr:g}, shifts of "
+        f"{config.crop} pixels"
+    )
+    if config.epochs * steps < FEW_STEPS:
+        yield (
+            f"{config.epochs * steps} steps are few for a network that starts at random: raise "
+            "--epochs or lower --batch-size, or leave them out, and the data decide"
+        )
+
+
+def _train_parser(program: str, text: str) -> argparse.ArgumentParser:
+    text = text.split("\n\npython ")[0] or "Train a StarNet on images, or resume a stopped run."
+    parser = argparse.ArgumentParser(
+        prog=program,
+        usage=f"{program} [OPTIONS]",
+        description=text,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=40),
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        default="starnet_s050",
+        choices=MODELS,
+        metavar="NAME",
+        help=f"one of {', '.join(MODELS)} (default starnet_s050)",
+    )
+    add(
+        "--data",
+        default="fashion-mnist",
+        help="fashion-mnist (default), digits, folder, or a torchvision name such as CIFAR10",
+    )
+    add("--path", type=Path, help="folder of the images, read only (default the cache)")
+    add(
+        "--size",
+        type=int,
+        default=64,
+        help="side to which images of a folder are resized (default 64)",
+    )
+    add("--out", type=Path, help="folder of the run (default runs/TIME)")
+    add("--resume", type=Path, help="folder of a run to go on with, as it began (default none)")
+    add(
+        "--drop-path",
+        type=float,
+        default=0.0,
+        help="stochastic depth of the last block (default 0)",
+    )
+    helps = dict(re.findall(r"^    ([\w, ]+): (.*(?:\n {8}.*)*)", _arguments(TrainConfig), re.M))
+    for names, text in list(helps.items()):
+        helps |= dict.fromkeys(names.split(", "), text)
+    chosen = ("batch_size", "epochs", "lr", "crop", "ema")
+    for field in fields(TrainConfig):
+        default = "default by the data" if field.name in chosen else f"default {field.default}"
+        line = " ".join(helps[field.name].split()).rstrip(".").replace("`", "").replace("%", "%%")
+        option = f"--{field.name.replace('_', '-')}"
+        if field.type is bool:
+            add(option, action="store_true", default=None, help=f"{line} (default off)")
+        else:
+            kind: Any = field.type
+            add(option, type=kind, metavar=kind.__name__.upper(), help=f"{line} ({default})")
+    return parser
+
+
+def _arguments(kind: type) -> str:
+    """Return the part of a docstring that describes the arguments."""
+    return (inspect.getdoc(kind) or "").partition("Args:\n")[2].partition("\n\n")[0]
+
+
+def _eval(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="starlayers eval",
+        description="Test a trained network, on the test images of its run or on others.",
+    )
+    parser.add_argument("run", type=Path, help="folder of a run, or a weights file")
+    parser.add_argument("--data", help="other images than those of the run, as for train")
+    parser.add_argument("--path", type=Path, help="folder of these images")
+    options = parser.parse_args(words)
+    net = load_run(options.run)
+    if options.data or options.path:
+        setup = {"data": options.data or "folder", "path": options.path}
+    else:
+        folder = options.run if options.run.is_dir() else options.run.parent
+        setup = RunDir.read_config(folder)
+    images = load_images(setup["data"], path=setup["path"], size=net.size[0], skip_unreadable=True)
+    if tuple(images.classes) != net.classes:
+        raise ValueError(
+            f"the network knows the classes {', '.join(net.classes)}; {images.source} has "
+            f"{', '.join(images.classes)}"
+        )
+    counts = _right_by_class(net, images)
+    right, total = counts.sum(0).tolist()
+    print(f"{right} of {total} right: {right / total:.2%} on {images.source}")
+    for name, (good, n) in zip(net.classes, counts.tolist(), strict=True):
+        print(f"  {name}: {good} of {n}")
+    return 0
+
+
+def _right_by_class(net: TrainedNet, images: ImageData) -> Tensor:
+    """Return for each class how many test images were right, and how many there are."""
+    counts = torch.zeros(len(net.classes), 2, dtype=torch.long)
+    loader = torch.utils.data.DataLoader(images.test, BATCH)
+    for pixels, labels in loader:
+        right = net.logits(pixels).argmax(1).cpu() == labels
+        counts[:, 0].index_add_(0, labels, right.long())
+        counts[:, 1].index_add_(0, labels, torch.ones_like(labels))
+    return counts
+
+
+def _predict(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="starlayers predict",
+        description="Name the classes of image files. Files in folders named like classes are "
+        "counted as right or wrong. Files that cannot be read are named, and the exit status is 1.",
+    )
+    parser.add_argument("run", type=Path, help="folder of a run, or a weights file")
+    parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
+    parser.add_argument("--top", type=int, default=1, help="classes shown for each image (1)")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each image")
+    options = parser.parse_args(words)
+    if options.top < 1:
+        raise ValueError(f"--top must be at least 1, got {options.top}")
+    net = load_run(options.run)
+    files = [file for path in options.images for file in _files(path)]
+    right, labelled, unread = 0, 0, 0
+    for file in files:
+        try:
+            image = load_image(file, (len(net.mean), *net.size))
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            unread += 1
+            continue
+        (classes,) = net.predict(image[None], options.top)
+        if options.json:
+            print(json.dumps({"file": str(file), "classes": dict(classes)}))
+        else:
+            print(f"{file}  {', '.join(f'{name} {share:.1%}' for name, share in classes)}")
+        if file.parent.name in net.classes:
+            labelled += 1
+            right += classes[0][0] == file.parent.name
+    if labelled and not options.json:
+        print(f"{right} of {labelled} right: {right / labelled:.2%}")
+    return 1 if unread else 0
+
+
+def _files(path: Path) -> list[Path]:
+    """Return a file, or the image files in a folder and the folders in it."""
+    if path.is_file():
+        return [path]
+    files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise FileNotFoundError(f"no image files in {path}" if path.is_dir() else f"no file {path}")
+    return files
