@@ -54,6 +54,7 @@ def test_no_file_imports_itself_by_way_of_others():
 def test_functions_import_only_what_needs_another_package():
     late = {(m, name) for m, names in GRAPH.items() for name, inside in names if inside}
     assert {name for _, name in late if not name.startswith("starlayers.kernels.device")} == {
+        "starlayers.commands.vision",  # the extras of the room
         "starlayers.datasets.image_folder",  # pillow
         "starlayers.rl.contrib",  # sb3-contrib
         "starlayers.vision.cost",  # torchvision and timm's conventions, for `starlayers info`
