@@ -13,6 +13,7 @@ from starlayers.vision.checkpoints import LoadReport, load_checkpoint, to_timm_s
 from starlayers.vision.demonet import DemoNet
 from starlayers.vision.models import (
     STARNETS,
+    from_architecture,
     starnet_s050,
     starnet_s1,
     starnet_s2,
@@ -24,7 +25,6 @@ from starlayers.vision.models import (
 from starlayers.vision.starnet import StarNet
 from starlayers.vision.weights import (
     architecture,
-    from_architecture,
     read_architecture,
     read_metadata,
     save_weights,
