@@ -75,7 +75,7 @@ def _convolution(layer: "ConvNorm", x: Tensor) -> Convolution | str:
     if list(modules) not in (["conv", "bn"], ["conv", "bn", "act"]):
         return "its layers are not just conv, bn and act"
     if "act" in modules and not is_plain(modules["act"], Activation):
-        return f"the activation is hooked or a {type(modules['act']).__name__}"
+        return f"the activation is hooked or another module, {type(modules['act']).__name__}"
     conv, norm = modules["conv"], modules["bn"]
     weight = conv._parameters.get("weight") if is_plain_convolution(conv) else None
     if type(weight) is not nn.Parameter or weight.ndim != 4:

@@ -381,9 +381,10 @@ class StarNet(Graphed, OnHub):
         if isinstance(self.stem, ConvNorm) and self.act != get_activation(None).name:
             self.stem.act = Activation(self.act)
         head = self._modules.pop("head")
-        self.global_pool, self.head_drop = GlobalPool(pool), nn.Dropout(drop_rate)
+        self.global_pool = GlobalPool(pool)
         self.flatten = nn.Flatten(1) if pool else nn.Identity()
-        self.add_module("head", head)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.add_module("head", head)  # after them, as it comes after them
         self.feature_info = FeatureInfo(self.feature_info)
         self.train(self.training)
 

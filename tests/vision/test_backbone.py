@@ -233,3 +233,47 @@ def test_a_replaced_activation_of_the_stem_is_computed():
     torch.testing.assert_close(
         ours._stem(x), ours.stem.bn(ours.stem.conv(x)).tanh(), rtol=1e-5, atol=1e-6
     )
+
+
+def before_steps_were_modules(model, drop_rate=0.25):
+    """Return the pickled state of a network of the time when activation and pool were none."""
+    state = model.__getstate__()
+    state["_modules"] = dict(state["_modules"])
+    for name in ("global_pool", "flatten", "head_drop"):
+        del state["_modules"][name]
+    state["_modules"]["stem"] = copy.deepcopy(model.stem)
+    del state["_modules"]["stem"].act
+    state |= {"global_pool": model.global_pool.pool_type, "drop_rate": drop_rate}
+    return state | {"feature_info": list(model.feature_info)}
+
+
+@pytest.mark.parametrize("pool", ["max", ""])
+def test_networks_pickled_before_steps_were_modules_get_them(pool):
+    model = make(num_classes=10 if pool else 0, global_pool=pool)
+    old = object.__new__(type(model))
+    old.__setstate__(before_steps_were_modules(model))
+    assert [n for n, _ in old.named_modules()] == [n for n, _ in model.named_modules()]
+    assert (old.drop_rate, old.training, type(old.feature_info)) == (
+        0.25,
+        False,
+        type(model.feature_info),
+    )
+    x = image(2, 3, 64, 64)
+    torch.testing.assert_close(old(x), model(x), rtol=0, atol=0)
+    again = copy.deepcopy(old)
+    assert [n for n, _ in again.named_modules()] == [n for n, _ in model.named_modules()]
+
+
+def test_an_activation_that_was_removed_stays_away():
+    model = make()
+    del model.stem.act
+    assert not hasattr(copy.deepcopy(model).stem, "act")
+
+
+def test_the_rate_of_dropout_is_that_of_its_module():
+    model = make(drop_rate=0.1)
+    assert (model.drop_rate, model.head_drop.p) == (0.1, 0.1)
+    model.drop_rate = 0.5
+    assert model.head_drop.p == 0.5
+    with pytest.raises(ValueError, match="drop_rate"):
+        model.drop_rate = 1.5
