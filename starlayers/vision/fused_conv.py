@@ -42,7 +42,7 @@ def plan(layer: "ConvNorm", x: Tensor) -> Plan:
     Unlike other plans it raises under no backend: a convolution is no star, and cuDNN serves it
     where its kernel does not.
     """
-    conv, act = _convolution(layer, x), activation(layer)
+    conv, act = _convolution(layer, x), fused_activation(layer)
     if isinstance(conv, str):
         return plan_convolution(x, None, (), act, conv)
     reason = "" if x.numel() else "the batch is empty"
@@ -61,6 +61,15 @@ def activation(layer: "ConvNorm") -> str | None:
     """Return the name of the activation that ends `layer`; `None` for none."""
     act = layer._modules.get("act")
     return act.name if isinstance(act, Activation) else None
+
+
+def fused_activation(layer: "ConvNorm") -> str | None:
+    """Return the activation that a launch of `layer` applies: `None` for one without Triton form.
+
+    That one is called on the result of the launch.
+    """
+    act = activation(layer)
+    return None if get_activation(act).triton is None else act
 
 
 def is_plain_convolution(m: nn.Module) -> bool:
@@ -115,7 +124,8 @@ def compute(layer: "ConvNorm", x: Tensor) -> Tensor | None:
         y = record(layer, key, state, x, _tensors(layer), partial(_launched, layer, x))
     else:
         return None
-    return y.permute(0, 3, 1, 2)
+    act, y = activation(layer), y.permute(0, 3, 1, 2)
+    return y if act is None or fused_activation(layer) else get_activation(act).fn(y)
 
 
 def _tensors(layer: "ConvNorm") -> Iterator[Tensor | None]:
@@ -141,5 +151,5 @@ def _launched(layer: "ConvNorm", x: Tensor) -> Tensor:
     scale = torch.ones_like(shift)
     if affine is not None:
         scale, shift = affine.scale, affine.bias + affine.scale * (shift - affine.center)
-    name = get_activation(activation(layer)).name
+    name = get_activation(fused_activation(layer)).name
     return convolve(x, w, scale, shift, stride=conv.stride[0], act=name)

@@ -111,7 +111,6 @@ class StarNet(Graphed, OnHub):
                 positive_int("StarNet", f"each of {name}", number)
         self.in_chans = positive_int("StarNet", "in_chans", in_chans)
         probability("StarNet", "drop_path_rate", drop_path_rate)
-        self.act = get_activation(act).name
         self.grad_checkpointing = False
         self.feature_info = FeatureInfo()
         limit = math.inf
@@ -158,6 +157,16 @@ class StarNet(Graphed, OnHub):
         self.head_drop = nn.Dropout(probability("StarNet", "drop_rate", drop_rate))
         self.reset_classifier(num_classes, global_pool)
         self.init_weights()
+
+    @property
+    def act(self) -> str:
+        """Name of the stem's activation; those of the blocks are in their MLPs."""
+        act = self.stem._modules.get("act")
+        return act.name if isinstance(act, Activation) else get_activation(None).name
+
+    @act.setter
+    def act(self, name: str | None) -> None:
+        self.stem.act = Activation(name)
 
     @property
     def drop_rate(self) -> float:
@@ -373,13 +382,14 @@ class StarNet(Graphed, OnHub):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if isinstance(pool := state.pop("global_pool", None), str):
-            self._add_steps(pool, state.pop("drop_rate"))
+        if isinstance(pool := self.__dict__.pop("global_pool", None), str):
+            self._add_steps(pool)
 
-    def _add_steps(self, pool: str, drop_rate: float) -> None:
+    def _add_steps(self, pool: str) -> None:
         """Make the steps of a network pickled when activation and pooling were no modules."""
-        if isinstance(self.stem, ConvNorm) and self.act != get_activation(None).name:
-            self.stem.act = Activation(self.act)
+        act, drop_rate = self.__dict__.pop("act"), self.__dict__.pop("drop_rate")
+        if isinstance(self.stem, ConvNorm) and act != get_activation(None).name:
+            self.act = act
         head = self._modules.pop("head")
         self.global_pool = GlobalPool(pool)
         self.flatten = nn.Flatten(1) if pool else nn.Identity()

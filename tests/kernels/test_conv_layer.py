@@ -58,7 +58,7 @@ def recorded(monkeypatch):
     whole = fused_conv._launched
 
     def counted(layer, x):
-        calls.append(fused_conv.activation(layer))
+        calls.append(fused_conv.fused_activation(layer))
         return whole(layer, x)
 
     monkeypatch.setattr(fused_conv, "_launched", counted)

@@ -243,7 +243,7 @@ def before_steps_were_modules(model, drop_rate=0.25):
         del state["_modules"][name]
     state["_modules"]["stem"] = copy.deepcopy(model.stem)
     del state["_modules"]["stem"].act
-    state |= {"global_pool": model.global_pool.pool_type, "drop_rate": drop_rate}
+    state |= {"global_pool": model.global_pool.pool_type, "drop_rate": drop_rate, "act": model.act}
     return state | {"feature_info": list(model.feature_info)}
 
 
@@ -268,6 +268,17 @@ def test_an_activation_that_was_removed_stays_away():
     model = make()
     del model.stem.act
     assert not hasattr(copy.deepcopy(model).stem, "act")
+
+
+def test_the_activation_is_that_of_the_stem():
+    model, x = make(), image(2, 3, 64, 64)
+    assert model.act == model.stem.act.name == "relu6"
+    model.act = "silu"
+    torch.testing.assert_close(
+        model._stem(x), nn.functional.silu(model.stem.bn(model.stem.conv(x)))
+    )
+    plain = make(act="identity")
+    assert (plain.act, hasattr(plain.stem, "act")) == ("identity", False)
 
 
 def test_the_rate_of_dropout_is_that_of_its_module():
