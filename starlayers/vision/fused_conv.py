@@ -21,6 +21,7 @@ from starlayers.dispatch import (
 )
 from starlayers.kernels.conv import Convolution, convolve
 from starlayers.kernels.versions import versions
+from starlayers.plans import has_triton_form
 from starlayers.tracing import is_traced
 from starlayers.vision.layout import Activation
 from starlayers.vision.norms import norm_as_affine, unusual
@@ -69,7 +70,7 @@ def fused_activation(layer: "ConvNorm") -> str | None:
     That one is called on the result of the launch.
     """
     act = activation(layer)
-    return None if get_activation(act).triton is None else act
+    return act if has_triton_form(act) else None
 
 
 def is_plain_convolution(m: nn.Module) -> bool:
