@@ -20,6 +20,7 @@ __all__ = [
     "call_of",
     "decide_mlp",
     "few",
+    "has_triton_form",
     "kernel_reason",
     "rows_of",
     "small",
@@ -169,6 +170,17 @@ def kernel_reason(call: Call) -> str:
     if call.tracer == "export" and call.backend == "auto":
         return "being exported: the graph stays portable"
     return TRANSFORMED if call.tracer == "transform" else ""
+
+
+def has_triton_form(act: str | None) -> bool:
+    """Return True if kernels can apply an activation: they look it up by its row's name.
+
+    Example:
+        >>> has_triton_form("relu6")
+        True
+    """
+    row = get_activation(act)
+    return row.triton is not None and ACTIVATIONS.get(row.name) is row
 
 
 def decide_mlp(

@@ -47,11 +47,10 @@ def record(module: nn.Module) -> nn.Module:
                 f"torch.jit.script: {name or type(part).__name__} has hooks, which a recording "
                 "leaves out; remove them first"
             )
-        rate = getattr(part, "drop_rate", part.p if isinstance(part, DropPath) else 0)
-        if part.training and rate:
+        if isinstance(part, DropPath) and part.training and part.p:
             raise ValueError(
-                f"torch.jit.script: {name or type(part).__name__} drops at rate {rate} in training "
-                "mode; call eval() first"
+                f"torch.jit.script: {name or 'DropPath'} drops at rate {part.p} in training mode; "
+                "call eval() first"
             )
     traced = torch.fx.symbolic_trace(module)
     for node in traced.graph.nodes:

@@ -95,7 +95,7 @@ def test_the_sdist_has_what_tests_and_pages_need(built):
     folders = ("starlayers", "tests", "examples", "notebooks", "docs", "benchmarks")
     wanted = {name for name in tracked if name.startswith(tuple(f"{f}/" for f in folders))}
     wanted |= {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile"}
-    wanted |= {"pyproject.toml", "mkdocs.yml", "conftest.py", "PKG-INFO"}
+    wanted |= {"pyproject.toml", "mkdocs.yml", "conftest.py", "hubconf.py", "PKG-INFO"}
     assert wanted <= names, sorted(wanted - names)
     assert {name.split("/")[0] for name in names} <= {*folders, *(n for n in tracked), "PKG-INFO"}
     assert not [name for name in names if re.search(r"__pycache__|\.venv|^(runs|site|dist)/", name)]

@@ -115,7 +115,7 @@ def test_script_takes_a_starnet_inside_of_another_module_and_follows_its_norms()
     ("make", "words"),
     [
         (lambda: StarBlock(4, drop_path=0.5), "drop_path drops at rate 0.5 .*eval"),
-        (lambda: starnet(drop_rate=0.25).train(), "StarNet drops at rate 0.25 .*eval"),
+        (lambda: starnet(drop_path_rate=0.25).train(), "drop_path drops at rate 0.25 .*eval"),
     ],
 )
 def test_script_refuses_to_record_what_drops_at_random(make, words):
@@ -123,6 +123,15 @@ def test_script_refuses_to_record_what_drops_at_random(make, words):
         torch.jit.script(make())
     torch.jit.script(make().eval())
     assert DropPath(0.0).p == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_dropout_before_the_head_follows_the_mode():
+    net, x = starnet(drop_rate=0.25), randn(4, 3, 32, 32)
+    scripted = torch.jit.script(net.train())
+    with torch.no_grad():
+        assert not torch.equal(scripted(x), scripted(x))
+        torch.testing.assert_close(scripted.eval()(x), net.eval()(x))
 
 
 @pytest.mark.export

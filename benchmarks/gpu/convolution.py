@@ -12,7 +12,6 @@ from benchmarks.gpu.lab import Lab
 from benchmarks.gpu.nets import GATED_IMAGES, calibrated, on
 from benchmarks.gpu.trial import Row, Subject, Trial, compare
 from benchmarks.kernels import floor as floors
-from starlayers.activations import get_activation
 from starlayers.vision import ConvNorm
 from starlayers.vision.fused_conv import compute
 from starlayers.vision.layout import to_channels_last
@@ -38,10 +37,11 @@ def _convolution(lab: Lab, side: int, channels: int, out: int, act: str | None) 
     n, size, dtype = lab.size((BATCH, side, torch.bfloat16), (2, 9, torch.float16))
     x = lab.randn(n, channels, size, size, dtype=dtype)
     x = x if act else to_channels_last(x)
-    layer = calibrated(ConvNorm(channels, out, 3, stride=2, device=lab.device), x[:GATED_IMAGES])
+    layer = ConvNorm(channels, out, 3, stride=2, act=act, device=lab.device)
+    layer = calibrated(layer, x[:GATED_IMAGES])
 
     def defined(own: nn.Module, images: Tensor) -> Tensor:
-        return get_activation(act).fn(own(to_channels_last(images)))
+        return own(to_channels_last(images))
 
     def subject(call: Callable[..., Tensor], dtype: torch.dtype = dtype) -> Subject:
         return Subject(partial(call, copy.deepcopy(layer).to(dtype), x.to(dtype)))
@@ -50,7 +50,7 @@ def _convolution(lab: Lab, side: int, channels: int, out: int, act: str | None) 
     subjects = {
         "eager": subject(eager),
         "torch.compile": subject(on("eager", lab.compiled(defined))),
-        "fused": subject(on("triton", lambda own, images: compute(own, images, act))),
+        "fused": subject(on("triton", compute)),
     }
     work = floors.convolution(side, channels, out, act is not None)
     return compare(

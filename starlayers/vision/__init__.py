@@ -13,6 +13,7 @@ from starlayers.vision.checkpoints import LoadReport, load_checkpoint, to_timm_s
 from starlayers.vision.demonet import DemoNet
 from starlayers.vision.models import (
     STARNETS,
+    from_architecture,
     starnet_s050,
     starnet_s1,
     starnet_s2,
@@ -26,7 +27,6 @@ from starlayers.vision.starnet import StarNet
 from starlayers.vision.trained import TrainedNet, load_run
 from starlayers.vision.weights import (
     architecture,
-    from_architecture,
     read_architecture,
     read_metadata,
     save_weights,

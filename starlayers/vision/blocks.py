@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from starlayers.activations import get_activation
 from starlayers.checks import positive_int
 from starlayers.coefficients.modules import RankStarMLP, ScaledStarMLP
 from starlayers.dispatch import FORWARDS, Plan
@@ -17,12 +18,12 @@ from starlayers.tracing import is_traced, record
 from starlayers.vision import fused_block, fused_conv
 
 # importable from here as well: networks pickled as a whole refer to this path
-from starlayers.vision.layout import OnChannelsLast
+from starlayers.vision.layout import Activation, OnChannelsLast
 from starlayers.vision.recordings import forget
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution with "same" padding, followed by BatchNorm.
+    """Convolution with "same" padding, followed by BatchNorm and an activation.
 
     On a GPU and without gradients it is one launch, whose result is in channels_last.
 
@@ -33,7 +34,8 @@ class ConvNorm(nn.Sequential):
         out_chans: channels of the result.
         kernel_size: side of the kernel, odd.
         stride: stride in both directions.
-        groups: groups of channels, as for `nn.Conv2d`.
+        groups, dilation: as for `nn.Conv2d`.
+        act: name in `ACTIVATIONS` of the activation, the child `act`; `None` for none.
         norm_layer: makes the norm, `norm_layer(out_chans, device=..., dtype=...)`.
         device, dtype: of the parameters.
 
@@ -56,16 +58,20 @@ class ConvNorm(nn.Sequential):
         *,
         stride: int = 1,
         groups: int = 1,
+        dilation: int = 1,
+        act: str | None = None,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        padding = same_padding(kernel_size)
+        padding = same_padding(kernel_size, dilation)
         conv = nn.Conv2d(
-            in_chans, out_chans, kernel_size, stride, padding, groups=groups, **factory
+            in_chans, out_chans, kernel_size, stride, padding, dilation, groups, **factory
         )
         super().__init__(OrderedDict(conv=conv, bn=norm_layer(out_chans, **factory)))
+        if get_activation(act).name != get_activation(None).name:
+            self.act = Activation(act)
 
     __prepare_scriptable__ = record
 
@@ -108,6 +114,7 @@ class StarBlock2d(StarBlock):
     Args:
         dim: channels.
         kernel_size: side of the depthwise kernels, odd.
+        dilation: pixels from one weight of these kernels to the next.
         mlp: module over the channels of each pixel, (..., dim) -> (..., dim), in the place of the
             star MLP of the next two arguments.
         expansion: hidden channels per channel; `dim * expansion` must be a whole number.
@@ -132,6 +139,7 @@ class StarBlock2d(StarBlock):
         dim: int,
         kernel_size: int = 7,
         *,
+        dilation: int = 1,
         mlp: nn.Module | None = None,
         expansion: float = 4,
         act: str | None = "relu6",
@@ -149,10 +157,10 @@ class StarBlock2d(StarBlock):
                 "replaces; pass them to that module"
             )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        padding = same_padding(kernel_size)
+        padding = same_padding(kernel_size, dilation)
 
         def depthwise() -> nn.Conv2d:
-            return nn.Conv2d(dim, dim, kernel_size, padding=padding, groups=dim, **factory)
+            return nn.Conv2d(dim, dim, kernel_size, 1, padding, dilation, dim, **factory)
 
         def norm() -> nn.Module:
             return norm_layer(dim, **factory)
@@ -228,8 +236,9 @@ def check_images(layer_name: str, x: Tensor, channels: int) -> None:
         )
 
 
-def same_padding(kernel_size: int) -> int:
+def same_padding(kernel_size: int, dilation: int = 1) -> int:
     """Return the padding on each side that keeps the size at stride 1."""
+    positive_int("convolution", "dilation", dilation)
     if positive_int("convolution", "kernel_size", kernel_size) % 2 == 0:
         raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-    return kernel_size // 2
+    return kernel_size // 2 * dilation

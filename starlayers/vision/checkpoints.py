@@ -1,34 +1,25 @@
 """Loading and exporting of StarNet weights in the authors', timm's and our names."""
 
+import argparse
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from starlayers.vision.starnet import StarNet
+from starlayers.vision.names import POINTWISE, adopt_names, has_timm_names, timm_name
 from starlayers.vision.weights import architecture, checksum, differences, read_metadata
 
-#: our name of a part (of a block: without the block's name) -> timm's and the authors' name
-_TIMM_NAMES = {
-    "stem.conv": "stem.0.conv",
-    "stem.bn": "stem.0.bn",
-    "pre.conv": "dwconv.conv",
-    "pre.bn": "dwconv.bn",
-    "mlp.f1": "f1.conv",
-    "mlp.f2": "f2.conv",
-    "mlp.g": "g.conv",
-    "post.bn": "g.bn",
-    "post.conv": "dwconv2.conv",
-}
-_OUR_NAMES = {timm: ours for ours, timm in _TIMM_NAMES.items()}
-_BLOCK = re.compile(r"stages\.\d+\.\d+\.")
-_POINTWISE = re.compile(r"\.(mlp\.(f1|f2|g)|(f1|f2|g)\.conv)\.weight$")
+if TYPE_CHECKING:
+    from starlayers.vision.starnet import StarNet
+
+
+#: data beside the weights: timm's CheckpointSaver writes the arguments of the command line
+SAFE: Any = [argparse.Namespace]
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,7 @@ class LoadReport:
 
 
 def load_checkpoint(
-    model: StarNet, checkpoint: str | os.PathLike[str] | Mapping[str, object]
+    model: "StarNet", checkpoint: str | os.PathLike[str] | Mapping[str, object]
 ) -> LoadReport:
     """Load weights into `model`, in place; on an error nothing is changed.
 
@@ -77,6 +68,7 @@ def load_checkpoint(
         ImportError: a `.safetensors` file, and safetensors is not installed.
 
     Example:
+        >>> from starlayers.vision import StarNet
         >>> source = StarNet(8, (1, 1), stage_strides=(2, 2), num_classes=10)
         >>> target = StarNet(8, (1, 1), stage_strides=(2, 2), num_classes=5, in_chans=1)
         >>> for line in load_checkpoint(target, source.state_dict()).adapted: print(line)
@@ -84,13 +76,12 @@ def load_checkpoint(
         head: checkpoint has 10 classes, model keeps its own head of 5
     """
     if isinstance(checkpoint, Mapping):
-        state = _unwrap(checkpoint)
+        state = unwrap(checkpoint)
     else:
-        state = _unwrap(_read(checkpoint))
+        state = unwrap(_read(checkpoint))
         _check_metadata(model, state, checkpoint)
-    timm_names = any(key.startswith("stem.0.") for key in state)
-    if timm_names:
-        state = {_rename(key, _OUR_NAMES): value for key, value in state.items()}
+    timm_names = has_timm_names(state)
+    adopt_names(state)
     target = model.state_dict()
     if "stem.bn.weight" in state and "stem.bn.weight" not in target:
         raise ValueError("the model is fused: load the checkpoint first, then call fuse()")
@@ -98,17 +89,14 @@ def load_checkpoint(
     _adapt_stem(state, target, adapted)
     _adapt_head(state, target, adapted)
     for key, value in target.items():
-        loaded = state.get(key)
-        if loaded is not None and _POINTWISE.search(key) and loaded.ndim == value.ndim + 2:
-            state[key] = loaded.flatten(1)  # 1x1 convolution -> linear layer
-        if loaded is None and key.endswith("num_batches_tracked"):
+        if key not in state and key.endswith("num_batches_tracked"):
             state[key] = value  # older checkpoints lack the counter
     _check(state, target)
     model.load_state_dict(state)
     return LoadReport("timm" if timm_names else "starlayers", len(state), tuple(adapted))
 
 
-def to_timm_state_dict(model: StarNet) -> dict[str, Tensor]:
+def to_timm_state_dict(model: "StarNet") -> dict[str, Tensor]:
     """Return the weights under the names and shapes of timm's StarNet.
 
     The authors' networks use the same names. The tensors are views of the model's own, so
@@ -118,6 +106,7 @@ def to_timm_state_dict(model: StarNet) -> dict[str, Tensor]:
         ValueError: the model is fused; timm's has BatchNorms.
 
     Example:
+        >>> from starlayers.vision import StarNet
         >>> state = to_timm_state_dict(StarNet(8, (1, 1), stage_strides=(2, 2)))
         >>> tuple(state["stages.0.1.f1.conv.weight"].shape)
         (32, 8, 1, 1)
@@ -126,7 +115,7 @@ def to_timm_state_dict(model: StarNet) -> dict[str, Tensor]:
     if "stem.bn.weight" not in state:
         raise ValueError("the model is fused: timm's StarNet has BatchNorms; export before fuse()")
     return {
-        _rename(key, _TIMM_NAMES): value[..., None, None] if _POINTWISE.search(key) else value
+        timm_name(key): value[..., None, None] if POINTWISE.search(key) else value
         for key, value in state.items()
     }
 
@@ -157,7 +146,7 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, object]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
-    load: Callable[[Path], Any] = partial(torch.load, map_location="cpu", weights_only=True)
+    load: Callable[[Path], Any] = _torch_load
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file as load
@@ -168,15 +157,42 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, object]:
     try:
         loaded = load(path)
     except Exception as error:  # torch and safetensors raise many kinds for a broken file
+        if objects := _objects_in(path):
+            # not from the error, which is about options of torch.load, in a terminal's colours
+            raise ValueError(
+                f"{path} holds objects of {', '.join(objects)}, which only code named by the "
+                "file can make, and which is not run here. Load it where you trust it, and save "
+                "its weights alone: torch.save(checkpoint['state_dict'], path)"
+            ) from None
         raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or no checkpoint: {error}"
-        ) from error
+            f"{path} ({path.stat().st_size} bytes) is truncated or no checkpoint: {_plain(error)}"
+        ) from None
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state dict")
     return loaded
 
 
-def _unwrap(raw: Mapping[str, Any]) -> dict[str, Tensor]:
+def _torch_load(path: Path) -> Any:
+    with torch.serialization.safe_globals(SAFE):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _objects_in(path: Path) -> list[str]:
+    """Return the classes and functions that a file of `torch.save` names and that are not data."""
+    try:
+        with torch.serialization.safe_globals(SAFE):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # no such file, or one that is broken
+        return []
+
+
+def _plain(error: Exception) -> str:
+    """Return the message of an error without a terminal's colours and torch's advice."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return text.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0].strip()
+
+
+def unwrap(raw: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the state dict inside `raw`, without prefixes of model wrappers."""
     inner = (raw[key] for key in ("state_dict", "model") if isinstance(raw.get(key), Mapping))
     raw = next(inner, raw)
@@ -191,15 +207,6 @@ def _unwrap(raw: Mapping[str, Any]) -> dict[str, Tensor]:
             raise ValueError(f"not a state dict: {key!r} holds a {type(value).__name__}")
         state[key] = value
     return state
-
-
-def _rename(key: str, names: dict[str, str]) -> str:
-    block = _BLOCK.match(key)
-    start = block.end() if block else 0
-    for old, new in names.items():
-        if key.startswith(f"{old}.", start):
-            return key[:start] + new + key[start + len(old) :]
-    return key
 
 
 def _adapt_stem(state: dict[str, Tensor], target: dict[str, Tensor], adapted: list[str]) -> None:
@@ -231,7 +238,9 @@ def _adapt_head(state: dict[str, Tensor], target: dict[str, Tensor], adapted: li
         state.update({k: target[k] for k in ("head.weight", "head.bias")})
 
 
-def _check_metadata(model: StarNet, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+def _check_metadata(
+    model: "StarNet", state: dict[str, Tensor], path: str | os.PathLike[str]
+) -> None:
     """Raise a ValueError if a file says that it is of another network, or was changed since."""
     metadata = read_metadata(path)
     saved = metadata.get("architecture")

@@ -44,7 +44,7 @@ from starlayers.vision.recordings import kind_of, known, record, settled
 if TYPE_CHECKING:
     from starlayers.vision.blocks import StarBlock2d
 
-FORWARDS |= {DropPath: DropPath.forward, OnChannelsLast: OnChannelsLast.forward}
+FORWARDS[DropPath] = DropPath.forward
 
 
 def plan(block: "StarBlock2d", x: Tensor) -> Plan:

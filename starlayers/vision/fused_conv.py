@@ -21,7 +21,9 @@ from starlayers.dispatch import (
 )
 from starlayers.kernels.conv import Convolution, convolve
 from starlayers.kernels.versions import versions
+from starlayers.plans import has_triton_form
 from starlayers.tracing import is_traced
+from starlayers.vision.layout import Activation
 from starlayers.vision.norms import norm_as_affine, unusual
 from starlayers.vision.recordings import kind_of, known, record, settled
 
@@ -35,25 +37,40 @@ EACH_STEP = "gradients, a cast, a compiler, a transform, a mode or a capture wan
 AMD = "launches on AMD's GPUs are not recorded"
 
 
-def plan(layer: "ConvNorm", x: Tensor, act: str | None = None) -> Plan:
-    """Return the plan for `layer`, followed by an activation, on `x` (N, C, H, W).
+def plan(layer: "ConvNorm", x: Tensor) -> Plan:
+    """Return the plan for `layer` on `x` (N, C, H, W).
 
     Unlike other plans it raises under no backend: a convolution is no star, and cuDNN serves it
     where its kernel does not.
     """
-    conv = _convolution(layer, x)
+    conv, act = _convolution(layer, x), fused_activation(layer)
     if isinstance(conv, str):
         return plan_convolution(x, None, (), act, conv)
     reason = "" if x.numel() else "the batch is empty"
     if not reason and kind_of(x, _tensors(layer)) is None:
         reason = AMD if torch.version.hip else EACH_STEP
     reason = reason or unusual(layer.bn)
-    if not reason and _state(layer, conv, act) is None:
+    if not reason and _state(layer, conv) is None:
         reason = "the norm uses statistics of the batch, or a tensor is no parameter or buffer"
     tensors = [t for t in _tensors(layer) if t is not None and t.ndim]  # without a norm's counter
     if any(t.ndim != 4 and t.shape != (conv.out_channels,) for t in tensors):
         reason = "the norm or the bias has another number of channels"
     return plan_convolution(x, conv, tensors, act, reason)
+
+
+def activation(layer: "ConvNorm") -> str | None:
+    """Return the name of the activation that ends `layer`; `None` for none."""
+    act = layer._modules.get("act")
+    return act.name if isinstance(act, Activation) else None
+
+
+def fused_activation(layer: "ConvNorm") -> str | None:
+    """Return the activation that a launch of `layer` applies: `None` for one without Triton form.
+
+    That one is called on the result of the launch.
+    """
+    act = activation(layer)
+    return act if has_triton_form(act) else None
 
 
 def is_plain_convolution(m: nn.Module) -> bool:
@@ -65,8 +82,10 @@ def is_plain_convolution(m: nn.Module) -> bool:
 def _convolution(layer: "ConvNorm", x: Tensor) -> Convolution | str:
     """Return the sizes of a layer that is as it was made, or what was changed in it."""
     modules: Any = layer._modules  # attributes of modules are slow
-    if list(modules) != ["conv", "bn"]:
-        return "its layers are not just conv and bn"
+    if list(modules) not in (["conv", "bn"], ["conv", "bn", "act"]):
+        return "its layers are not just conv, bn and act"
+    if "act" in modules and not is_plain(modules["act"], Activation):
+        return f"the activation is hooked or another module, {type(modules['act']).__name__}"
     conv, norm = modules["conv"], modules["bn"]
     weight = conv._parameters.get("weight") if is_plain_convolution(conv) else None
     if type(weight) is not nn.Parameter or weight.ndim != 4:
@@ -84,8 +103,8 @@ def _convolution(layer: "ConvNorm", x: Tensor) -> Convolution | str:
     return Convolution(channels, out, size, step)
 
 
-def compute(layer: "ConvNorm", x: Tensor, act: str | None = None) -> Tensor | None:
-    """Compute `layer`, then `act`, on `x` (N, C, H, W) in one launch, channels_last.
+def compute(layer: "ConvNorm", x: Tensor) -> Tensor | None:
+    """Compute `layer` on `x` (N, C, H, W) in one launch, channels_last.
 
     Returns `None` where the definition is to do so.
     """
@@ -95,18 +114,19 @@ def compute(layer: "ConvNorm", x: Tensor, act: str | None = None) -> Tensor | No
     if isinstance(conv, str) or rules_convolution_out(x, conv):
         return None
     key = kind_of(x, _tensors(layer))
-    state = None if key is None else _state(layer, conv, act)
+    state = None if key is None else _state(layer, conv)
     if state is None:
         return None
-    key = (*key, x.stride(), act)
+    key = (*key, x.stride())
     program = known(layer, key, state)
     if program is not None:
         y = program(x)
-    elif plan(layer, x, act).fused:
-        y = record(layer, key, state, x, _tensors(layer), partial(_launched, layer, x, act))
+    elif plan(layer, x).fused:
+        y = record(layer, key, state, x, _tensors(layer), partial(_launched, layer, x))
     else:
         return None
-    return y.permute(0, 3, 1, 2)
+    act, y = activation(layer), y.permute(0, 3, 1, 2)
+    return y if act is None or fused_activation(layer) else get_activation(act).fn(y)
 
 
 def _tensors(layer: "ConvNorm") -> Iterator[Tensor | None]:
@@ -116,15 +136,15 @@ def _tensors(layer: "ConvNorm") -> Iterator[Tensor | None]:
         yield from m._buffers.values()  # type: ignore[union-attr]
 
 
-def _state(layer: "ConvNorm", conv: Convolution, act: str | None) -> tuple[Any, ...] | None:
+def _state(layer: "ConvNorm", conv: Convolution) -> tuple[Any, ...] | None:
     """Return versions and settings of `layer`; `None` if launches cannot stand for it."""
     modules: Any = layer._modules
-    seen = versions(_tensors(layer)) if settled(modules.values()) else None
+    seen = versions(_tensors(layer)) if settled((modules["conv"], modules["bn"])) else None
     eps = getattr(modules["bn"], "eps", 0)
-    return None if seen is None else (*seen, conv, eps, get_activation(act))
+    return None if seen is None else (*seen, conv, eps, get_activation(activation(layer)))
 
 
-def _launched(layer: "ConvNorm", x: Tensor, act: str | None) -> Tensor:
+def _launched(layer: "ConvNorm", x: Tensor) -> Tensor:
     """Return the result as (N, height, width, out), by a launch."""
     conv = layer.conv
     affine, w = norm_as_affine(layer.bn, None, None, 0), conv.weight
@@ -132,5 +152,5 @@ def _launched(layer: "ConvNorm", x: Tensor, act: str | None) -> Tensor:
     scale = torch.ones_like(shift)
     if affine is not None:
         scale, shift = affine.scale, affine.bias + affine.scale * (shift - affine.center)
-    name = get_activation(act).name
+    name = get_activation(fused_activation(layer)).name
     return convolve(x, w, scale, shift, stride=conv.stride[0], act=name)

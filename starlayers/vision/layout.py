@@ -1,6 +1,10 @@
-"""Layers and functions for images in channels_last memory layout."""
+"""Small layers of networks for images, and their channels_last memory layout."""
 
 from torch import Tensor, nn
+
+from starlayers.activations import get_activation
+from starlayers.dispatch import FORWARDS
+from starlayers.tracing import record
 
 
 class OnChannelsLast(nn.Sequential):
@@ -17,6 +21,33 @@ class OnChannelsLast(nn.Sequential):
         for layer in self:
             y = layer(y)
         return y.permute(0, 2, 3, 1)
+
+
+class Activation(nn.Module):
+    """Activation by its name in `ACTIVATIONS`, as a module that hooks and containers see.
+
+    Shapes: any -> the same.
+
+    Example:
+        >>> import torch
+        >>> Activation("relu6")(torch.tensor([-1.0, 3.0, 9.0]))
+        tensor([0., 3., 6.])
+    """
+
+    def __init__(self, name: str | None) -> None:
+        super().__init__()
+        self.name = get_activation(name).name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return get_activation(self.name).fn(x)
+
+    __prepare_scriptable__ = record
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
+FORWARDS |= {Activation: Activation.forward, OnChannelsLast: OnChannelsLast.forward}
 
 
 def to_channels_last(x: Tensor) -> Tensor:

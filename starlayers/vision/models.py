@@ -1,9 +1,11 @@
-"""Functions that build the seven published StarNets."""
+"""Functions that build StarNets: the seven published ones, and those of weights files."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from starlayers.vision.checkpoints import load_checkpoint, pretrained_path
 from starlayers.vision.starnet import StarNet
+from starlayers.vision.weights import build
 
 
 class Variant(NamedTuple):
@@ -86,3 +88,23 @@ starnet_s150 = _factory("starnet_s150", "1.56 M parameters, 229 M MACs")
 
 #: name -> function that builds the model.
 MODELS: dict[str, Factory] = {name: globals()[name] for name in STARNETS}
+
+
+def from_architecture(architecture: Mapping[str, Any], **kwargs: Any) -> StarNet:
+    """Build the StarNet of an architecture, with fresh weights.
+
+    Args:
+        architecture: as `architecture` and `read_architecture` return it.
+        kwargs: arguments of `StarNet` that override it, such as `num_classes` or `device`; a class
+            of MLPs or norms that is not the library's or PyTorch's has to be passed here.
+
+    Raises:
+        ValueError: a network of another kind, or a class that is not passed.
+
+    Example:
+        >>> from starlayers.vision import architecture
+        >>> described = architecture(StarNet(8, (1,), stage_strides=(2,)))
+        >>> from_architecture(described, num_classes=3).head.out_features
+        3
+    """
+    return build(StarNet, architecture, kwargs)

@@ -1,44 +1,40 @@
 """StarNet, with the interface that users of timm expect."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from starlayers.activations import get_activation
 from starlayers.checks import positive_int, probability
 from starlayers.coefficients.modules import ScaledStarOp
-from starlayers.dispatch import Plan, is_plain
+from starlayers.dispatch import is_plain
 from starlayers.initialisation import shrink
 from starlayers.modules import StarMLP, StarOp
 from starlayers.tracing import record
 from starlayers.vision.blocks import ConvNorm, StarBlock2d, check_images, hidden_channels
+from starlayers.vision.features import FeatureInfo, stage_numbers
 from starlayers.vision.fused_conv import compute
+from starlayers.vision.graphed import Graphed
 from starlayers.vision.graphs import Graphs
-from starlayers.vision.layout import to_channels_last
+from starlayers.vision.hub import OnHub
+from starlayers.vision.layout import Activation, to_channels_last
+from starlayers.vision.names import adopt_names
+from starlayers.vision.pooling import GlobalPool
 from starlayers.vision.recompute import recompute
-from starlayers.vision.training_graph import TrainingGraph
 
 STEM_CHANNELS = 32
 
 
-#: name in `global_pool` -> function from features (N, C, h, w) to (N, C)
-POOLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "avg": lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1),
-    "max": lambda x: F.adaptive_max_pool2d(x, 1).flatten(1),
-    "avgmax": lambda x: 0.5 * (POOLS["avg"](x) + POOLS["max"](x)),
-    "": lambda x: x,
-}
-
-
-class StarNet(nn.Module):
+class StarNet(Graphed, OnHub):
     """StarNet image classifier and feature extractor.
 
     A strided 3x3 stem, then stages of one strided 3x3 convolution and `depths[i]` star blocks at
-    `base_dim * 2**i` channels, a last BatchNorm, pooling and a linear head. It computes in
+    `base_dim * 2**i` channels, a last BatchNorm, pooling, dropout and a linear head. These are its
+    children, in this order: `nn.Sequential(*model.children())` computes the same. It computes in
     channels_last, whatever the layout of the input.
 
     Shapes: (N, in_chans, H, W) of any size -> (N, num_classes).
@@ -56,10 +52,14 @@ class StarNet(nn.Module):
             `dtype` if they are passed: `StarMLP`, or a class of `starlayers.coefficients.modules`.
         norm_layer: makes the norms, `norm_layer(channels)`, with `device` and `dtype` as for
             `nn.BatchNorm2d`: `partial(nn.BatchNorm2d, momentum=0.05)`.
-        global_pool: "avg", "max", "avgmax", or "" for none (needs `num_classes=0`).
+        global_pool: "avg", "max", or another name that `GlobalPool` of `starlayers.vision.pooling`
+            knows; "" for none (needs `num_classes=0`).
         kernel_size: side of the depthwise kernels, odd.
         stem_stride: stride of the stem; 1 suits images of 28 to 64 pixels.
         stage_strides: stride of the convolution that begins each stage.
+        output_stride: pixels of the image that one of the last map stands for, at most: stages
+            that would exceed it keep their resolution, and dilate their kernels instead. `None`
+            for no limit.
         device, dtype: of the parameters.
 
     Raises:
@@ -95,6 +95,7 @@ class StarNet(nn.Module):
         kernel_size: int = 7,
         stem_stride: int = 2,
         stage_strides: Sequence[int] = (2, 2, 2, 2),
+        output_stride: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -109,27 +110,33 @@ class StarNet(nn.Module):
             for number in numbers:
                 positive_int("StarNet", f"each of {name}", number)
         self.in_chans = positive_int("StarNet", "in_chans", in_chans)
-        self.drop_rate = probability("StarNet", "drop_rate", drop_rate)
         probability("StarNet", "drop_path_rate", drop_path_rate)
-        self.act = get_activation(act).name
         self.grad_checkpointing = False
-        self.feature_info: list[dict[str, Any]] = []
+        self.feature_info = FeatureInfo()
+        limit = math.inf
+        if output_stride is not None:
+            limit = positive_int("StarNet", "output_stride", output_stride)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         given = {name: value for name, value in factory.items() if value is not None}
         layers: dict[str, Any] = {"norm_layer": norm_layer, **factory}
 
         stem_stride = positive_int("StarNet", "stem_stride", stem_stride)
-        self.stem = ConvNorm(in_chans, STEM_CHANNELS, 3, stride=stem_stride, **layers)
+        self.stem = ConvNorm(in_chans, STEM_CHANNELS, 3, stride=stem_stride, act=act, **layers)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
-        chans, reduction = STEM_CHANNELS, stem_stride
+        chans, reduction, dilation = STEM_CHANNELS, stem_stride, 1
         stages = []
         for i, (depth, stride) in enumerate(zip(depths, stage_strides, strict=True)):
             dim = base_dim * 2**i
-            down = ConvNorm(chans, dim, 3, stride=stride, **layers)
+            if reduction * stride > limit:  # the kernels that follow see the pixels they would see
+                down = ConvNorm(chans, dim, 3, dilation=dilation, **layers)
+                dilation, stride = dilation * stride, 1
+            else:
+                down = ConvNorm(chans, dim, 3, stride=stride, dilation=dilation, **layers)
             blocks = [
                 StarBlock2d(
                     dim,
                     kernel_size,
+                    dilation=dilation,
                     mlp=mlp_layer(
                         dim, hidden_channels("StarNet", dim, mlp_ratio), act=act, **given
                     ),
@@ -143,11 +150,32 @@ class StarNet(nn.Module):
             info = {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
             self.feature_info.append(info)
         self.stages = nn.Sequential(*stages)
-        self.num_features = self.head_hidden_size = chans
+        self.num_features = chans
         self.norm: nn.Module = norm_layer(chans, **factory)
-        self.global_pool = global_pool
-        self.reset_classifier(num_classes)
+        self.global_pool = GlobalPool("")
+        self.flatten: nn.Module = nn.Identity()
+        self.head_drop = nn.Dropout(probability("StarNet", "drop_rate", drop_rate))
+        self.reset_classifier(num_classes, global_pool)
         self.init_weights()
+
+    @property
+    def act(self) -> str:
+        """Name of the stem's activation; those of the blocks are in their MLPs."""
+        act = self.stem._modules.get("act")
+        return act.name if isinstance(act, Activation) else get_activation(None).name
+
+    @act.setter
+    def act(self, name: str | None) -> None:
+        self.stem.act = Activation(name)
+
+    @property
+    def drop_rate(self) -> float:
+        """Rate of the dropout before the head."""
+        return self.head_drop.p
+
+    @drop_rate.setter
+    def drop_rate(self, rate: float) -> None:
+        self.head_drop.p = probability("StarNet", "drop_rate", rate)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -172,10 +200,11 @@ class StarNet(nn.Module):
 
         Args:
             num_classes: outputs; 0 for no head.
-            global_pool: pooling from now on; `None` to keep it.
+            global_pool: pooling from now on; `None` to keep it. A head needs one: where there is
+                none to keep, it is "avg".
 
         Raises:
-            ValueError: a negative `num_classes`, an unknown pool, or a head without a pool. The
+            ValueError: a negative `num_classes`, an unknown pool, or a head with the pool "". The
                 model is then as before.
 
         Example:
@@ -184,25 +213,26 @@ class StarNet(nn.Module):
             >>> model(torch.randn(1, 3, 32, 32)).shape
             torch.Size([1, 5])
         """
-        pool: str = self.global_pool if global_pool is None else global_pool
-        if pool not in POOLS:
-            names = ", ".join(map(repr, POOLS))
-            raise ValueError(f"StarNet: unknown global_pool {pool!r}, choose one of {names}")
+        kept = self.global_pool.pool_type or ("avg" if num_classes else "")
+        pool = GlobalPool(kept if global_pool is None else global_pool)
         if num_classes != 0:
             positive_int("StarNet", "num_classes", num_classes)
-        if num_classes and not pool:
+        if num_classes and not pool.pool_type:
             raise ValueError(
                 f"StarNet: num_classes={num_classes} needs a global_pool; without one use "
                 "num_classes=0"
             )
         self.global_pool, self.num_classes = pool, num_classes
+        self.flatten = nn.Flatten(1) if pool.pool_type else nn.Identity()
+        self.head_hidden_size = self.num_features * pool.feat_mult()
         self.head: nn.Module = nn.Identity()
         if num_classes:
             like = self.stem.conv.weight
-            self.head = nn.Linear(self.num_features, num_classes, True, like.device, like.dtype)
+            self.head = nn.Linear(self.head_hidden_size, num_classes, True, like.device, like.dtype)
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
-        self.head.train(self.training)
+        for part in (self.global_pool, self.flatten, self.head):
+            part.train(self.training)
 
     def get_classifier(self) -> nn.Module:
         """Return the head: `nn.Linear`, or `nn.Identity` without classes."""
@@ -252,7 +282,7 @@ class StarNet(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"StarNet: output_fmt must be 'NCHW', got {output_fmt!r}")
-        wanted = self._stage_indices(indices)
+        wanted = set(stage_numbers("StarNet", len(self.stages), indices))
         last = len(self.stages) - 1
         maps: list[Tensor] = []
         x = self._stem(x)
@@ -264,26 +294,56 @@ class StarNet(nn.Module):
             return maps
         return (self.norm(x) if i == last else x), maps
 
-    def _stage_indices(self, indices: int | Sequence[int] | None) -> set[int]:
-        """Return the stage numbers that `indices` of `forward_intermediates` asks for."""
-        n = len(self.stages)
-        listed = range(n) if indices is None else indices
-        if isinstance(listed, int):
-            listed = range(n - listed, n) if 0 < listed <= n else ()
-        wanted = {i + n if i < 0 else i for i in listed}
-        if not wanted or not wanted <= set(range(n)):
-            raise ValueError(
-                f"StarNet has stages 0 to {n - 1}, got indices={indices!r} (an int asks for that "
-                "many last stages)"
-            )
-        return wanted
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove what the features of some stages do not need, in place.
+
+        Args:
+            indices: as for `forward_intermediates`.
+            prune_norm: remove the final BatchNorm in any case; it goes with the last stage.
+            prune_head: remove pooling and head in any case; they go with the last stage.
+
+        Returns:
+            The numbers of the stages asked for.
+
+        Raises:
+            ValueError: an index out of range.
+
+        Example:
+            >>> model = StarNet(8, (1, 1, 1, 1))
+            >>> model.prune_intermediate_layers([0, 1]), len(model.stages), model.num_features
+            ([0, 1], 2, 16)
+        """
+        numbers = stage_numbers("StarNet", len(self.stages), indices)
+        shorter = max(numbers) + 1 < len(self.stages)
+        self.stages = self.stages[: max(numbers) + 1]
+        if prune_norm or shorter:
+            self.norm = nn.Identity()
+        if shorter:
+            self.num_features = self.feature_info.channels(max(numbers))
+        if prune_head or shorter:
+            self.reset_classifier(0, "")
+        return numbers
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's patterns of parameter names for layer-wise rates, by block or by stage."""
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem\.", "blocks": [(blocks, None), (r"^norm\.", (99999,))]}
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters without weight decay, beside biases and norms: none."""
+        return set()
 
     def _stem(self, x: Tensor) -> Tensor:
         check_images("StarNet", x, self.in_chans)
-        y = compute(self.stem, x, self.act) if is_plain(self.stem, ConvNorm) else None
+        y = compute(self.stem, x) if is_plain(self.stem, ConvNorm) else None
         if y is not None:
             return y
-        return get_activation(self.act).fn(self.stem(to_channels_last(x)))
+        return self.stem(to_channels_last(x))  # type: ignore[no-any-return]
 
     def _stage(self, i: int, x: Tensor) -> Tensor:
         stage = self.stages[i]
@@ -306,7 +366,7 @@ class StarNet(nn.Module):
 
         Shapes: (N, num_features, h, w) -> (N, num_classes), or (N, num_features).
         """
-        x = F.dropout(POOLS[self.global_pool](x), self.drop_rate, self.training)
+        x = self.head_drop(self.flatten(self.global_pool(x)))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -316,60 +376,27 @@ class StarNet(nn.Module):
 
     __prepare_scriptable__ = record
 
-    def _graphs(self) -> Graphs | TrainingGraph | None:
-        """Return the CUDA graphs that were asked for, if there are any those of the mode."""
-        if torch.compiler.is_compiling():
-            return None
-        graphs = self.__dict__.get("graphs")
-        return self.__dict__.get("training_graph", graphs) if self.training else graphs
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        adopt_names(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def plan(self, x: Tensor) -> Plan | None:
-        """Return the plan for images `x`: a CUDA graph or why not; `None` if none was asked for."""
-        graphs = self._graphs()
-        if graphs is None:
-            return None
-        reason = graphs.reason(self, x)
-        return Plan("step by step", reason) if reason else Plan("CUDA graph")
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if isinstance(pool := self.__dict__.pop("global_pool", None), str):
+            self._add_steps(pool)
 
-    def train(self, mode: bool = True) -> "StarNet":
-        """Set the mode of training, and drop graphs of inference, which are captured again."""
-        graphs = self.__dict__.get("graphs")
-        if graphs is not None:
-            graphs.forget()
-        return super().train(mode)
-
-    def graph_training(self, x: Tensor) -> "StarNet":
-        """Capture a training step on images like `x` as CUDA graphs; steps replay them from now on.
-
-        The forward and the backward are then one launch each, whatever the host is doing. Images
-        of another shape, type or autocast, such as a last smaller batch, run as before, and
-        `explain(model, x)` says why. Call it in training mode, under the autocast of the steps,
-        before the network is wrapped for data-parallel training, and again after it was changed
-        (`.to`, another head, frozen parameters). Second derivatives are not captured.
-
-        Args:
-            x: images (N, in_chans, H, W) on a GPU.
-
-        Returns:
-            The model. Buffers and random numbers are as they were.
-
-        Raises:
-            RuntimeError: the step cannot be captured, with the reason.
-
-        Example:
-            >>> model = StarNet(8, (1,), stage_strides=(2,))
-            >>> model.graph_training(torch.randn(2, 3, 32, 32))
-            Traceback (most recent call last):
-            ...
-            RuntimeError: StarNet: no CUDA graph of training: input is a Tensor on 'cpu', and ...
-        """
-        self.training_graph = TrainingGraph()  # a part of the state that is captured
-        try:
-            self.training_graph.capture(self, x)
-        except BaseException:
-            del self.training_graph
-            raise
-        return self
+    def _add_steps(self, pool: str) -> None:
+        """Make the steps of a network pickled when activation and pooling were no modules."""
+        act, drop_rate = self.__dict__.pop("act"), self.__dict__.pop("drop_rate")
+        if isinstance(self.stem, ConvNorm) and act != get_activation(None).name:
+            self.act = act
+        head = self._modules.pop("head")
+        self.global_pool = GlobalPool(pool)
+        self.flatten = nn.Flatten(1) if pool else nn.Identity()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.add_module("head", head)  # after them, as it comes after them
+        self.feature_info = FeatureInfo(self.feature_info)
+        self.train(self.training)
 
     def fuse(self, *, graph: bool | str = False) -> "StarNet":
         """Fold every BatchNorm into its neighbour for inference, in place.

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from starlayers.coefficients import modules as variants
 from starlayers.modules import StarMLP
 from starlayers.vision.blocks import ConvNorm, StarBlock2d
-from starlayers.vision.starnet import StarNet
+
+if TYPE_CHECKING:
+    from starlayers.vision.starnet import StarNet
 
 __all__ = [
     "architecture",
+    "build",
     "checksum",
     "differences",
-    "from_architecture",
     "read_architecture",
     "read_metadata",
     "save_weights",
 ]
+
+M = TypeVar("M", bound=nn.Module)
 
 #: key of our JSON in the metadata of a safetensors file
 KEY = "starlayers"
@@ -65,20 +69,22 @@ def architecture(model: nn.Module) -> dict[str, Any]:
         ValueError: a StarNet whose layers were changed in a way that its arguments cannot express.
 
     Example:
+        >>> from starlayers.vision import StarNet
         >>> model = StarNet(8, (1, 1), stage_strides=(1, 2), num_classes=10)
         >>> found = architecture(model)
         >>> found["stage_strides"], found["kernel_size"], found["mlp_layer"]
         ([1, 2], 7, {'class': 'StarMLP'})
     """
-    if not isinstance(model, StarNet):
+    # by its parts: starnet.py imports this module
+    if not all(hasattr(model, part) for part in ("stem", "stages", "global_pool", "in_chans")):
         raise TypeError(f"an architecture is read off a StarNet, got {type(model).__name__}")
     try:
-        return _architecture(model)
+        return _architecture(model)  # type: ignore[arg-type]
     except (AttributeError, IndexError, TypeError, ZeroDivisionError) as error:
         raise _changed(str(error)) from error
 
 
-def _architecture(model: StarNet) -> dict[str, Any]:
+def _architecture(model: "StarNet") -> dict[str, Any]:
     downs: list[Any] = []
     blocks: list[Any] = []
     depths, strides, dilation = [], [], 1
@@ -110,7 +116,7 @@ def _architecture(model: StarNet) -> dict[str, Any]:
         "drop_path_rate": getattr(blocks[-1].drop_path, "p", 0.0),
         "act": _one("act", [model.act, *(b.mlp.act for b in blocks)]),
         "mlp_layer": _one("mlp_layer", (_mlp(b.mlp) for b in blocks)),
-        "global_pool": model.global_pool,
+        "global_pool": model.global_pool.pool_type,
         "kernel_size": _one("kernel_size", (b.pre.conv.kernel_size[0] for b in blocks)),
         "stem_stride": stem_stride,
         "stage_strides": strides,
@@ -127,34 +133,20 @@ def _architecture(model: StarNet) -> dict[str, Any]:
     return found
 
 
-def from_architecture(architecture: Mapping[str, Any], **kwargs: Any) -> StarNet:
-    """Build the StarNet of an architecture, with fresh weights.
-
-    Args:
-        architecture: as `architecture` and `read_architecture` return it.
-        kwargs: arguments of `StarNet` that override it, such as `num_classes` or `device`; a class
-            of MLPs or norms that is not the library's or PyTorch's has to be passed here.
-
-    Raises:
-        ValueError: a network of another kind, or a class that is not passed.
-
-    Example:
-        >>> described = architecture(StarNet(8, (1,), stage_strides=(2,)))
-        >>> from_architecture(described, num_classes=3).head.out_features
-        3
-    """
+def build(kind: type[M], architecture: Mapping[str, Any], kwargs: Mapping[str, Any]) -> M:
+    """Build the network of an architecture by its class; `from_architecture` says the rest."""
     arguments = dict(architecture)
-    kind = arguments.pop("class", "StarNet")
+    name = arguments.pop("class", "StarNet")
     fused, pruned = arguments.pop("fused", False), arguments.pop("pruned", False)
-    if kind != "StarNet":
-        raise ValueError(f"the architecture is of a {kind}, and StarNets are built here")
-    for name, table in (("mlp_layer", MLP_LAYERS), ("norm_layer", NORM_LAYERS)):
-        if name in arguments and name not in kwargs:
-            arguments[name] = _layer(name, arguments[name], table)
-    model = StarNet(**arguments | kwargs)
+    if name != "StarNet":
+        raise ValueError(f"the architecture is of a {name}, and StarNets are built here")
+    for option, table in (("mlp_layer", MLP_LAYERS), ("norm_layer", NORM_LAYERS)):
+        if option in arguments and option not in kwargs:
+            arguments[option] = _layer(option, arguments[option], table)
+    model: Any = kind(**arguments | dict(kwargs))
     if pruned:
         model.norm = nn.Identity()
-    return model.fuse() if fused else model
+    return model.fuse() if fused else model  # type: ignore[no-any-return]
 
 
 def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
@@ -203,6 +195,7 @@ def save_weights(
 
     Example:
         >>> import tempfile
+        >>> from starlayers.vision import StarNet
         >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
         >>> model = StarNet(8, (1,), stage_strides=(1,), num_classes=2, in_chans=1)
         >>> save_weights(model, path, classes=["cat", "dog"], mean=[0.5], std=[0.25], size=28)
@@ -214,11 +207,12 @@ def save_weights(
         raise ValueError(f"weights are written as *.safetensors, got {path.name!r}")
     save = _safetensors(path).torch.save
     content: dict[str, Any] = {"version": 1}
-    if isinstance(model, StarNet):
-        try:
-            content["architecture"] = architecture(model)
-        except ValueError as error:
-            warnings.warn(f"{path} is written without an architecture: {error}", stacklevel=2)
+    try:
+        content["architecture"] = architecture(model)
+    except TypeError:  # another network
+        pass
+    except ValueError as error:
+        warnings.warn(f"{path} is written without an architecture: {error}", stacklevel=2)
     content |= _usage(model, classes, mean, std, size)
     weights = dict(model.state_dict() if state is None else state)
     # cloned, because safetensors refuses tensors that share memory, as tied weights do
@@ -280,9 +274,9 @@ def read_architecture(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
     Example:
         >>> import tempfile
+        >>> from starlayers.vision import StarNet, from_architecture, load_checkpoint
         >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
         >>> save_weights(StarNet(8, (1, 1), stage_strides=(1, 2), num_classes=10), path)
-        >>> from starlayers.vision import load_checkpoint
         >>> model = from_architecture(read_architecture(path))
         >>> load_checkpoint(model, path).loaded == len(model.state_dict())
         True

@@ -57,9 +57,9 @@ def recorded(monkeypatch):
     calls = []
     whole = fused_conv._launched
 
-    def counted(layer, x, act):
-        calls.append(act)
-        return whole(layer, x, act)
+    def counted(layer, x):
+        calls.append(fused_conv.fused_activation(layer))
+        return whole(layer, x)
 
     monkeypatch.setattr(fused_conv, "_launched", counted)
     return calls
@@ -172,7 +172,7 @@ DECLINED = {
     "a hook of the convolution": (lambda m: hooked(m.conv), "hooked"),
     "a hook of the norm": (lambda m: hooked(m.bn), "hooked"),
     "a forward replaced": (replaced_forward, "hooked"),
-    "another layer": (other_layer, "not just conv and bn"),
+    "another layer": (other_layer, "not just conv, bn and act"),
     "the norm in training": (lambda m: m.bn.train(), "statistics of the batch"),
     "batch statistics": (batch_statistics, "statistics of the batch"),
     "another kind of norm": (

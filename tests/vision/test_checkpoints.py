@@ -1,5 +1,7 @@
 """Checkpoints of every source, the adapted parts of them, the export, and the hub."""
 
+import traceback
+from argparse import Namespace
 from collections import OrderedDict
 
 import huggingface_hub
@@ -51,6 +53,14 @@ SOURCES = {
         "starlayers",
     ),
     "our_mapping": (lambda ours, timms, d: ours, "starlayers"),
+    # as timm's CheckpointSaver writes it
+    "with_arguments_of_a_command": (
+        lambda ours, timms, d: saved(
+            {"epoch": 3, "state_dict": timms, "args": Namespace(lr=0.1, opt="lamb")},
+            d / "model_best.pth.tar",
+        ),
+        "timm",
+    ),
     "under_model": (lambda ours, timms, d: {"model": ours, "step": 3}, "starlayers"),
     "without_counters": (
         lambda ours, timms, d: {k: v for k, v in timms.items() if "num_batches" not in k},
@@ -376,7 +386,12 @@ REFUSED = {
     "whole_pickled_model": (
         lambda s, d: saved(torch.nn.Linear(1, 1), d / "s.pth"),
         ValueError,
-        r"(?s)no checkpoint: .*[Ww]eights.only",
+        r"s\.pth holds objects of torch\.nn\.modules\.linear\.Linear, which only code .* not run",
+    ),
+    "objects_beside_the_weights": (
+        lambda s, d: saved({"state_dict": s, "args": {"path": d, "log": print}}, d / "s.pth"),
+        ValueError,
+        r"s\.pth holds objects of builtins\.print, pathlib\.\S+, which only code",
     ),
     "no_such_file": (lambda s, d: d / "none.pth", FileNotFoundError, r"no checkpoint .*none\.pth"),
     "a_folder": (lambda s, d: d, FileNotFoundError, "no checkpoint file at"),
@@ -392,6 +407,57 @@ def test_what_is_refused_leaves_the_model_unchanged(make, error, message, tmp_pa
     with pytest.raises(error, match=message):
         load_checkpoint(model, checkpoint)
     assert_same_tensors(snapshot(model), before)
+
+
+@pytest.mark.parametrize("content", [torch.nn.Linear(1, 1), None], ids=["objects", "web_page"])
+def test_errors_are_without_escape_codes_of_a_terminal(content, tmp_path):
+    path = tmp_path / "s.pth"
+    path.write_bytes(b"<html>") if content is None else saved(content, path)
+    with pytest.raises(ValueError, match=r"s\.pth") as caught:
+        load_checkpoint(tiny(2), path)
+    text = "".join(traceback.format_exception(caught.value))
+    assert "\x1b" not in text
+    assert "weights_only" not in str(caught.value)
+
+
+def test_what_timm_saves_while_it_trains_is_loaded(tmp_path):
+    source, target = tiny(1), tiny(2)
+    theirs = tiny_timm(source)
+    optimizer = torch.optim.AdamW(theirs.parameters())
+    saver = timm.utils.CheckpointSaver(
+        theirs, optimizer, Namespace(model="starnet_s1"), checkpoint_dir=tmp_path
+    )
+    saver.save_checkpoint(0, metric=0.5)
+    report = load_checkpoint(target, tmp_path / "last.pth.tar")
+    assert report == LoadReport("timm", len(source.state_dict()))
+    assert_same_tensors(snapshot(target), snapshot(source))
+
+
+def test_load_state_dict_takes_the_names_of_timm_and_of_the_authors():
+    source, target = tiny(1), tiny(2)
+    state = tiny_timm(source).state_dict()
+    keys = list(state)
+    assert target.load_state_dict(state) == ([], [])
+    assert_same_tensors(snapshot(target), snapshot(source))
+    assert list(state) == keys, "the caller's mapping is left alone"
+    wrapped = torch.nn.ModuleDict({"body": tiny(3), "other": torch.nn.Linear(1, 1)})
+    state = {**renamed(state, "body."), **renamed(wrapped["other"].state_dict(), "other.")}
+    assert wrapped.load_state_dict(state) == ([], [])
+    assert_same_tensors(snapshot(wrapped["body"]), snapshot(source))
+
+
+def test_load_state_dict_stays_strict_about_names_and_shapes():
+    target, state = tiny(2), tiny_timm(tiny(1)).state_dict()
+    del state["stages.0.1.f1.conv.bias"]
+    state["neck.bias"] = torch.ones(1)
+    missing, unexpected = target.load_state_dict(state, strict=False)
+    assert (missing, unexpected) == (["stages.0.1.mlp.f1.bias"], ["neck.bias"])
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*mlp\.f1\.bias.*Unexpected.*neck"):
+        target.load_state_dict(state)
+    state = tiny_timm(tiny(1)).state_dict()
+    state["stages.0.1.f1.conv.weight"] = torch.ones(32, 8, 3, 3)
+    with pytest.raises(RuntimeError, match=r"size mismatch for stages\.0\.1\.mlp\.f1\.weight"):
+        target.load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
+from torch import nn
 
 from starlayers import StarMLP, vision
 from starlayers.coefficients.modules import SumMLP
@@ -187,15 +188,18 @@ def test_refused_with_the_users_numbers(call, error, message):
 
 
 PLACE = {"device": None, "dtype": None}
+NORM = {"norm_layer": nn.BatchNorm2d}
 DEFAULTS = {
-    ConvNorm: {"stride": 1, "groups": 1, **PLACE},
+    ConvNorm: {"stride": 1, "groups": 1, "dilation": 1, "act": None, **NORM, **PLACE},
     StarBlock2d: {
         "kernel_size": 7,
+        "dilation": 1,
         "mlp": None,
         "expansion": 4,
         "act": "relu6",
         "drop_path": 0.0,
         "layer_scale": None,
+        **NORM,
         **PLACE,
     },
     StarNet: {
@@ -208,10 +212,12 @@ DEFAULTS = {
         "drop_path_rate": 0.0,
         "act": "relu6",
         "mlp_layer": StarMLP,
+        **NORM,
         "global_pool": "avg",
         "kernel_size": 7,
         "stem_stride": 2,
         "stage_strides": (2, 2, 2, 2),
+        "output_stride": None,
         **PLACE,
     },
     DemoNet: {
@@ -228,6 +234,8 @@ DEFAULTS = {
     },
     StarNet.reset_classifier: {"global_pool": None},
     StarNet.set_grad_checkpointing: {"enable": True},
+    StarNet.prune_intermediate_layers: {"indices": 1, "prune_norm": False, "prune_head": True},
+    StarNet.group_matcher: {"coarse": False},
     StarNet.forward_head: {"pre_logits": False},
     StarNet.forward_intermediates: {
         "indices": None,

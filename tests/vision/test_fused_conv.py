@@ -110,6 +110,23 @@ def test_the_reason_names_what_was_changed():
     assert fused_conv._convolution(ConvNorm(3, 8, 5, stride=4), x) == Convolution(3, 8, 5, 4)
 
 
+def test_an_activation_is_a_child_that_may_be_hooked_or_replaced():
+    layer, x = ConvNorm(3, 8, 3, act="relu6").eval(), image(1, 3, 9, 9)
+    assert [name for name, _ in layer.named_children()] == ["conv", "bn", "act"]
+    assert [name for name, _ in ConvNorm(3, 8, 3).named_children()] == ["conv", "bn"]
+    assert fused_conv.activation(layer) == "relu6"
+    assert fused_conv._convolution(layer, x) == Convolution(3, 8, 3, 1)
+    torch.testing.assert_close(layer(x), layer.bn(layer.conv(x)).clamp(0, 6))
+    layer.act.register_forward_hook(lambda m, i, o: o + 1)
+    assert fused_conv._convolution(layer, x) == (
+        "the activation is hooked or another module, Activation"
+    )
+    torch.testing.assert_close(layer(x), layer.bn(layer.conv(x)).clamp(0, 6) + 1)
+    layer.act = nn.Tanh()
+    assert fused_conv._convolution(layer, x) == ("the activation is hooked or another module, Tanh")
+    torch.testing.assert_close(layer(x), layer.bn(layer.conv(x)).tanh())
+
+
 @pytest.mark.parametrize(
     "recorded",
     [

@@ -104,6 +104,37 @@ def test_a_file_builds_its_network_again(options, entries, fused, tmp_path):
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
 
 
+PRUNED = {
+    "stages": ({"indices": [0]}, {"depths": [1], "stage_strides": [2], "num_classes": 0}),
+    "norm": ({"indices": [1], "prune_norm": True, "prune_head": False}, {"num_classes": 10}),
+}
+
+
+@pytest.mark.parametrize(("options", "entries"), PRUNED.values(), ids=PRUNED)
+def test_a_pruned_network_is_described_and_built(options, entries, tmp_path):
+    model, x = tiny().eval(), image(1, 3, 16, 16)
+    model.prune_intermediate_layers(**options)
+    path = written(model, tmp_path / "m.safetensors")
+    described = read_architecture(path)
+    assert described["pruned"] is True
+    assert {k: described[k] for k in entries} == entries
+    again = from_architecture(described).eval()
+    load_checkpoint(again, path)
+    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stride", [4, 2])
+def test_a_dilated_network_is_described_with_the_strides_it_would_have(stride, tmp_path):
+    dilated = tiny(output_stride=stride)
+    described = architecture(dilated)
+    assert (described["stage_strides"], described["output_stride"]) == ([2, 2], stride)
+    again = from_architecture(described)
+    assert again.feature_info == dilated.feature_info
+    assert str(again) == str(dilated)
+    # its weights are those of the network that is not dilated
+    load_checkpoint(tiny(2), written(dilated, tmp_path / "m.safetensors"))
+
+
 @pytest.mark.parametrize("name", vision.STARNETS)
 def test_published_networks_are_described_by_their_arguments(name):
     model = getattr(vision, name)(device="meta")
