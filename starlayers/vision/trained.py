@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from starlayers.vision.checkpoints import load_checkpoint
-from starlayers.vision.weights import from_architecture, read_metadata
+from starlayers.vision.models import from_architecture
+from starlayers.vision.weights import read_metadata
 
 __all__ = ["TrainedNet", "load_run"]
 
