@@ -11,6 +11,8 @@ except ImportError as error:
 from starlayers.vision.blocks import ConvNorm, StarBlock2d
 from starlayers.vision.checkpoints import LoadReport, load_checkpoint, to_timm_state_dict
 from starlayers.vision.demonet import DemoNet
+from starlayers.vision.deploy.convolutions import portable
+from starlayers.vision.deploy.exporting import ExportReport, export
 from starlayers.vision.models import (
     STARNETS,
     starnet_s050,
@@ -27,10 +29,13 @@ __all__ = [
     "STARNETS",
     "ConvNorm",
     "DemoNet",
+    "ExportReport",
     "LoadReport",
     "StarBlock2d",
     "StarNet",
+    "export",
     "load_checkpoint",
+    "portable",
     "starnet_s050",
     "starnet_s1",
     "starnet_s2",
