@@ -144,6 +144,8 @@ def export(
     dynamic = dynamic and not target.fixed
     calibration = None if int8 is None else _images("int8", int8, shape, dynamic)
     text = as_text(metadata or {})
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"export: model must be a module, got {type(model).__name__}")
     reference = copy.deepcopy(model).eval().float().cpu()
     graph, kept = converted(reference)
     examples = _examples(shape, dynamic)

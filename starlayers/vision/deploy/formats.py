@@ -78,10 +78,8 @@ class Onnx(Format):
     int8_packages: ClassVar = {}
 
     def write(self, program: ExportedProgram, path: Path, metadata: Mapping[str, str]) -> None:
-        names = {0: "batch", 2: "height", 3: "width"}
-        shape = program.example_inputs[0][0].shape  # type: ignore[index]
-        free = not isinstance(_placeholder(program).shape[0], int)
         outputs = len(program.graph_signature.user_outputs)
+        names = {0: "batch", 2: "height", 3: "width"} if program.range_constraints else {}
         torch.onnx.export(
             program,
             f=path,
@@ -90,9 +88,7 @@ class Onnx(Format):
             verbose=False,
             input_names=[INPUT],
             output_names=[OUTPUT] if outputs == 1 else [f"map{i}" for i in range(outputs)],
-            dynamic_shapes=({i: names[i] for i in range(len(shape)) if i in names},)
-            if free
-            else None,
+            dynamic_shapes=(names,),  # the names of sizes that are free already
         )
         _add_metadata(path, metadata)
 
@@ -309,14 +305,6 @@ def quiet() -> Iterator[None]:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         yield
-
-
-def _placeholder(program: ExportedProgram) -> Tensor:
-    """Return the fake tensor of the program's input, whose free sizes are symbols."""
-    (name,) = program.graph_signature.user_inputs
-    (node,) = (n for n in program.graph.nodes if n.op == "placeholder" and n.name == name)
-    value: Tensor = node.meta["val"]
-    return value
 
 
 def _add_metadata(path: Path, metadata: Mapping[str, str]) -> None:

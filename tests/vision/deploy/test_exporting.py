@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import timm
@@ -185,7 +186,7 @@ class Text(formats.Format):
     """Format of the tests, whose engine is PyTorch itself with an error added."""
 
     suffix = ".txt"
-    packages = {}
+    packages: ClassVar = {}
     error = 0.0
 
     def write(self, program, path, metadata):
@@ -271,10 +272,15 @@ def test_errors_name_what_does_not_fit(case, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_only_modules_are_exported(text, tmp_path):
+    with pytest.raises(TypeError, match="export: model must be a module, got str"):
+        export("net.pt", tmp_path / "net.txt", shape=SHAPE)
+
+
 def test_a_path_names_a_format_in_a_folder_that_exists(tmp_path):
     with pytest.raises(ValueError, match=r"no format has the suffix of 'net\.pb', choose .*\.onnx"):
         export(tiny(), tmp_path / "net.pb")
-    with pytest.raises(FileNotFoundError, match="no folder .*missing"):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*missing"):
         export(tiny(), tmp_path / "missing" / "net.onnx")
 
 
