@@ -131,7 +131,7 @@ def test_the_readme_says_what_the_records_say():
 
 @pytest.mark.studies
 def test_a_smoke_run_times_every_engine(tmp_path):
-    job = engines.job(smoke=True) | {"rounds": {"1": 2}, "image": 32}
+    job = engines.job(smoke=True)
     metrics = engines.work(job)
     keys = [(r["engine"], r["precision"], r["graph"]) for r in metrics["rows"]]
     assert len(set(keys)) == len(keys) == 14
