@@ -110,6 +110,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.vision speed
 	$(BIN)/python -m benchmarks.vision demonet
 	$(BIN)/python -m benchmarks.vision peers
+	$(BIN)/python -m benchmarks.vision engines
 	$(BIN)/python -m benchmarks.nlp quality
 	$(BIN)/python -m benchmarks.nlp speed
 	$(BIN)/python -m benchmarks.starify quality
@@ -139,6 +140,7 @@ bench-smoke: setup
 	$(BIN)/python -m benchmarks.vision speed --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.vision demonet --smoke --processes 1 --out runs/smoke
 	$(BIN)/python -m benchmarks.vision peers --smoke --processes 1 --out runs/smoke
+	$(BIN)/python -m benchmarks.vision engines --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.nlp quality --smoke --processes 1 --out runs/smoke
 	$(BIN)/python -m benchmarks.nlp speed --smoke --out runs/smoke
 	$(BIN)/python -m benchmarks.starify quality --smoke --processes 1 --out runs/smoke

@@ -13,6 +13,7 @@ import torch
 
 PACKAGES = ("torch", "torchvision", "triton", "timm", "transformers", "peft", "optuna", "cmaes")
 PACKAGES += ("liger-kernel", "numpy", "stable-baselines3", "gymnasium", "mujoco", "starlayers")
+PACKAGES += ("onnx", "onnxruntime", "openvino", "nncf")
 HARDWARE = ("cpu", "cores", "threads", "gpu")
 
 

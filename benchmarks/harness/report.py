@@ -7,7 +7,7 @@ from benchmarks.harness.records import Record
 
 #: packages whose versions a page states, where a run has them
 STATED = ("python", "torch", "timm", "transformers", "peft", "stable-baselines3", "gymnasium")
-STATED += ("optuna", "cmaes", "liger-kernel")
+STATED += ("optuna", "cmaes", "liger-kernel", "onnxruntime", "openvino", "nncf")
 
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:

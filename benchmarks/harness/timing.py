@@ -36,11 +36,7 @@ def interleave(
     is therefore the median over rounds of its ratio within the round to the baseline with the
     lowest median. `clock(run)` runs a variant once and returns the seconds it took.
     """
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(warmup + repeats):
-        for name, run in variants.items():
-            times[name].append(clock(run))
-    timed = {name: t[warmup:] for name, t in times.items()}
+    timed = in_turn(variants, repeats=repeats, warmup=warmup, clock=clock)
     _, ratios = paired(timed, baselines)
     return {
         name: {
@@ -51,6 +47,21 @@ def interleave(
         }
         for name, t in timed.items()
     }
+
+
+def in_turn(
+    variants: dict[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int = 1,
+    clock: Callable[[Callable[[], object]], float] = host_clock,
+) -> dict[str, list[float]]:
+    """Return the seconds of every variant in each round, A B C A B C ..., after `warmup` rounds."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(warmup + repeats):
+        for name, run in variants.items():
+            times[name].append(clock(run))
+    return {name: t[warmup:] for name, t in times.items()}
 
 
 def paired(times: dict[str, list[float]], baselines: list[str]) -> tuple[str, dict[str, float]]:

@@ -1,4 +1,6 @@
-"""Vision benchmarks: `python -m benchmarks.vision demonet | peers | speed [--smoke | --page]`.
+"""Vision benchmarks: `python -m benchmarks.vision STUDY [--smoke | --page]`.
+
+The studies are demonet, peers, speed and engines.
 
 Every run of a study is a line of its record file, and a stopped study goes on where it was.
 `--smoke` takes seconds and shows that a study works, not a result; `--page` writes the page of
@@ -10,12 +12,12 @@ import typer
 from benchmarks.harness.records import RESULTS
 from benchmarks.harness.study import Out, Page, Processes, Smoke, WritePage
 from benchmarks.vision import demonet as demonet_study
+from benchmarks.vision import engines as engines_study
 from benchmarks.vision import peers as peers_study
 from benchmarks.vision import speed as speed_study
 
-PAGE = Page(
-    "vision", "Evidence: vision", (demonet_study.STUDY, peers_study.STUDY, speed_study.STUDY)
-)
+STUDIES = (demonet_study.STUDY, peers_study.STUDY, speed_study.STUDY, engines_study.STUDY)
+PAGE = Page("vision", "Evidence: vision", STUDIES)
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 
 
@@ -60,6 +62,15 @@ def speed(
     if page:
         return PAGE.write()
     speed_study.STUDY.measure(speed_study.job(model, smoke), smoke=smoke, out=out)
+
+
+@app.command()
+def engines(smoke: Smoke = False, page: WritePage = False, out: Out = RESULTS) -> None:
+    """Compare engines on our exported graph and timm's, and int8 with float32."""
+    if page:
+        return PAGE.write()
+    engines_study.STUDY.measure(engines_study.job(smoke), smoke=smoke, out=out)
+    engines_study.ACCURACY.measure(engines_study.accuracy_job(smoke), smoke=smoke, out=out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ except ImportError as error:
 from starlayers.vision.blocks import ConvNorm, StarBlock2d
 from starlayers.vision.checkpoints import LoadReport, load_checkpoint, to_timm_state_dict
 from starlayers.vision.demonet import DemoNet
+from starlayers.vision.deploy.convolutions import portable
+from starlayers.vision.deploy.exporting import ExportReport, export
 from starlayers.vision.models import (
     STARNETS,
     from_architecture,
@@ -36,14 +38,17 @@ __all__ = [
     "STARNETS",
     "ConvNorm",
     "DemoNet",
+    "ExportReport",
     "LoadReport",
     "StarBlock2d",
     "StarNet",
     "TrainedNet",
     "architecture",
+    "export",
     "from_architecture",
     "load_checkpoint",
     "load_run",
+    "portable",
     "read_architecture",
     "read_metadata",
     "reestimate_norms",

@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from starlayers.activations import get_activation
 from starlayers.checks import positive_int
 from starlayers.coefficients.modules import RankStarMLP, ScaledStarMLP
-from starlayers.dispatch import FORWARDS, Plan
+from starlayers.dispatch import FORWARDS, Plan, is_plain
 from starlayers.modules import StarBlock, StarMLP
 from starlayers.tracing import is_traced, record
 from starlayers.vision import fused_block, fused_conv
@@ -199,16 +199,18 @@ class StarBlock2d(StarBlock):
         """Fold both BatchNorms and a learned scale into their neighbours, in place.
 
         Uses the running statistics. A second call changes nothing. Factors that depend on the input
-        stay, and so do the norms around an MLP of another class, whose last layer is not known.
+        stay, and so do the norms around an MLP of another class or with hooks, whose result need
+        not be that of its last layer.
         """
         pre, post, mlp = self.pre, self.post, self.mlp
-        known = isinstance(mlp, StarMLP | RankStarMLP)
+        known = type(mlp).forward in (StarMLP.forward, RankStarMLP.forward)
+        known = known and is_plain(mlp, type(mlp)) and is_plain(mlp.g, nn.Linear)
         if known and isinstance(pre.bn, nn.BatchNorm2d) and isinstance(post.bn, nn.BatchNorm2d):
             pre.conv, pre.bn = fuse_conv_bn_eval(pre.conv, pre.bn), nn.Identity()
             # g is pointwise, so the norm after it folds into it. The zero padding of the second
             # convolution comes after that norm, as before.
             mlp.g, post.bn = fuse_linear_bn_eval(mlp.g, post.bn), nn.Identity()
-        if type(mlp) is ScaledStarMLP:
+        if known and type(mlp) is ScaledStarMLP:
             self.mlp = mlp.fold()
 
 

@@ -32,7 +32,7 @@ def test_every_page_is_written_from_the_records_byte_for_byte():
 
 
 def test_there_is_a_page_and_a_file_for_every_study():
-    assert len(STUDIES) == 22
+    assert len(STUDIES) == 23
     assert (DOCS / "evidence" / "index.md").is_file()
 
 

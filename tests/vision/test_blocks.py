@@ -199,6 +199,26 @@ def test_a_block_of_any_mlp_fuses_to_the_same_function(make, formula):
     assert_same_tensors(snapshot(block), fused)
 
 
+def _hooked(mlp):
+    mlp.register_forward_hook(lambda m, args, y: y.relu())
+    return mlp
+
+
+class _Rectified(StarMLP):
+    def forward(self, x, residual=None):
+        return super().forward(x, residual).relu()
+
+
+@pytest.mark.parametrize("kind", [StarMLP, ScaledStarMLP])
+def test_fuse_leaves_norms_around_an_mlp_whose_last_layer_is_not_its_result(kind):
+    for mlp in (_Rectified(4, 6), _hooked(kind(4, 6))):
+        block, x = randomise(StarBlock2d(4, mlp=mlp)).eval(), image(2, 4, 6, 5)
+        want = block(x)
+        block.fuse()
+        assert block.mlp is mlp
+        torch.testing.assert_close(block(x), want, rtol=0, atol=0)
+
+
 def test_layer_scale():
     block = randomise(StarBlock2d(4, layer_scale=0.5)).eval()
     assert torch.equal(block.gamma, torch.full((4,), 0.5))

@@ -1,0 +1,1 @@
+"""StarNets for other engines: `portable` graphs, and files by `export`."""
