@@ -1,6 +1,7 @@
 """Table of the MLPs of a model: replaced, ready, or skipped and why."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from itertools import zip_longest
 from typing import Any
@@ -168,19 +169,18 @@ def _is_gathered(model: nn.Module, path: str) -> bool:
     return any(k.__name__ == "FSDPModule" for module in above for k in type(module).__mro__)
 
 
-def _gathered(star: Any) -> Any:
-    """Return a star layer as it is during a call: plain weights in the place of divided ones."""
-    copy = object.__new__(type(star))
-    vars(copy).update(vars(star))
-    vars(copy)["_modules"] = dict(star._modules)
-    for name, layer in star._modules.items():
-        weights = getattr(layer, "_parameters", {})
-        if any(hasattr(p, "device_mesh") for p in weights.values()):
-            plain = object.__new__(type(layer))
-            vars(plain).update(vars(layer))
-            vars(plain)["_parameters"] = {k: _whole(p) for k, p in weights.items()}
-            vars(copy)["_modules"][name] = plain
-    return copy
+@contextmanager
+def _gathered(star: Any) -> Iterator[None]:
+    """Give a star layer plain weights in the place of divided ones, as during a call of it."""
+    tables = [layer._parameters for layer in star._modules.values() if layer is not None]
+    before = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.update({name: _whole(weight) for name, weight in table.items()})
+        yield
+    finally:
+        for table, weights in zip(tables, before, strict=True):
+            table.update(weights)
 
 
 def _whole(weight: Any) -> Any:
@@ -199,7 +199,10 @@ def _installed_row(name: str, star: StarLayer, *, gathered: bool) -> Row:
         words = [role.spec]
     else:
         words = [role.act_name or "", f"grown by {role.grown}" if role.grown else ""]
-    plan = _plan_of_large(_gathered(star) if gathered else star) if role.fused else None
+    plan = None
+    if role.fused:
+        with _gathered(star) if gathered else nullcontext():
+            plan = _plan_of_large(star)
     if plan is not None:
         words.append(plan.reason if plan.reason else "fused" if gate is not None else "")
     state = "star" if gate is not None else "fused" if plan is None or plan.fused else "eager"
