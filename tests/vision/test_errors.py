@@ -259,6 +259,8 @@ DEFAULTS = {
         "mixup": 0.0,
         "cutmix": 0.0,
         "ema": 0.0,
+        "norm_batches": 20,
+        "balance": "none",
         "amp": False,
         "compile": False,
         "seed": 0,
