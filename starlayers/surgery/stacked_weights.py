@@ -27,7 +27,11 @@ def stacked_experts(path: str, module: nn.Module) -> str:
         return ""
     named = bool(WORDS.search(kind.__name__) or WORDS.search(path.rpartition(".")[2]))
     own = {name: p for name, p in module._parameters.items() if p is not None}
-    stacks = {name: tuple(p.shape) for name, p in own.items() if p.ndim == 3 and p.shape[0] > 1}
+    stacks = {
+        name: tuple(p.shape)
+        for name, p in own.items()
+        if p.ndim == 3 and (p.shape[0] > 1 or WEIGHTS.match(name))  # one expert is a stack too
+    }
     if _chained(stacks.values()) and (named or all(map(WEIGHTS.match, stacks))):
         return f"{kind.__name__} holds stacked weights and computes its experts itself: {_WHY}"
     flat = [tuple(p.shape) for p in own.values() if p.ndim == 2]
