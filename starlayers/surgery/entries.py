@@ -26,13 +26,15 @@ ELSEWHERE = ("__init__", "__repr__", "extra_repr", "reset_parameters", "_init_we
 class Entry(NamedTuple):
     """Value that decides about a forward: its name, how to read it again, and what it was.
 
-    `words` is the sentence for a change, with "{new}" for the new value.
+    `words` is the sentence for a change, with "{new}" for the new value. `asked` is False for an
+    attribute that no code names.
     """
 
     name: str
     read: Callable[[], Any]
     value: Any
     words: str = ""
+    asked: bool = True
 
 
 class Missing:

@@ -99,4 +99,5 @@ def function_in(value: Any) -> Any:
 
 
 def items_of(value: Any) -> Any:
+    """Return the items of a container, the values of a dictionary."""
     return value.values() if isinstance(value, (dict, MappingProxyType)) else value

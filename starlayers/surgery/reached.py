@@ -153,8 +153,10 @@ class _Search:
         #: ids of what was met, with True for what the code may read itself
         self.seen: dict[int, bool] = {}
 
-    def add(self, name: str, read: Any, value: Any, words: str = "") -> None:
-        self.entries.append(Entry(name, read, value, words))
+    def add(
+        self, name: str, read: Any, value: Any, words: str = "", *, asked: bool = True
+    ) -> None:
+        self.entries.append(Entry(name, read, value, words, asked))
 
     def hide(self, label: str, value: Any) -> None:
         kind = type(value).__name__
@@ -186,7 +188,7 @@ class _Search:
             asked = key in self.names
             if not asked and not isinstance(value, CONTAINERS):
                 if self.identities or type(value) in VALUES or callable(value):
-                    self.add(label + key, partial(item_of, state, key), value)
+                    self.add(label + key, partial(item_of, state, key), value, asked=False)
                 continue
             skip = not (self.identities or type(value) in VALUES or callable(value))
             self.value(label + key, state, key, value, asked, skip=skip)
@@ -224,9 +226,9 @@ class _Search:
     ) -> None:
         """Add a value in a mapping, and what is inside of it."""
         if isinstance(value, CONTAINERS):  # an export puts equal ones in their places
-            self.add(label, partial(contents_of, values, key), contents(value))
+            self.add(label, partial(contents_of, values, key), contents(value), asked=asked)
         elif not skip:
-            self.add(label, partial(item_of, values, key), value)
+            self.add(label, partial(item_of, values, key), value, asked=asked)
         self.inside(label, value, asked, depth)
 
     def inside(self, label: str, value: Any, asked: bool, depth: int = DEPTH) -> None:
@@ -316,7 +318,7 @@ class _Search:
             self.value(f"{label}.{key}", state, key, item, asked and named, below)
         for base in type(value).__mro__:
             for key, slot in vars(base).items():
-                if isinstance(slot, MemberDescriptorType):
+                if isinstance(slot, MemberDescriptorType) and not key.startswith("__"):
                     read = partial(_slot, value, slot)
                     self.add(f"{label}.{key}", read, read())
                     self.inside(f"{label}.{key}", getattr(value, key, None), asked, depth - 1)

@@ -71,8 +71,12 @@ def _portable(value: Any) -> Any:
         return _code_hash(value)
     if isinstance(value, MethodType):
         return _portable(value.__func__)
-    named = value if callable(value) and hasattr(value, "__qualname__") else type(value)
-    return _Name(f"{getattr(named, '__module__', '')}.{named.__qualname__}")
+    if callable(value) and hasattr(value, "__qualname__"):
+        return _Name(f"{getattr(value, '__module__', '')}.{value.__qualname__}")
+    kind = type(value)
+    return _Name(
+        f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__module__}.{kind.__qualname__}"
+    )
 
 
 class Snapshot:
@@ -172,6 +176,7 @@ class Snapshot:
         restored = {
             key: e._replace(value=_restored(kept.get(key, MISSING), e.value))
             for key, e in entries.items()
+            if e.asked or key in kept
         }
         if gone := kept.keys() - restored.keys():
             self.copied_after = self.copied_after or f"{min(gone)} is gone"
@@ -215,14 +220,14 @@ class Snapshot:
                     return False
         except (KeyError, AttributeError):
             return False
-        for _, read, value, _ in self._others:
+        for _, read, value, _, _ in self._others:
             new = read()
             if new is not value and not _same(new, value):
                 return False
         return True
 
     def _first_change(self) -> str:
-        for name, read, value, words in self.entries:
+        for name, read, value, words, _ in self.entries:
             new = read()
             if new is not value and not _same(new, value):
                 return words.format(new=new) if words else _sentence(name, new, value)
@@ -296,7 +301,7 @@ def _same(new: Any, old: Any) -> bool:
         return len(new) == len(old) and all(a is b or _same(a, b) for a, b in zip(new, old))
     if isinstance(old, MethodType):
         return new.__func__ is old.__func__ and new.__self__ is old.__self__
-    equal: bool = type(old) in VALUES and new == old
+    equal: bool = type(old) in (*VALUES, _Code, _Name) and new == old
     return equal
 
 
@@ -312,8 +317,8 @@ def _words(value: Any) -> str:
     if isinstance(value, (_Code, CodeType)):
         return "another function"
     if isinstance(value, _Name):
-        value = value.rpartition(".")[2]
-        return f"{'an' if value[0] in 'AEIOU' else 'a'} {value}"
+        article, space, _ = value.rpartition(" ")
+        return article + space + value.rpartition(".")[2]
     if isinstance(value, (FunctionType, MethodType)):
         return value.__qualname__
     if callable(value) and hasattr(value, "__name__"):
