@@ -40,7 +40,12 @@ class Adopted(nn.Module):
         Hooks of the parts in `hooks_of` are no change. A compiler is told what has changed when it
         traces the call.
         """
-        return str(change_of(self, None if hooks_of is None else tuple(hooks_of)))
+        change = change_of(self, None if hooks_of is None else tuple(hooks_of))
+        if not change and torch.compiler.is_dynamo_compiling() and self.star.snapshot is not None:
+            for name, value in self.star.snapshot.plain:  # a compiler guards what it compares
+                if getattr(self, name) != value:
+                    return f"{name} is another"
+        return str(change)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # a class that registers its subclasses is not told of its star, which is made at run time

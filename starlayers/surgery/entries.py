@@ -93,10 +93,67 @@ def new_in(values: Mapping[str, Any], names: frozenset[str], label: str) -> str:
     return new and label + new
 
 
+def is_array(value: Any) -> bool:
+    """Return True for an array of numpy."""
+    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
+
+
+def array_values(array: Any) -> tuple[Any, ...]:
+    """Return dtype, shape and bytes of an array."""
+    return (str(array.dtype), tuple(array.shape), array.tobytes())
+
+
+def slot_value(value: Any, slot: Any) -> Any:
+    """Return a value in a slot, contents of a container."""
+    try:
+        return value_or_contents(slot.__get__(value))
+    except AttributeError:
+        return MISSING
+
+
+def value_or_contents(value: Any) -> Any:
+    """Return a value, of a container its contents."""
+    return contents(value) if isinstance(value, CONTAINERS) else value
+
+
+def contents_in(value: Any, key: str = "cell_contents") -> Any:
+    """Return an attribute, of a container its contents."""
+    return value_or_contents(getattr(value, key))
+
+
+def hiding_names(part: nn.Module, kind: type, size: int, known: frozenset[str]) -> str:
+    """Return the names of new attributes that hide children or attributes of the class."""
+    state = vars(part)
+    if len(state) == size:
+        return ""
+    new = [k for k in state if k not in known and not is_added(k)]
+    return ", ".join(k for k in new if hasattr(kind, k) or k in part._modules)
+
+
+def child_names(part: nn.Module) -> str:
+    """Return the names of a module's children, without those that are added."""
+    modules = part._modules
+    if "star_grown" in modules or "star_gate" in modules:
+        return ", ".join(key for key in modules if not is_added(key))
+    return ", ".join(modules)
+
+
+def tensor_names(tensors: dict[str, Any]) -> str:
+    """Return the names of tensors that are there."""
+    return ", ".join([key for key, value in tensors.items() if value is not None])
+
+
+def count_hooks(part: nn.Module) -> int:
+    """Return how many hooks a module has."""
+    return sum(len(vars(part)[kind]) for kind in HOOKS)
+
+
 def parts_of(module: nn.Module, apart: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules in a module by name, without those `apart`."""
+    """Yield the modules in a module by name, without those `apart` and what this library adds."""
     for name, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):  # whose code is fixed
+            continue
+        if is_added(name.partition(".")[0]):
             continue
         if not any(name == other or name.startswith(f"{other}.") for other in apart):
             yield name, part

@@ -4,7 +4,13 @@ import argparse
 import sys
 import sysconfig
 from functools import cached_property, lru_cache, partialmethod, singledispatchmethod
-from types import FunctionType, MappingProxyType, MemberDescriptorType, SimpleNamespace
+from types import (
+    FunctionType,
+    GeneratorType,
+    MappingProxyType,
+    MemberDescriptorType,
+    SimpleNamespace,
+)
 from typing import Any
 
 #: modules of the standard library whose objects are their attributes
@@ -15,10 +21,10 @@ FIXED_MODULES = (
     "re", "types", "typing", "uuid",
 )  # fmt: skip
 #: builtin objects that change when they are used
-ITERATORS = (
+ITERATORS: tuple[type, ...] = (
     type(iter(())),
     type(iter([])),
-    type(x for x in ()),
+    GeneratorType,
     map,
     zip,
     filter,

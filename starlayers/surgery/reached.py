@@ -23,17 +23,25 @@ from starlayers.surgery.bytecode import names_of
 from starlayers.surgery.entries import (
     CONTAINERS,
     ELSEWHERE,
-    HOOKS,
     MISSING,
     OWN,
     VALUES,
     Entry,
+    array_values,
+    child_names,
     contents,
+    contents_in,
     contents_of,
+    count_hooks,
+    hiding_names,
     is_added,
+    is_array,
     item_of,
     new_in,
     parts_of,
+    slot_value,
+    tensor_names,
+    value_or_contents,
 )
 from starlayers.surgery.kinds import (
     function_in,
@@ -153,9 +161,7 @@ class _Search:
         #: ids of what was met, with True for what the code may read itself
         self.seen: dict[int, bool] = {}
 
-    def add(
-        self, name: str, read: Any, value: Any, words: str = "", *, asked: bool = True
-    ) -> None:
+    def add(self, name: str, read: Any, value: Any, words: str = "", *, asked: bool = True) -> None:
         self.entries.append(Entry(name, read, value, words, asked))
 
     def hide(self, label: str, value: Any) -> None:
@@ -196,12 +202,15 @@ class _Search:
         known = frozenset(state) | ({"forward"} if not name else set())
         words = "{new} was set on " + (name or "it") + ", over its own"
         self.add(
-            f"{label}methods hidden", partial(_hiding, part, kind, len(state), known), "", words
+            f"{label}methods hidden",
+            partial(hiding_names, part, kind, len(state), known),
+            "",
+            words,
         )
         self.absent(label, state, self.names - OWN - part._modules.keys() - known)
-        self.add(f"{label}children", partial(_children, part), _children(part))
+        self.add(f"{label}children", partial(child_names, part), child_names(part))
         for what, tensors in (("parameters", part._parameters), ("buffers", part._buffers)):
-            self.add(label + what, partial(_filled, tensors), _filled(tensors))
+            self.add(label + what, partial(tensor_names, tensors), tensor_names(tensors))
         if self.identities:
             for key, child in part._modules.items():
                 if label + key not in apart and not is_added(key):
@@ -210,8 +219,8 @@ class _Search:
             self.add(f"{label}forward", partial(item_of, state, "forward"), state["forward"])
         if self.identities and name:
             self.add(f"the class of {name}", partial(getattr, part, "__class__"), type(part))
-            read = partial(getattr, type(part), "forward")
-            self.add(f"the forward of {name}", read, type(part).forward)
+            forward = type(part).forward
+            self.add(f"the forward of {name}", partial(getattr, type(part), "forward"), forward)
 
     def value(
         self,
@@ -263,7 +272,7 @@ class _Search:
         elif isinstance(value, nn.Module):  # one that is no registered child
             for inner, part in value.named_modules():
                 name = f"{label}.{inner}".rstrip(".")
-                self.add(f"hooks of {name}", partial(_hooks, part), _hooks(part))
+                self.add(f"hooks of {name}", partial(count_hooks, part), count_hooks(part))
                 self.module(name, part, type(part))
                 self.of_class(type(part))
         elif isinstance(value, CONTAINERS):
@@ -290,10 +299,15 @@ class _Search:
         """Add the attributes of an object, unless it is of a library that keeps its state."""
         if depth == 0:
             return
-        if _is_array(value):
+        if is_array(value):
             if value.nbytes <= MOST_BYTES:
                 words = f"values of {label} were changed"
-                self.add(f"the values of {label}", partial(_values, value), _values(value), words)
+                self.add(
+                    f"the values of {label}",
+                    partial(array_values, value),
+                    array_values(value),
+                    words,
+                )
             elif asked:
                 self.hide(label, value)
             return
@@ -319,7 +333,7 @@ class _Search:
         for base in type(value).__mro__:
             for key, slot in vars(base).items():
                 if isinstance(slot, MemberDescriptorType) and not key.startswith("__"):
-                    read = partial(_slot, value, slot)
+                    read = partial(slot_value, value, slot)
                     self.add(f"{label}.{key}", read, read())
                     self.inside(f"{label}.{key}", getattr(value, key, None), asked, depth - 1)
         self.absent(f"{label}.", state, self.names)
@@ -398,7 +412,7 @@ class _Search:
             value = getattr(function, kind)
             self.add(f"{kind} of {name}", partial(getattr, function, kind), value)
             if value and any(isinstance(item, CONTAINERS) for item in items_of(value)):
-                read = partial(_contents_in, function, kind)
+                read = partial(contents_in, function, kind)
                 self.add(f"values in {kind} of {name}", read, contents(value))
             if value:
                 self.items(f"{kind} of {name}", value, True, DEPTH)
@@ -421,57 +435,10 @@ class _Search:
         for key, cell in zip(code.co_freevars, function.__closure__ or ()):
             if key != "__class__" and cell != CellType():
                 item = cell.cell_contents
-                self.add(f"the variable {key}", partial(_contents_in, cell), _or_contents(item))
+                self.add(f"the variable {key}", partial(contents_in, cell), value_or_contents(item))
                 self.inside(f"the variable {key}", item, True)
 
     def is_library(self, module: str) -> bool:
         """Return True for a module of PyTorch, Python or a package that is not the model's own."""
         top = module.partition(".")[0]
         return is_library_module(module) and (top not in self.own or is_standard(top))
-
-
-def _is_array(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
-
-
-def _values(array: Any) -> tuple[Any, ...]:
-    return (str(array.dtype), tuple(array.shape), array.tobytes())
-
-
-def _slot(value: Any, slot: Any) -> Any:
-    try:
-        return _or_contents(slot.__get__(value))
-    except AttributeError:
-        return MISSING
-
-
-def _or_contents(value: Any) -> Any:
-    return contents(value) if isinstance(value, CONTAINERS) else value
-
-
-def _contents_in(value: Any, key: str = "cell_contents") -> Any:
-    return _or_contents(getattr(value, key))
-
-
-def _hiding(part: nn.Module, kind: type, size: int, known: frozenset[str]) -> str:
-    """Return the names of new attributes that hide children or attributes of the class."""
-    state = vars(part)
-    if len(state) == size:
-        return ""
-    new = [k for k in state if k not in known and not is_added(k)]
-    return ", ".join(k for k in new if hasattr(kind, k) or k in part._modules)
-
-
-def _children(part: nn.Module) -> str:
-    modules = part._modules
-    if "star_grown" in modules or "star_gate" in modules:
-        return ", ".join(key for key in modules if not is_added(key))
-    return ", ".join(modules)
-
-
-def _filled(tensors: dict[str, Any]) -> str:
-    return ", ".join([key for key, value in tensors.items() if value is not None])
-
-
-def _hooks(part: nn.Module) -> int:
-    return sum(len(vars(part)[kind]) for kind in HOOKS)

@@ -75,10 +75,8 @@ def _recording(kind: type[nn.Module], name: str, reads: Reads) -> Any:
     return type.__new__(type(kind), kind.__name__, (_Unregistered, kind), members)
 
 
-class _Unregistered:
+class _Unregistered(nn.Module):
     """Base of a class of which its other bases are not told."""
-
-    __slots__ = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         pass

@@ -120,7 +120,7 @@ def _copied(value: Any, memo: dict[int, Any], make: Callable[[Tensor], Tensor]) 
     elif isinstance(value, MethodType) and _is_plain_object(value.__self__):
         copy = MethodType(value.__func__, _copied(value.__self__, memo, make))
     elif _is_plain_object(value):
-        copy = memo[id(value)] = type(value).__new__(type(value))
+        copy = memo[id(value)] = _empty(type(value))
         vars(copy).update({k: _copied(v, memo, make) for k, v in vars(value).items()})
     else:
         return value
@@ -128,9 +128,13 @@ def _copied(value: Any, memo: dict[int, Any], make: Callable[[Tensor], Tensor]) 
     return copy
 
 
+def _empty(kind: Any) -> Any:
+    return kind.__new__(kind)
+
+
 def _is_plain_object(value: Any) -> bool:
     """Return True for an object that is its attributes, of a class that is no library's."""
-    kind = type(value)
+    kind: Any = type(value)
     own = not is_library_module(kind.__module__) or kind is SimpleNamespace
     return (
         own

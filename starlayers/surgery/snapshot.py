@@ -8,6 +8,7 @@ from operator import attrgetter, is_, itemgetter
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from starlayers.dispatch import has_global_hooks
@@ -23,6 +24,9 @@ from starlayers.surgery.entries import (
     parts_of,
 )
 from starlayers.surgery.reached import entries_of
+
+#: what `torch.export` replaces while it traces
+PATCHED = ("Module.__call__", "Module._call_impl", "Module.__getattr__", "the call of nn.Linear")
 
 
 class _Code(str):
@@ -127,6 +131,13 @@ class Snapshot:
     def _watch(self, entries: list[Entry]) -> None:
         """Take entries, those of one dictionary together, which are compared in one go."""
         self.entries = entries
+        state = vars(self.module)
+        #: plain attributes of the module itself, for compilers to guard
+        self.plain = tuple(
+            (e.name, e.value)
+            for e in entries
+            if type(e.value) in VALUES and e.name in state and e.asked
+        )
         self._others: list[Entry] = []
         #: of an object: the object, names and values there, and names that were not there
         found: dict[Any, tuple[Any, list[tuple[str, Any]], set[str]]] = {}
@@ -227,8 +238,11 @@ class Snapshot:
         return True
 
     def _first_change(self) -> str:
+        tracing = torch.compiler.is_compiling()
         for name, read, value, words, _ in self.entries:
             new = read()
+            if tracing and name in PATCHED:
+                continue
             if new is not value and not _same(new, value):
                 return words.format(new=new) if words else _sentence(name, new, value)
         return self.copied_after or ""
