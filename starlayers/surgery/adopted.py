@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from starlayers.surgery.compiling import evaluated_when_traced
 from starlayers.surgery.sandbox import unsharded
 
 
@@ -36,13 +37,19 @@ class Adopted(nn.Module):
     def _star_change(self, hooks_of: Collection[str] | None = None) -> str:
         """Return in words what has changed since the module was verified.
 
-        Hooks of the parts in `hooks_of` are no change. A compiler traces what runs, and guards it:
-        for it there is no change.
+        Hooks of the parts in `hooks_of` are no change. A compiler is told what has changed when it
+        traces the call.
         """
-        if torch.compiler.is_compiling():
-            return ""
-        snapshot, forward = self.star.snapshot, self.star.original.forward
-        return "" if snapshot is None else snapshot.change(self, forward, hooks_of=hooks_of)
+        change = change_of(self, None if hooks_of is None else tuple(hooks_of))
+        if not change and torch.compiler.is_dynamo_compiling() and self.star.snapshot is not None:
+            for name, value in self.star.snapshot.plain:  # a compiler guards what it compares
+                if getattr(self, name) != value:
+                    return f"{name} is another"
+        return str(change)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # a class that registers its subclasses is not told of its star, which is made at run time
+        pass
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # `StarC` is made at run time: name `C` instead, which can be imported
@@ -51,6 +58,13 @@ class Adopted(nn.Module):
             return super().__reduce_ex__(protocol)
         get_state = getattr(self, "__getstate__", None)
         return _empty_star, (original, mixin), get_state() if get_state else vars(self)
+
+
+@evaluated_when_traced
+def change_of(module: Adopted, hooks_of: tuple[str, ...] | None) -> str:
+    """Return what has changed of a module since it was verified."""
+    snapshot, forward = module.star.snapshot, module.star.original.forward
+    return "" if snapshot is None else snapshot.change(module, forward, hooks_of=hooks_of)
 
 
 #: dtype and number of dimensions of inputs for which modules are verified, and the dtype of

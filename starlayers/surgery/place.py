@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from starlayers.surgery.compiling import evaluated_when_traced
+
 _numbers = itertools.count(1)
 
 
@@ -62,14 +64,21 @@ class Place:
 
     def require_free(self) -> None:
         """Raise a RuntimeError if another activation was put into the place."""
-        now = vars(self.parent).get(self.name, self.parent._modules.get(self.name))
-        if now is not self.placeholder:
-            kind = type(now).__name__ if isinstance(now, nn.Module) else repr(now)
+        if kind := other_in(self):
             raise RuntimeError(
                 f"the activation {self.name!r} of a {type(self.parent).__name__} was set to {kind} "
                 "after starify, and would be applied to a product; set it as `act` of the "
                 "StarProjection, or revert first"
             )
+
+
+@evaluated_when_traced
+def other_in(place: Place) -> str:
+    """Return what was put into a place instead of the placeholder, "" if nothing was."""
+    now = vars(place.parent).get(place.name, place.parent._modules.get(place.name))
+    if now is place.placeholder:
+        return ""
+    return type(now).__name__ if isinstance(now, nn.Module) else repr(now)
 
 
 class Placeholder(nn.Identity):

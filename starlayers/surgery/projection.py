@@ -176,7 +176,7 @@ class StarProjection(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.place is not None and not torch.compiler.is_compiling():
+        if self.place is not None:
             self.place.require_free()
         if self.recompute and torch.is_grad_enabled():
             y: Tensor = recomputed(self._star, x, *args, **kwargs)
@@ -201,15 +201,15 @@ class StarProjection(nn.Module):
 
     def _star(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         h = self.inp(x, *args, **kwargs)
-        if self.fused and self.act_name is not None and not self._change():
+        # a compiler guards what the model's own activation reads, and fuses the product itself
+        fused = self.fused and not torch.compiler.is_compiling()
+        if fused and self.act_name is not None and not self._change():
             return star_product(h, self.gate(x).to(h.dtype), self.act_name, offset=1.0)
         return gated(self.act(h), self.gate(x))
 
     def _change(self) -> str:
         """Return in words what has changed of the activation since it was verified."""
-        if torch.compiler.is_compiling() or not isinstance(self.act, nn.Module):
-            return ""
-        if self._verified is None:
+        if self._verified is None or not isinstance(self.act, nn.Module):
             return ""
         if any(vars(self.act)[kind] for kind in HOOKS):
             return "the activation has hooks"

@@ -71,6 +71,12 @@ def _recording(kind: type[nn.Module], name: str, reads: Reads) -> Any:
         reads.add((name, key))
         return kind.__getattribute__(self, key)
 
-    metaclass: Any = type(kind)
     members = {"__getattribute__": read, "__module__": kind.__module__}
-    return metaclass(kind.__name__, (kind,), members)
+    return type.__new__(type(kind), kind.__name__, (_Unregistered, kind), members)
+
+
+class _Unregistered(nn.Module):
+    """Base of a class of which its other bases are not told."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass

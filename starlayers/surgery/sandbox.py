@@ -2,12 +2,18 @@
 
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy as shallow_copy
+from enum import Enum
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from starlayers.surgery.kinds import is_library_module
 
 #: seed of every trial run; any fixed number would do
 SEED = 0x57A4
@@ -52,8 +58,8 @@ def sandbox_copy(
 ) -> Any:
     """Return a copy of a module to run without an effect on the module.
 
-    Parameters, buffers, generators, lists, sets, dicts and child modules are copied, hooks and
-    what FSDP2 added are left out, other attributes are shared.
+    Parameters, buffers, generators, containers, plain objects and child modules are copied, hooks
+    and what FSDP2 added are left out, other attributes are shared: objects of libraries.
 
     Args:
         module: the module.
@@ -93,7 +99,7 @@ def unsharded(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _copied(value: Any, memo: dict[int, Any], make: Callable[[Tensor], Tensor]) -> Any:
-    """Return a copy of a tensor, generator or container, others as they are."""
+    """Return a copy of a tensor, generator, container or plain object, others as they are."""
     if id(value) in memo:
         return memo[id(value)]
     copy: Any
@@ -105,12 +111,39 @@ def _copied(value: Any, memo: dict[int, Any], make: Callable[[Tensor], Tensor]) 
         copy = value.clone_state()
     elif type(value) in (list, set):
         copy = type(value)(_copied(v, memo, make) for v in value)
-    elif type(value) is dict:
-        copy = {k: _copied(v, memo, make) for k, v in value.items()}
+    elif type(value) is deque:
+        copy = deque((_copied(v, memo, make) for v in value), value.maxlen)
+    elif isinstance(value, dict):  # Counter and defaultdict among them
+        copy = shallow_copy(value)
+        for k, v in value.items():
+            dict.__setitem__(copy, k, _copied(v, memo, make))
+    elif isinstance(value, MethodType) and _is_plain_object(value.__self__):
+        copy = MethodType(value.__func__, _copied(value.__self__, memo, make))
+    elif _is_plain_object(value):
+        copy = memo[id(value)] = _empty(type(value))
+        vars(copy).update({k: _copied(v, memo, make) for k, v in vars(value).items()})
     else:
         return value
     memo[id(value)] = copy
     return copy
+
+
+def _empty(kind: Any) -> Any:
+    return kind.__new__(kind)
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Return True for an object that is its attributes, of a class that is no library's."""
+    kind: Any = type(value)
+    own = not is_library_module(kind.__module__) or kind is SimpleNamespace
+    return (
+        own
+        and not isinstance(value, (nn.Module, Enum))
+        and (kind.__new__ is object.__new__ or kind is SimpleNamespace)
+        and kind.__reduce_ex__ is object.__reduce_ex__
+        and not any("__slots__" in vars(base) for base in kind.__mro__[:-1])
+        and hasattr(value, "__dict__")
+    )
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from starlayers.surgery.trial_run import (
     recorded,
     run,
 )
+from starlayers.surgery.unseen import unseen
 from starlayers.surgery.verify_act import name_of_act
 from starlayers.surgery.verify_gated import verify_gated
 from starlayers.surgery.verify_hidden import verify_hidden
@@ -148,6 +149,8 @@ def _verified(
     with default_state(device):
         if site.form != "plain":
             _require_own_forward(owner)
+            if hidden := unseen(owner, [name for name in (site.inp, site.up, site.out) if name]):
+                raise MismatchError(hidden)
             formula, act_name = verify_gated(owner, site, reads)
             between, after = formula.between, formula.after
             return Verdict(formula.site, None, between, after, act_name, formula.act)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import pytest
 import torch
 from torch import nn
 
@@ -60,6 +61,55 @@ def test_a_copy_watches_the_copy():
         again.act.approximate = "tanh"
         assert again.watched.change(again) == "act.approximate is 'tanh', was 'none'"
     assert mlp.watched.change(mlp) == ""
+
+
+class Holds(MLP):
+    def __init__(self):
+        super().__init__()
+        self.limits, self.fn, self.config = [], torch.sigmoid, Config(1.0, 2)
+
+    def forward(self, x):
+        return super().forward(self.product(x)) + len(self.limits) + self.config.limit
+
+    def product(self, x):
+        return self.fn(x)
+
+
+CHANGES = {
+    "a list filled": (lambda m: m.limits.append(0.5), "limits is (0.5,), was ()"),
+    "a builtin": (lambda m: setattr(m, "fn", torch.relu), "fn is relu, was sigmoid"),
+    "a method": (lambda m: setattr(m, "product", torch.relu), "product was set on it"),
+    "in an object": (lambda m: setattr(m.config, "limit", 2), "config.limit is 2, was 1.0"),
+    "an object": (lambda m: setattr(m, "config", Config(1.0, 2)), "config is a Config, was a"),
+    "an object of another class": (lambda m: setattr(m, "config", MLP), "config is MLP, was a"),
+    "an activation": (lambda m: setattr(m, "act", nn.GELU()), "act is a GELU, was a GELU"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_made_after_a_change_knows_of_it(name, how):
+    change, words = CHANGES[name]
+    mlp = Holds()
+    mlp.watched = snapshot_of(mlp)
+    before = how(mlp)
+    change(mlp)
+    assert mlp.watched.change(mlp).startswith(words)
+    words = words.replace("product was set on it", "product is new")
+    for again in (how(mlp), how(how(mlp))):
+        assert again.watched.change(again).startswith(words)
+    assert before.watched.change(before) == ""
+    change(before)
+    assert before.watched.change(before) != ""
+
+
+def test_a_pickle_is_compared_with_what_is_there_when_it_is_read(monkeypatch):
+    mlp = Holds()
+    mlp.watched = snapshot_of(mlp)
+    data = pickle.dumps(mlp)
+    monkeypatch.setattr(Holds, "product", lambda self, x: x)
+    again = pickle.loads(data)
+    assert again.watched.change(again).endswith("<lambda>, was another function")
 
 
 def test_equal_modules_have_equal_signatures():
