@@ -121,6 +121,7 @@ def _search(
     names = _known_names.get((kinds, method), start)
     while True:
         search = _Search(own, names, identities, (getattr(kind, method, None), method))
+        search.seen |= {id(part): True for _, part, _ in parts}  # a wrapper may hold them too
         for name, part, part_kind in parts:
             search.module(name, part, part_kind, apart, counted if part is module else None)
         for part_kind in dict.fromkeys(part_kind for _, _, part_kind in parts):
