@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from starlayers.attached import attached
 from starlayers.dispatch import (
@@ -43,6 +42,8 @@ class Role:
         after: names of the modules after the last layer, in order.
         fused: use the kernels of the core; otherwise the module's own forward, to the last bit.
         recompute: save only the input for the backward pass.
+        up_first: call the second branch first, as the forward did.
+        casts: convert the product to the dtype of the last layer's weight, as the forward did.
         grown: number of products per channel that `grow` added.
         input_name: name by which the module's forward takes its input.
         snapshot: state of the module when it was verified.
@@ -58,6 +59,8 @@ class Role:
     grown: int = 0
     input_name: str = ""
     snapshot: Snapshot | None = None
+    up_first: bool = False
+    casts: bool = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(with_new_names(state))
@@ -188,9 +191,10 @@ class GatedMLP(Adopted):
         """Compute the MLP by its own layers and the product of the core."""
         (x,) = (*args, *kwargs.values())
         role, site = self.star, self.star.site
+        b = attribute(self, site.up)(x) if site.up is not None and role.up_first else None
         h = attribute(self, site.inp)(x)
         if site.up is not None:
-            y = self._star_product(h, attribute(self, site.up)(x))
+            y = self._star_product(h, attribute(self, site.up)(x) if b is None else b)
         elif role.fused and role.act_name is not None and not site.gate_last:
             y = star_packed(h, role.act_name)
         else:
@@ -202,9 +206,9 @@ class GatedMLP(Adopted):
         if site.out is None:
             return y
         out = attribute(self, site.out)
-        dtype = getattr(getattr(out, "weight", None), "dtype", y.dtype)
-        if dtype.is_floating_point and dtype != y.dtype:  # T5 keeps its last layer in float32
-            y = y.to(dtype)
+        if role.casts:  # T5 keeps its last layer in float32
+            dtype = getattr(getattr(out, "weight", None), "dtype", y.dtype)
+            y = y.to(dtype) if dtype.is_floating_point and dtype != y.dtype else y
         return self._star_after(out(y))
 
     def _star_after(self, y: Tensor) -> Tensor:
@@ -259,8 +263,12 @@ def split_packed(h: Tensor, *, gate_last: bool) -> tuple[Tensor, Tensor]:
     return (second, first) if gate_last else (first, second)
 
 
+#: modules of PyTorch that are the identity in eval mode; a class derived from one may be anything
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
 def acts(module: nn.Module) -> bool:
     """Return True unless a module is the identity: a dropout that drops nothing now."""
-    if isinstance(module, _DropoutNd):
+    if type(module) in DROPOUTS:
         return module.training and module.p > 0
-    return not isinstance(module, nn.Identity)
+    return type(module) is not nn.Identity
