@@ -200,6 +200,7 @@ class GatedMLP(Adopted):
         else:
             y = self._star_product(*split_packed(h, gate_last=site.gate_last))
         if role.grown:
+            self._star_require_sizes(x, y)
             y = y + self.star_grown(x, self._star_product)  # type: ignore[operator]
         for name in role.between:
             y = attribute(self, name)(y)
@@ -210,6 +211,17 @@ class GatedMLP(Adopted):
             dtype = getattr(getattr(out, "weight", None), "dtype", y.dtype)
             y = y.to(dtype) if dtype.is_floating_point and dtype != y.dtype else y
         return self._star_after(out(y))
+
+    def _star_require_sizes(self, x: Tensor, y: Tensor) -> None:
+        """Raise an error if the layers have other sizes than the grown products."""
+        grown: Any = self.star_grown
+        hidden = grown.f1.out_features // grown.rank
+        if (x.shape[-1], y.shape[-1]) != (grown.f1.in_features, hidden):
+            raise RuntimeError(
+                f"{type(self).__name__} has grown products of {grown.f1.in_features} to {hidden} "
+                f"channels, its layers now compute {x.shape[-1]} to {y.shape[-1]}: starify after "
+                "pruning, or revert"
+            )
 
     def _star_after(self, y: Tensor) -> Tensor:
         for name in self.star.after:
@@ -230,8 +242,9 @@ class GatedMLP(Adopted):
         name, act = type(self).__name__, self.star.site.act
         if self._star_input(args, kwargs) is None:
             raise TypeError(
-                f"{name} has grown products and takes its input alone, got {len(args)} positional "
-                f"arguments and the keywords {sorted(kwargs)}; revert gives the model's MLP back"
+                f"{name} has grown products, for dense inputs of 2 to 4 dimensions, and takes its "
+                f"input alone, got {len(args)} positional arguments and the keywords "
+                f"{sorted(kwargs)}; revert gives the model's MLP back"
             )
         called = [part for part in (act, *self.star.between) if part is not None]
         change = self._star_change(called)

@@ -31,7 +31,8 @@ def install_plain(owner: nn.Module, site: Site, spec: str, **options: Any) -> St
     act_at = site.act or ""
     inp, act = attribute(owner, site.inp), attribute(owner, act_at)
     star = StarProjection(inp, act, make_gate(spec, inp), site, spec=spec, **options)
-    star.place = Place(parent_of(owner, act_at), site.inp, is_module=isinstance(act, nn.Module))
+    is_module, parent = isinstance(act, nn.Module), parent_of(owner, act_at)
+    star.place = Place(parent, site.inp, is_module=is_module, star=star)
     put(owner, site.inp, star)
     put(owner, act_at, star.place.placeholder)
     if isinstance(owner, nn.TransformerEncoderLayer):

@@ -151,4 +151,3 @@ def require_no_types(kind: type) -> None:
                         f"{function.__qualname__} asks for the type of a part, which was not "
                         "verified"
                     )
-
