@@ -13,46 +13,12 @@ from starlayers.surgery.site import Site
 from starlayers.surgery.trial_run import MismatchError
 
 #: element-wise functions that activations are made of; all of them smooth but for known kinks
-ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "add",
-        "celu",
-        "clamp",
-        "clamp_max",
-        "clamp_min",
-        "div",
-        "elu",
-        "erf",
-        "exp",
-        "expm1",
-        "gelu",
-        "hardsigmoid",
-        "hardswish",
-        "hardtanh",
-        "leaky_relu",
-        "log1p",
-        "log_sigmoid",
-        "mish",
-        "mul",
-        "neg",
-        "pow",
-        "reciprocal",
-        "relu",
-        "relu6",
-        "rsub",
-        "selu",
-        "sigmoid",
-        "silu",
-        "softplus",
-        "softsign",
-        "sqrt",
-        "square",
-        "sub",
-        "tanh",
-        "threshold",
-    ]
-)
+ELEMENTWISE = frozenset([
+    "abs", "add", "celu", "clamp", "clamp_max", "clamp_min", "div", "elu", "erf", "exp",
+    "expm1", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log1p",
+    "log_sigmoid", "mish", "mul", "neg", "pow", "reciprocal", "relu", "relu6", "rsub", "selu",
+    "sigmoid", "silu", "softplus", "softsign", "sqrt", "square", "sub", "tanh", "threshold",
+])  # fmt: skip
 CASTS = ("to", "_to_copy", "type_as")
 #: functions that return the values of their input
 IDENTITIES = ("alias", "clone", "contiguous")
@@ -373,7 +339,8 @@ def _widens(node: fx.Node) -> bool:
 
 
 def _drops_nothing(node: fx.Node) -> bool:
-    return function_name(node) == "dropout" and (node.args[1] == 0 or not node.args[2])
+    drop = function_name(node) == "dropout"
+    return drop and (node.args[1] == 0 or not node.args[2])  # type: ignore[return-value]
 
 
 def _original(node: fx.Node) -> fx.Node:

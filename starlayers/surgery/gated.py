@@ -283,5 +283,5 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 def acts(module: nn.Module) -> bool:
     """Return True unless a module is the identity: a dropout that drops nothing now."""
     if type(module) in DROPOUTS:
-        return module.training and module.p > 0
+        return module.training and module.p > 0  # type: ignore[operator, return-value]
     return type(module) is not nn.Identity

@@ -151,9 +151,10 @@ class Outside:
         elif hasattr(type(value), "__next__"):
             self.iterators += [name] * used
         elif isinstance(value, (list, deque, dict, set)):
-            kind: Any = next(k for k in (list, deque, dict, set) if isinstance(value, k))
+            kind = next(k for k in (list, deque, dict, set) if isinstance(value, k))
             self._add(name, partial(_contents, value), partial(_refill, kind, value))
-            items = dict.items(value) if kind is dict else enumerate(kind.__iter__(value))
+            whole = isinstance(value, dict)
+            items: Any = dict.items(value) if whole else enumerate(value)  # type: ignore[arg-type]
             inner = {f"[{k!r:.20}]": v for k, v in items}
         elif isinstance(value, (tuple, frozenset)):
             inner = {f"[{i}]": v for i, v in enumerate(value)}
@@ -175,7 +176,7 @@ class Outside:
             self._look(name, value.__self__, names, depth - 1, used=True)
 
     def _attributes(self, name: str, value: Any) -> dict[str, Any]:
-        state = getattr(value, "__dict__", None)
+        state: Any = getattr(value, "__dict__", None)
         inner: dict[str, Any] = {}
         if isinstance(state, dict):
             self._add(name, partial(_contents, state), partial(_refill, dict, state))
@@ -196,7 +197,7 @@ class Outside:
             kept = value.state
             read, put = (lambda: repr(value.state)), (lambda _: setattr(value, "state", kept))
             self._add(name, read, put)
-        elif hasattr(value, "tobytes") and getattr(value, "ndim", 0):
+        elif hasattr(value, "tobytes") and hasattr(value, "ndim"):
             copy = value.copy()
             self._add(name, value.tobytes, lambda _: value.__setitem__(..., copy))
 

@@ -82,7 +82,7 @@ class Place:
             )
         if result.x is None or self.star is None:
             return h
-        return self.star.activated(h, *result)
+        return self.star.activated(h, *result)  # type: ignore[arg-type]
 
     def _result(self, h: Any) -> Result | None:
         """Return what belongs to a tensor, `None` if it is no result of the first layer."""

@@ -116,7 +116,7 @@ class LayerProbe(nn.Module):
 
     def __dir__(self) -> Any:
         object.__getattribute__(self, "asked").add("__dir__")
-        return super().__dir__()
+        return super().__dir__()  # type: ignore[no-untyped-call]
 
 
 def require_answered(probe: LayerProbe, *, last: bool) -> bool:
