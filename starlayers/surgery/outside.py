@@ -81,14 +81,9 @@ class Outside:
             if id(base) in self._seen or not _foreign(base):
                 continue
             self._seen[id(base)] = base
-            plain = [k for k, v in vars(base).items() if not _is_code(k, v)]
-            self._add(
-                base.__name__,
-                partial(_items, vars(base), plain),
-                partial(_put_attributes, base),
-            )
-            for key in plain:
-                self._look(f"{base.__name__}.{key}", vars(base)[key], names, used=key in names)
+            self._add(base.__name__, partial(_plain, base), partial(_put_attributes, base))
+            for key, value in _plain(base).items():
+                self._look(f"{base.__name__}.{key}", value, names, used=key in names)
         for function in functions_of(kind):
             self._function(function, names)
 
@@ -213,9 +208,14 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _is_code(key: str, value: Any) -> bool:
-    """Return True for methods and what Python puts into every class."""
-    return key.startswith("__") or callable(value) or hasattr(type(value), "__get__")
+def _plain(kind: type) -> dict[str, Any]:
+    """Return the attributes of a class but methods and what Python puts into every class."""
+    return {
+        key: value
+        for key, value in vars(kind).items()
+        if not (key.startswith(("__", "_abc_")) or callable(value))
+        and not hasattr(type(value), "__get__")
+    }
 
 
 def _foreign(value: Any) -> bool:
@@ -248,6 +248,8 @@ def _refill(kind: Any, value: Any, contents: Any) -> None:
 
 
 def _put_attributes(kind: type, contents: dict[str, Any]) -> None:
+    for key in _plain(kind).keys() - contents.keys():
+        delattr(kind, key)
     for key, value in contents.items():
         if vars(kind).get(key) is not value:
             setattr(kind, key, value)

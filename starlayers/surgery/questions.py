@@ -2,7 +2,8 @@
 
 import dis
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from types import CellType, FunctionType
 from typing import Any
 
 import torch.nn.functional as F
@@ -138,9 +139,26 @@ def require_answered(probe: LayerProbe, *, last: bool) -> bool:
     return "weight" in asked
 
 
+def _with_helpers(functions: Iterable[Any]) -> Iterator[Any]:
+    """Yield functions, those in their closures, and helpers in the same file."""
+    seen: set[int] = set()
+    waiting = list(functions)
+    while waiting:
+        function = waiting.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        yield function
+        scope = function.__globals__
+        near = [scope.get(name) for name in function.__code__.co_names]
+        near = [f for f in near if getattr(f, "__globals__", None) is scope]
+        near += [c.cell_contents for c in function.__closure__ or () if c != CellType()]
+        waiting += [f for f in near if isinstance(f, FunctionType)]
+
+
 def require_no_types(kind: type) -> None:
     """Raise a MismatchError if methods ask for `type(x)` of anything but `self`."""
-    for function in functions_of(kind):
+    for function in _with_helpers(functions_of(kind)):
         steps = [s for s in dis.get_instructions(function) if s.opname not in ("CACHE", "PRECALL")]
         for i, step in enumerate(steps):
             if step.opname == "LOAD_GLOBAL" and step.argval == "type":

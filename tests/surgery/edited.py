@@ -216,12 +216,14 @@ ASKED = {
         ("storage_offset", lambda s, h, x: x.storage_offset() > 0),
         ("stride", lambda s, h, x: x.stride(-1) != 1),
         ("is_contiguous", lambda s, h, x: not x.is_contiguous()),
-        ("data_ptr", lambda s, h, x: x.data_ptr() % 16 == 1),
         ("is_cuda", lambda s, h, x: x.is_cuda),
         ("_backward_hooks", lambda s, h, x: x._backward_hooks),
     ]},
+    "tensor address": (asks(lambda s, h, x: x.data_ptr() % 16 == 1), "data"),
     "gradient clipped by a hook": (on_output(clipped), "register_hook"),
-    "gradient clipped by a function": (on_output(lambda s, y, x: Clip.apply(y)), "the gradient"),
+    "gradient clipped by a function": (
+        on_output(lambda s, y, x: Clip.apply(y)), "the gradient|view"
+    ),
     "gradient retained": (
         noted(lambda s, h: h.retain_grad() if torch.is_grad_enabled() else None), "retain_grad"
     ),
@@ -282,7 +284,7 @@ REFUSED = {
     "act without gradient": (act(lambda x: F.silu(x).detach()), "detach"),
     "straight through": (act(straight_through), "detach"),
     "own backward": (act(OtherGradient.apply), "the gradient of"),
-    "gradient doubled by a hook": (act(scaled_gradient), "the gradient of|graph"),
+    "gradient doubled by a hook": (act(scaled_gradient), "asks a tensor for 'requires_grad'"),
     "gate without gradient": (edited(no_grad_gate), "set_grad_enabled"),
     # conditions
     "noise in training": (lambda: SwiGLU(NoisyInTraining()), "train mode.*randn_like"),

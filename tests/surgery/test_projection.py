@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 from starlayers import starify
@@ -232,8 +233,8 @@ def test_weight_and_bias_are_set_on_the_own_layer():
     assert mlp.fc1.inp.weight is weight
     assert mlp.fc1.bias is None
     with pytest.raises(RuntimeError, match="prune or parametrise its child `inp`"):
-        torch.nn.utils.prune.l1_unstructured(mlp.fc1, "weight", 0.5)
-    torch.nn.utils.prune.l1_unstructured(mlp.fc1.inp, "weight", 0.5)
+        prune.l1_unstructured(mlp.fc1, "weight", 0.5)
+    prune.l1_unstructured(mlp.fc1.inp, "weight", 0.5)
     assert mlp(torch.ones(2, 8)).shape == (2, 8)
 
 
