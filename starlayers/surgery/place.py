@@ -13,7 +13,7 @@ _numbers = itertools.count(1)
 
 
 class Result(NamedTuple):
-    """What the activation needs beside the result of the first layer.
+    """Input of the first layer, which the activation needs beside its result.
 
     `x` is the layer's input, `None` if the result is the product already. `again` computes the
     result of the layer once more, for a backward that saved the input alone.

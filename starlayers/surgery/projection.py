@@ -137,6 +137,9 @@ class StarProjection(nn.Module):
     `act(inp(x))` to the last bit in every dtype, and in low precision a small gate is not lost in
     the rounding of `1 + gate(x)`.
 
+    In a model it stands where `inp` was and returns what `inp` does; its `Place`, where the
+    activation was, computes the rest. So other calls of the layer give what they did.
+
     Shapes: those of `inp`, (..., in) -> (..., hidden).
 
     Args:
