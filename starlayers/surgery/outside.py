@@ -26,6 +26,7 @@ class State(NamedTuple):
     value: Any
     read: Callable[[], Any]
     put: Callable[[Any], Any]
+    own: bool = True
 
 
 class Outside:
@@ -55,6 +56,8 @@ class Outside:
         #: names of iterators, whose state cannot be read
         self.iterators: list[str] = []
         self._seen: dict[int, Any] = {}
+        #: False for what only methods of other objects reach, which is put back and no obstacle
+        self._own = True
         for name, part in parts_of(module, apart):
             names = names_in_code(type(part))
             for key, value in vars(part).items():
@@ -64,7 +67,8 @@ class Outside:
 
     def change(self) -> str:
         """Return the name of the first object that has changed, empty if there is none."""
-        return next((s.name for s in self.states if not _same(s.read(), s.value)), "")
+        changed = (s.name for s in self.states if s.own and not _same(s.read(), s.value))
+        return next(changed, "")
 
     def restore(self) -> None:
         """Put back what has changed."""
@@ -73,7 +77,7 @@ class Outside:
                 state.put(state.value)
 
     def _add(self, name: str, read: Callable[[], Any], put: Callable[[Any], Any]) -> None:
-        self.states.append(State(name, read(), read, put))
+        self.states.append(State(name, read(), read, put, self._own))
 
     def _class(self, kind: type, names: Collection[str]) -> None:
         """Look at the attributes of a class, and at what its methods read."""
@@ -144,7 +148,7 @@ class Outside:
         elif type(value).__module__.startswith("numpy"):
             self._numpy(name, value)
         elif hasattr(type(value), "__next__"):
-            self.iterators += [name] * used
+            self.iterators += [name] * (used and self._own)
         elif isinstance(value, (list, deque, dict, set)):
             kind = next(k for k in (list, deque, dict, set) if isinstance(value, k))
             self._add(name, partial(_contents, value), partial(_refill, kind, value))
@@ -161,7 +165,9 @@ class Outside:
         elif _stateful(type(value)):
             inner = self._attributes(name, value)
             if _foreign(type(value)):
+                own, self._own = self._own, False
                 self._class(type(value), names)
+                self._own = own
         for key, item in inner.items():
             self._look(f"{name}{key}", item, names, depth - 1, used=used)
 
