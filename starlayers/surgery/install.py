@@ -31,7 +31,8 @@ def install_plain(owner: nn.Module, site: Site, spec: str, **options: Any) -> St
     act_at = site.act or ""
     inp, act = attribute(owner, site.inp), attribute(owner, act_at)
     star = StarProjection(inp, act, make_gate(spec, inp), site, spec=spec, **options)
-    star.place = Place(parent_of(owner, act_at), site.inp, is_module=isinstance(act, nn.Module))
+    is_module, parent = isinstance(act, nn.Module), parent_of(owner, act_at)
+    star.place = Place(parent, site.inp, is_module=is_module, star=star)
     put(owner, site.inp, star)
     put(owner, act_at, star.place.placeholder)
     if isinstance(owner, nn.TransformerEncoderLayer):
@@ -49,6 +50,8 @@ def install(
     gate: str = "full",
     between: tuple[str, ...] = (),
     after: tuple[str, ...] = (),
+    up_first: bool = False,
+    casts: bool = True,
     fused: bool = False,
     recompute: bool = False,
     rank: int = 0,
@@ -56,7 +59,7 @@ def install(
     """Put a star layer in the place of an MLP that was verified: a projection, or a `GatedMLP`.
 
     A plain MLP gets a `gate`, a gated one `rank` products per channel; `act_name`, `between`,
-    `after`, `fused` and `recompute` are as for `Role`.
+    `after`, `up_first`, `casts`, `fused` and `recompute` are as for `Role`.
     """
     options: dict[str, Any] = {"act_name": act_name, "fused": fused, "recompute": recompute}
     if site.form == "plain" and site.act is None:
@@ -65,7 +68,7 @@ def install(
         return install_plain(owner, site, gate, **options)
     kind, apart = type(owner), [name for name in (site.inp, site.up, site.out) if name]
     snapshot, name = Snapshot(owner, kind.forward, apart), input_name(owner)
-    options |= {"between": between, "after": after}
+    options |= {"between": between, "after": after, "up_first": up_first, "casts": casts}
     role = Role(site, kind, input_name=name, snapshot=snapshot, **options)
     star: GatedMLP = adopt(owner, GatedMLP, role)
     if rank:
