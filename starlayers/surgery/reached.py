@@ -91,6 +91,7 @@ def unwatched(module: nn.Module, apart: Collection[str]) -> tuple[str, frozenset
     """Return in words what a forward may read and nothing shows, and all names that it may read.
 
     Example:
+        >>> __name__ = "mine"  # a module that is not the library's
         >>> import itertools
         >>> class Counts(nn.Module):
         ...     def __init__(self):

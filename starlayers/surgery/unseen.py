@@ -60,6 +60,7 @@ def unseen(module: nn.Module, apart: Collection[str]) -> str:
     Parts named in `apart` are called, whatever they are.
 
     Example:
+        >>> __name__ = "mine"  # a module that is not the library's
         >>> import torch.distributed as dist
         >>> class Reduces(nn.Module):
         ...     def forward(self, x):
