@@ -59,4 +59,7 @@ def record(module: nn.Module) -> nn.Module:
                 f"torch.jit.script: {node.target.__name__} in {type(module).__name__} would be "
                 "recorded in training mode; call eval() first, or use the module nn.Dropout"
             )
+    # torch.jit.script remembers what it has replaced by id(), which a new object may have once the
+    # old one is gone
+    traced.meta["recorded"] = module
     return traced

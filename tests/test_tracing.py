@@ -1,6 +1,8 @@
 """Tracers of PyTorch see the plain network: torch.fx, jit, export, FX quantisation, torch.func."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from starlayers import ACTIVATIONS, DropPath, StarBlock, StarMLP, StarOp, use_backend
 from starlayers.coefficients.modules import RankStarMLP, ScaledStarMLP, SumMLP
+from starlayers.tracing import record
 from starlayers.vision import DemoNet, StarBlock2d, StarNet
 from tests.helpers import randn
 
@@ -103,6 +106,16 @@ def test_script_knows_every_activation(act):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_recorded_module_lives_as_long_as_its_recording():
+    # jit.script finds by id() what it has replaced: an id must not be given to another object
+    recorded = record(block := StarBlock2d(4).eval())
+    kept = weakref.ref(block)
+    del block
+    gc.collect()
+    assert kept() is not None
+    assert recorded.meta["recorded"] is kept()
+
+
 def test_script_takes_a_starnet_inside_of_another_module_and_follows_its_norms():
     net, x = nn.Sequential(starnet(), nn.Softmax(1)), randn(4, 3, 32, 32)
     scripted = torch.jit.script(net)

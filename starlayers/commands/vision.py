@@ -33,6 +33,8 @@ __all__ = ["build", "run", "train_command"]
 SMALL_IMAGES: dict[str, Any] = {"stage_strides": (1, 2, 2, 1), "kernel_size": 3}
 #: steps below which a network that starts at random has hardly learned
 FEW_STEPS = 300
+#: options of a run beside its recipe
+SETUP = ("model", "data", "path", "size", "drop_path")
 BATCH = 64
 
 
@@ -88,7 +90,7 @@ def train_command(
     recipe = {f.name: options[f.name] for f in fields(TrainConfig) if f.name in options}
     if resume:
         saved = RunDir.read_config(resume)
-        options |= {name: saved[name] for name in ("model", "data", "path", "size", "drop_path")}
+        options |= {name: saved[name] for name in SETUP}
         recipe = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}
     images = load_images(
         options["data"], path=options["path"], size=options["size"], skip_unreadable=True
@@ -96,7 +98,7 @@ def train_command(
     config = TrainConfig.for_data(images, **{k: v for k, v in recipe.items() if v is not None})
     torch.manual_seed(config.seed)
     net = build(options["model"], images, options["drop_path"])
-    setup = {name: options[name] for name in ("model", "data", "path", "size", "drop_path")}
+    setup = {name: options[name] for name in SETUP}
     setup["path"] = None if setup["path"] is None else str(setup["path"])
     folder = resume or options["out"] or RunDir.fresh_path("runs")
     run_dir = RunDir(folder, {**setup, **vars(config)}, resume=bool(resume))

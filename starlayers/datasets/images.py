@@ -130,8 +130,7 @@ def load_images(
     Raises:
         ValueError: an unknown name; an image file that cannot be read (the message names it; files
             are read when their images are used), or more than one in ten that would be left out;
-            downloaded data with another hash than the
-            pinned one.
+            downloaded data with another hash than the pinned one.
         FileNotFoundError: the data are not in `path`, or not available.
 
     Example:

@@ -91,6 +91,7 @@ def unwatched(module: nn.Module, apart: Collection[str]) -> tuple[str, frozenset
     """Return in words what a forward may read and nothing shows, and all names that it may read.
 
     Example:
+        >>> __name__ = "mine"  # a module that is not the library's
         >>> import itertools
         >>> class Counts(nn.Module):
         ...     def __init__(self):
@@ -143,9 +144,9 @@ _known_names: dict[tuple[frozenset[type], str], frozenset[str]] = {}
 
 @lru_cache(maxsize=1024)
 def _packages(kinds: frozenset[type]) -> frozenset[str]:
-    """Return the packages in which classes and their bases are defined."""
-    bases = {base for kind in kinds for base in kind.__mro__}
-    return frozenset(base.__module__.partition(".")[0] for base in bases)
+    """Return the modules and packages in which classes and their bases are defined."""
+    modules = {base.__module__ for kind in kinds for base in kind.__mro__}
+    return frozenset(modules | {module.partition(".")[0] for module in modules})
 
 
 class _Search:
@@ -401,7 +402,9 @@ class _Search:
         if wrapped is not None:
             self.inside("", wrapped, True)
         variables, name = function.__globals__, function.__qualname__
-        if self.is_library(str(variables.get("__name__", ""))):
+        module = str(variables.get("__name__", ""))
+        # of an installed package, only the files that define the parts are entered
+        if self.is_library(module) or (is_library_module(module) and module not in self.own):
             return
         code = function.__code__
         names = names_of(code)

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from starlayers.surgery.entries import HOOKS
+from starlayers.surgery.entries import HOOKS, names_in_code
 from starlayers.surgery.reached import unwatched
 
 #: names of what a forward may ask for that neither a graph nor a snapshot shows
@@ -40,9 +40,7 @@ NAMES = frozenset(
         # Python
         "__dict__",
         "__import__",
-        "_getframe",
         "attrgetter",
-        "currentframe",
         "eval",
         "exec",
         "getEffectiveLevel",
@@ -54,12 +52,17 @@ NAMES = frozenset(
 )
 
 
+#: names that libraries ask for while they warn: an obstacle in the class of a module alone
+FRAMES = frozenset({"_getframe", "currentframe"})
+
+
 def unseen(module: nn.Module, apart: Collection[str]) -> str:
     """Return in words what a forward may ask for and nothing shows, "" if there is nothing.
 
     Parts named in `apart` are called, whatever they are.
 
     Example:
+        >>> __name__ = "mine"  # a module that is not the library's
         >>> import torch.distributed as dist
         >>> class Reduces(nn.Module):
         ...     def forward(self, x):
@@ -68,6 +71,6 @@ def unseen(module: nn.Module, apart: Collection[str]) -> str:
         "its forward may ask for 'is_initialized', which no graph shows"
     """
     reason, names = unwatched(module, apart)
-    if asked := NAMES & names:
+    if asked := NAMES & names | FRAMES & names_in_code(type(module)):
         return f"its forward may ask for {min(asked)!r}, which no graph shows"
     return reason

@@ -1,6 +1,7 @@
 """Study of engines: its jobs, ratios within rounds, and what it concludes from them."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +9,8 @@ from benchmarks.harness.study import DOCS
 from benchmarks.vision import engine_tables, engines
 from benchmarks.vision.engine_tables import PROMISE
 from benchmarks.vision.engines import BASELINE, LIMITS
+from starlayers.commands.vision import SMALL_IMAGES
+from starlayers.vision.training import TrainConfig
 
 
 def label(*key):
@@ -37,16 +40,13 @@ def test_jobs_state_what_is_timed():
 
 
 def test_the_recipe_is_that_of_the_demo():
-    from inspect import signature
-
-    import vision_starnet
-
-    options = signature(vision_starnet.main).parameters
-    assert {name: options[name].default for name in engines.DEMO} == engines.DEMO
-    small = {
-        k: list(v) if isinstance(v, tuple) else v for k, v in vision_starnet.SMALL_IMAGES.items()
-    }
-    assert small == engines.DEMO_NET
+    demo = SimpleNamespace(train=range(60_000), shape=(1, 28, 28))
+    config = TrainConfig.for_data(demo)
+    for name, value in engines.DEMO.items():
+        assert getattr(config, name) == pytest.approx(value, abs=2e-4), name
+    assert {k: list(v) if isinstance(v, tuple) else v for k, v in SMALL_IMAGES.items()} == (
+        engines.DEMO_NET
+    )
 
 
 def test_ratios_are_taken_within_the_rounds():

@@ -21,16 +21,16 @@ def write_photos(root: Path, per_class: int, seed: int = 0) -> None:
 
 
 def photo(name: str, rng: np.random.Generator) -> Image.Image:
-    """Draw a shape of any colour, size and place on a ground of coarse colours and noise."""
+    """Draw a light shape of any size and place on a dark ground of coarse colours and noise."""
     width, height = map(int, rng.integers(90, 260, 2))
-    coarse = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3)).astype(np.uint8)
+    coarse = rng.integers(0, 128, (height // 16 + 1, width // 16 + 1, 3)).astype(np.uint8)
     ground = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     noise = Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8))
-    image = Image.blend(ground, noise, 0.25)
+    image = Image.blend(ground, noise, 0.15)
     draw = ImageDraw.Draw(image)
-    side = rng.uniform(0.3, 0.7) * min(width, height)
+    side = rng.uniform(0.4, 0.8) * min(width, height)
     x, y = rng.uniform(0, width - side), rng.uniform(0, height - side)
-    colour = tuple(int(v) for v in rng.integers(0, 256, 3))
+    colour = tuple(int(v) for v in rng.integers(128, 256, 3))
     third, box = side / 3, (x, y, x + side, y + side)
     if name == "circle":
         draw.ellipse(box, fill=colour)

@@ -1,6 +1,7 @@
 """State that nothing shows: refused by its name."""
 
 import contextvars
+import inspect
 import itertools
 import logging
 import multiprocessing
@@ -56,6 +57,7 @@ CASES = {
     "hooks": (lambda: reading(lambda s: s._forward_hooks), "'_forward_hooks'"),
     "processes": (lambda: reading(lambda s: dist.is_initialized()), "'is_initialized'"),
     "level of a logger": (lambda: reading(lambda s: logger.isEnabledFor(10)), "'isEnabledFor'"),
+    "frames": (lambda: reading(lambda s: inspect.currentframe().f_back), "'currentframe'"),
     "time": (lambda: reading(lambda s: time.time()), "the time, of the module 'time'"),
 }  # fmt: skip
 

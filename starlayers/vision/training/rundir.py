@@ -17,6 +17,9 @@ from starlayers.vision.training.data import TrainData
 from starlayers.vision.training.plots import plot_confusion, plot_curves
 from starlayers.vision.weights import save_weights
 
+#: settings that runs of earlier versions do not have; such a run goes on with those of now
+NEW = ("norm_batches", "balance")
+
 
 class RunDir:
     """Folder of a run, in which every file under its final name is complete.
@@ -67,7 +70,7 @@ class RunDir:
         differing = [
             f"{key} was {saved.get(key)!r}, now {config.get(key)!r}"
             for key in sorted(saved.keys() | config.keys())
-            if saved.get(key) != config.get(key)
+            if saved.get(key) != config.get(key) and not (key in NEW and key not in saved)
         ]
         if differing:
             raise ValueError(f"the run in {self.path} has another recipe: {'; '.join(differing)}")

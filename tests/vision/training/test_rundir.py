@@ -368,3 +368,10 @@ def test_a_figure_is_written_beside_its_name_and_renamed(tmp_path):
     assert written == [("curves.partial.png", 120)]
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
     assert (tmp_path / "curves.png").read_bytes() == b"figure"
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_new_settings(tmp_path):
+    RunDir(tmp_path, {"epochs": 3})
+    RunDir(tmp_path, {"epochs": 3, "norm_batches": 20, "balance": "none"}, resume=True)
+    with pytest.raises(ValueError, match=r"lr was None, now 0\.1"):
+        RunDir(tmp_path, {"epochs": 3, "lr": 0.1}, resume=True)
