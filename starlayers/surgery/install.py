@@ -28,18 +28,23 @@ def install_plain(owner: nn.Module, site: Site, spec: str, **options: Any) -> St
 
     `options` are those of `StarProjection`.
     """
-    act_at = site.act or ""
-    inp, act = attribute(owner, site.inp), attribute(owner, act_at)
+    inp, act = attribute(owner, site.inp), attribute(owner, site.act or "")
     star = StarProjection(inp, act, make_gate(spec, inp), site, spec=spec, **options)
-    is_module, parent = isinstance(act, nn.Module), parent_of(owner, act_at)
-    star.place = Place(parent, site.inp, is_module=is_module, star=star)
-    put(owner, site.inp, star)
-    put(owner, act_at, star.place.placeholder)
+    put_projection(owner, star)
     if isinstance(owner, nn.TransformerEncoderLayer):
         # its inference path reads the weights and never calls the layers: 0 switches it off
         star.undo["activation_relu_or_gelu"] = owner.activation_relu_or_gelu
         owner.activation_relu_or_gelu = 0
     return star
+
+
+def put_projection(owner: nn.Module, star: StarProjection) -> None:
+    """Put a star projection at the first layer of its MLP, and its place at the activation."""
+    site, is_module = star.site, isinstance(star.act, nn.Module)
+    act_at = site.act or ""
+    star.place = Place(parent_of(owner, act_at), site.inp, is_module=is_module, star=star)
+    put(owner, site.inp, star)
+    put(owner, act_at, star.place.placeholder)
 
 
 def install(

@@ -32,8 +32,6 @@ ANSWERED = frozenset(
         "size",
     ]
 )
-#: what a forward may ask of its linear layers; of a weight only the dtype counts
-SIZES = frozenset(["in_features", "out_features"])
 #: files whose code belongs to a call of a layer
 CALLS = (__file__, nn.Module.__call__.__code__.co_filename)
 
@@ -124,12 +122,11 @@ def require_answered(probe: LayerProbe, *, last: bool) -> bool:
     """Return True if a forward asked for the weight of its last layer, as T5 does for its dtype.
 
     Raises:
-        MismatchError: it asked a layer for anything else but its sizes.
+        MismatchError: it asked a layer for anything else.
     """
     state = object.__getattribute__(probe, "__dict__")
-    asked = state["asked"] - SIZES
-    other = asked - ({"weight"} if last else set())
-    if other:
+    asked = state["asked"]
+    if other := asked - ({"weight"} if last else set()):
         name = min(other)
         words = {"__class__": "the class"}.get(name, repr(name))
         raise MismatchError(

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from starlayers.backend import use_backend
 from starlayers.surgery.adopted import adopt, arguments
 from starlayers.surgery.contexts import graphs
-from starlayers.surgery.entries import names_in_code, parts_of
 from starlayers.surgery.formula import Formula, activation_name, read_formula
 from starlayers.surgery.gated import GatedMLP, Role
 from starlayers.surgery.linear_layers import Projection, base_layer, dtype_and_device, projection
@@ -42,21 +41,6 @@ GRADIENTS = {1.0: 1e4, 1e-2: 1.0, 30.0: 1e-4, 1e3: 1e2, 1e6: 1.0}
 
 #: error allowed, relative to the largest value: roundings of one dtype in two orders
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-4, torch.bfloat16: 0.06}
-
-
-#: names of what a forward may ask for that neither a graph nor a snapshot shows
-UNSEEN = {
-    "are_deterministic_algorithms_enabled",
-    "environ",
-    "get_default_dtype",
-    "getenv",
-    "is_compiling",
-    "is_dynamo_compiling",
-    "is_exporting",
-    "is_torchdynamo_compiling",
-    "is_tracing",
-    "requires_grad",
-}
 
 #: key of the state of the random generators among values
 RANDOM = "random numbers"
@@ -89,7 +73,7 @@ def verify_gated(owner: nn.Module, site: Site, reads: Reads | None = None) -> Ga
     Raises:
         MismatchError: the module computes anything else; the message says what.
     """
-    _require_visible(owner, [name for name in (site.inp, site.up, site.out) if name])
+    _require_visible(owner)
     _require_one_input(owner)
     formula, act_name = _read(owner, site, set() if reads is None else reads)
     site = formula.site
@@ -114,17 +98,13 @@ def verify_gated(owner: nn.Module, site: Site, reads: Reads | None = None) -> Ga
     return GatedVerdict(formula, act_name, casts)
 
 
-def _require_visible(owner: nn.Module, layers: list[str]) -> None:
-    """Raise a MismatchError for names that starify needs, and what cannot be seen."""
+def _require_visible(owner: nn.Module) -> None:
+    """Raise a MismatchError for names that starify needs, and questions for types."""
     own = [*vars(owner), *owner._modules, *owner._parameters, *owner._buffers, *dir(type(owner))]
     taken = next((name for name in own if name == "star" or name.startswith("star_")), None)
     if taken is not None:
         raise MismatchError(f"its attribute {taken!r} has a name that a star needs")
     require_no_types(type(owner))
-    for _, part in parts_of(owner, layers):
-        hidden = UNSEEN & names_in_code(type(part))
-        if hidden:
-            raise MismatchError(f"its forward may ask for {min(hidden)!r}, which no graph shows")
 
 
 def _require_one_input(owner: nn.Module) -> None:
@@ -309,8 +289,7 @@ def values_of(
     the next ones.
     """
     seed_generators(x.device)
-    numpy = sys.modules.get("numpy")
-    before = repr(numpy.random.get_state()) if numpy else ""
+    before = _numpy_state()
     if mode != "gradients":
         with torch.inference_mode(mode == "inference"), torch.no_grad():
             y = call(x)
@@ -327,11 +306,18 @@ def values_of(
     return {"": y.detach(), **found, RANDOM: drawn}
 
 
-def _next_numbers(before: str) -> Tensor:
-    """Return the next numbers of the random generators, and whether numpy's has moved."""
+def _numpy_state() -> tuple[Any, ...]:
+    """Return the state of numpy's random generator, `()` if numpy is not loaded."""
     numpy = sys.modules.get("numpy")
-    moved = numpy is not None and repr(numpy.random.get_state()) != before
-    drawn = torch.tensor([random.getrandbits(31), moved], dtype=torch.float64)
+    if numpy is None:
+        return ()
+    kind, keys, *rest = numpy.random.get_state()
+    return kind, keys.tobytes(), *rest
+
+
+def _next_numbers(before: tuple[Any, ...]) -> Tensor:
+    """Return the next numbers of the random generators, and whether numpy's has moved."""
+    drawn = torch.tensor([random.getrandbits(31), _numpy_state() != before], dtype=torch.float64)
     return torch.cat([drawn, torch.rand(1, dtype=torch.float64)])
 
 

@@ -207,7 +207,8 @@ ASKED = {
         ("bias", lambda s, h, x: s.gate_proj.bias is not None, "'bias' of 'gate_proj'"),
         ("weight's dtype", lambda s, h, x: s.up_proj.weight.dtype == torch.int8, "'weight' of"),
         ("hooks", lambda s, h, x: s.down_proj._forward_hooks, "'_forward_hooks'"),
-        ("dict", lambda s, h, x: "smooth" in vars(s.down_proj), "'__dict__'"),
+        ("dict", lambda s, h, x: "smooth" in vars(s.down_proj), "'vars'"),
+        ("sizes", lambda s, h, x: s.down_proj.in_features < 9, "'in_features' of 'down_proj'"),
     ]},
     **{f"tensor {name}": (asks(f), name) for name, f in [
         ("grad_fn", lambda s, h, x: x.grad_fn is not None),
@@ -442,7 +443,6 @@ EXACT = {
     "functional dropout of the input at 0": edited(
         lambda s, x: SwiGLU.forward(s, F.dropout(x, 0.0))
     ),
-    "sizes of its layers": on_output(lambda s, y, x: y if s.down_proj.in_features == 40 else 2 * y),
     "up first": edited(up_first),
     "norm after the last layer": on_output(
         lambda s, y, x: s.norm(y), norm=lambda: nn.LayerNorm(16)
