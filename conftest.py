@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-# read when ultralytics is imported: no network, no pip, and no settings in the home directory
+# read at the import of ultralytics: no network, pip, messages or settings in the home directory
 SETTINGS = tempfile.TemporaryDirectory(prefix="starlayers-")
 os.environ |= {
     "YOLO_AUTOINSTALL": "false",
     "YOLO_CONFIG_DIR": SETTINGS.name,
     "YOLO_OFFLINE": "true",
+    "YOLO_VERBOSE": "false",
 }
 SAVE, PRINTING = torch.save, np.get_printoptions()
 

@@ -45,7 +45,9 @@ def build(registry):
 
 
 def outputs(model):
-    return [lateral(m) for lateral, m in zip(model["neck"], model["backbone"](images()), strict=True)]
+    return [
+        lateral(m) for lateral, m in zip(model["neck"], model["backbone"](images()), strict=True)
+    ]
 
 
 def test_a_registered_backbone_trains_and_loads_again(registry, tmp_path):
@@ -57,7 +59,8 @@ def test_a_registered_backbone_trains_and_loads_again(registry, tmp_path):
     def loss():
         return sum(m.square().mean() for m in outputs(model))
 
-    step(model, model["backbone"], loss)
+    before, after = step(model, model["backbone"], loss)
+    assert after < before
     save_checkpoint({"state_dict": model.state_dict()}, str(tmp_path / "weights.pth"))
     again = build(registry)
     load_checkpoint(again, str(tmp_path / "weights.pth"), strict=True)

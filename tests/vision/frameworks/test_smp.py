@@ -30,7 +30,8 @@ def test_a_segmenter_trains_and_loads_again(name, tmp_path):
     model = build(name)
     assert model.encoder.out_channels[-4:] == [16, 32, 64, 128]
     x, y = images(), labels()
-    step(model, model.encoder, lambda: F.cross_entropy(model(x), y))
+    before, after = step(model, model.encoder, lambda: F.cross_entropy(model(x), y))
+    assert after < before
     assert_same(model, reloaded(model, build(name), tmp_path), lambda net: [net(x)])
     model.eval().save_pretrained(tmp_path / "folder")
     again = smp.from_pretrained(tmp_path / "folder")

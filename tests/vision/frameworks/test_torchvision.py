@@ -57,7 +57,8 @@ def test_a_detector_trains_and_loads_again(build, tmp_path):
     def loss():
         return sum(model(x, targets).values())
 
-    step(model, model.backbone[0], loss)
+    before, after = step(model, model.backbone[0], loss)
+    assert after < before
 
     def outputs(net):
         # the heads on the maps, so that no threshold of a score leaves nothing to compare

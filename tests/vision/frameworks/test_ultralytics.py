@@ -31,7 +31,8 @@ weights, data, out = sys.argv[1:]
 model = YOLO(weights)
 with torch.no_grad():
     torch.save(model.model.float().eval()(torch.load(out + "/x.pt"))[0], out + "/y.pt")
-model.train(data=data, epochs=1, imgsz=64, batch=2, workers=0, device="cpu", plots=False, project=out)
+options = {"workers": 0, "device": "cpu", "plots": False, "project": out}
+model.train(data=data, epochs=1, imgsz=64, batch=2, **options)
 """
 
 
@@ -88,6 +89,7 @@ def test_a_detector_trains_and_loads_again(name, tmp_path):
         "cls": torch.ones(2, 1),
         "bboxes": torch.tensor([LABEL] * 2),
     }
+    # the loss is over the scores of the boxes that found a target, and rises with them at first
     step(net, stars(net), lambda: net(batch)[0].sum())
     assert net.stride.tolist() == [8, 16, 32]
     assert_same(net, reloaded(net, build(name), tmp_path), lambda model: [model(images())[0]])
