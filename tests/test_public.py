@@ -30,6 +30,7 @@ MODULES = [
     "starlayers.surgery",
     "starlayers.vision",
     "starlayers.vision.training",
+    "starlayers.vision.yolo",
 ]
 SIGNATURES = Path(__file__).parent / "golden" / "signatures.txt"
 #: tables and tuples, documented by the string below them; tests/site runs its example
