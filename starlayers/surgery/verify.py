@@ -415,8 +415,10 @@ def _gradients(y: Any, inputs: list[Any]) -> list[Tensor]:
 def _require_equal(expected: Any, actual: Any, condition: str) -> None:
     """Raise a MismatchError with the largest difference if tensors differ."""
     if not _equal(expected, actual):
-        pairs = zip(_tensors(expected), _tensors(actual))
+        pairs = list(zip(_tensors(expected), _tensors(actual)))
         off = max((float((a - b).abs().nan_to_num().max()) for a, b in pairs), default=0.0)
+        if not off and any((a.isfinite() & ~b.isfinite()).any() for a, b in pairs):
+            raise MismatchError(f"{condition}, its gradient overflows where the module's does not")
         raise MismatchError(f"{condition}, its output differs by {off:.2g}")
 
 

@@ -641,6 +641,15 @@ def test_callers_of_sequences(mode, reason):
     assert type(caller.net[0]) is nn.Linear
 
 
+def test_what_differs_is_told():
+    one, lost = torch.ones(2), torch.tensor([1.0, torch.nan])
+    module._require_equal([one, lost], [one, one], "now")  # what is no number may be anything
+    with pytest.raises(MismatchError, match=r"^now, its output differs by 0\.5$"):
+        module._require_equal([one], [one / 2], "now")
+    with pytest.raises(MismatchError, match=r"^now, its gradient overflows"):
+        module._require_equal([one], [lost], "now")
+
+
 def test_the_users_state_is_set_aside():
     class Sees(MLP):
         def forward(self, x):
