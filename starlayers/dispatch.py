@@ -123,6 +123,8 @@ def plan_mlp(
         return plans.ASKED_FOR
     if _recorded(x):
         return declined(plans.TRANSFORMED, "this StarMLP")
+    if x.layout is not torch.strided:
+        return declined(f"its input has the layout {x.layout}", "this StarMLP")
     if torch.compiler.is_compiling():
         if backend == "auto" and x.is_cpu:
             return plans.COMPILED  # a compiler fuses the definition; an export stays portable

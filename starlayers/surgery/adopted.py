@@ -78,6 +78,8 @@ COMBINATIONS: list[tuple[torch.dtype, int, torch.dtype | None]] = [
 
 def _verified_for(x: Tensor) -> bool:
     """Return True for an input of a kind for which modules are verified."""
+    if x.layout is not torch.strided or x.is_nested:
+        return False
     kind = x.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     low = torch.get_autocast_dtype(kind) if autocast else None

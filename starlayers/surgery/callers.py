@@ -45,7 +45,7 @@ def other_caller(model: nn.Module, owner: str, site: Site, verified: str | None 
     for depth in reversed(range(len(path))):
         kind = type(model.get_submodule(".".join(path[:depth])))
         reached = _reached_by_forward(kind) if depth >= highest else frozenset()
-        others = [f for f in functions_of(kind) if f.__name__ not in reached]
+        others = [f for name, f in _methods(kind) if name not in reached]
         if found := _first_that_calls(others, path[depth:]):
             return found
     return ""
@@ -54,7 +54,7 @@ def other_caller(model: nn.Module, owner: str, site: Site, verified: str | None 
 def call_in_forward(module: nn.Module, name: str) -> str:
     """Return the method that a module's forward reaches and that calls a part, "" if none does."""
     reached = _reached_by_forward(type(module))
-    functions = [f for f in functions_of(type(module)) if f.__name__ in reached]
+    functions = [f for name, f in _methods(type(module)) if name in reached]
     return _first_that_calls(functions, name.split("."))
 
 
@@ -69,13 +69,24 @@ def _first_that_calls(functions: list[Any], path: list[str]) -> str:
 def _reached_by_forward(kind: type[nn.Module]) -> frozenset[str]:
     """Return the names of the methods that the forward of a class calls, itself among them."""
     names: dict[str, set[str]] = {}
-    for function in functions_of(kind):  # of all bases, because `super()` calls theirs
-        names.setdefault(function.__name__, set()).update(_names(function.__code__))
+    for name, function in _methods(kind):  # of all bases, because `super()` calls theirs
+        names.setdefault(name, set()).update(_names(function.__code__))
     reached, new = set[str](), {"forward"}
     while new:
         reached |= new
         new = set.union(*(names.get(name, set()) for name in new)) & names.keys() - reached
     return frozenset(reached)
+
+
+def _methods(kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
+    """Yield the functions of a class and its bases by the names under which they are called."""
+    called: dict[int, list[str]] = {}
+    for base in kind.__mro__:
+        for name, value in vars(base).items():
+            function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            called.setdefault(id(function), []).append(name)
+    for function in functions_of(kind):
+        yield from ((name, function) for name in called.get(id(function), ()))
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -36,6 +36,8 @@ class Finding:
         after: names of the modules after that layer.
         act_name: name of the activation in `ACTIVATIONS`, `None` if it is not one of them.
         act: the activation of a gated MLP in words.
+        up_first: the second branch of a gated MLP is computed first.
+        casts: its product is converted to the dtype of the last layer's weight.
 
     Example:
         >>> (finding,) = find_mlps(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)))
@@ -51,6 +53,8 @@ class Finding:
     after: tuple[str, ...] = ()
     act_name: str | None = None
     act: str = ""
+    up_first: bool = False
+    casts: bool = True
 
 
 def find_mlps(

@@ -13,46 +13,12 @@ from starlayers.surgery.site import Site
 from starlayers.surgery.trial_run import MismatchError
 
 #: element-wise functions that activations are made of; all of them smooth but for known kinks
-ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "add",
-        "celu",
-        "clamp",
-        "clamp_max",
-        "clamp_min",
-        "div",
-        "elu",
-        "erf",
-        "exp",
-        "expm1",
-        "gelu",
-        "hardsigmoid",
-        "hardswish",
-        "hardtanh",
-        "leaky_relu",
-        "log1p",
-        "log_sigmoid",
-        "mish",
-        "mul",
-        "neg",
-        "pow",
-        "reciprocal",
-        "relu",
-        "relu6",
-        "rsub",
-        "selu",
-        "sigmoid",
-        "silu",
-        "softplus",
-        "softsign",
-        "sqrt",
-        "square",
-        "sub",
-        "tanh",
-        "threshold",
-    ]
-)
+ELEMENTWISE = frozenset([
+    "abs", "add", "celu", "clamp", "clamp_max", "clamp_min", "div", "elu", "erf", "exp",
+    "expm1", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log1p",
+    "log_sigmoid", "mish", "mul", "neg", "pow", "reciprocal", "relu", "relu6", "rsub", "selu",
+    "sigmoid", "silu", "softplus", "softsign", "sqrt", "square", "sub", "tanh", "threshold",
+])  # fmt: skip
 CASTS = ("to", "_to_copy", "type_as")
 #: functions that return the values of their input
 IDENTITIES = ("alias", "clone", "contiguous")
@@ -96,12 +62,27 @@ class Formula:
         between: names of the modules between the product and the last layer.
         after: names of the modules after the last layer.
         act: the activation in words.
+        up_first: the second branch is computed first, which decides about random numbers.
     """
 
     site: Site
     between: tuple[str, ...]
     after: tuple[str, ...]
     act: str
+    up_first: bool = False
+
+    def difference(self, other: "Formula") -> tuple[str, str]:
+        """Return in words what this formula has and what another one has instead."""
+        if self.act != other.act:
+            return self.act, other.act
+        for place, key in (("before", "between"), ("after", "after")):
+            mine, others = getattr(self, key), getattr(other, key)
+            if mine != others:
+                words = (" and ".join(map(repr, names)) or "no module" for names in (mine, others))
+                return tuple(f"{w} {place} its last layer" for w in words)  # type: ignore[return-value]
+        if self.up_first != other.up_first:
+            return "its layers in another order", "them as they come"
+        return f"{self.site}", f"{other.site}"
 
 
 def read_formula(graph: Graph, site: Site) -> tuple[Formula, Chain]:
@@ -152,7 +133,9 @@ class _Reader:
         site = replace(self.site, inp=name, act=act)
         order: dict[str, Any] = {"up": other} if half is None else {"gate_last": half == 1}
         site = replace(site, **order)
-        return Formula(site, between, after, a.text), a
+        names = [call.name for call in self.graph.calls]
+        up_first = half is None and names.index(other) < names.index(name)
+        return Formula(site, between, after, a.text, up_first), a
 
     def _only_output(self, name: str) -> fx.Node:
         """Return the node with the result of a part that is called once."""
@@ -164,7 +147,7 @@ class _Reader:
         if len(outputs) != 1:
             raise MismatchError(f"the result of {name!r} is not used")
         inputs = self.graph.inputs(calls[0])
-        if name != self.site.out and inputs != [self.graph.x]:
+        if name != self.site.out and [_original(n) for n in inputs] != [self.graph.x]:
             what = "input" if not inputs else _where(self.graph, inputs[0])
             raise MismatchError(f"{name!r} takes {what}, not the input itself")
         return outputs[0]
@@ -355,14 +338,26 @@ def _widens(node: fx.Node) -> bool:
     return after.dtype in (x_dtype, torch.float32) or before.dtype == torch.float32
 
 
+def _drops_nothing(node: fx.Node) -> bool:
+    drop = function_name(node) == "dropout"
+    return drop and (node.args[1] == 0 or not node.args[2])  # type: ignore[return-value]
+
+
+def _original(node: fx.Node) -> fx.Node:
+    """Return the node of which a node is a copy."""
+    while function_name(node) in IDENTITIES or _drops_nothing(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def _without_casts(graph: Graph, node: fx.Node) -> fx.Node:
     """Return the node before what changes no value: conversions, products with one, no dropout."""
     while True:
         one = function_name(node) in ("mul", "div") and len(node.args) == 2 and node.args[1] == 1
         cast = function_name(node) in CASTS and _widens(node)
-        drop = function_name(node) == "dropout" and graph.call_of(node) is None  # no module's
-        no_drop = drop and (node.args[1] == 0 or not node.args[2])
-        first = node.args[0] if one or cast or no_drop else None
+        same = _drops_nothing(node) or function_name(node) in IDENTITIES
+        same = same and graph.call_of(node) is None  # no module's
+        first = node.args[0] if one or cast or same else None
         if not isinstance(first, fx.Node):
             return node
         node = first

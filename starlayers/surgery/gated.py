@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from starlayers.attached import attached
 from starlayers.dispatch import (
@@ -43,6 +42,8 @@ class Role:
         after: names of the modules after the last layer, in order.
         fused: use the kernels of the core; otherwise the module's own forward, to the last bit.
         recompute: save only the input for the backward pass.
+        up_first: call the second branch first, as the forward did.
+        casts: convert the product to the dtype of the last layer's weight, as the forward did.
         grown: number of products per channel that `grow` added.
         input_name: name by which the module's forward takes its input.
         snapshot: state of the module when it was verified.
@@ -58,6 +59,8 @@ class Role:
     grown: int = 0
     input_name: str = ""
     snapshot: Snapshot | None = None
+    up_first: bool = False
+    casts: bool = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(with_new_names(state))
@@ -188,24 +191,37 @@ class GatedMLP(Adopted):
         """Compute the MLP by its own layers and the product of the core."""
         (x,) = (*args, *kwargs.values())
         role, site = self.star, self.star.site
+        b = attribute(self, site.up)(x) if site.up is not None and role.up_first else None
         h = attribute(self, site.inp)(x)
         if site.up is not None:
-            y = self._star_product(h, attribute(self, site.up)(x))
+            y = self._star_product(h, attribute(self, site.up)(x) if b is None else b)
         elif role.fused and role.act_name is not None and not site.gate_last:
             y = star_packed(h, role.act_name)
         else:
             y = self._star_product(*split_packed(h, gate_last=site.gate_last))
         if role.grown:
+            self._star_require_sizes(x, y)
             y = y + self.star_grown(x, self._star_product)  # type: ignore[operator]
         for name in role.between:
             y = attribute(self, name)(y)
         if site.out is None:
             return y
         out = attribute(self, site.out)
-        dtype = getattr(getattr(out, "weight", None), "dtype", y.dtype)
-        if dtype.is_floating_point and dtype != y.dtype:  # T5 keeps its last layer in float32
-            y = y.to(dtype)
+        if role.casts:  # T5 keeps its last layer in float32
+            dtype = getattr(getattr(out, "weight", None), "dtype", y.dtype)
+            y = y.to(dtype) if dtype.is_floating_point and dtype != y.dtype else y
         return self._star_after(out(y))
+
+    def _star_require_sizes(self, x: Tensor, y: Tensor) -> None:
+        """Raise an error if the layers have other sizes than the grown products."""
+        grown: Any = self.star_grown
+        hidden = grown.f1.out_features // grown.rank
+        if (x.shape[-1], y.shape[-1]) != (grown.f1.in_features, hidden):
+            raise RuntimeError(
+                f"{type(self).__name__} has grown products of {grown.f1.in_features} to {hidden} "
+                f"channels, its layers now compute {x.shape[-1]} to {y.shape[-1]}: starify after "
+                "pruning, or revert"
+            )
 
     def _star_after(self, y: Tensor) -> Tensor:
         for name in self.star.after:
@@ -226,8 +242,9 @@ class GatedMLP(Adopted):
         name, act = type(self).__name__, self.star.site.act
         if self._star_input(args, kwargs) is None:
             raise TypeError(
-                f"{name} has grown products and takes its input alone, got {len(args)} positional "
-                f"arguments and the keywords {sorted(kwargs)}; revert gives the model's MLP back"
+                f"{name} has grown products, for dense inputs of 2 to 4 dimensions, and takes its "
+                f"input alone, got {len(args)} positional arguments and the keywords "
+                f"{sorted(kwargs)}; revert gives the model's MLP back"
             )
         called = [part for part in (act, *self.star.between) if part is not None]
         change = self._star_change(called)
@@ -259,8 +276,12 @@ def split_packed(h: Tensor, *, gate_last: bool) -> tuple[Tensor, Tensor]:
     return (second, first) if gate_last else (first, second)
 
 
+#: modules of PyTorch that are the identity in eval mode; a class derived from one may be anything
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
 def acts(module: nn.Module) -> bool:
     """Return True unless a module is the identity: a dropout that drops nothing now."""
-    if isinstance(module, _DropoutNd):
-        return module.training and module.p > 0
-    return not isinstance(module, nn.Identity)
+    if type(module) in DROPOUTS:
+        return module.training and module.p > 0  # type: ignore[operator, return-value]
+    return type(module) is not nn.Identity

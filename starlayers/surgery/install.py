@@ -28,17 +28,23 @@ def install_plain(owner: nn.Module, site: Site, spec: str, **options: Any) -> St
 
     `options` are those of `StarProjection`.
     """
-    act_at = site.act or ""
-    inp, act = attribute(owner, site.inp), attribute(owner, act_at)
+    inp, act = attribute(owner, site.inp), attribute(owner, site.act or "")
     star = StarProjection(inp, act, make_gate(spec, inp), site, spec=spec, **options)
-    star.place = Place(parent_of(owner, act_at), site.inp, is_module=isinstance(act, nn.Module))
-    put(owner, site.inp, star)
-    put(owner, act_at, star.place.placeholder)
+    put_projection(owner, star)
     if isinstance(owner, nn.TransformerEncoderLayer):
         # its inference path reads the weights and never calls the layers: 0 switches it off
         star.undo["activation_relu_or_gelu"] = owner.activation_relu_or_gelu
         owner.activation_relu_or_gelu = 0
     return star
+
+
+def put_projection(owner: nn.Module, star: StarProjection) -> None:
+    """Put a star projection at the first layer of its MLP, and its place at the activation."""
+    site, is_module = star.site, isinstance(star.act, nn.Module)
+    act_at = site.act or ""
+    star.place = Place(parent_of(owner, act_at), site.inp, is_module=is_module, star=star)
+    put(owner, site.inp, star)
+    put(owner, act_at, star.place.placeholder)
 
 
 def install(
@@ -49,6 +55,8 @@ def install(
     gate: str = "full",
     between: tuple[str, ...] = (),
     after: tuple[str, ...] = (),
+    up_first: bool = False,
+    casts: bool = True,
     fused: bool = False,
     recompute: bool = False,
     rank: int = 0,
@@ -56,7 +64,7 @@ def install(
     """Put a star layer in the place of an MLP that was verified: a projection, or a `GatedMLP`.
 
     A plain MLP gets a `gate`, a gated one `rank` products per channel; `act_name`, `between`,
-    `after`, `fused` and `recompute` are as for `Role`.
+    `after`, `up_first`, `casts`, `fused` and `recompute` are as for `Role`.
     """
     options: dict[str, Any] = {"act_name": act_name, "fused": fused, "recompute": recompute}
     if site.form == "plain" and site.act is None:
@@ -65,7 +73,7 @@ def install(
         return install_plain(owner, site, gate, **options)
     kind, apart = type(owner), [name for name in (site.inp, site.up, site.out) if name]
     snapshot, name = Snapshot(owner, kind.forward, apart), input_name(owner)
-    options |= {"between": between, "after": after}
+    options |= {"between": between, "after": after, "up_first": up_first, "casts": casts}
     role = Role(site, kind, input_name=name, snapshot=snapshot, **options)
     star: GatedMLP = adopt(owner, GatedMLP, role)
     if rank:

@@ -14,7 +14,14 @@ from starlayers.surgery.gated import GatedMLP
 from starlayers.surgery.gates import first_layer, gate_of, name_of
 from starlayers.surgery.grown import Grown
 from starlayers.surgery.hidden import GatedHidden
-from starlayers.surgery.install import StarLayer, installed, role_of, settle_fast_paths, uninstall
+from starlayers.surgery.install import (
+    StarLayer,
+    installed,
+    put_projection,
+    role_of,
+    settle_fast_paths,
+    uninstall,
+)
 from starlayers.surgery.linear_layers import Projection, dtype_and_device, projection
 from starlayers.surgery.projection import LowRankGate, ScaleGate, StarProjection
 from starlayers.surgery.recipes import is_sequence
@@ -319,6 +326,8 @@ def _error(owner: nn.Module, star: StarLayer, attributes: dict[str, Any]) -> flo
         copied: Any = copy if isinstance(star, GatedMLP) else attribute(copy, site.inp)
         if isinstance(copied, GatedMLP):  # its snapshot has the objects of the original
             copied.star = replace(copied.star, snapshot=None)
+        elif isinstance(copied, StarProjection):  # and its place the parts of the original
+            put_projection(copy, copied)
         seed_generators(device)
         n = _inputs(star)
         for layer in _changed_layers(copy, copied).values():  # one that is zero would hide errors

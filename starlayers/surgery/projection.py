@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 
 from starlayers.dispatch import Plan, declined, plan_star
@@ -18,6 +18,11 @@ from starlayers.surgery.site import Site, with_new_names
 from starlayers.surgery.snapshot import Snapshot
 
 __all__ = ["StarProjection"]
+
+
+def _random_states(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the states of the random generators of the CPU and of the GPU of a tensor."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(x.device) if x.is_cuda else None
 
 
 class ScaleGate(nn.Module):
@@ -51,7 +56,7 @@ class LowRankGate(nn.Module):
         self.up = _linear(Projection(rank, f, first), zero=True, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))  # type: ignore[no-any-return]
+        return self.up(finite(self.down(x)))  # type: ignore[no-any-return]
 
 
 def _linear(sizes: Projection, *, zero: bool, **factory: Any) -> nn.Module:
@@ -102,11 +107,20 @@ def gated(a: Tensor, gate: Tensor) -> Tensor:
     In float16 activations overflow in models that people use (T5 clamps them afterwards), so an
     infinite `a` stays what it is there; infinity times zero would be no number.
     """
-    finite = a
-    if a.dtype == torch.float16:
-        limit = torch.finfo(a.dtype).max
-        finite = a.clamp(-limit, limit)
-    return torch.addcmul(a, finite, gate.to(a.dtype))
+    if isinstance(a, Tensor) and a.is_nested:  # which has no addcmul
+        return a + a * gate.to(a.dtype)
+    return torch.addcmul(a, finite(a), gate.to(a.dtype))
+
+
+def finite(a: Tensor) -> Tensor:
+    """Return a tensor of float16 with infinities clamped; of other dtypes the tensor itself."""
+    if a.dtype != torch.float16:
+        return a
+    limit = torch.finfo(a.dtype).max
+    return a.clamp(-limit, limit)
+
+
+fx.wrap("finite")  # its branch is taken when the traced network runs
 
 
 def zero_(gate: nn.Module) -> None:
@@ -122,6 +136,9 @@ class StarProjection(nn.Module):
     It is computed as `a + a * gate(x)` with `a = act(inp(x))`: with a zero gate the result equals
     `act(inp(x))` to the last bit in every dtype, and in low precision a small gate is not lost in
     the rounding of `1 + gate(x)`.
+
+    In a model it stands where `inp` was and returns what `inp` does; its `Place`, where the
+    activation was, computes the rest. So other calls of the layer give what they did.
 
     Shapes: those of `inp`, (..., in) -> (..., hidden).
 
@@ -174,15 +191,23 @@ class StarProjection(nn.Module):
         # pickled by earlier versions
         state = {"place": None, "_verified": None, **with_new_names(state)}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.place is not None and "star" not in vars(self.place):
+            self.place.star = self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.place is not None:
-            self.place.require_free()
-        if self.recompute and torch.is_grad_enabled():
+        place, recompute = self.place, self.recompute and torch.is_grad_enabled()
+        if place is not None:
+            place.require_free()
+            if not recompute:
+                return place.mark(self.inp(x, *args, **kwargs), x)
+            if not torch.compiler.is_compiling():
+                again = partial(self._again, _random_states(x), args, kwargs)
+                return place.mark(self.inp(x, *args, **kwargs), x, again)
+        if recompute:
             y: Tensor = recomputed(self._star, x, *args, **kwargs)
         else:
             y = self._star(x, *args, **kwargs)
-        return y if self.place is None else self.place.mark(y)
+        return y if place is None else place.mark(y, None)  # a compiler repeats the whole
 
     def plan(self, x: Tensor, *args: Any, **kwargs: Any) -> Plan:
         """Return the plan for the product: what runs, or why it is the definition.
@@ -200,7 +225,39 @@ class StarProjection(nn.Module):
         return plan_star(h, h, self.act_name)
 
     def _star(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        h = self.inp(x, *args, **kwargs)
+        return self._product(self.inp(x, *args, **kwargs), x)
+
+    def activated(
+        self, h: Tensor, x: Tensor, again: Callable[[Tensor, bool], Tensor] | None = None
+    ) -> Tensor:
+        """Return `act(h) * (1 + gate(x))` of a result `h` of `inp`.
+
+        With `again`, which computes `h` once more, only `x` is saved for the backward.
+        """
+        if again is None or not torch.is_grad_enabled():
+            return self._product(h, x)
+        given, grad = [h], h.requires_grad
+        del h
+
+        def call(x: Tensor) -> Tensor:
+            return self._product(given.pop() if given else again(x, grad), x)
+
+        return recomputed(call, x)
+
+    def _again(
+        self, states: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, grad: bool
+    ) -> Tensor:
+        """Return the result of `inp` once more, with the random numbers that it had."""
+        with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+            cpu, cuda = states
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, x.device)
+            h: Tensor = self.inp(x, *args, **kwargs)
+        # a clone is no leaf, so that activations may work in place
+        return h.detach().requires_grad_().clone() if grad else h
+
+    def _product(self, h: Tensor, x: Tensor) -> Tensor:
         # a compiler guards what the model's own activation reads, and fuses the product itself
         fused = self.fused and not torch.compiler.is_compiling()
         if fused and self.act_name is not None and not self._change():
@@ -243,6 +300,19 @@ class StarProjection(nn.Module):
         if isinstance(self.gate, LowRankGate):
             self.gate.down.reset_parameters()  # type: ignore[operator]
         zero_(self.gate)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):  # as models set those of their own linear layer
+            setattr(self.inp, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Raise an error: pruning and weight norm belong on `inp`, the model's own layer."""
+        raise RuntimeError(
+            f"{name!r} cannot be added to a StarProjection, whose weight is that of its own linear "
+            "layer: prune or parametrise its child `inp` instead"
+        )
 
     def extra_repr(self) -> str:
         flags = [name for name in ("fused", "recompute") if getattr(self, name)]

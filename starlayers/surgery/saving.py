@@ -109,6 +109,7 @@ def apply_record(model: nn.Module, record: dict[str, Any], *, prefix: str = "") 
         options = {name: layer[name] for name in ("fused", "recompute", "gate") if name in layer}
         verdict, rank = _repeated(owner, site), layer.get("grow", 0)
         options |= {"between": verdict.between, "after": verdict.after, "rank": rank}
+        options |= {"up_first": verdict.up_first, "casts": verdict.casts}
         star = install(owner, verdict.site, verdict.act_name, **options)
         if rank and record["version"] < BY_CHANNEL:
             gate_of(star).expect_old_rows()  # type: ignore[union-attr, operator]

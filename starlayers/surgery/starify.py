@@ -107,7 +107,7 @@ def starify(
     for f in ready:
         owner, fused = model.get_submodule(f.owner), mode == "fuse"
         options: dict[str, Any] = {"gate": gate, "recompute": recompute, "rank": grow}
-        options |= {"between": f.between, "after": f.after}
+        options |= {name: getattr(f, name) for name in ("between", "after", "up_first", "casts")}
         install(owner, f.site, f.act_name, fused=fused, **options)
     for path, _, star in existing:
         if name_of(path, star) in selected:

@@ -4,10 +4,10 @@ from collections.abc import Collection
 
 from torch import nn
 
-from starlayers.surgery.entries import HOOKS, names_in_code
+from starlayers.surgery.entries import HOOKS, names_in_code, parts_of
 from starlayers.surgery.reached import unwatched
 
-#: names of what a forward may ask for that neither a graph nor a snapshot shows
+#: names of what neither a graph nor a snapshot shows, wherever a forward may reach them
 NAMES = frozenset(
     {
         *HOOKS,
@@ -52,7 +52,22 @@ NAMES = frozenset(
 )
 
 
-#: names that libraries ask for while they warn: an obstacle in the class of a module alone
+#: the same, but for what libraries ask for as they work: an obstacle in classes of parts alone
+IN_PARTS = frozenset(
+    {
+        "are_deterministic_algorithms_enabled",
+        "environ",
+        "get_default_dtype",
+        "getenv",
+        "is_compiling",
+        "is_dynamo_compiling",
+        "is_exporting",
+        "is_torchdynamo_compiling",
+        "is_tracing",
+        "requires_grad",
+    }
+)
+#: and in the class of the module alone
 FRAMES = frozenset({"_getframe", "currentframe"})
 
 
@@ -71,6 +86,9 @@ def unseen(module: nn.Module, apart: Collection[str]) -> str:
         "its forward may ask for 'is_initialized', which no graph shows"
     """
     reason, names = unwatched(module, apart)
-    if asked := NAMES & names | FRAMES & names_in_code(type(module)):
+    in_parts = frozenset[str]().union(
+        *(names_in_code(type(part)) for _, part in parts_of(module, apart))
+    )
+    if asked := NAMES & names | IN_PARTS & in_parts | FRAMES & names_in_code(type(module)):
         return f"its forward may ask for {min(asked)!r}, which no graph shows"
     return reason

@@ -22,6 +22,7 @@ from starlayers.surgery.linear_layers import (
     projection,
     weight_of,
 )
+from starlayers.surgery.outside import untouched
 from starlayers.surgery.reads import EVERY, Attributes, Reads, unnamed_attributes
 from starlayers.surgery.recipes import is_sequence, runs
 from starlayers.surgery.sandbox import (
@@ -63,6 +64,7 @@ class Verdict(NamedTuple):
     The branches of the site are in the right order. `between` are the names of the modules between
     the product of a gated MLP and its last layer, `after` those after that. `act_name` is the
     activation's name in `ACTIVATIONS`, `None` if it has none, and `act` the activation in words.
+    `up_first` and `casts` are as for `Role`.
     """
 
     site: Site
@@ -71,6 +73,8 @@ class Verdict(NamedTuple):
     after: tuple[str, ...] = ()
     act_name: str | None = None
     act: str = ""
+    up_first: bool = False
+    casts: bool = True
 
 
 def verify(
@@ -113,8 +117,10 @@ def verify(
     for known, read, _ in store.get(key, []):
         if all(unnamed[name] == value for name, value in read.items()):
             return known
+    layers = [name for name in (site.inp, site.up, site.out) if name]
     try:
-        verdict = _verified(owner, site, caller, reads)
+        with untouched(owner, layers, forbidden=site.form != "plain"):
+            verdict = _verified(owner, site, caller, reads)
     except MismatchError as error:
         verdict = Verdict(site, str(error))
     except Exception as error:  # a foreign module may raise anything
@@ -151,9 +157,10 @@ def _verified(
             _require_own_forward(owner)
             if hidden := unseen(owner, [name for name in (site.inp, site.up, site.out) if name]):
                 raise MismatchError(hidden)
-            formula, act_name = verify_gated(owner, site, reads)
-            between, after = formula.between, formula.after
-            return Verdict(formula.site, None, between, after, act_name, formula.act)
+            formula, act_name, casts = verify_gated(owner, site, reads)
+            between, after, act = formula.between, formula.after, formula.act
+            first = formula.up_first
+            return Verdict(formula.site, None, between, after, act_name, act, first, casts)
         if site.act is None:
             return Verdict(site, act_name=verify_hidden(owner, site))
         _compare_plain(*_runnable_part(owner, site))
@@ -408,8 +415,10 @@ def _gradients(y: Any, inputs: list[Any]) -> list[Tensor]:
 def _require_equal(expected: Any, actual: Any, condition: str) -> None:
     """Raise a MismatchError with the largest difference if tensors differ."""
     if not _equal(expected, actual):
-        pairs = zip(_tensors(expected), _tensors(actual))
+        pairs = list(zip(_tensors(expected), _tensors(actual)))
         off = max((float((a - b).abs().nan_to_num().max()) for a, b in pairs), default=0.0)
+        if not off and any((a.isfinite() & ~b.isfinite()).any() for a, b in pairs):
+            raise MismatchError(f"{condition}, its gradient overflows where the module's does not")
         raise MismatchError(f"{condition}, its output differs by {off:.2g}")
 
 

@@ -1,6 +1,7 @@
 """Verify a gated MLP: by the graph of its forward, then by values and gradients."""
 
 import random
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -12,14 +13,19 @@ from torch import Tensor, nn
 from starlayers.backend import use_backend
 from starlayers.surgery.adopted import adopt, arguments
 from starlayers.surgery.contexts import graphs
-from starlayers.surgery.entries import names_in_code, parts_of
 from starlayers.surgery.formula import Formula, activation_name, read_formula
 from starlayers.surgery.gated import GatedMLP, Role
 from starlayers.surgery.linear_layers import Projection, base_layer, dtype_and_device, projection
+from starlayers.surgery.questions import (
+    LayerProbe,
+    answered,
+    require_answered,
+    require_no_types,
+)
 from starlayers.surgery.reads import Reads
 from starlayers.surgery.sandbox import random_tensor, sandbox_copy, seed_generators
 from starlayers.surgery.site import Site, attribute
-from starlayers.surgery.trial_run import MismatchError, run
+from starlayers.surgery.trial_run import MismatchError, first_line, run
 
 #: sizes of input and hidden layer of the small stand-in
 SMALL = Projection(6, 10)
@@ -29,34 +35,26 @@ SMALL = Projection(6, 10)
 SHAPES = ((3,), (1,), (5, 2), (1, 1), (1, 700), (2, 3, 4))
 MODES = ("gradients", "no gradients", "inference")
 SCALES = (1.0, 1e-2, 30.0, 1e3, 1e6)
+#: sizes of the gradients that are sent back, by the factor of the branches: hooks and functions
+#: may clip them
+GRADIENTS = {1.0: 1e4, 1e-2: 1.0, 30.0: 1e-4, 1e3: 1e2, 1e6: 1.0}
 
 #: error allowed, relative to the largest value: roundings of one dtype in two orders
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-4, torch.bfloat16: 0.06}
-
-
-#: names of what a forward may ask for that neither a graph nor a snapshot shows
-UNSEEN = {
-    "are_deterministic_algorithms_enabled",
-    "environ",
-    "get_default_dtype",
-    "getenv",
-    "is_compiling",
-    "is_dynamo_compiling",
-    "is_exporting",
-    "is_torchdynamo_compiling",
-    "is_tracing",
-    "requires_grad",
-}
 
 #: key of the state of the random generators among values
 RANDOM = "random numbers"
 
 
 class GatedVerdict(NamedTuple):
-    """Result of `verify_gated`: the formula, and the name of its activation in `ACTIVATIONS`."""
+    """Result of `verify_gated`: the formula, and the name of its activation in `ACTIVATIONS`.
+
+    `casts` is True if its product is converted to the dtype of the last layer's weight.
+    """
 
     formula: Formula
     act_name: str | None
+    casts: bool
 
 
 def verify_gated(owner: nn.Module, site: Site, reads: Reads | None = None) -> GatedVerdict:
@@ -75,7 +73,7 @@ def verify_gated(owner: nn.Module, site: Site, reads: Reads | None = None) -> Ga
     Raises:
         MismatchError: the module computes anything else; the message says what.
     """
-    _require_visible(owner, [name for name in (site.inp, site.up, site.out) if name])
+    _require_visible(owner)
     _require_one_input(owner)
     formula, act_name = _read(owner, site, set() if reads is None else reads)
     site = formula.site
@@ -93,20 +91,20 @@ def verify_gated(owner: nn.Module, site: Site, reads: Reads | None = None) -> Ga
         run(body, _input(body, site, (2, 3)))
     except Exception:  # its forward or other layers know the true sizes
         body = _stand_in(owner, site, random)
-    _compare(body, formula, act_name)
-    return GatedVerdict(formula, act_name)
+    casts = _asks_for_weight(body, site)
+    _compare(body, formula, act_name, casts)
+    if site.out is not None:
+        _compare_dtypes(body, formula, act_name, casts)
+    return GatedVerdict(formula, act_name, casts)
 
 
-def _require_visible(owner: nn.Module, layers: list[str]) -> None:
-    """Raise a MismatchError for names that starify needs, and what cannot be seen."""
+def _require_visible(owner: nn.Module) -> None:
+    """Raise a MismatchError for names that starify needs, and questions for types."""
     own = [*vars(owner), *owner._modules, *owner._parameters, *owner._buffers, *dir(type(owner))]
     taken = next((name for name in own if name == "star" or name.startswith("star_")), None)
     if taken is not None:
         raise MismatchError(f"its attribute {taken!r} has a name that a star needs")
-    for _, part in parts_of(owner, layers):
-        hidden = UNSEEN & names_in_code(type(part))
-        if hidden:
-            raise MismatchError(f"its forward may ask for {min(hidden)!r}, which no graph shows")
+    require_no_types(type(owner))
 
 
 def _require_one_input(owner: nn.Module) -> None:
@@ -136,7 +134,9 @@ def _read(owner: nn.Module, site: Site, reads: Reads) -> tuple[Formula, str | No
         if first is None:
             first = formula, activation_name(chain)
         elif formula != first[0]:
-            raise MismatchError(f"it computes {formula.act} in {context}, {first[0].act} otherwise")
+            mine, others = formula.difference(first[0])
+            verb = "computes" if formula.act != first[0].act else "calls"
+            raise MismatchError(f"it {verb} {mine} in {context}, {others} otherwise")
     assert first is not None
     return first
 
@@ -170,10 +170,70 @@ def _stand_in(
 # by value
 
 
-def _compare(body: nn.Module, formula: Formula, act_name: str | None) -> None:
+def _asks_for_weight(body: nn.Module, site: Site) -> bool:
+    """Return True if a forward asks for the weight of its last layer.
+
+    Raises:
+        MismatchError: it asks its linear layers for anything else, or a tensor for what no graph
+            shows.
+    """
+    names = [name for name in (site.inp, site.up, site.out) if name]
+    for dtype in TOLERANCES:
+        layers = {name: attribute(body, name) for name in names}
+        probes = {name: LayerProbe(layer, name) for name, layer in layers.items()}
+        memo = {id(layers[name]): probe.to(dtype) for name, probe in probes.items()}
+        probed = sandbox_copy(body, memo).to(dtype)
+        for probe in probes.values():
+            probe.forget()
+        call = answered(probed)
+        failure: Exception | None = None
+        for shape, train, mode in product(((3,), (5, 2), (2, 3, 4)), (False, True), MODES):
+            try:
+                values_of(probed.train(train), call, _input(body, site, shape, dtype), mode)
+            except MismatchError:
+                raise
+            except Exception as error:  # a foreign module may raise anything
+                failure = failure or error
+        asked = [require_answered(probe, last=name == site.out) for name, probe in probes.items()]
+        if failure is not None:
+            raise MismatchError(
+                f"it does not run with other linear layers than its own: {first_line(failure)}"
+            )
+        if any(asked):
+            return True
+    return False
+
+
+def _role(body: nn.Module, formula: Formula, act_name: str | None, casts: bool) -> Role:
+    between, after, first = formula.between, formula.after, formula.up_first
+    kind = type(body)
+    return Role(formula.site, kind, act_name, between, after, up_first=first, casts=casts)
+
+
+def _compare_dtypes(body: nn.Module, formula: Formula, act_name: str | None, casts: bool) -> None:
+    """Compare a module and its star where the last layer has another dtype than the others."""
+    site, role = formula.site, _role(body, formula, act_name, casts)
+    low, high = torch.bfloat16, torch.float32
+    for (dtype, last), train in product(((low, high), (high, low)), (False, True)):
+        own = sandbox_copy(body).to(dtype).train(train)
+        attribute(own, site.out or "").to(last)
+        x = _input(own, site, (3, 2), dtype)
+        try:
+            expected = values_of(own, own, x, "gradients")
+        except Exception:  # as linear layers do: nothing to compare with
+            continue
+        star: GatedMLP = adopt(own, GatedMLP, role)
+        try:
+            with use_backend("eager"):
+                actual = values_of(star, star.star_definition, x, "gradients")
+        except Exception as error:  # the same
+            raise MismatchError(f"with a last layer of {last}: {first_line(error)}") from error
+        require_close(expected, actual, TOLERANCES[low], f"with a last layer of {last}")
+
+
+def _compare(body: nn.Module, formula: Formula, act_name: str | None, casts: bool) -> None:
     """Compare a module with the star that is to replace it: values, and all gradients."""
-    site = formula.site
-    role = Role(site, type(body), act_name, formula.between, formula.after)
+    site, role = formula.site, _role(body, formula, act_name, casts)
     for dtype, scale in product(TOLERANCES, SCALES):
         own = sandbox_copy(body).to(dtype)
         _scale_branches(own, site, scale)
@@ -182,7 +242,7 @@ def _compare(body: nn.Module, formula: Formula, act_name: str | None) -> None:
             own.train(train), star.train(train)
             x = _input(own, site, shape, dtype)
             x = x.transpose(0, 1) if mode == "inference" and x.ndim == 3 else x  # other strides
-            expected = values_of(own, own, x, mode)
+            expected = values_of(own, own, x, mode, GRADIENTS[scale])
             ways: list[tuple[Any, str]] = [(star.star_definition, "eager")]
             if scale == 1.0:
                 ways.append((star.star_original, "eager"))
@@ -190,7 +250,7 @@ def _compare(body: nn.Module, formula: Formula, act_name: str | None) -> None:
                 ways.append((star, "cpu"))
             for call, backend in ways:
                 with use_backend(backend):
-                    actual = values_of(star, call, x, mode)
+                    actual = values_of(star, call, x, mode, GRADIENTS[scale])
                 where = f"for {tuple(x.shape)} of {dtype}, {'train' if train else 'eval'}, {mode}"
                 require_close(expected, actual, TOLERANCES[dtype], where)
 
@@ -221,24 +281,44 @@ def _fits_cpu_op(star: GatedMLP, x: Tensor) -> bool:
 
 
 def values_of(
-    module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, mode: str
+    module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, mode: str, size: float = 1.0
 ) -> dict[str, Tensor]:
-    """Return the output of a call, and the gradients of input and parameters if there are any."""
+    """Return the output of a call, and the gradients of input and parameters if there are any.
+
+    The gradient of the output has values up to `size`. Random numbers that are drawn are told by
+    the next ones.
+    """
     seed_generators(x.device)
+    before = _numpy_state()
     if mode != "gradients":
         with torch.inference_mode(mode == "inference"), torch.no_grad():
             y = call(x)
-        drawn = torch.tensor([random.getrandbits(31)], dtype=torch.float64)
-        return {"": y, RANDOM: torch.cat([drawn, torch.rand(1, dtype=torch.float64)])}
+        return {"": y, RANDOM: _next_numbers(before)}
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         y = call(x)
+        drawn = _next_numbers(before)
         inputs = {"x": x} | {k: p for k, p in module.named_parameters() if p.requires_grad}
-        weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
+        weight = torch.linspace(-size, size, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
         loss = (y * weight).sum()
         gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
     found = {k: torch.zeros(()) if g is None else g for k, g in zip(inputs, gradients)}
-    return {"": y.detach(), **found}
+    return {"": y.detach(), **found, RANDOM: drawn}
+
+
+def _numpy_state() -> tuple[Any, ...]:
+    """Return the state of numpy's random generator, `()` if numpy is not loaded."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return ()
+    kind, keys, *rest = numpy.random.get_state()
+    return kind, keys.tobytes(), *rest
+
+
+def _next_numbers(before: tuple[Any, ...]) -> Tensor:
+    """Return the next numbers of the random generators, and whether numpy's has moved."""
+    drawn = torch.tensor([random.getrandbits(31), _numpy_state() != before], dtype=torch.float64)
+    return torch.cat([drawn, torch.rand(1, dtype=torch.float64)])
 
 
 def require_close(

@@ -1,5 +1,11 @@
 """Gated MLPs that people have edited: what each computes beyond a star, by kind."""
 
+import itertools
+import random
+import types
+from collections import Counter, deque
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -133,6 +139,115 @@ def identity(h):
     return h
 
 
+MONITOR = types.SimpleNamespace(calls=0, kept=None)
+COUNTS, LAST = Counter(), deque(maxlen=2)
+
+
+class Quantised(nn.Linear):
+    """Linear layer of another class."""
+
+
+def asks(question):
+    """Return a maker of an MLP that doubles its product if a question about itself is answered."""
+    return on_product(lambda s, h, x: 2 * h if question(s, h, x) else h)
+
+
+def noted(note):
+    """Return a maker of an MLP that leaves a note elsewhere."""
+    return on_product(lambda s, h, x: (note(s, h), h)[1])
+
+
+def set_global(s, h):
+    global LAST_SHAPE
+    LAST_SHAPE = object()
+
+
+LAST_SHAPE = None
+
+
+def clipped(s, y, x):
+    if torch.is_grad_enabled():
+        y.register_hook(lambda g: g.clamp(-1, 1))
+    return y
+
+
+class Clip(torch.autograd.Function):
+    """Identity whose gradient is clipped."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clamp(-1, 1)
+
+
+def dropped(draw):
+    """Return a maker of an MLP that is dropped in training, very rarely."""
+    return edited(
+        lambda s, x: s.down_proj(s.product(x) * (0 if s.training and draw(s) < 1e-9 else 1)),
+        rng=lambda: random.Random(0),
+        generator=lambda: np.random.default_rng(0),
+        steps=itertools.count,
+    )
+
+
+#: what is asked of tensors and layers that no graph shows -> a maker, and what is named
+ASKED = {
+    **{f"layer {name}": (asks(f), words) for name, f, words in [
+        ("attribute", lambda s, h, x: getattr(s.down_proj, "smooth", None), "'smooth'"),
+        ("by children", lambda s, h, x: any(hasattr(m, "smooth") for m in s.children()),
+         "'smooth'"),
+        ("class", lambda s, h, x: isinstance(s.up_proj, Quantised), "the class of 'up_proj'"),
+        ("usual class", lambda s, h, x: not isinstance(s.down_proj, nn.Linear),
+         "the class of 'down_proj'"),
+        ("type", lambda s, h, x: type(s.down_proj) is Quantised, "asks for the type"),
+        ("type's name", lambda s, h, x: s.down_proj.__class__.__name__ == "Q", "the class of"),
+        ("bias", lambda s, h, x: s.gate_proj.bias is not None, "'bias' of 'gate_proj'"),
+        ("weight's dtype", lambda s, h, x: s.up_proj.weight.dtype == torch.int8, "'weight' of"),
+        ("hooks", lambda s, h, x: s.down_proj._forward_hooks, "'_forward_hooks'"),
+        ("dict", lambda s, h, x: "smooth" in vars(s.down_proj), "'vars'"),
+        ("sizes", lambda s, h, x: s.down_proj.in_features < 9, "'in_features' of 'down_proj'"),
+    ]},
+    **{f"tensor {name}": (asks(f), name) for name, f in [
+        ("grad_fn", lambda s, h, x: x.grad_fn is not None),
+        ("is_leaf", lambda s, h, x: not x.is_leaf),
+        ("_version", lambda s, h, x: x._version > 0),
+        ("storage_offset", lambda s, h, x: x.storage_offset() > 0),
+        ("stride", lambda s, h, x: x.stride(-1) != 1),
+        ("is_contiguous", lambda s, h, x: not x.is_contiguous()),
+        ("is_cuda", lambda s, h, x: x.is_cuda),
+        ("_backward_hooks", lambda s, h, x: x._backward_hooks),
+    ]},
+    "tensor address": (asks(lambda s, h, x: x.data_ptr() % 16 == 1), "data"),
+    "gradient clipped by a hook": (on_output(clipped), "register_hook"),
+    "gradient clipped by a function": (
+        on_output(lambda s, y, x: Clip.apply(y)), "the gradient|view"
+    ),
+    "gradient retained": (
+        noted(lambda s, h: h.retain_grad() if torch.is_grad_enabled() else None), "retain_grad"
+    ),
+}  # fmt: skip
+
+#: what changes elsewhere, or draws random numbers -> a maker, and what is named
+ELSEWHERE = {
+    "global object": (
+        noted(lambda s, h: setattr(MONITOR, "calls", MONITOR.calls + 1)), "MONITOR"
+    ),
+    "kept in a global object": (noted(lambda s, h: setattr(MONITOR, "kept", h)), "MONITOR"),
+    "global counter": (noted(lambda s, h: COUNTS.update(calls=1)), "COUNTS"),
+    "global deque": (noted(lambda s, h: LAST.append(h.detach())), "LAST"),
+    "global variable": (noted(set_global), "global|LAST_SHAPE"),
+    "class": (noted(lambda s, h: setattr(Quantised, "calls", object())), "Quantised"),
+    "python's numbers": (dropped(lambda s: random.random()), "random numbers"),
+    "numpy's numbers": (dropped(lambda s: np.random.rand()), "random numbers"),
+    "torch's numbers": (dropped(lambda s: float(torch.rand(()))), "graph|rand"),
+    "own numbers": (dropped(lambda s: s.rng.random()), "rng"),
+    "own numbers of numpy": (dropped(lambda s: s.generator.random()), "generator"),
+    "iterator": (dropped(lambda s: next(s.steps)), "steps, an iterator"),
+}  # fmt: skip
+
 #: name -> maker, and what its refusal has to name
 REFUSED = {
     # limits of the activation, far from where values usually are
@@ -170,7 +285,7 @@ REFUSED = {
     "act without gradient": (act(lambda x: F.silu(x).detach()), "detach"),
     "straight through": (act(straight_through), "detach"),
     "own backward": (act(OtherGradient.apply), "the gradient of"),
-    "gradient doubled by a hook": (act(scaled_gradient), "the gradient of|graph"),
+    "gradient doubled by a hook": (act(scaled_gradient), "asks a tensor for 'requires_grad'"),
     "gate without gradient": (edited(no_grad_gate), "set_grad_enabled"),
     # conditions
     "noise in training": (lambda: SwiGLU(NoisyInTraining()), "train mode.*randn_like"),
@@ -208,7 +323,7 @@ REFUSED = {
     "large inputs": (on_output(lambda s, y, x: y if x.abs().max() < 1e4 else 2 * y), "graph"),
     "not contiguous": (
         on_output(lambda s, y, x: y if x.is_contiguous() else 2 * y),
-        "differs",
+        "differs|is_contiguous",
     ),
     "counts its calls": (edited(counted), "sets 'calls'"),
     "counts in a buffer": (
@@ -243,6 +358,12 @@ REFUSED = {
     ),
     "returns two": (on_output(lambda s, y, x: (y, s.product(x))), "times|one tensor"),
     "returns none": (on_output(lambda s, y, x: (y, None)), "one tensor"),
+    "guard for float16 in a module": (
+        edited(lambda s, x: s.down_proj(s.guard(s.product(x))), guard=lambda: Half()),
+        "it calls 'guard' before its last layer in eval mode, float16.*no module before",
+    ),
+    **ASKED,
+    **ELSEWHERE,
     "reads a weight": (
         edited(lambda s, x: s.down_proj(s.act_fn(F.linear(x, s.gate_proj.weight)) * s.up_proj(x))),
         "0 times",
@@ -256,6 +377,21 @@ class Keeps(nn.Module):
         return h
 
 
+class Half(nn.Module):
+    def forward(self, x):
+        return x.clamp(-6e4, 6e4) if x.dtype == torch.float16 else x
+
+
+class Finite(nn.Identity):
+    def forward(self, x):
+        return torch.nan_to_num(x)
+
+
+class FiniteDropout(nn.Dropout):
+    def forward(self, x):
+        return torch.nan_to_num(super().forward(x))
+
+
 def shifted(self, x, **kwargs):
     y = SwiGLU.forward(self, x)
     return y + kwargs["shift"] if "shift" in kwargs else y
@@ -264,6 +400,11 @@ def shifted(self, x, **kwargs):
 def with_dropout(self, x):
     h = F.dropout(self.product(x), self.rate, self.training)
     return self.down_proj(h)
+
+
+def up_first(self, x):
+    up = self.up_proj(x)
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * up)
 
 
 def with_limit(self, x):
@@ -294,6 +435,15 @@ EXACT = {
     "functional dropout at 0": edited(with_dropout, rate=0.0),
     "no limit": edited(with_limit, limit=None),
     "dropout": edited(lambda s, x: s.down_proj(s.drop(s.product(x))), drop=lambda: nn.Dropout(0.5)),
+    "own identity": edited(lambda s, x: s.down_proj(s.guard(s.product(x))), guard=lambda: Finite()),
+    "own dropout": edited(
+        lambda s, x: s.down_proj(s.guard(s.product(x))), guard=lambda: FiniteDropout(0.1)
+    ),
+    "a copy as output": on_output(lambda s, y, x: y.clone()),
+    "functional dropout of the input at 0": edited(
+        lambda s, x: SwiGLU.forward(s, F.dropout(x, 0.0))
+    ),
+    "up first": edited(up_first),
     "norm after the last layer": on_output(
         lambda s, y, x: s.norm(y), norm=lambda: nn.LayerNorm(16)
     ),

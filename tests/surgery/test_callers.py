@@ -47,6 +47,16 @@ class ReadsWeights(MLP):
         return f"{self.fc1.in_features} channels"
 
 
+def assigned(self, x):
+    return self.fc2(self.act(self.fc1(x)))
+
+
+class Assigned(MLP):
+    """Its forward has another name."""
+
+    forward = assigned
+
+
 class Block(nn.Module):
     def __init__(self, mlp=MLP):
         super().__init__()
@@ -104,6 +114,7 @@ class SequenceFeatures(Sequence):
         (InALoop(), "", "InALoop.features"),
         (ByHelpers(), "", ""),
         (ReadsWeights(), "", ""),
+        (Assigned(), "", ""),
         (Block(), "mlp", ""),
         (Block(Features), "mlp", "Features.features"),
         (Bypass(), "mlp", "Bypass.forward"),

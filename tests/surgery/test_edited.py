@@ -11,7 +11,8 @@ from torch import nn
 
 from starlayers import starify, use_backend
 from starlayers.surgery import GatedMLP, report, revert
-from tests.surgery.edited import EXACT, REFUSED, SwiGLU
+from tests.surgery import edited
+from tests.surgery.edited import ELSEWHERE, EXACT, REFUSED, SwiGLU
 
 SHAPES = ((3, 16), (1, 16), (2, 5, 16), (1, 1, 16), (1, 600, 16), (2, 3, 4, 16))
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float64: 1e-9}
@@ -68,6 +69,99 @@ def test_what_is_more_than_a_star_is_refused_by_name(name):
     assert rows[0].detail
 
 
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_changes_elsewhere_is_left_as_it_was(name):
+    mlp = ELSEWHERE[name][0]()
+    if hasattr(mlp, "rng"):
+        mlp.rng.seed(1), mlp.generator.random(3)
+    states = edited.MONITOR.__dict__ | {"counts": dict(edited.COUNTS), "last": list(edited.LAST)}
+    shape, calls = edited.LAST_SHAPE, vars(edited.Quantised).get("calls")
+    drawn = getattr(mlp, "rng", None) and (mlp.rng.getstate(), mlp.generator.bit_generator.state)
+    with pytest.raises(ValueError, match="no MLP"):
+        starify(mlp, mode="fuse")
+    now = edited.MONITOR.__dict__ | {"counts": dict(edited.COUNTS), "last": list(edited.LAST)}
+    assert now == states
+    assert (edited.LAST_SHAPE, vars(edited.Quantised).get("calls")) == (shape, calls)
+    if drawn:
+        assert (mlp.rng.getstate(), mlp.generator.bit_generator.state) == drawn
+        assert next(mlp.steps) == 0
+
+
+class Stored(nn.Linear):
+    """Linear layer that stores a low dtype and computes in that of its input."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class KeepsFloat32(SwiGLU):
+    """MLP that converts its product to the dtype of its last layer, as T5 does."""
+
+    def forward(self, x):
+        h, weight = self.product(x), self.down_proj.weight
+        return self.down_proj(h.to(weight.dtype) if weight.dtype != torch.int8 else h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_a_last_layer_of_another_dtype(dtype):
+    own = SwiGLU()
+    own.down_proj.__class__ = Stored
+    own.down_proj.weight = nn.Parameter(own.down_proj.weight.detach().to(dtype), False)
+    x = torch.randn(5, 16)
+    grown = starify(copy.deepcopy(own), grow=1)
+    fused = starify(copy.deepcopy(own), mode="fuse").star_definition
+    for star in (grown, fused):
+        assert torch.equal(star(x), own(x))
+        assert star(x).dtype == torch.float32
+    own = KeepsFloat32()
+    own.gate_proj.bfloat16(), own.up_proj.bfloat16()
+    assert torch.equal(starify(copy.deepcopy(own), grow=1)(x.bfloat16()), own(x.bfloat16()))
+
+
+def test_random_numbers_are_drawn_in_the_order_of_the_forward():
+    own = EXACT["up first"]()
+    grown = starify(copy.deepcopy(own), grow=1)
+    for mlp in (own, grown):
+        for layer in (mlp.gate_proj, mlp.up_proj):
+            layer.register_forward_hook(lambda m, args, y: F.dropout(y, 0.5))
+    x = torch.randn(5, 16)
+    torch.manual_seed(2)
+    expected = own(x)
+    torch.manual_seed(2)
+    assert torch.equal(grown(x), expected)
+
+
+@pytest.mark.parametrize("name", ["own identity", "own dropout"])
+def test_a_module_derived_from_the_identity_acts(name):
+    own, star = pair(EXACT[name])
+    x = torch.randn(50, 16)
+    x[0, 0] = float("nan")
+    with use_backend(backend_of(star.eval(), x)):
+        assert torch.equal(star(x), own.eval()(x))
+        assert star(x).isfinite().all()
+
+
+def test_sparse_and_nested_input_runs_the_own_forward():
+    own, star = pair(SwiGLU)
+    x = torch.randn(50, 16).relu()
+    nested = torch.nested.nested_tensor([x[:2], x[2:]])
+    assert torch.equal(star(x.to_sparse()), own(x.to_sparse()))
+    assert torch.equal(star(nested).to_padded_tensor(0.0), own(nested).to_padded_tensor(0.0))
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="other arguments than one input"):
+        star(x.to_sparse())
+    grown = starify(copy.deepcopy(own), grow=1)
+    with pytest.raises(TypeError, match="dense inputs"):
+        grown(nested)
+
+
+def test_grown_products_of_another_width_are_named():
+    grown = starify(SwiGLU(), grow=1)
+    grown.gate_proj, grown.up_proj = nn.Linear(16, 24), nn.Linear(16, 24)
+    grown.down_proj = nn.Linear(24, 16)
+    with pytest.raises(RuntimeError, match="16 to 40 channels, its layers now compute 16 to 24"):
+        grown(torch.randn(5, 16))
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_what_is_a_star_is_exact(name):
     own, star = pair(EXACT[name])
@@ -88,7 +182,7 @@ def test_what_is_a_star_is_exact(name):
                         expected = own(x)
                         torch.manual_seed(0)
                         assert torch.equal(star(x), expected)  # the model's own bits
-    acts = name in ("norm before the last layer",)
+    acts = name in ("norm before the last layer", "own identity", "own dropout")
     assert ("cpu" in used) != acts
 
 

@@ -75,6 +75,7 @@ def test_findings():
         Site("gated", "gated", "gate", "act", "down", up="up"),
         act_name="silu",
         act="silu(x)",
+        casts=False,
     )
     assert packed.site == Site("packed", "packed", "both", "act", "down", gate_last=True)
     assert (twice.path, twice.reason) == (

@@ -1,4 +1,4 @@
-"""Places of activations: only the result of the star projection goes through."""
+"""Places of activations: only the result of the first layer is taken, and other uses are right."""
 
 import copy
 import io
@@ -6,10 +6,11 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from starlayers import starify
-from starlayers.surgery import revert
+from starlayers.surgery import StarProjection, revert
 from starlayers.surgery.place import Place, Placeholder
 from tests.surgery.small import MLP
 
@@ -206,8 +207,166 @@ def test_the_placeholder():
     place = Place((mlp, "act"), "fc1", is_module=True)
     assert type(place.placeholder) is Placeholder
     assert isinstance(place.placeholder, nn.Identity)
-    y = place.mark(torch.ones(2))
+    y = place.mark(torch.ones(2), None)
     assert place.placeholder(y) is y
     with pytest.raises(RuntimeError, match="'act' of a MLP takes another tensor"):
         place.placeholder(y.clone())
     assert place.placeholder("not a tensor") == "not a tensor"  # a tracer's stand-in
+
+
+class Paths(MLP):
+    """MLP whose first layer is used in other ways than by its forward on usual input."""
+
+    fast, hidden = False, None
+
+    def forward(self, x):
+        if self.fast or x.ndim in (1, 5) or x.shape[0] > 64 or x.shape[-2] > 1024:
+            return self.fc2(F.gelu(self.fc1(x)))
+        h = self.fc1(x)
+        return self.drop(self.fc2(self.act(h) if self.hidden is None else F.relu(h)))
+
+    def by_getattr(self, x):
+        return getattr(self, "fc1")(x)  # noqa: B009
+
+    def by_name(self, x):
+        layer = self.fc1
+        return layer(x)
+
+    def by_path(self, x):
+        return self.get_submodule("fc1")(x)
+
+    def by_forward(self, x):
+        return self.fc1.forward(x)
+
+    def passed(self, x):
+        return self.run(self.fc1, x)
+
+    def run(self, layer, x):
+        return layer(x)
+
+    def in_a_loop(self, x):
+        for layer in [self.fc1]:
+            x = layer(x)
+        return x
+
+
+class Loops(nn.Module):
+    """Net whose forward uses the layers of its MLPs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([MLP(), MLP()])
+
+    def forward(self, batch):
+        x = batch["x"]
+        for layer in self.layers:
+            x = x + layer.fc2(F.relu(layer.fc1(x)))
+        return x
+
+    def hidden(self, x, i=1):
+        return self.layers[i].fc1(x)
+
+
+def random_gate(star):
+    for layer in star.modules():
+        if isinstance(layer, StarProjection):
+            nn.init.normal_(layer.gate.weight)
+    return star
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}])
+@pytest.mark.parametrize(
+    "name", ["by_getattr", "by_name", "by_path", "by_forward", "passed", "in_a_loop"]
+)
+def test_any_other_call_of_the_first_layer_computes_what_it_did(name, options, x):
+    own = Paths()
+    star = random_gate(starify(copy.deepcopy(own), **options))
+    assert not torch.equal(star(x), own(x))
+    assert torch.equal(getattr(star, name)(x), getattr(own, name)(x))
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 1, 1, 2, 8), (1, 1100, 8), (70, 2, 8)])
+def test_paths_past_the_activation_on_other_input(shape):
+    own = Paths()
+    star = random_gate(starify(copy.deepcopy(own)))
+    x = torch.randn(shape)
+    assert torch.equal(star(x), own(x))
+    exported = torch.export.export(star, (x,)).module()
+    assert torch.equal(exported(x), own(x))
+
+
+@pytest.mark.parametrize(("flag", "value"), [("fast", True), ("hidden", 1)])
+def test_paths_past_the_activation_by_a_flag(flag, value, x):
+    own = Paths()
+    star = random_gate(starify(copy.deepcopy(own)))
+    setattr(own, flag, value), setattr(star, flag, value)
+    assert torch.equal(star(x), own(x))
+
+
+def test_a_parent_that_uses_the_layers_of_its_mlps(x):
+    own = Loops()
+    star = random_gate(starify(copy.deepcopy(own)))
+    assert torch.equal(star({"x": x}), own({"x": x}))
+    assert torch.equal(star.hidden(x), own.hidden(x))
+
+
+@pytest.mark.parametrize("edit", ["forward", "class"])
+def test_a_placeholder_that_is_made_an_activation_acts_on_the_hidden_layer(edit, x):
+    own = MLP()
+    star = random_gate(starify(copy.deepcopy(own)))
+    for mlp in (own, star):
+        if edit == "forward":
+            mlp.act.forward = torch.tanh
+        else:
+            mlp.act.__class__ = nn.Tanh
+    assert torch.equal(star(x), own(x))
+
+
+def test_another_activation_is_an_error_under_export_too(x):
+    mlp = star()
+    mlp.act = nn.ReLU()
+    with pytest.raises(RuntimeError, match="was set to ReLU"):
+        torch.export.export(mlp, (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_torch_fx_sees_the_same_network(dtype, x):
+    mlp = random_gate(starify(MLP().to(dtype)))
+    traced = torch.fx.symbolic_trace(mlp)
+    assert torch.equal(traced(x.to(dtype)), mlp(x.to(dtype)))
+    infinite = torch.full((2, 8), 6e4, dtype=dtype)
+    assert torch.equal(traced(infinite).isnan(), mlp(infinite).isnan())
+    changed = star()
+    set_norm(changed)
+    with pytest.raises(RuntimeError, match=ANOTHER):
+        torch.fx.symbolic_trace(changed)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors(layout, x):
+    own = MLP()
+    plain = starify(copy.deepcopy(own))
+    nested = torch.nested.nested_tensor([x[:2], x[2:]], layout=layout)
+    a, b = (mlp(nested).to_padded_tensor(0.0) for mlp in (own, plain))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU(inplace=True), nn.Tanh()])
+def test_recomputation_repeats_the_random_numbers_of_the_first_layer(act):
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5))
+    results = []
+    for recompute in (False, True):
+        mlp = MLP()
+        mlp.act = act
+        torch.manual_seed(3)
+        mlp = starify(mlp, recompute=recompute)
+        mlp.load_state_dict({k: torch.linspace(-1, 1, v.numel()).view_as(v)
+                             for k, v in mlp.state_dict().items()})  # fmt: skip
+        mlp.fc1.inp.register_forward_hook(lambda m, args, y: first[1](y))
+        x = torch.linspace(-2, 2, 40).view(5, 8).requires_grad_()
+        torch.manual_seed(4)
+        y = mlp(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()])])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

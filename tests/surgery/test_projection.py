@@ -5,11 +5,14 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
+from starlayers import starify
 from starlayers.surgery import Site, StarProjection
 from starlayers.surgery.linear_layers import Projection
 from starlayers.surgery.projection import LowRankGate, ScaleGate, make_gate, parse_gate, zero_
+from tests.surgery.small import MLP
 
 SITE = Site("chain", "plain", "fc1", "act", "fc2")
 
@@ -221,3 +224,24 @@ def test_state_of_earlier_versions(x):
     old.__setstate__(state)
     assert (old.act_name, hasattr(old, "row"), "row" in state) == ("silu", False, True)
     assert torch.equal(old(x), star(x))
+
+
+def test_weight_and_bias_are_set_on_the_own_layer():
+    mlp = starify(MLP())
+    weight = nn.Parameter(torch.ones(16, 8))
+    mlp.fc1.weight, mlp.fc1.bias = weight, None
+    assert mlp.fc1.inp.weight is weight
+    assert mlp.fc1.bias is None
+    with pytest.raises(RuntimeError, match="prune or parametrise its child `inp`"):
+        prune.l1_unstructured(mlp.fc1, "weight", 0.5)
+    prune.l1_unstructured(mlp.fc1.inp, "weight", 0.5)
+    assert mlp(torch.ones(2, 8)).shape == (2, 8)
+
+
+def test_a_low_rank_gate_that_overflows_in_float16_leaves_the_mlp_as_it_was():
+    mlp = MLP().half()
+    mlp.fc1.weight.data.mul_(0.01)
+    x = (6e4 * torch.sign(torch.randn(30, 8))).half()
+    expected = mlp(x)
+    assert expected.isfinite().all()
+    assert torch.equal(starify(mlp, gate="low_rank=4")(x), expected)

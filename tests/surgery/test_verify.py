@@ -1,10 +1,12 @@
 """Trial runs: what they see, that they leave no trace, and which claims they refuse."""
 
 import copy
+from queue import SimpleQueue
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from starlayers import starify
 from starlayers.surgery import Site, find_mlps, report
@@ -70,7 +72,6 @@ class NeedsMore(MLP):
     ("model", "reason"),
     [
         (Twice(), "calls 'act' 2 times, not once"),
-        (Skips(), "with a zero gate, its output differs by"),
         (Elsewhere(), "'act' is not applied to the output of 'fc1'"),
         (Unused(), "no effect on what follows"),
         (Reads(), "calls 'fc1' 0 times"),
@@ -211,11 +212,24 @@ class Whole(Peeks):
         return self.net(x)
 
 
-def test_sequences_whose_caller_reads_inside_are_left_alone():
-    for model in (Peeks(), Collects()):
-        (row,) = report(model).skipped
-        assert "differs" in row.detail
-    assert [row.name for row in report(Whole()).ready] == ["net.0"]
+@pytest.mark.parametrize("make", [Peeks, Collects, Whole])
+def test_what_reads_the_first_layer_inside_of_a_sequence_sees_it_as_it_was(make, x):
+    own = make()
+    star = starify(copy.deepcopy(own))
+    nn.init.normal_(star.net[0].gate.weight)
+    first = torch.equal(own.net[0](x), star.net[0](x))
+    assert (first, torch.equal(own.net(x), star.net(x))) == (True, False)
+    nn.init.zeros_(star.net[0].gate.weight)
+    for a, b in zip(tree_leaves(own(x)), tree_leaves(star(x)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_skip_around_the_activation_stays_without_the_gate(x):
+    own = Skips()
+    star = starify(copy.deepcopy(own))
+    nn.init.normal_(star.fc1.gate.weight)
+    h = own.fc1(x)
+    torch.testing.assert_close(star(x), own.fc2(own.act(h) * (1 + star.fc1.gate(x)) + h))
 
 
 def test_a_zero_last_projection_is_no_obstacle(x):
@@ -398,7 +412,9 @@ class Between(Gated):
 
 def test_modules_between_product_and_last_layer_are_told_in_their_order():
     site = Site("gated", "gated", "gate", "act", "down", up="up")
-    assert verify(Between(), site) == Verdict(site, None, ("first",), (), "silu", "silu(x)")
+    assert verify(Between(), site) == Verdict(
+        site, None, ("first",), (), "silu", "silu(x)", casts=False
+    )
 
 
 class TrainOnly(Gated):
@@ -615,9 +631,7 @@ class Caller(nn.Module):
 UNTRIED = "Caller.forward calls 'net.0' by itself, and cannot be tried"
 
 
-@pytest.mark.parametrize(
-    ("mode", "reason"), [("whole", None), ("fails", UNTRIED), ("reads", "zero")]
-)
+@pytest.mark.parametrize(("mode", "reason"), [("whole", None), ("fails", UNTRIED), ("reads", None)])
 def test_callers_of_sequences(mode, reason):
     caller, site = Caller(mode), Site("sequential", "plain", "0", "1", "2")
     verdict = verify(caller.net, site, (caller, "net"))
@@ -627,10 +641,19 @@ def test_callers_of_sequences(mode, reason):
     assert type(caller.net[0]) is nn.Linear
 
 
+def test_what_differs_is_told():
+    one, lost = torch.ones(2), torch.tensor([1.0, torch.nan])
+    module._require_equal([one, lost], [one, one], "now")  # what is no number may be anything
+    with pytest.raises(MismatchError, match=r"^now, its output differs by 0\.5$"):
+        module._require_equal([one], [one / 2], "now")
+    with pytest.raises(MismatchError, match=r"^now, its gradient overflows"):
+        module._require_equal([one], [lost], "now")
+
+
 def test_the_users_state_is_set_aside():
     class Sees(MLP):
         def forward(self, x):
-            seen.append(
+            told.put(
                 (
                     torch.is_grad_enabled(),
                     torch.is_inference_mode_enabled(),
@@ -640,9 +663,10 @@ def test_the_users_state_is_set_aside():
             )
             return super().forward(x)
 
-    model, seen = Sees(), []
+    model, told = Sees(), SimpleQueue()  # of a list the verification puts back the contents
     with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert verify(model, Site("chain", "plain", "fc1", "act", "fc2")).reason is None
+    seen = [told.get() for _ in range(told.qsize())]
     assert seen[0] == (False, False, False, "cpu")  # later runs have modes of their own
     assert {device for *_, device in seen} == {"cpu"}
     assert torch.is_grad_enabled()

@@ -14,8 +14,9 @@ SITE = Site("gated", "gated", "gate", None, "down", up="up")
 
 
 def test_a_verdict():
-    formula, act_name = verify_gated(Gated("up"), SITE)
+    formula, act_name, casts = verify_gated(Gated("up"), SITE)
     assert (formula.site.act, act_name, formula.act) == ("act", "silu", "silu(x)")
+    assert not casts
 
 
 def test_the_stand_in_has_small_plain_layers_and_nothing_else_of_the_module():
