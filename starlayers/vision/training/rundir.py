@@ -19,6 +19,20 @@ from starlayers.vision.weights import save_weights
 
 #: settings that runs of earlier versions do not have; such a run goes on with those of now
 NEW = ("norm_batches", "balance")
+#: settings that runs of earlier versions do not name -> what they did
+EARLIER = {
+    "accumulate": 1,
+    "optimizer": "adamw",
+    "layer_decay": 1.0,
+    "freeze": 0,
+    "resized_crop": 0.0,
+    "erase": 0.0,
+    "amp_dtype": "bfloat16",
+    "sync_bn": False,
+    "log_with": "none",
+    "pretrained": False,
+    "start": None,
+}
 
 
 class RunDir:
@@ -66,7 +80,8 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             self._write("config.json", json.dumps(config, indent=2) + "\n")
             return
-        saved = self.read_config(self.path)
+        earlier = {key: value for key, value in EARLIER.items() if key in config}
+        saved = earlier | self.read_config(self.path)
         differing = [
             f"{key} was {saved.get(key)!r}, now {config.get(key)!r}"
             for key in sorted(saved.keys() | config.keys())
