@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 try:
+    from starlayers.commands.networks import Start, build, open_start
     from starlayers.datasets.image_folder import EXTENSIONS, load_image
     from starlayers.datasets.images import ImageData, load_images
     from starlayers.vision import StarNet, TrainedNet, load_run
@@ -28,13 +29,14 @@ except ImportError as error:
 
 __all__ = ["build", "run", "train_command"]
 
-# The published strides reduce a 28x28 image to one pixel. These give maps with sides of 14, 14, 7,
-# 4 and 4, on which a 7x7 kernel would mostly read padding, and 3x3 trains twice as fast on a CPU.
-SMALL_IMAGES: dict[str, Any] = {"stage_strides": (1, 2, 2, 1), "kernel_size": 3}
 #: steps below which a network that starts at random has hardly learned
 FEW_STEPS = 300
+#: network that is trained from a random start
+DEFAULT = "starnet_s050"
 #: options of a run beside its recipe
-SETUP = ("model", "data", "path", "size", "drop_path")
+SETUP = ("model", "data", "path", "size", "drop_path", "pretrained", "start")
+#: what weights to start from say of themselves, kept for resuming without them
+STARTED = ("architecture", "mean", "std")
 BATCH = 64
 
 
@@ -50,24 +52,6 @@ def run(command: str, words: Sequence[str]) -> int:
     except (ValueError, OSError) as error:  # the user's own input: the message says it all
         print(f"starlayers {command}: {error}", file=sys.stderr)
         return 2
-
-
-def build(name: str, data: ImageData, drop_path: float = 0.0) -> StarNet:
-    """Build a published StarNet for the channels, classes and size of `data`.
-
-    Below 96 pixels it has other strides and kernels than published.
-
-    Example:
-        >>> from starlayers.datasets import load_images
-        >>> build("starnet_s050", load_images("digits")).head.out_features
-        10
-    """
-    return MODELS[name](
-        in_chans=data.shape[0],
-        num_classes=len(data.classes),
-        drop_path_rate=drop_path,
-        **(SMALL_IMAGES if data.shape[-1] < 96 else {}),
-    )
 
 
 def train_command(
@@ -88,25 +72,35 @@ def train_command(
     options = vars(_train_parser(program, text).parse_args(words))
     resume: Path | None = options["resume"]
     recipe = {f.name: options[f.name] for f in fields(TrainConfig) if f.name in options}
+    saved: dict[str, Any] = {}
     if resume:
         saved = RunDir.read_config(resume)
-        options |= {name: saved[name] for name in SETUP}
+        options |= {name: saved.get(name) for name in (*SETUP, *STARTED)}
         recipe = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}
-    images = load_images(
-        options["data"], path=options["path"], size=options["size"], skip_unreadable=True
-    )
-    config = TrainConfig.for_data(images, **{k: v for k, v in recipe.items() if v is not None})
+    start = _start(options, saved if resume and RunDir.has_state(resume) else None)
+    size = options["size"] or (start.metadata["size"][0] if start else 64)
+    images = load_images(options["data"], path=options["path"], size=size, skip_unreadable=True)
+    if start:
+        images = replace(images, **start.normalisation(images.shape[0]))
+    chosen = {k: v for k, v in recipe.items() if v is not None}
+    config = TrainConfig.for_data(images, finetune=bool(start), **chosen)
     torch.manual_seed(config.seed)
-    net = build(options["model"], images, options["drop_path"])
-    setup = {name: options[name] for name in SETUP}
-    setup["path"] = None if setup["path"] is None else str(setup["path"])
+    setup = _setup(options, size, start)
+    adapted: tuple[str, ...] = ()
+    if start:
+        net, adapted = start.build(images, setup["drop_path"])
+    else:
+        net = build(setup["model"], images, setup["drop_path"])
     folder = resume or options["out"] or RunDir.fresh_path("runs")
     run_dir = RunDir(folder, {**setup, **vars(config)}, resume=bool(resume))
 
     parameters = sum(p.numel() for p in net.parameters())
     show = process_state().print  # by one process, however many there are
-    show(f"{options['model']}: {parameters:,} parameters; data: {images.source}")
-    for line in _recipe(config, images):
+    show(f"{setup['model'] or 'StarNet'}: {parameters:,} parameters; data: {images.source}")
+    if start and start.file:
+        known = "its own" if start.known else "ImageNet's, as the file does not say them"
+        show(f"starts from {start.file}; images are normalised by mean and std: {known}")
+    for line in (*adapted, *_recipe(config, images, bool(start))):
         show(line)
     result = train(net, images, config, run_dir)
     if not result.finished:
@@ -119,15 +113,34 @@ def train_command(
     return result, images, net, run_dir
 
 
-def _recipe(config: TrainConfig, images: ImageData) -> Iterator[str]:
+def _start(options: dict[str, Any], saved: dict[str, Any] | None) -> Start | None:
+    """Return the weights that the options name to start from, if they name any."""
+    if options["start"] and options["pretrained"]:
+        raise ValueError("--pretrained and --start are two weights to start from: choose one")
+    if not (options["start"] or options["pretrained"]):
+        return None
+    path = Path(options["start"]) if options["start"] else None
+    return open_start(path, options["model"], saved=saved)
+
+
+def _setup(options: dict[str, Any], size: int, start: Start | None) -> dict[str, Any]:
+    """Return what `config.json` holds beside the recipe."""
+    setup = {key: options[key] for key in SETUP} | {"size": size}
+    setup["model"] = start.model if start else options["model"] or DEFAULT
+    setup["pretrained"] = bool(options["pretrained"])
+    setup |= {key: setup[key] and str(setup[key]) for key in ("path", "start")}
+    return setup | {key: start.metadata.get(key) if start else None for key in STARTED}
+
+
+def _recipe(config: TrainConfig, images: ImageData, started: bool) -> Iterator[str]:
     data: Any = images.train
-    steps = -(-len(data) // config.batch_size)
+    steps = -(-len(data) // (config.batch_size * config.accumulate))
     yield (
         f"{len(data):,} training images of {len(images.classes)} classes; {config.epochs} epochs "
         f"of {steps} steps, batch {config.batch_size}, rate {config.lr:g}, shifts of "
         f"{config.crop} pixels"
     )
-    if config.epochs * steps < FEW_STEPS:
+    if config.epochs * steps < FEW_STEPS and not started:
         yield (
             f"{config.epochs * steps} steps are few for a network that starts at random: raise "
             "--epochs or lower --batch-size, or leave them out, and the data decide"
@@ -145,10 +158,21 @@ def _train_parser(program: str, text: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--model",
-        default="starnet_s050",
         choices=MODELS,
         metavar="NAME",
-        help=f"one of {', '.join(MODELS)} (default starnet_s050)",
+        help=f"one of {', '.join(MODELS)} (default {DEFAULT}, or starnet_s1 with --pretrained)",
+    )
+    add(
+        "--pretrained",
+        action="store_true",
+        help="start from the published ImageNet weights (default off)",
+    )
+    add(
+        "--start",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run, or weights file, to start from; a head for other classes is "
+        "replaced (default none)",
     )
     add(
         "--data",
@@ -159,8 +183,8 @@ def _train_parser(program: str, text: str) -> argparse.ArgumentParser:
     add(
         "--size",
         type=int,
-        default=64,
-        help="side to which images of a folder are resized (default 64)",
+        help="side to which images of a folder are resized (default 64, or that of the weights to "
+        "start from)",
     )
     add("--out", type=Path, help="folder of the run (default runs/TIME)")
     add("--resume", type=Path, help="folder of a run to go on with, as it began (default none)")

@@ -142,7 +142,7 @@ def pretrained_path(name: str, hub_id: str | None) -> Path:
         raise ConnectionError(
             f"could not fetch {hub_id} from the Hugging Face hub ({type(error).__name__}); "
             f"download model.safetensors of {hub_id} elsewhere and pass its path to "
-            "starlayers.vision.load_checkpoint(model, path)"
+            "starlayers.vision.load_checkpoint(model, path), or to starlayers train --start"
         ) from error
 
 

@@ -4,27 +4,12 @@ import json
 import re
 
 import pytest
-import torch
 
 from starlayers.commands import main
 from starlayers.datasets import load_images
+from starlayers.datasets.image_folder import split_folder
 from starlayers.vision import load_run
 from tests.commands.photos import CLASSES, write_photos
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A short training on 60 photos of all kinds of files."""
-    root = tmp_path_factory.mktemp("photos")
-    write_photos(root / "photos", 12)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    words = ["--data", "folder", "--path", str(root / "photos"), "--size", "32", "--epochs", "3"]
-    try:
-        assert main(["train", *words, "--out", str(root / "run")]) == 0
-    finally:
-        torch.set_num_threads(threads)
-    return root
 
 
 def accuracy(text):
@@ -80,6 +65,7 @@ def test_predict_names_bad_files_and_goes_on(run, capsys):
 
 
 def test_a_truncated_photo_is_named_and_left_out(capsys, tmp_path):
+    """Of a folder of all kinds of files; predict gives the accuracy of the training back."""
     write_photos(tmp_path / "photos", 8)
     bad = [tmp_path / "photos" / name / "1.jpg" for name in ("square", "ring")]
     for file in bad:
@@ -92,6 +78,10 @@ def test_a_truncated_photo_is_named_and_left_out(capsys, tmp_path):
     assert main(["eval", str(tmp_path / "run")]) == 0
     right, total = accuracy(capsys.readouterr().out)
     assert int(right) / int(total) == pytest.approx(last["test_accuracy"])
+    images, (_, test), _ = split_folder(tmp_path / "photos")
+    files = [file for file, _ in (images.samples[i] for i in test)]
+    assert main(["predict", str(tmp_path / "run"), *files]) == any(str(f) in files for f in bad)
+    assert accuracy(capsys.readouterr().out) == (right, total)
 
 
 def test_a_folder_of_broken_files_is_refused(capsys, tmp_path):

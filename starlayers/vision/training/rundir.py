@@ -31,7 +31,7 @@ EARLIER = {
     "sync_bn": False,
     "log_with": "none",
     "pretrained": False,
-    "start": None,
+    **dict.fromkeys(("start", "architecture", "mean", "std")),
 }
 
 
@@ -115,6 +115,16 @@ class RunDir:
             raise FileNotFoundError(f"no run to resume in {path} (no config.json)")
         return dict(json.loads(file.read_text()))
 
+    @staticmethod
+    def has_state(path: str | os.PathLike[str]) -> bool:
+        """Return True if the run in `path` has saved a state, from which it can be resumed.
+
+        Example:
+            >>> RunDir.has_state("no/such/run")
+            False
+        """
+        return bool(_states(Path(path)))
+
     def save(self, accelerator: Accelerator, step: int) -> None:
         """Save the state of all processes after `step`, then delete older states."""
         final = self.path / "state" / f"step_{step:08d}"
@@ -135,7 +145,7 @@ class RunDir:
         Returns:
             False if there is no state.
         """
-        states = sorted((self.path / "state").glob("step_????????"))
+        states = _states(self.path)
         if states:
             accelerator.load_state(str(states[-1]))
         return bool(states)
@@ -183,6 +193,10 @@ class RunDir:
         partial = self.path / f"{name}.partial"
         partial.write_text(text)
         partial.rename(self.path / name)
+
+
+def _states(path: Path) -> list[Path]:
+    return sorted((path / "state").glob("step_????????"))
 
 
 def process_state() -> PartialState:
