@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 try:
+    from starlayers.commands.export import export_command
+    from starlayers.commands.files import image_files
     from starlayers.commands.networks import Start, build, open_start
-    from starlayers.datasets.image_folder import EXTENSIONS, load_image
+    from starlayers.datasets.image_folder import load_image
     from starlayers.datasets.images import ImageData, load_images
     from starlayers.vision import StarNet, TrainedNet, load_run
     from starlayers.vision.models import MODELS
@@ -46,11 +48,13 @@ def run(command: str, words: Sequence[str]) -> int:
         "train": lambda words: 0 if train_command(words) else 1,
         "eval": _eval,
         "predict": _predict,
+        "export": export_command,
     }
     try:
         return commands[command](words)
-    except (ValueError, OSError) as error:  # the user's own input: the message says it all
-        print(f"starlayers {command}: {error}", file=sys.stderr)
+    # the user's own input, or a missing package: the message says it all
+    except (ValueError, OSError, ImportError) as error:
+        print(f"starlayers {command}: {str(error).removeprefix(f'{command}: ')}", file=sys.stderr)
         return 2
 
 
@@ -269,7 +273,7 @@ def _predict(words: Sequence[str]) -> int:
     if options.top < 1:
         raise ValueError(f"--top must be at least 1, got {options.top}")
     net = load_run(options.run)
-    files = [file for path in options.images for file in _files(path)]
+    files = [file for path in options.images for file in image_files(path)]
     right, labelled, unread = 0, 0, 0
     for file in files:
         try:
@@ -289,13 +293,3 @@ def _predict(words: Sequence[str]) -> int:
     if labelled and not options.json:
         print(f"{right} of {labelled} right: {right / labelled:.2%}")
     return 1 if unread else 0
-
-
-def _files(path: Path) -> list[Path]:
-    """Return a file, or the image files in a folder and the folders in it."""
-    if path.is_file():
-        return [path]
-    files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in EXTENSIONS)
-    if not files:
-        raise FileNotFoundError(f"no image files in {path}" if path.is_dir() else f"no file {path}")
-    return files
