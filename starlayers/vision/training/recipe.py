@@ -28,7 +28,7 @@ class TrainConfig:
 
     Args:
         epochs: passes over the training images.
-        batch_size: images per step and process. One process keeps a last batch with fewer; several
+        batch_size: images per batch and process. One process keeps a last batch with fewer; several
             leave it out.
         accumulate: batches whose gradients are added up for one step; norms see single batches.
         optimizer: "adamw", or a name of timm's (`timm.optim.list_optimizers()`).
@@ -41,8 +41,12 @@ class TrainConfig:
         warmup: fraction of all steps in which the rate rises.
         label_smoothing: of the cross entropy.
         clip: largest gradient norm, 0 for no clipping.
-        flip, crop, resized_crop, randaugment, erase: of each image, see `augment.image_transform`.
-        mixup, cutmix: of each batch, see `augment.batch_transform`.
+        flip: probability that an image is mirrored.
+        crop: largest shift of an image in both directions, in pixels; zeros move in.
+        resized_crop: smallest share of an image's area that is cut out and resized; 0 for none.
+        randaugment: number of RandAugment operations on an image.
+        erase: probability that a rectangle of an image is erased.
+        mixup, cutmix: parameter of the Beta distribution by which images are mixed; 0 for none.
         ema: decay of the averaged weights that are validated and saved, 0 for no averaging.
         norm_batches: training batches from which the BatchNorm statistics are estimated anew
             before each validation, see `reestimate_norms`; 0 keeps the running statistics.
