@@ -1,6 +1,6 @@
 """Networks of the commands: fresh ones for image data, and trained ones to start from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from starlayers.vision.training import TrainData
 
 __all__ = ["IMAGENET", "Start", "build", "open_start"]
 
-# The published strides reduce a 28x28 image to one pixel. These give maps with sides of 14, 14, 7,
-# 4 and 4, on which a 7x7 kernel would mostly read padding, and 3x3 trains twice as fast on a CPU.
-SMALL_IMAGES: dict[str, Any] = {"stage_strides": (1, 2, 2, 1), "kernel_size": 3}
+# The published strides reduce a 28x28 image to one pixel. With a stem of stride 1 the maps have
+# sides of 28, 14, 7, 4 and 2, on which a 7x7 kernel would mostly read padding, and 3x3 trains twice
+# as fast on a CPU.
+SMALL_IMAGES: dict[str, Any] = {"stem_stride": 1, "kernel_size": 3}
+#: those of earlier runs, whose `config.json` does not say the architecture
+EARLIER_SMALL_IMAGES: dict[str, Any] = {"stage_strides": (1, 2, 2, 1), "kernel_size": 3}
 #: mean and std of the pixels, and size, that the published weights and timm's were trained with
 IMAGENET: dict[str, Any] = {
     "mean": [0.485, 0.456, 0.406],
@@ -29,13 +32,13 @@ class Start:
     """Trained weights to start from.
 
     Attributes:
-        file: of the weights; `None` if they are not needed, because a saved state brings them.
+        file: of the weights.
         model: name of the published network; `None` if the weights say their architecture.
         metadata: of `read_metadata`; mean, std and size are ImageNet's where a file does not say.
         known: the file itself says its mean and std.
     """
 
-    file: Path | None
+    file: Path
     model: str | None
     metadata: dict[str, Any]
     known: bool = True
@@ -60,8 +63,6 @@ class Start:
             net = MODELS[self.model](**options)
         else:
             net = from_architecture(saved or {}, **options)
-        if self.file is None:
-            return net, ()
         fresh = {name: value.clone() for name, value in net.head.state_dict().items()}
         adapted = load_checkpoint(net, self.file).adapted
         theirs = self.metadata.get("classes", classes)
@@ -71,24 +72,18 @@ class Start:
         return net, adapted
 
 
-def open_start(
-    path: Path | None, model: str | None, *, saved: dict[str, Any] | None = None
-) -> Start:
+def open_start(path: Path | None, model: str | None) -> Start:
     """Find the weights to start from, and what they say of themselves.
 
     Args:
         path: weights file or folder of a run; `None` for the published weights of `model`.
         model: name of a published network, which a file that knows its architecture must not have.
-        saved: settings of a run with a state, from which the file need not be read again.
 
     Raises:
         FileNotFoundError: no weights there.
         ConnectionError: the hub cannot be reached for published weights.
         ValueError: no published weights, a damaged file, or one of a fused network.
     """
-    if saved:
-        metadata = {name: saved[name] for name in ("architecture", "mean", "std")}
-        return Start(None, None if metadata["architecture"] else model, metadata)
     if path is None:
         model = model or "starnet_s1"
         file = pretrained_path(model, STARNETS[model].hub_id)
@@ -104,10 +99,16 @@ def open_start(
     return Start(file, model, IMAGENET | found, "mean" in found or path is None)
 
 
-def build(name: str, data: TrainData, drop_path: float = 0.0) -> StarNet:
+def build(
+    name: str,
+    data: TrainData,
+    drop_path: float = 0.0,
+    *,
+    small: Mapping[str, Any] = SMALL_IMAGES,
+) -> StarNet:
     """Build a published StarNet for the channels, classes and size of `data`.
 
-    Below 96 pixels it has other strides and kernels than published.
+    Below 96 pixels it has other strides and kernels than published, those of `small`.
 
     Example:
         >>> from starlayers.datasets import load_images
@@ -118,7 +119,7 @@ def build(name: str, data: TrainData, drop_path: float = 0.0) -> StarNet:
         in_chans=data.shape[0],
         num_classes=len(data.classes),
         drop_path_rate=drop_path,
-        **(SMALL_IMAGES if data.shape[-1] < 96 else {}),
+        **(small if data.shape[-1] < 96 else {}),
     )
 
 

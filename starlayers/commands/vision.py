@@ -17,10 +17,16 @@ from torch import Tensor
 try:
     from starlayers.commands.export import export_command
     from starlayers.commands.files import image_files
-    from starlayers.commands.networks import Start, build, open_start
+    from starlayers.commands.networks import (
+        EARLIER_SMALL_IMAGES,
+        SMALL_IMAGES,
+        Start,
+        build,
+        open_start,
+    )
     from starlayers.datasets.image_folder import load_image
     from starlayers.datasets.images import ImageData, load_images
-    from starlayers.vision import StarNet, TrainedNet, load_run
+    from starlayers.vision import StarNet, TrainedNet, architecture, from_architecture, load_run
     from starlayers.vision.models import MODELS
     from starlayers.vision.training import RunDir, TrainConfig, TrainResult, train
     from starlayers.vision.training.rundir import process_state
@@ -37,8 +43,8 @@ FEW_STEPS = 300
 DEFAULT = "starnet_s050"
 #: options of a run beside its recipe
 SETUP = ("model", "data", "path", "size", "drop_path", "pretrained", "start")
-#: what weights to start from say of themselves, kept for resuming without them
-STARTED = ("architecture", "mean", "std")
+#: what a run takes from the weights that it starts from
+NORMALISATION = ("mean", "std")
 BATCH = 64
 
 
@@ -79,29 +85,40 @@ def train_command(
     saved: dict[str, Any] = {}
     if resume:
         saved = RunDir.read_config(resume)
-        options |= {name: saved.get(name) for name in (*SETUP, *STARTED)}
+        options |= {name: saved.get(name) for name in SETUP}
         recipe = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}
-    start = _start(options, saved if resume and RunDir.has_state(resume) else None)
+    # a saved state brings the weights
+    start = None if resume and RunDir.has_state(resume) else _start(options)
     size = options["size"] or (start.metadata["size"][0] if start else 64)
     images = load_images(options["data"], path=options["path"], size=size, skip_unreadable=True)
+    normalisation: dict[str, Any] = {name: saved.get(name) for name in NORMALISATION}
     if start:
-        images = replace(images, **start.normalisation(images.shape[0]))
+        normalisation = start.normalisation(images.shape[0])
+    if normalisation["mean"]:
+        images = replace(images, **normalisation)
     chosen = {k: v for k, v in recipe.items() if v is not None}
     config = TrainConfig.for_data(images, finetune=bool(start), **chosen)
+    model = start.model if start else options["model"] or (None if resume else DEFAULT)
     torch.manual_seed(config.seed)
-    setup = _setup(options, size, start)
     adapted: tuple[str, ...] = ()
     if start:
-        net, adapted = start.build(images, setup["drop_path"])
+        net, adapted = start.build(images, options["drop_path"])
+    elif saved.get("architecture"):
+        net = from_architecture(saved["architecture"])
     else:
-        net = build(setup["model"], images, setup["drop_path"])
+        small = EARLIER_SMALL_IMAGES if resume else SMALL_IMAGES
+        net = build(model or DEFAULT, images, options["drop_path"], small=small)
+    setup = {name: options[name] for name in SETUP} | normalisation
+    setup |= {key: setup[key] and str(setup[key]) for key in ("path", "start")}
+    setup |= {"size": size, "model": model, "pretrained": bool(options["pretrained"])}
+    setup["architecture"] = architecture(net)
     folder = resume or options["out"] or RunDir.fresh_path("runs")
     run_dir = RunDir(folder, {**setup, **vars(config)}, resume=bool(resume))
 
     parameters = sum(p.numel() for p in net.parameters())
     show = process_state().print  # by one process, however many there are
-    show(f"{setup['model'] or 'StarNet'}: {parameters:,} parameters; data: {images.source}")
-    if start and start.file:
+    show(f"{model or 'StarNet'}: {parameters:,} parameters; data: {images.source}")
+    if start:
         known = "its own" if start.known else "ImageNet's, as the file does not say them"
         show(f"starts from {start.file}; images are normalised by mean and std: {known}")
     for line in (*adapted, *_recipe(config, images, bool(start))):
@@ -117,23 +134,13 @@ def train_command(
     return result, images, net, run_dir
 
 
-def _start(options: dict[str, Any], saved: dict[str, Any] | None) -> Start | None:
+def _start(options: dict[str, Any]) -> Start | None:
     """Return the weights that the options name to start from, if they name any."""
     if options["start"] and options["pretrained"]:
         raise ValueError("--pretrained and --start are two weights to start from: choose one")
     if not (options["start"] or options["pretrained"]):
         return None
-    path = Path(options["start"]) if options["start"] else None
-    return open_start(path, options["model"], saved=saved)
-
-
-def _setup(options: dict[str, Any], size: int, start: Start | None) -> dict[str, Any]:
-    """Return what `config.json` holds beside the recipe."""
-    setup = {key: options[key] for key in SETUP} | {"size": size}
-    setup["model"] = start.model if start else options["model"] or DEFAULT
-    setup["pretrained"] = bool(options["pretrained"])
-    setup |= {key: setup[key] and str(setup[key]) for key in ("path", "start")}
-    return setup | {key: start.metadata.get(key) if start else None for key in STARTED}
+    return open_start(Path(options["start"]) if options["start"] else None, options["model"])
 
 
 def _recipe(config: TrainConfig, images: ImageData, started: bool) -> Iterator[str]:
@@ -141,8 +148,8 @@ def _recipe(config: TrainConfig, images: ImageData, started: bool) -> Iterator[s
     steps = -(-len(data) // (config.batch_size * config.accumulate))
     yield (
         f"{len(data):,} training images of {len(images.classes)} classes; {config.epochs} epochs "
-        f"of {steps} steps, batch {config.batch_size}, rate {config.lr:g}, shifts of "
-        f"{config.crop} pixels"
+        f"of {steps} steps, batch {config.batch_size}, rate {config.lr:g}, "
+        f"{'mirrored and ' if config.flip else ''}shifted by {config.crop} pixels"
     )
     if config.epochs * steps < FEW_STEPS and not started:
         yield (
@@ -201,7 +208,7 @@ def _train_parser(program: str, text: str) -> argparse.ArgumentParser:
     helps = dict(re.findall(r"^    ([\w, ]+): (.*(?:\n {8}.*)*)", _arguments(TrainConfig), re.M))
     for names, text in list(helps.items()):
         helps |= dict.fromkeys(names.split(", "), text)
-    chosen = ("batch_size", "epochs", "lr", "crop", "ema")
+    chosen = ("batch_size", "epochs", "lr", "flip", "crop", "ema")
     for field in fields(TrainConfig):
         default = "default by the data" if field.name in chosen else f"default {field.default}"
         line = " ".join(helps[field.name].split()).rstrip(".").replace("`", "").replace("%", "%%")

@@ -114,7 +114,8 @@ def test_published_weights(monkeypatch, tmp_path, capsys):
     assert "head: checkpoint has 1000 classes, model keeps its own head of 5" in out
     saved = config(tmp_path / "run")
     assert (saved["pretrained"], saved["start"], saved["model"]) == (True, None, "starnet_s050")
-    assert (saved["mean"], saved["architecture"]) == (IMAGENET["mean"], None)
+    assert saved["mean"] == IMAGENET["mean"]
+    assert saved["architecture"]["stage_strides"] == [2, 2, 2, 2]
     assert load_run(tmp_path / "run").mean == pytest.approx(IMAGENET["mean"])
 
 
@@ -129,6 +130,20 @@ def test_a_run_with_a_state_resumes_without_the_weights_it_started_from(run, tmp
     shutil.rmtree(tmp_path / "run" / "state")
     assert main(["train", "--resume", str(tmp_path / "run")]) == 2
     assert f"no weights in {start}" in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_keeps_its_strides(tmp_path, capsys):
+    """Its `config.json` does not say them, and other strides fit its weights."""
+    words = ["--data", "digits", "--epochs", "1", "--batch-size", "512"]
+    assert main(["train", *words, "--out", str(tmp_path / "run")]) == 0
+    saved = config(tmp_path / "run")
+    assert (saved["architecture"]["stem_stride"], saved["model"]) == (1, "starnet_s050")
+    for name in ("architecture", "mean", "std", "start", "pretrained", "erase", "layer_decay"):
+        del saved[name]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    found = read_metadata(tmp_path / "run" / "model.safetensors")["architecture"]
+    assert (found["stem_stride"], found["stage_strides"]) == (2, [1, 2, 2, 1])
 
 
 def fused(run, tmp_path):

@@ -143,7 +143,8 @@ class TrainConfig:
         Steps are what a network learns by, so few images get small batches and many epochs:
         batches of an eighth of the images, a power of two from 16 to 128; 1,000 steps, and at least
         4 epochs; a rate that follows the square root of the batch; random shifts by an eighth of
-        the image where each is seen 20 times or more; weights averaged over a quarter of the steps.
+        the image where each is seen 20 times or more; no mirrored gray images, which may be of
+        letters; weights averaged over a quarter of the steps.
         A trained network, `finetune`, gets half of the steps and a quarter of the rate.
 
         Raises:
@@ -151,9 +152,9 @@ class TrainConfig:
 
         Example:
             >>> from starlayers.datasets import load_images
-            >>> config = TrainConfig.for_data(load_images("digits"), flip=0.0)
-            >>> config.batch_size, config.epochs, config.lr, config.crop
-            (128, 84, 0.004, 1)
+            >>> config = TrainConfig.for_data(load_images("digits"))
+            >>> config.batch_size, config.epochs, config.lr, config.flip, config.crop
+            (128, 84, 0.004, 0.0, 1)
         """
         images: Any = data.train
         n = len(images)
@@ -170,6 +171,7 @@ class TrainConfig:
             "batch_size": batch,
             "epochs": epochs,
             "lr": float(f"{rate * math.sqrt(batch * batches / 128):.2g}"),
+            "flip": 0.5 if data.shape[0] > 1 else 0.0,
             "crop": data.shape[-1] // 8 if shifted else 0,
             "ema": round(max(0.0, min(0.9998, 1 - 4 / (steps * epochs))), 4),
         }

@@ -18,7 +18,7 @@ from starlayers.vision.training.plots import plot_confusion, plot_curves
 from starlayers.vision.weights import save_weights
 
 #: settings that runs of earlier versions do not have; such a run goes on with those of now
-NEW = ("norm_batches", "balance")
+NEW = ("norm_batches", "balance", "architecture")
 #: settings that runs of earlier versions do not name -> what they did
 EARLIER = {
     "accumulate": 1,
@@ -31,7 +31,7 @@ EARLIER = {
     "sync_bn": False,
     "log_with": "none",
     "pretrained": False,
-    **dict.fromkeys(("start", "architecture", "mean", "std")),
+    **dict.fromkeys(("start", "mean", "std")),
 }
 
 
