@@ -121,7 +121,7 @@ def train_command(
     if start:
         known = "its own" if start.known else "ImageNet's, as the file does not say them"
         show(f"starts from {start.file}; images are normalised by mean and std: {known}")
-    for line in (*adapted, *_recipe(config, images, bool(start))):
+    for line in (*adapted, *_recipe(config, images, bool(normalisation["mean"]))):
         show(line)
     result = train(net, images, config, run_dir)
     if not result.finished:
