@@ -146,10 +146,12 @@ def _start(options: dict[str, Any]) -> Start | None:
 def _recipe(config: TrainConfig, images: ImageData, started: bool) -> Iterator[str]:
     data: Any = images.train
     steps = -(-len(data) // (config.batch_size * config.accumulate))
+    changes = ["mirrored"] * bool(config.flip)
+    changes += [f"shifted by {config.crop} pixels"] * bool(config.crop)
     yield (
-        f"{len(data):,} training images of {len(images.classes)} classes; {config.epochs} epochs "
-        f"of {steps} steps, batch {config.batch_size}, rate {config.lr:g}, "
-        f"{'mirrored and ' if config.flip else ''}shifted by {config.crop} pixels"
+        f"{len(data):,} training images of {len(images.classes)} classes"
+        f"{', ' * bool(changes)}{' and '.join(changes)}; {config.epochs} epochs of {steps} steps, "
+        f"batch {config.batch_size}, rate {config.lr:g}"
     )
     if config.epochs * steps < FEW_STEPS and not started:
         yield (

@@ -33,6 +33,9 @@ def test_the_recipe_is_printed_and_few_steps_are_told(run, capsys):
     out = capsys.readouterr().out
     assert "1,437 training images of 10 classes; 1 epochs of 3 steps, batch 512, rate 0.008" in out
     assert "3 steps are few" in out
+    assert main(["train", *words[:-1], str(run / "mirrored"), "--flip", "0.5", "--crop", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "of 10 classes, mirrored and shifted by 1 pixels; 1 epochs" in out
 
 
 def test_predictions_are_those_of_the_training(run, capsys):
