@@ -239,12 +239,13 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too(tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_run(tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_share_one_run(tmp_path, accumulate):
     folder = tmp_path / "runs"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     args = [
-        *("--data", "digits", "--epochs", "2", "--batch-size", "32"),
-        *("--ema", "0.9", "--crop", "1", "--seed", "1"),
+        *("--data", "digits", "--epochs", "2", "--ema", "0.9", "--crop", "1", "--seed", "1"),
+        *("--batch-size", str(32 // accumulate), "--accumulate", str(accumulate)),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     tmp_path.joinpath("runs").mkdir()
