@@ -11,6 +11,7 @@ Batch, epochs, rate and shifts follow from the number of images. It is the comma
 python examples/vision_starnet.py                          # Fashion-MNIST
 python examples/vision_starnet.py --data folder --path my_images --size 64
 python examples/vision_starnet.py --data CIFAR10 --epochs 30 --crop 4 --ema 0.999
+python examples/vision_starnet.py --data folder --path my_images --pretrained --layer-decay 0.7
 python examples/vision_starnet.py --resume runs/TIME      # after Ctrl-C, a kill or a power cut
 torchrun --nproc_per_node 2 examples/vision_starnet.py     # several GPUs, or CPU processes
 """

@@ -3,6 +3,7 @@
 starlayers info
 starlayers train --data folder --path photos
 starlayers predict runs/TIME photo.jpg
+starlayers export runs/TIME --format openvino
 """
 
 import argparse
@@ -20,6 +21,7 @@ COMMANDS = {
     "train": "train a StarNet on images",
     "eval": "test a trained network on the images of its run, or on others",
     "predict": "name the classes of image files",
+    "export": "write a trained network as ONNX, OpenVINO and others",
 }
 
 

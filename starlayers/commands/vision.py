@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,18 @@ import torch
 from torch import Tensor
 
 try:
-    from starlayers.datasets.image_folder import EXTENSIONS, load_image
+    from starlayers.commands.export import export_command
+    from starlayers.commands.files import image_files
+    from starlayers.commands.networks import (
+        EARLIER_SMALL_IMAGES,
+        SMALL_IMAGES,
+        Start,
+        build,
+        open_start,
+    )
+    from starlayers.datasets.image_folder import load_image
     from starlayers.datasets.images import ImageData, load_images
-    from starlayers.vision import StarNet, TrainedNet, load_run
+    from starlayers.vision import StarNet, TrainedNet, architecture, from_architecture, load_run
     from starlayers.vision.models import MODELS
     from starlayers.vision.training import RunDir, TrainConfig, TrainResult, train
     from starlayers.vision.training.rundir import process_state
@@ -28,13 +37,14 @@ except ImportError as error:
 
 __all__ = ["build", "run", "train_command"]
 
-# The published strides reduce a 28x28 image to one pixel. These give maps with sides of 14, 14, 7,
-# 4 and 4, on which a 7x7 kernel would mostly read padding, and 3x3 trains twice as fast on a CPU.
-SMALL_IMAGES: dict[str, Any] = {"stage_strides": (1, 2, 2, 1), "kernel_size": 3}
 #: steps below which a network that starts at random has hardly learned
 FEW_STEPS = 300
+#: network that is trained from a random start
+DEFAULT = "starnet_s050"
 #: options of a run beside its recipe
-SETUP = ("model", "data", "path", "size", "drop_path")
+SETUP = ("model", "data", "path", "size", "drop_path", "pretrained", "start")
+#: what a run takes from the weights that it starts from
+NORMALISATION = ("mean", "std")
 BATCH = 64
 
 
@@ -44,30 +54,14 @@ def run(command: str, words: Sequence[str]) -> int:
         "train": lambda words: 0 if train_command(words) else 1,
         "eval": _eval,
         "predict": _predict,
+        "export": export_command,
     }
     try:
         return commands[command](words)
-    except (ValueError, OSError) as error:  # the user's own input: the message says it all
-        print(f"starlayers {command}: {error}", file=sys.stderr)
+    # the user's own input, or a missing package: the message says it all
+    except (ValueError, OSError, ImportError) as error:
+        print(f"starlayers {command}: {str(error).removeprefix(f'{command}: ')}", file=sys.stderr)
         return 2
-
-
-def build(name: str, data: ImageData, drop_path: float = 0.0) -> StarNet:
-    """Build a published StarNet for the channels, classes and size of `data`.
-
-    Below 96 pixels it has other strides and kernels than published.
-
-    Example:
-        >>> from starlayers.datasets import load_images
-        >>> build("starnet_s050", load_images("digits")).head.out_features
-        10
-    """
-    return MODELS[name](
-        in_chans=data.shape[0],
-        num_classes=len(data.classes),
-        drop_path_rate=drop_path,
-        **(SMALL_IMAGES if data.shape[-1] < 96 else {}),
-    )
 
 
 def train_command(
@@ -88,25 +82,46 @@ def train_command(
     options = vars(_train_parser(program, text).parse_args(words))
     resume: Path | None = options["resume"]
     recipe = {f.name: options[f.name] for f in fields(TrainConfig) if f.name in options}
+    saved: dict[str, Any] = {}
     if resume:
         saved = RunDir.read_config(resume)
-        options |= {name: saved[name] for name in SETUP}
+        options |= {name: saved.get(name) for name in SETUP}
         recipe = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}
-    images = load_images(
-        options["data"], path=options["path"], size=options["size"], skip_unreadable=True
-    )
-    config = TrainConfig.for_data(images, **{k: v for k, v in recipe.items() if v is not None})
+    # a saved state brings the weights
+    start = None if resume and RunDir.has_state(resume) else _start(options)
+    size = options["size"] or (start.metadata["size"][0] if start else 64)
+    images = load_images(options["data"], path=options["path"], size=size, skip_unreadable=True)
+    normalisation: dict[str, Any] = {name: saved.get(name) for name in NORMALISATION}
+    if start:
+        normalisation = start.normalisation(images.shape[0])
+    if normalisation["mean"]:
+        images = replace(images, **normalisation)
+    chosen = {k: v for k, v in recipe.items() if v is not None}
+    config = TrainConfig.for_data(images, finetune=bool(start), **chosen)
+    model = start.model if start else options["model"] or (None if resume else DEFAULT)
     torch.manual_seed(config.seed)
-    net = build(options["model"], images, options["drop_path"])
-    setup = {name: options[name] for name in SETUP}
-    setup["path"] = None if setup["path"] is None else str(setup["path"])
+    adapted: tuple[str, ...] = ()
+    if start:
+        net, adapted = start.build(images, options["drop_path"])
+    elif saved.get("architecture"):
+        net = from_architecture(saved["architecture"])
+    else:
+        small = EARLIER_SMALL_IMAGES if resume else SMALL_IMAGES
+        net = build(model or DEFAULT, images, options["drop_path"], small=small)
+    setup = {name: options[name] for name in SETUP} | normalisation
+    setup |= {key: setup[key] and str(setup[key]) for key in ("path", "start")}
+    setup |= {"size": size, "model": model, "pretrained": bool(options["pretrained"])}
+    setup["architecture"] = architecture(net)
     folder = resume or options["out"] or RunDir.fresh_path("runs")
     run_dir = RunDir(folder, {**setup, **vars(config)}, resume=bool(resume))
 
     parameters = sum(p.numel() for p in net.parameters())
     show = process_state().print  # by one process, however many there are
-    show(f"{options['model']}: {parameters:,} parameters; data: {images.source}")
-    for line in _recipe(config, images):
+    show(f"{model or 'StarNet'}: {parameters:,} parameters; data: {images.source}")
+    if start:
+        known = "its own" if start.known else "ImageNet's, as the file does not say them"
+        show(f"starts from {start.file}; images are normalised by mean and std: {known}")
+    for line in (*adapted, *_recipe(config, images, bool(normalisation["mean"]))):
         show(line)
     result = train(net, images, config, run_dir)
     if not result.finished:
@@ -119,15 +134,26 @@ def train_command(
     return result, images, net, run_dir
 
 
-def _recipe(config: TrainConfig, images: ImageData) -> Iterator[str]:
+def _start(options: dict[str, Any]) -> Start | None:
+    """Return the weights that the options name to start from, if they name any."""
+    if options["start"] and options["pretrained"]:
+        raise ValueError("--pretrained and --start are two weights to start from: choose one")
+    if not (options["start"] or options["pretrained"]):
+        return None
+    return open_start(Path(options["start"]) if options["start"] else None, options["model"])
+
+
+def _recipe(config: TrainConfig, images: ImageData, started: bool) -> Iterator[str]:
     data: Any = images.train
-    steps = -(-len(data) // config.batch_size)
+    steps = -(-len(data) // (config.batch_size * config.accumulate))
+    changes = ["mirrored"] * bool(config.flip)
+    changes += [f"shifted by {config.crop} pixels"] * bool(config.crop)
     yield (
-        f"{len(data):,} training images of {len(images.classes)} classes; {config.epochs} epochs "
-        f"of {steps} steps, batch {config.batch_size}, rate {config.lr:g}, shifts of "
-        f"{config.crop} pixels"
+        f"{len(data):,} training images of {len(images.classes)} classes"
+        f"{', ' * bool(changes)}{' and '.join(changes)}; {config.epochs} epochs of {steps} steps, "
+        f"batch {config.batch_size}, rate {config.lr:g}"
     )
-    if config.epochs * steps < FEW_STEPS:
+    if config.epochs * steps < FEW_STEPS and not started:
         yield (
             f"{config.epochs * steps} steps are few for a network that starts at random: raise "
             "--epochs or lower --batch-size, or leave them out, and the data decide"
@@ -145,10 +171,21 @@ def _train_parser(program: str, text: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--model",
-        default="starnet_s050",
         choices=MODELS,
         metavar="NAME",
-        help=f"one of {', '.join(MODELS)} (default starnet_s050)",
+        help=f"one of {', '.join(MODELS)} (default {DEFAULT}, or starnet_s1 with --pretrained)",
+    )
+    add(
+        "--pretrained",
+        action="store_true",
+        help="start from the published ImageNet weights (default off)",
+    )
+    add(
+        "--start",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run, or weights file, to start from; a head for other classes is "
+        "replaced (default none)",
     )
     add(
         "--data",
@@ -159,8 +196,8 @@ def _train_parser(program: str, text: str) -> argparse.ArgumentParser:
     add(
         "--size",
         type=int,
-        default=64,
-        help="side to which images of a folder are resized (default 64)",
+        help="side to which images of a folder are resized (default 64, or that of the weights to "
+        "start from)",
     )
     add("--out", type=Path, help="folder of the run (default runs/TIME)")
     add("--resume", type=Path, help="folder of a run to go on with, as it began (default none)")
@@ -173,7 +210,7 @@ def _train_parser(program: str, text: str) -> argparse.ArgumentParser:
     helps = dict(re.findall(r"^    ([\w, ]+): (.*(?:\n {8}.*)*)", _arguments(TrainConfig), re.M))
     for names, text in list(helps.items()):
         helps |= dict.fromkeys(names.split(", "), text)
-    chosen = ("batch_size", "epochs", "lr", "crop", "ema")
+    chosen = ("batch_size", "epochs", "lr", "flip", "crop", "ema")
     for field in fields(TrainConfig):
         default = "default by the data" if field.name in chosen else f"default {field.default}"
         line = " ".join(helps[field.name].split()).rstrip(".").replace("`", "").replace("%", "%%")
@@ -245,7 +282,7 @@ def _predict(words: Sequence[str]) -> int:
     if options.top < 1:
         raise ValueError(f"--top must be at least 1, got {options.top}")
     net = load_run(options.run)
-    files = [file for path in options.images for file in _files(path)]
+    files = [file for path in options.images for file in image_files(path)]
     right, labelled, unread = 0, 0, 0
     for file in files:
         try:
@@ -265,13 +302,3 @@ def _predict(words: Sequence[str]) -> int:
     if labelled and not options.json:
         print(f"{right} of {labelled} right: {right / labelled:.2%}")
     return 1 if unread else 0
-
-
-def _files(path: Path) -> list[Path]:
-    """Return a file, or the image files in a folder and the folders in it."""
-    if path.is_file():
-        return [path]
-    files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in EXTENSIONS)
-    if not files:
-        raise FileNotFoundError(f"no image files in {path}" if path.is_dir() else f"no file {path}")
-    return files

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,18 +126,23 @@ def pretrained_path(name: str, hub_id: str | None) -> Path:
     if hub_id is None:
         raise ValueError(f"{name} has no published weights; starnet_s1 to starnet_s4 have")
     try:
-        from huggingface_hub import hf_hub_download
+        import huggingface_hub as hub
     except ImportError as error:
         raise ImportError(
             f"{name}(pretrained=True) needs huggingface_hub: pip install 'starlayers[vision]'"
         ) from error
+    file = "model.safetensors"
     try:
-        return Path(hf_hub_download(hub_id, "model.safetensors", etag_timeout=5))
+        with suppress(OSError):  # not in the cache
+            return Path(hub.hf_hub_download(hub_id, file, local_files_only=True))
+        # one question first: without a network, the download tries again for half a minute
+        hub.get_hf_file_metadata(hub.hf_hub_url(hub_id, file), timeout=5)
+        return Path(hub.hf_hub_download(hub_id, file, etag_timeout=5))
     except Exception as error:  # the client raises a dozen kinds, from OSError to its own
         raise ConnectionError(
             f"could not fetch {hub_id} from the Hugging Face hub ({type(error).__name__}); "
             f"download model.safetensors of {hub_id} elsewhere and pass its path to "
-            "starlayers.vision.load_checkpoint(model, path)"
+            "starlayers.vision.load_checkpoint(model, path), or to starlayers train --start"
         ) from error
 
 

@@ -63,11 +63,21 @@ class TrainedNet:
                 "them (starlayers.datasets.load_image does), or call .model on normalised ones"
             )
         like = next(self.model.parameters())
-        mean, std = (
-            torch.tensor(v, device=like.device)[:, None, None] for v in (self.mean, self.std)
-        )
-        x = (images.to(like.device).float() / 255 - mean) / std
+        x = self.normalise(images.to(like.device))
         return self.model(x.to(like.dtype))  # type: ignore[no-any-return]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Scale uint8 images to 0..1 and normalise them by the mean and std of the training.
+
+        Example:
+            >>> net = TrainedNet(nn.Identity(), ("cat", "dog"), (0.5,), (0.25,), (2, 2))
+            >>> net.normalise(torch.full((1, 1, 2, 2), 255, dtype=torch.uint8)).unique()
+            tensor([2.])
+        """
+        mean, std = (
+            torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std)
+        )
+        return (images.float() / 255 - mean) / std
 
     def predict(self, images: Tensor, top: int = 1) -> list[list[tuple[str, float]]]:
         """Name the most likely classes of images, with their probabilities.
@@ -117,7 +127,7 @@ def load_run(
         >>> net.classes, net.size
         (('cat', 'dog'), (28, 28))
     """
-    file = _weights_file(Path(path))
+    file = weights_file(Path(path))
     metadata = read_metadata(file)
     missing = [k for k in ("architecture", "classes", "mean", "std", "size") if k not in metadata]
     if missing:
@@ -137,7 +147,12 @@ def load_run(
     )
 
 
-def _weights_file(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
+    """Return the weights in the folder of a finished run, or the file itself.
+
+    Raises:
+        FileNotFoundError: no weights there.
+    """
     if path.is_file():
         return path
     file = path / "model.safetensors"

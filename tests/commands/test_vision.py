@@ -4,27 +4,12 @@ import json
 import re
 
 import pytest
-import torch
 
 from starlayers.commands import main
 from starlayers.datasets import load_images
+from starlayers.datasets.image_folder import split_folder
 from starlayers.vision import load_run
 from tests.commands.photos import CLASSES, write_photos
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A short training on 60 photos of all kinds of files."""
-    root = tmp_path_factory.mktemp("photos")
-    write_photos(root / "photos", 12)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    words = ["--data", "folder", "--path", str(root / "photos"), "--size", "32", "--epochs", "3"]
-    try:
-        assert main(["train", *words, "--out", str(root / "run")]) == 0
-    finally:
-        torch.set_num_threads(threads)
-    return root
 
 
 def accuracy(text):
@@ -48,6 +33,9 @@ def test_the_recipe_is_printed_and_few_steps_are_told(run, capsys):
     out = capsys.readouterr().out
     assert "1,437 training images of 10 classes; 1 epochs of 3 steps, batch 512, rate 0.008" in out
     assert "3 steps are few" in out
+    assert main(["train", *words[:-1], str(run / "mirrored"), "--flip", "0.5", "--crop", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "of 10 classes, mirrored and shifted by 1 pixels; 1 epochs" in out
 
 
 def test_predictions_are_those_of_the_training(run, capsys):
@@ -80,6 +68,7 @@ def test_predict_names_bad_files_and_goes_on(run, capsys):
 
 
 def test_a_truncated_photo_is_named_and_left_out(capsys, tmp_path):
+    """Of a folder of all kinds of files; predict gives the accuracy of the training back."""
     write_photos(tmp_path / "photos", 8)
     bad = [tmp_path / "photos" / name / "1.jpg" for name in ("square", "ring")]
     for file in bad:
@@ -92,6 +81,10 @@ def test_a_truncated_photo_is_named_and_left_out(capsys, tmp_path):
     assert main(["eval", str(tmp_path / "run")]) == 0
     right, total = accuracy(capsys.readouterr().out)
     assert int(right) / int(total) == pytest.approx(last["test_accuracy"])
+    images, (_, test), _ = split_folder(tmp_path / "photos")
+    files = [file for file, _ in (images.samples[i] for i in test)]
+    assert main(["predict", str(tmp_path / "run"), *files]) == any(str(f) in files for f in bad)
+    assert accuracy(capsys.readouterr().out) == (right, total)
 
 
 def test_a_folder_of_broken_files_is_refused(capsys, tmp_path):

@@ -222,13 +222,20 @@ def test_pretrained_takes_timms_file_from_the_hub(monkeypatch, tmp_path):
     theirs = timm.create_model("starnet_s2", num_classes=10)
     path, asked = saved_safely(theirs.state_dict(), tmp_path / "model.safetensors"), []
 
-    def download(repo_id, filename, *, etag_timeout):
+    def ask(url, *, timeout):
+        asked.append((url, timeout))
+
+    def download(repo_id, filename, *, local_files_only=False, etag_timeout=None):
+        if local_files_only:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
         asked.append((repo_id, filename, etag_timeout))
         return str(path)
 
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     ours = vision.starnet_s2(pretrained=True, num_classes=10)
-    assert asked == [("timm/starnet_s2.in1k", "model.safetensors", 5)]
+    url = "https://huggingface.co/timm/starnet_s2.in1k/resolve/main/model.safetensors"
+    assert asked == [(url, 5), ("timm/starnet_s2.in1k", "model.safetensors", 5)]
     assert_same_tensors(to_timm_state_dict(ours), theirs.state_dict())
     grey = vision.starnet_s2(pretrained=True, num_classes=3, in_chans=1)
     want = theirs.stem[0].conv.weight.detach().sum(1, keepdim=True)
@@ -236,9 +243,14 @@ def test_pretrained_takes_timms_file_from_the_hub(monkeypatch, tmp_path):
 
 
 def test_pretrained_without_the_hub_says_what_to_do(monkeypatch):
-    def download(*_, **__):
+    def ask(*_, **__):
         raise OSError("no route to host")
 
+    def download(*_, local_files_only=False, **__):
+        assert local_files_only  # the download itself would try again for half a minute
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     message = (
         r"timm/starnet_s1\.in1k .*OSError.*download model\.safetensors of timm/starnet_s1\.in1k "
@@ -247,6 +259,18 @@ def test_pretrained_without_the_hub_says_what_to_do(monkeypatch):
     with pytest.raises(ConnectionError, match=message) as caught:
         vision.starnet_s1(pretrained=True)
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_pretrained_needs_no_hub_once_it_is_in_the_cache(monkeypatch, tmp_path):
+    cached = vision.starnet_s1()
+    path = saved_safely(cached.state_dict(), tmp_path / "model.safetensors")
+
+    def download(repo_id, filename, *, local_files_only):
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    loaded = vision.starnet_s1(pretrained=True)
+    assert_same_tensors(loaded.state_dict(), cached.state_dict())
 
 
 @pytest.mark.parametrize("name", ["starnet_s050", "starnet_s100", "starnet_s150"])

@@ -239,12 +239,13 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too(tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_run(tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_share_one_run(tmp_path, accumulate):
     folder = tmp_path / "runs"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     args = [
-        *("--data", "digits", "--epochs", "2", "--batch-size", "32"),
-        *("--ema", "0.9", "--crop", "1", "--seed", "1"),
+        *("--data", "digits", "--epochs", "2", "--ema", "0.9", "--crop", "1", "--seed", "1"),
+        *("--batch-size", str(32 // accumulate), "--accumulate", str(accumulate)),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     tmp_path.joinpath("runs").mkdir()
@@ -318,13 +319,13 @@ def test_a_folder_with_a_run_is_refused_and_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("side", "strides", "kernel_size"),
-    [(28, [1, 2, 2, 1], 3), (95, [1, 2, 2, 1], 3), (96, [2, 2, 2, 2], 7)],
+    ("side", "stem_stride", "kernel_size"), [(28, 1, 3), (95, 1, 3), (96, 2, 7)]
 )
-def test_small_images_get_smaller_strides_and_kernels(side, strides, kernel_size):
+def test_small_images_get_smaller_strides_and_kernels(side, stem_stride, kernel_size):
     data = SimpleNamespace(shape=(1, side, side), classes=("a", "b", "c"))
     net = build("starnet_s050", data, 0.1)
-    assert [stage[0].conv.stride[0] for stage in net.stages] == strides
+    assert net.stem.conv.stride == (stem_stride, stem_stride)
+    assert [stage[0].conv.stride[0] for stage in net.stages] == [2, 2, 2, 2]
     assert net.stages[0][1].pre.conv.kernel_size == (kernel_size, kernel_size)
     assert (net.in_chans, net.num_classes) == (1, 3)
     assert net.stages[-1][-1].drop_path.p == pytest.approx(0.1)

@@ -1,6 +1,6 @@
 """Deterministic shuffling and augmentation from (seed, epoch, index)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,19 +66,34 @@ class Augmented(Dataset[tuple[Tensor, Any]]):
         return self.transform(image), label
 
 
-def image_transform(size: int, *, flip: float, crop: int, randaugment: int) -> v2.Transform | None:
+def image_transform(
+    size: int,
+    *,
+    flip: float,
+    crop: int,
+    randaugment: int,
+    resized_crop: float = 0.0,
+    erase: float = 0.0,
+    fill: Sequence[int] = (0,),
+) -> v2.Transform | None:
     """Return the random transform of images of side `size`, or `None` if all options are 0.
 
     `flip` is the probability of mirroring left and right, `crop` the largest shift in pixels in
-    both directions (zeros move in), `randaugment` the number of RandAugment operations.
+    both directions (zeros move in), `resized_crop` the smallest share of the area that is cut out
+    and resized to the whole, `randaugment` the number of RandAugment operations, `erase` the
+    probability that a rectangle is erased. It gets the value `fill` of each channel.
     """
     steps: list[v2.Transform] = []
+    if resized_crop:
+        steps.append(v2.RandomResizedCrop(size, scale=(resized_crop, 1.0)))
     if flip:
         steps.append(v2.RandomHorizontalFlip(flip))
     if crop:
         steps.append(v2.RandomCrop(size, padding=crop))
     if randaugment:
         steps.append(v2.RandAugment(num_ops=randaugment))
+    if erase:
+        steps.append(v2.RandomErasing(erase, value=list(fill)))
     return v2.Compose(steps) if steps else None
 
 

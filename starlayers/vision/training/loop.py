@@ -1,12 +1,10 @@
 """Training loop of image classifiers: resumable, distributed, deterministic."""
 
 import math
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -14,10 +12,8 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -25,6 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from tqdm import tqdm
 
 from starlayers.vision.norm_statistics import frozen_norms, reestimate_norms
+from starlayers.vision.training.accelerator import make_accelerator
 from starlayers.vision.training.augment import (
     Augmented,
     ShuffleSampler,
@@ -33,10 +30,19 @@ from starlayers.vision.training.augment import (
     mix_seeds,
 )
 from starlayers.vision.training.data import TrainData, class_weights, labels_of
-from starlayers.vision.training.recipe import TrainConfig, ema_model, lr_scheduler, param_groups
-from starlayers.vision.training.rundir import RunDir, process_state
+from starlayers.vision.training.interrupts import Interrupts, ignore_interrupts
+from starlayers.vision.training.recipe import (
+    TrainConfig,
+    ema_model,
+    freeze_stages,
+    lr_scheduler,
+    make_optimizer,
+)
+from starlayers.vision.training.rundir import RunDir
 
 VALIDATION_BATCH = 512
+#: classes from which on the top-5 accuracy says something
+TOP5_CLASSES = 6
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,9 @@ class TrainResult:
 
     Attributes:
         history: metrics of each epoch, in order: `epoch`, `step` (so far), `lr` (of the next
-            step), `train_loss`, `train_accuracy`, `test_loss`, `test_accuracy`, `seconds` (of
-            training so far).
+            step, the largest of all layers), `train_loss`, `train_accuracy` (`None` with mixup or
+            cutmix, whose images have no single class), `test_loss`, `test_accuracy`, from 6
+            classes on `test_top5_accuracy`, `seconds` (of training so far).
         confusion: counts (true class, predicted class) of the last validation; `None` before it.
         finished: False if Ctrl-C stopped the run.
         seconds: time of training, without validation, of all parts of a resumed run.
@@ -82,7 +89,8 @@ def train(
     `run_dir` it writes metrics, weights and a state. A run that was killed or stopped with Ctrl-C
     goes on from that state to the numbers of an undisturbed one: order and augmentation depend on
     (seed, epoch, image), and the rest of the randomness on (seed, step). Ctrl-C finishes the step;
-    a second one stops at once.
+    a second one stops at once. To fine-tune, pass a trained model, and data with the mean and std
+    that it was trained with.
 
     Args:
         model: from images (N, C, H, W), normalised by `data.mean` and `data.std`, to logits
@@ -95,7 +103,10 @@ def train(
     Raises:
         TypeError: `run_dir` is not a `RunDir`.
         ValueError: `config.batch_size` is more than the number of training images, all of them
-            are of one value, or the model has another number of outputs than the data has classes.
+            are of one value, the model has another number of outputs than the data has classes, or
+            the recipe asks for what this model or machine has not: stages to freeze, blocks for
+            `layer_decay`, a GPU for float16 or `sync_bn`, a folder for `log_with`.
+        ImportError: a recipe that needs timm or a tracker, and it is not installed.
 
     Example:
         >>> from starlayers.vision import StarNet
@@ -120,11 +131,6 @@ def train(
     return _Run(model, data, config, run_dir, progress).run()
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal; only the parent acts on it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 class _Run:
     """One call of `train`: model, optimizer, data loaders, metrics and progress."""
 
@@ -138,23 +144,18 @@ class _Run:
     ) -> None:
         self.config, self.data, self.run_dir = config, data, run_dir
         set_seed(config.seed)
-        # accelerate keeps the precision of the first run in a process and refuses another one
-        AcceleratorState._reset_state()
-        self.accelerator = Accelerator(
-            cpu=process_state().device.type == "cpu",
-            mixed_precision="bf16" if config.amp else "no",
-            dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True),
-        )
+        self.accelerator = make_accelerator(config, run_dir)
         self.loader: Callable[..., DataLoader[Any]] = partial(
-            DataLoader, num_workers=config.workers, worker_init_fn=_ignore_interrupts
+            DataLoader, num_workers=config.workers, worker_init_fn=ignore_interrupts
         )
         self.show_progress = progress and self.accelerator.is_main_process
         device = self.accelerator.device
+        freeze_stages(model, config.freeze)
+        if config.sync_bn and self.accelerator.num_processes > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if config.compile:
             model.compile()
-        optimizer = torch.optim.AdamW(
-            param_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98)
-        )
+        optimizer = make_optimizer(model, config)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="'set_vital'")  # raised inside torchdata
             self.model, self.optimizer, self.train_loader = self.accelerator.prepare(
@@ -164,7 +165,8 @@ class _Run:
         self.test_loader = prepare_data_loader(
             self.loader(data.test, VALIDATION_BATCH), device, put_on_device=True
         )
-        steps = config.epochs * len(self.train_loader)
+        self.epoch_steps = math.ceil(len(self.train_loader) / config.accumulate)
+        steps = config.epochs * self.epoch_steps
         self.scheduler = lr_scheduler(self.optimizer.optimizer, config, steps)
         classes = len(data.classes)
         self.class_weights = None
@@ -186,7 +188,7 @@ class _Run:
         state = (self.scheduler, self, self.loss, self.accuracy)
         self.accelerator.register_for_checkpointing(*state, *([self.ema] if config.ema else []))
         self.history: list[dict[str, Any]] = []
-        self.interrupted = False
+        self.interrupts = Interrupts(self.accelerator)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the finished epochs, steps and seconds, which are saved with the state."""
@@ -204,7 +206,13 @@ class _Run:
                 "choose a smaller one"
             )
         transform = image_transform(
-            data.shape[-1], flip=c.flip, crop=c.crop, randaugment=c.randaugment
+            data.shape[-1],
+            flip=c.flip,
+            crop=c.crop,
+            randaugment=c.randaugment,
+            resized_crop=c.resized_crop,
+            erase=c.erase,
+            fill=[round(255 * mean) for mean in data.mean],
         )
         self.augmented = Augmented(images, transform, c.seed) if transform else None
         # BatchNorm cannot be trained on one value; several processes need equally many images
@@ -229,13 +237,15 @@ class _Run:
         if self.run_dir:
             self.run_dir.load(self.accelerator)
             self.history = self.run_dir.metrics(up_to_step=self.step)
-        with self._finish_step_on_interrupt():
+        with self.interrupts.finish_step():
             for epoch in range(self.epoch, self.config.epochs):
                 if not self._train_epoch(epoch):
                     break
                 self._end_epoch()
-                if self._agree_on_stop():
+                if self.interrupts.agree():
                     break
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         finished = self.epoch == self.config.epochs
         if finished and not self.confusion.update_called:  # resumed after the last epoch
             self._validate()
@@ -253,20 +263,21 @@ class _Run:
         self.model.train()
         for norm in frozen_norms(self.model):
             norm.eval()  # a frozen part is what it was, its statistics too
-        steps = len(self.train_loader)
+        steps, accumulate = self.epoch_steps, self.config.accumulate
         done = self.step - epoch * steps
         label = f"epoch {epoch + 1}/{self.config.epochs}"
         began = time.perf_counter()
         with tqdm(
             total=steps, initial=done, desc=label, disable=not self.show_progress, unit="step"
         ) as bar:
-            for images, labels in self.train_loader:
-                self._step(images, labels)
+            batches = iter(self.train_loader)
+            while group := list(islice(batches, accumulate)):
+                self._step(group)
                 seconds, began = time.perf_counter() - began, time.perf_counter()
                 self.seconds += seconds
                 bar.update()
-                self._show(bar, len(images) / seconds)
-                stop = self._agree_on_stop()
+                self._show(bar, sum(len(images) for images, _ in group) / seconds)
+                stop = self.interrupts.agree()
                 if self.step == (epoch + 1) * steps:
                     continue  # last step: saved after the validation
                 if stop or self.step % self.config.save_every == 0:
@@ -275,10 +286,29 @@ class _Run:
                     return False
         return True
 
-    def _step(self, images: Tensor, labels: Tensor) -> None:
+    def _step(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        """Update the weights by the gradient of the mean loss over all images of the batches."""
         c = self.config
-        seed = mix_seeds(c.seed, self.step, self.accelerator.process_index)
-        torch.manual_seed(seed)
+        total = sum(len(images) for images, _ in batches)
+        for i, (images, labels) in enumerate(batches):
+            last = i + 1 == len(batches)
+            # the processes exchange their gradients once
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                seed = (c.seed, self.step, self.accelerator.process_index, *([i] if i else []))
+                torch.manual_seed(mix_seeds(*seed))
+                self._backward(images, labels, len(images) / total)
+        if c.clip:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), c.clip)
+        self.optimizer.step()
+        if not self.optimizer.step_was_skipped:  # for an overflow in float16
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        if c.ema:
+            self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
+        self.step += 1
+
+    def _backward(self, images: Tensor, labels: Tensor, share: float) -> None:
+        """Add to the gradients those of a batch that is `share` of the images of its step."""
         images, targets = self._normalise(images), labels
         if self.mix:
             images, targets = self.mix(images, labels)
@@ -291,19 +321,12 @@ class _Run:
                     f"num_classes={len(self.data.classes)}"
                 )
             loss = F.cross_entropy(
-                logits, targets, self.class_weights, label_smoothing=c.label_smoothing
+                logits, targets, self.class_weights, label_smoothing=self.config.label_smoothing
             )
-        self.accelerator.backward(loss)
-        if c.clip:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), c.clip)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        if c.ema:
-            self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
+        self.accelerator.backward(loss if share == 1 else loss * share)
         self.loss.update(loss.detach(), len(images))
-        self.accuracy.update(logits.detach().float(), labels)
-        self.step += 1
+        if not self.mix:
+            self.accuracy.update(logits.detach().float(), labels)
 
     def _end_epoch(self) -> None:
         if self.config.norm_batches:
@@ -314,9 +337,9 @@ class _Run:
         metrics = {
             "epoch": self.epoch,
             "step": self.step,
-            "lr": self.scheduler.get_last_lr()[0],
+            "lr": max(self.scheduler.get_last_lr()),
             "train_loss": self._mean_over_processes(self.loss),
-            "train_accuracy": self._mean_over_processes(self.accuracy),
+            "train_accuracy": None if self.mix else self._mean_over_processes(self.accuracy),
             **test,
             "seconds": round(self.seconds, 2),
         }
@@ -328,12 +351,16 @@ class _Run:
             if accuracies[-1] > max(accuracies[:-1], default=-1.0):
                 self.run_dir.write_weights("best.safetensors", self._validated_model(), self.data)
             self.run_dir.write_metrics(self.history)
+        known = {name: value for name, value in metrics.items() if value is not None}
+        self.accelerator.log(known, step=self.step)
         self._save()
         if self.show_progress:
+            top5 = metrics.get("test_top5_accuracy")
             tqdm.write(
                 f"epoch {metrics['epoch']}: train loss {metrics['train_loss']:.4f}, "
                 f"test accuracy {metrics['test_accuracy']:.2%}, "
-                f"test loss {metrics['test_loss']:.4f}"
+                + ("" if top5 is None else f"top 5 {top5:.2%}, ")
+                + f"test loss {metrics['test_loss']:.4f}"
             )
 
     def _norm_batches(self) -> Iterator[Tensor]:
@@ -358,7 +385,8 @@ class _Run:
         model = self._validated_model()
         model.eval()
         self.confusion.reset()
-        total, count = 0.0, 0
+        total, count, in_top5 = 0.0, 0, 0
+        top5 = len(self.data.classes) >= TOP5_CLASSES
         for images, labels in self.test_loader:
             with self.accelerator.autocast():
                 logits = model(self._normalise(images))
@@ -366,8 +394,11 @@ class _Run:
             total += F.cross_entropy(logits, labels, reduction="sum").item()
             count += len(labels)
             self.confusion.update(logits, labels)
-        matrix = self.confusion.compute()
-        return {"test_loss": total / count, "test_accuracy": matrix.trace().item() / count}
+            if top5:
+                in_top5 += int((logits.topk(5).indices == labels[:, None]).sum())
+        right = self.confusion.compute().trace().item()
+        result = {"test_loss": total / count, "test_accuracy": right / count}
+        return result | ({"test_top5_accuracy": in_top5 / count} if top5 else {})
 
     def _validated_model(self) -> nn.Module:
         """Return the network that is validated and saved: the average if there is one."""
@@ -384,31 +415,5 @@ class _Run:
     def _show(self, bar: Any, images_per_second: float) -> None:
         if self.show_progress and self.step % 10 == 0:
             rate = images_per_second * self.accelerator.num_processes
-            loss, accuracy = self.loss.compute(), self.accuracy.compute()
-            bar.set_postfix_str(f"loss {loss:.3f}, acc {accuracy:.1%}, {rate:.0f} images/s")
-
-    def _agree_on_stop(self) -> bool:
-        # all processes must leave the loop at the same step, or the others would wait forever
-        if self.accelerator.num_processes == 1:
-            return self.interrupted
-        if self.interrupted:
-            self.accelerator.set_trigger()
-        return self.accelerator.check_trigger()  # type: ignore[no-any-return]
-
-    @contextmanager
-    def _finish_step_on_interrupt(self) -> Iterator[None]:
-        """Let Ctrl-C end the run after the step, and a second Ctrl-C at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # signal handlers can be set in the main thread only
-            return
-
-        def on_interrupt(*_: object) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt  # the second Ctrl-C
-            self.interrupted = True
-
-        before = signal.signal(signal.SIGINT, on_interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+            accuracy = "" if self.mix else f"acc {self.accuracy.compute():.1%}, "
+            bar.set_postfix_str(f"loss {self.loss.compute():.3f}, {accuracy}{rate:.0f} images/s")

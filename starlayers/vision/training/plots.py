@@ -9,12 +9,17 @@ from torch import Tensor
 
 
 def plot_curves(history: list[dict[str, Any]], file: Path) -> None:
-    """Draw loss and accuracy of training and test against the epoch into `file` (PNG)."""
+    """Draw loss and accuracy of training and test against the epoch into `file` (PNG).
+
+    A metric that is `None`, as the accuracy on mixed images, is left out.
+    """
     figure = _new_figure("curves.png", figsize=(9, 3.5))
     epochs = [line["epoch"] for line in history]
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part in ("train", "test"):
-            axes.plot(epochs, [line[f"{part}_{metric}"] for line in history], "o-", label=part)
+            values = [line[f"{part}_{metric}"] for line in history]
+            if None not in values:
+                axes.plot(epochs, values, "o-", label=part)
         axes.set(xlabel="epoch", ylabel=metric)
         if len(epochs) <= 20:
             axes.set_xticks(epochs)

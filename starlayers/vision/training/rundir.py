@@ -18,7 +18,21 @@ from starlayers.vision.training.plots import plot_confusion, plot_curves
 from starlayers.vision.weights import save_weights
 
 #: settings that runs of earlier versions do not have; such a run goes on with those of now
-NEW = ("norm_batches", "balance")
+NEW = ("norm_batches", "balance", "architecture")
+#: settings that runs of earlier versions do not name -> what they did
+EARLIER = {
+    "accumulate": 1,
+    "optimizer": "adamw",
+    "layer_decay": 1.0,
+    "freeze": 0,
+    "resized_crop": 0.0,
+    "erase": 0.0,
+    "amp_dtype": "bfloat16",
+    "sync_bn": False,
+    "log_with": "none",
+    "pretrained": False,
+    **dict.fromkeys(("start", "mean", "std")),
+}
 
 
 class RunDir:
@@ -66,7 +80,8 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             self._write("config.json", json.dumps(config, indent=2) + "\n")
             return
-        saved = self.read_config(self.path)
+        earlier = {key: value for key, value in EARLIER.items() if key in config}
+        saved = earlier | self.read_config(self.path)
         differing = [
             f"{key} was {saved.get(key)!r}, now {config.get(key)!r}"
             for key in sorted(saved.keys() | config.keys())
@@ -100,6 +115,16 @@ class RunDir:
             raise FileNotFoundError(f"no run to resume in {path} (no config.json)")
         return dict(json.loads(file.read_text()))
 
+    @staticmethod
+    def has_state(path: str | os.PathLike[str]) -> bool:
+        """Return True if the run in `path` has saved a state, from which it can be resumed.
+
+        Example:
+            >>> RunDir.has_state("no/such/run")
+            False
+        """
+        return bool(_states(Path(path)))
+
     def save(self, accelerator: Accelerator, step: int) -> None:
         """Save the state of all processes after `step`, then delete older states."""
         final = self.path / "state" / f"step_{step:08d}"
@@ -120,7 +145,7 @@ class RunDir:
         Returns:
             False if there is no state.
         """
-        states = sorted((self.path / "state").glob("step_????????"))
+        states = _states(self.path)
         if states:
             accelerator.load_state(str(states[-1]))
         return bool(states)
@@ -168,6 +193,10 @@ class RunDir:
         partial = self.path / f"{name}.partial"
         partial.write_text(text)
         partial.rename(self.path / name)
+
+
+def _states(path: Path) -> list[Path]:
+    return sorted((path / "state").glob("step_????????"))
 
 
 def process_state() -> PartialState:

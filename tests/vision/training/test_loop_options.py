@@ -37,6 +37,8 @@ def test_another_seed_gives_another_run():
 CHANGES = {
     "epochs": 2,
     "batch_size": 20,
+    "accumulate": 2,
+    "optimizer": "lamb",
     "lr": 1e-2,
     "weight_decay": 2.0,
     "schedule": "onecycle",
@@ -45,7 +47,9 @@ CHANGES = {
     "clip": 0.02,
     "flip": 0.0,
     "crop": 0,
+    "resized_crop": 0.5,
     "randaugment": 1,
+    "erase": 0.9,
     "mixup": 0.9,
     "cutmix": 0.0,
     "ema": 0.5,
@@ -63,7 +67,10 @@ def plain_loss():
 
 @pytest.mark.parametrize(("name", "value"), CHANGES.items(), ids=CHANGES)
 def test_every_field_changes_the_result(plain_loss, name, value):
-    assert {*CHANGES, "compile", "save_every", "workers"} == {f.name for f in fields(TrainConfig)}
+    # tests/vision/training/test_finetune.py has those of a StarNet, of a GPU and of a folder
+    others = {"compile", "save_every", "workers", "log_with"}
+    others |= {"layer_decay", "freeze", "amp_dtype", "sync_bn"}
+    assert CHANGES.keys() | others == {f.name for f in fields(TrainConfig)}
     assert run(**{name: value}).history[-1]["test_loss"] != plain_loss
 
 
@@ -294,6 +301,14 @@ BAD = [
     ({"schedule": "linear"}, "schedule must be 'cosine' or 'onecycle', got 'linear'"),
     ({"flip": 1.5}, "flip must be .*1.5"),
     ({"flip": -0.5}, "flip must be .*-0.5"),
+    ({"resized_crop": 1.5}, r"resized_crop must be in \[0, 1\], got 1.5"),
+    ({"erase": -0.1}, r"erase must be in \[0, 1\], got -0.1"),
+    ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+    ({"freeze": -1}, "freeze must not be negative, got -1"),
+    ({"layer_decay": 0.0}, r"layer_decay must be in \(0, 1\], got 0.0"),
+    ({"layer_decay": 1.1}, r"layer_decay must be in \(0, 1\], got 1.1"),
+    ({"amp_dtype": "fp16"}, "amp_dtype must be 'bfloat16' or 'float16', got 'fp16'"),
+    ({"log_with": "paper"}, "log_with must be 'none', .* or .*, got 'paper'"),
     ({"workers": -1}, "workers must .*-1"),
     ({"lr": float("nan")}, "lr must .*nan"),
 ]

@@ -13,8 +13,8 @@ from starlayers.vision.training.data import class_weights, labels_of
 from tests.helpers import properties
 
 
-def of(images, side=64):
-    return SimpleNamespace(train=range(images), shape=(3, side, side))
+def of(images, side=64, channels=3):
+    return SimpleNamespace(train=range(images), shape=(channels, side, side))
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,12 @@ def test_every_number_of_images_has_a_recipe(images, epochs):
     assert config.batch_size <= min(images, 128)
     assert 0 <= config.ema < 1
     assert config.epochs == epochs if epochs else steps >= 1000
+
+
+def test_gray_images_are_not_mirrored():
+    """They may be of letters."""
+    assert [TrainConfig.for_data(of(99, 28, c)).flip for c in (1, 3)] == [0.0, 0.5]
+    assert TrainConfig.for_data(of(99, 28, 1), flip=0.2).flip == 0.2
 
 
 def test_what_is_given_is_kept():
