@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "starlayers"
 FILES = sorted(ROOT.rglob("*.py"))
 RIDDLE = re.compile(r"(What|How|Whether|Where|Why|Who|Which|When|The|A|An)\b")
-MAX_LINES, MAX_TOTAL = 450, 32_000
+MAX_LINES, MAX_TOTAL = 450, 33_000
 
 
 def summaries() -> Iterator[tuple[str, str]]:
