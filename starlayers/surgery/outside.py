@@ -39,6 +39,7 @@ class Outside:
         apart: names of children that are left out.
 
     Example:
+        >>> __name__ = "mine"  # a module that is not the library's
         >>> calls = []
         >>> class Counts(nn.Identity):
         ...     def forward(self, x):
@@ -48,7 +49,7 @@ class Outside:
         >>> outside = Outside(module)
         >>> _ = module(torch.ones(2))
         >>> outside.change(), outside.restore(), calls
-        ('the variable calls', None, [])
+        ('the global calls', None, [])
     """
 
     def __init__(self, module: nn.Module, apart: Collection[str] = ()) -> None:
