@@ -70,9 +70,12 @@ def change_of(module: Adopted, hooks_of: tuple[str, ...] | None) -> str:
 #: dtype and number of dimensions of inputs for which modules are verified, and the dtype of
 #: autocast if it is on
 COMBINATIONS: list[tuple[torch.dtype, int, torch.dtype | None]] = [
-    *((dtype, ndim, None) for dtype in (torch.float32, torch.bfloat16) for ndim in (2, 3, 4)),
-    *((dtype, ndim, None) for dtype in (torch.float16, torch.float64) for ndim in (2, 3)),
-    *((torch.float32, ndim, low) for low in (torch.bfloat16, torch.float16) for ndim in (2, 3)),
+    (dtype, ndim, low)
+    for dtype, low in (
+        *((dtype, None) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
+        *((torch.float32, low) for low in (torch.bfloat16, torch.float16)),
+    )
+    for ndim in (2, 3, 4)
 ]
 
 
@@ -80,11 +83,18 @@ def _verified_for(x: Tensor) -> bool:
     """Return True for an input of a kind for which modules are verified."""
     if x.layout is not torch.strided or x.is_nested:
         return False
+    # a forward may ask for them, and none is verified with them
+    if not torch.compiler.is_compiling() and (isinstance(x, nn.Parameter) or _has_attributes(x)):
+        return False
     kind = x.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     low = torch.get_autocast_dtype(kind) if autocast else None
     dtype = torch.float32 if x.dtype == low else x.dtype  # as hidden states under autocast are
     return (dtype, x.ndim, low) in COMBINATIONS
+
+
+def _has_attributes(x: Tensor) -> bool:
+    return type(x) is Tensor and bool(vars(x))
 
 
 #: names of the children that `starify` adds

@@ -202,6 +202,8 @@ def names_in_code(kind: type) -> frozenset[str]:
         visit(function.__code__)
         for key in function.__code__.co_names:  # helpers in the same file
             helper = function.__globals__.get(key)
+            if callable(helper) and isinstance(own := getattr(helper, "__name__", None), str):
+                names.add(own)  # its name where it is defined
             if getattr(helper, "__globals__", None) is function.__globals__:
                 visit_function(helper)
         for cell in function.__closure__ or ():

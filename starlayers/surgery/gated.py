@@ -200,8 +200,7 @@ class GatedMLP(Adopted):
         else:
             y = self._star_product(*split_packed(h, gate_last=site.gate_last))
         if role.grown:
-            self._star_require_sizes(x, y)
-            y = y + self.star_grown(x, self._star_product)  # type: ignore[operator]
+            y = y + self._star_grown_product(x, y)
         for name in role.between:
             y = attribute(self, name)(y)
         if site.out is None:
@@ -212,16 +211,19 @@ class GatedMLP(Adopted):
             y = y.to(dtype) if dtype.is_floating_point and dtype != y.dtype else y
         return self._star_after(out(y))
 
-    def _star_require_sizes(self, x: Tensor, y: Tensor) -> None:
-        """Raise an error if the layers have other sizes than the grown products."""
+    def _star_grown_product(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the sum of the grown products; raise an error if `y` has another size."""
         grown: Any = self.star_grown
-        hidden = grown.f1.out_features // grown.rank
-        if (x.shape[-1], y.shape[-1]) != (grown.f1.in_features, hidden):
+        product = grown(x, self._star_product) if x.shape[-1] == grown.f1.in_features else None
+        # sizes of the results, of which a process of tensor parallelism has a part
+        if product is None or product.shape[-1] != y.shape[-1]:
+            hidden = grown.f1.out_features // grown.rank
             raise RuntimeError(
                 f"{type(self).__name__} has grown products of {grown.f1.in_features} to {hidden} "
                 f"channels, its layers now compute {x.shape[-1]} to {y.shape[-1]}: starify after "
                 "pruning, or revert"
             )
+        return product  # type: ignore[no-any-return]
 
     def _star_after(self, y: Tensor) -> Tensor:
         for name in self.star.after:
@@ -242,9 +244,9 @@ class GatedMLP(Adopted):
         name, act = type(self).__name__, self.star.site.act
         if self._star_input(args, kwargs) is None:
             raise TypeError(
-                f"{name} has grown products, for dense inputs of 2 to 4 dimensions, and takes its "
-                f"input alone, got {len(args)} positional arguments and the keywords "
-                f"{sorted(kwargs)}; revert gives the model's MLP back"
+                f"{name} has grown products, and takes its input alone, a dense tensor of 2 to 4 "
+                "dimensions of a usual float type, no parameter and without attributes of yours; "
+                f"got {_in_words(args, kwargs)}; revert gives the model's MLP back"
             )
         called = [part for part in (act, *self.star.between) if part is not None]
         change = self._star_change(called)
@@ -274,6 +276,18 @@ def split_packed(h: Tensor, *, gate_last: bool) -> tuple[Tensor, Tensor]:
     """Split the output of a packed layer: first the activated branch."""
     first, second = h.chunk(2, -1)
     return (second, first) if gate_last else (first, second)
+
+
+def _in_words(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    given = [*args, *kwargs.values()]
+    if len(given) == 1 and isinstance(given[0], Tensor):
+        (x,) = given
+        kind = type(x).__name__
+        if x.is_nested:
+            return f"a nested {kind}"
+        under = " under autocast" if torch.is_autocast_enabled(x.device.type) else ""
+        return f"a {kind} of shape {tuple(x.shape)}, {x.dtype}, {x.layout}{under}"
+    return f"{len(args)} positional arguments and the keywords {sorted(kwargs)}"
 
 
 #: modules of PyTorch that are the identity in eval mode; a class derived from one may be anything

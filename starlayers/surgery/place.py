@@ -120,8 +120,15 @@ def other_in(place: Place) -> str:
     return type(now).__name__ if isinstance(now, nn.Module) else repr(now)
 
 
+#: names that every module has, which belong to the placeholder itself
+OWN = frozenset(["place", *dir(nn.Module), *vars(nn.Module())])
+
+
 class Placeholder(nn.Identity):
     """Module in the place of an activation that a star projection multiplies by a gate.
+
+    Its attributes are those of the activation, so that `mlp.act.negative_slope = 0.5` sets the
+    activation's.
 
     Shapes: those of its input.
     """
@@ -130,8 +137,30 @@ class Placeholder(nn.Identity):
         super().__init__()
         self.place = place
 
+    def __getattr__(self, name: str) -> Any:
+        act = self._act()
+        if act is None or not _is_of_activation(name):
+            return super().__getattr__(name)
+        return getattr(act, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        act = self._act()
+        if act is None or not _is_of_activation(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(act, name, value)
+
+    def _act(self) -> Any:
+        star = getattr(vars(self).get("place"), "star", None)
+        return None if star is None else star.act
+
     def forward(self, x: Tensor) -> Tensor:
         return self.place(x)  # type: ignore[no-any-return]
+
+
+def _is_of_activation(name: str) -> bool:
+    """Return True for names that no module has of its own, and no library marks modules with."""
+    return not name.startswith("_") and name not in OWN
 
 
 # A storage keeps its Python object, so a note on it holds for tensors that libraries derive from a

@@ -307,6 +307,13 @@ class StarProjection(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for key in [k for k in state_dict if k.startswith(prefix)]:  # of the model as it was
+            name = key.removeprefix(prefix)
+            if name.partition(".")[0] not in self._modules:
+                state_dict.setdefault(f"{prefix}inp.{name}", state_dict.pop(key))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Raise an error: pruning and weight norm belong on `inp`, the model's own layer."""
         raise RuntimeError(

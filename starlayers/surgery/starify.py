@@ -150,11 +150,8 @@ def _check(model: nn.Module, mode: str, gate: str, grow: int) -> None:
 
 def _obstacle(model: nn.Module, f: Finding, mode: str, *, grow: int, recompute: bool) -> str | None:
     """Return why the options do not serve an MLP, `None` if they do."""
-    if recompute:
-        part = f.path if f.site.form == "plain" else f.owner
-        blocker = recompute_blocker(model.get_submodule(part))
-        if blocker is not None:
-            return f"{blocker}; leave recompute out"
+    if recompute and (blocker := _recompute_blocker(model, f)):
+        return f"{blocker}; leave recompute out"
     if f.site.form == "plain":
         return None
     if grow:
@@ -167,6 +164,16 @@ def _obstacle(model: nn.Module, f: Finding, mode: str, *, grow: int, recompute: 
             "memory all the same, and register_activation adds a row"
         )
     return None
+
+
+def _recompute_blocker(model: nn.Module, f: Finding) -> str | None:
+    """Return why an MLP must not run twice in one training step, `None` if it may."""
+    if f.site.form != "plain":
+        return recompute_blocker(model.get_submodule(f.owner))
+    act = None if f.site.act is None else attribute(model.get_submodule(f.owner), f.site.act)
+    if isinstance(act, nn.Module) and next(act.buffers(), None) is not None:
+        return f"{f.site.act!r} has buffers, which recompute may change twice"
+    return recompute_blocker(model.get_submodule(f.path))
 
 
 def _require_options(path: str, star: StarLayer, *, grow: int, recompute: bool) -> None:

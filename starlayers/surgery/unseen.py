@@ -57,13 +57,19 @@ IN_PARTS = frozenset(
     {
         "are_deterministic_algorithms_enabled",
         "environ",
+        "exists",
         "get_default_dtype",
         "getenv",
+        "geterr",
+        "getrecursionlimit",
         "is_compiling",
         "is_dynamo_compiling",
         "is_exporting",
         "is_torchdynamo_compiling",
         "is_tracing",
+        "is_warn_always_enabled",
+        "isenabled",
+        "isfile",
         "requires_grad",
     }
 )
@@ -89,6 +95,7 @@ def unseen(module: nn.Module, apart: Collection[str]) -> str:
     in_parts = frozenset[str]().union(
         *(names_in_code(type(part)) for _, part in parts_of(module, apart))
     )
-    if asked := NAMES & names | IN_PARTS & in_parts | FRAMES & names_in_code(type(module)):
+    own = names_in_code(type(module))
+    if asked := NAMES & (names | in_parts) | IN_PARTS & in_parts | FRAMES & own:
         return f"its forward may ask for {min(asked)!r}, which no graph shows"
     return reason

@@ -46,8 +46,10 @@ def test_the_recipe_states_every_setting_that_decides_a_run():
     # DemoNet has no BatchNorm, and the classes of CIFAR-10 are of equal size
     idle = {"compile", "seed", "save_every", "workers", "norm_batches", "balance", "log_with"}
     # newer than the records, in which they are off
-    off = {"accumulate": 1, "optimizer": "adamw", "layer_decay": 1.0, "freeze": 0,
-           "resized_crop": 0.0, "erase": 0.0, "amp_dtype": "bfloat16", "sync_bn": False}  # fmt: skip
+    off = {
+        "accumulate": 1, "optimizer": "adamw", "layer_decay": 1.0, "freeze": 0,
+        "resized_crop": 0.0, "erase": 0.0, "amp_dtype": "bfloat16", "sync_bn": False,
+    }  # fmt: skip
     assert set(TrainConfig.__dataclass_fields__) - stated == {*idle, *off}
     assert {name: getattr(TrainConfig(), name) for name in off} == off
 

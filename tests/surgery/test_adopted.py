@@ -87,3 +87,40 @@ def test_both_mlps_and_experts_are_star_modules():
     again = torch.load(file, weights_only=False)
     assert type(again) is star_class(Gated, GatedMLP)
     assert torch.equal(again(x), mlp(x))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda x: nn.Parameter(x), lambda x: x.requires_grad_(), lambda x: marked(x)],
+    ids=["parameter", "leaf", "attribute"],
+)
+def test_inputs_that_carry_more_than_values_run_the_own_forward(make):
+    class Asks(Gated):
+        def forward(self, x):
+            y = super().forward(x)
+            return 2 * y if isinstance(x, nn.Parameter) or hasattr(x, "scale") else y
+
+    own = Asks()
+    star, grown = starify(copy.deepcopy(own), mode="fuse"), starify(copy.deepcopy(own), grow=1)
+    x = make(torch.randn(4, 8))
+    torch.testing.assert_close(star(x), own(x))
+    if star.star_plan(x).reason.startswith("the call has other arguments"):
+        with pytest.raises(TypeError, match="no parameter and without attributes"):
+            grown(x)
+    else:
+        torch.testing.assert_close(grown(x), own(x))
+
+
+def marked(x):
+    x.scale = 1
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_grown_products_of_maps_under_autocast(dtype):
+    own = Gated()
+    grown = starify(copy.deepcopy(own), grow=1)
+    x = torch.randn(2, 3, 3, 8)
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(grown(x), own(x))
+    torch.testing.assert_close(grown.half()(x.half()), own.half()(x.half()))

@@ -150,7 +150,7 @@ def test_sparse_and_nested_input_runs_the_own_forward():
     with use_backend("cpu"), pytest.raises(RuntimeError, match="other arguments than one input"):
         star(x.to_sparse())
     grown = starify(copy.deepcopy(own), grow=1)
-    with pytest.raises(TypeError, match="dense inputs"):
+    with pytest.raises(TypeError, match=r"a dense tensor .* got a nested Tensor"):
         grown(nested)
 
 
@@ -254,7 +254,7 @@ def test_other_arguments_run_the_own_forward():
     with pytest.raises(TypeError, match="positional"):
         star(x, x)
     grown = starify(copy.deepcopy(own), grow=1)
-    with pytest.raises(TypeError, match=r"takes its input alone, got 1 .* \['shift'\]; revert"):
+    with pytest.raises(TypeError, match=r"takes its input alone, .* got 1 .* \['shift'\]; revert"):
         grown(x, shift=2.0)
 
 

@@ -370,3 +370,21 @@ def test_recomputation_repeats_the_random_numbers_of_the_first_layer(act):
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()])])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("act", "name", "value"),
+    [(nn.LeakyReLU(), "negative_slope", 0.5), (nn.GELU(), "approximate", "tanh")],
+)
+def test_options_of_the_activation_are_set_through_the_placeholder(act, name, value, x):
+    own = MLP()
+    own.act = act
+    star = starify(copy.deepcopy(own))
+    assert getattr(star.act, name) == getattr(act, name)
+    setattr(own.act, name, value), setattr(star.act, name, value)
+    assert getattr(star.fc1.act, name) == value
+    assert torch.equal(star(x), own(x))
+    star.act.eval()
+    assert (star.act.training, star.fc1.act.training) == (False, True)  # modules have a mode each
+    with pytest.raises(AttributeError, match="slope"):
+        star.act.slope  # noqa: B018

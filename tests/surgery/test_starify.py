@@ -442,3 +442,32 @@ def test_revert_names_the_largest_gate(x):
     with pytest.warns(UserWarning, match=r"2 of 3 gates .* up to 0\.75 \(blocks\.2\.fc1\)"):
         assert revert(net) is net
     assert report(net).replaced == []
+
+
+def test_an_activation_with_buffers_is_not_recomputed():
+    class Counts(nn.GELU):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+    mlp = MLP()
+    mlp.act = Counts()
+    with pytest.raises(ValueError, match="'act' has buffers, which recompute may change twice"):
+        starify(mlp, recompute=True)
+    starify(mlp)
+    assert not mlp.fc1.recompute
+
+
+def test_weights_of_the_plain_model_are_loaded_into_a_starified_one(x):
+    own, other = MLP(), MLP()
+    star = starify(copy.deepcopy(other))
+    with pytest.raises(
+        RuntimeError, match=r'Missing key\(s\).*"fc1.gate.weight", "fc1.gate.bias"\.'
+    ):
+        star.load_state_dict(own.state_dict())
+    incompatible = star.load_state_dict(own.state_dict(), strict=False)
+    assert not incompatible.unexpected_keys
+    assert torch.equal(star(x), own(x))
+    again = starify(MLP())
+    again.load_state_dict(star.state_dict())
+    assert torch.equal(again(x), own(x))

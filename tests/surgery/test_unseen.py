@@ -5,7 +5,9 @@ import inspect
 import itertools
 import logging
 import multiprocessing
+import os
 import random
+import sys
 import threading
 import time
 import types
@@ -13,6 +15,8 @@ import weakref
 
 import pytest
 import torch.distributed as dist
+from torch import get_default_dtype as default_dtype
+from torch import get_num_threads as threads
 
 from starlayers import starify
 from starlayers.surgery.unseen import unseen
@@ -57,6 +61,12 @@ CASES = {
     "hooks": (lambda: reading(lambda s: s._forward_hooks), "'_forward_hooks'"),
     "processes": (lambda: reading(lambda s: dist.is_initialized()), "'is_initialized'"),
     "level of a logger": (lambda: reading(lambda s: logger.isEnabledFor(10)), "'isEnabledFor'"),
+    "another name": (lambda: reading(lambda s: threads() > 1), "'get_num_threads'"),
+    "default dtype by another name": (
+        lambda: reading(lambda s: default_dtype() == s), "'get_default_dtype'"
+    ),
+    "files": (lambda: reading(lambda s: os.path.exists("flag")), "'exists'"),
+    "recursion": (lambda: reading(lambda s: sys.getrecursionlimit()), "'getrecursionlimit'"),
     "frames": (lambda: reading(lambda s: inspect.currentframe().f_back), "'currentframe'"),
     "time": (lambda: reading(lambda s: time.time()), "the time, of the module 'time'"),
 }  # fmt: skip
