@@ -22,7 +22,7 @@ def contexts_traced(mlp, reads=None):
 
 
 def test_the_contexts():
-    assert len(set(module.CONTEXTS)) == 56
+    assert len(set(module.CONTEXTS)) == 72
     for train in (False, True):
         for grad in (False, True):
             some = [c for c in module.CONTEXTS if (c.train, c.grad) == (train, grad)]
@@ -38,7 +38,7 @@ def test_the_contexts():
 
 def test_a_forward_that_asks_for_nothing_is_traced_once_a_number_of_dimensions_and_autocast():
     found = contexts_traced(Gated("up"))
-    assert len(found) == len({(c.ndim, c.autocast) for c in found}) == 7
+    assert len(found) == len({(c.ndim, c.autocast) for c in found}) == 9
     assert {(c.train, c.grad, c.dtype) for c in found} == {(False, True, torch.float32)}
 
 
@@ -130,7 +130,7 @@ class SameSteps(Gated):
 
 def test_the_tensors_of_calls_count():
     found = contexts_traced(SameSteps("up"))
-    assert len(found) == 14
+    assert len(found) == 18
     assert {c.train for c in found} == {False, True}
 
 
