@@ -57,7 +57,6 @@ IN_PARTS = frozenset(
     {
         "are_deterministic_algorithms_enabled",
         "environ",
-        "exists",
         "get_default_dtype",
         "getenv",
         "geterr",
@@ -69,7 +68,6 @@ IN_PARTS = frozenset(
         "is_tracing",
         "is_warn_always_enabled",
         "isenabled",
-        "isfile",
         "requires_grad",
     }
 )

@@ -5,7 +5,6 @@ import inspect
 import itertools
 import logging
 import multiprocessing
-import os
 import random
 import sys
 import threading
@@ -65,7 +64,6 @@ CASES = {
     "default dtype by another name": (
         lambda: reading(lambda s: default_dtype() == s), "'get_default_dtype'"
     ),
-    "files": (lambda: reading(lambda s: os.path.exists("flag")), "'exists'"),
     "recursion": (lambda: reading(lambda s: sys.getrecursionlimit()), "'getrecursionlimit'"),
     "frames": (lambda: reading(lambda s: inspect.currentframe().f_back), "'currentframe'"),
     "time": (lambda: reading(lambda s: time.time()), "the time, of the module 'time'"),
