@@ -101,7 +101,7 @@ class _Reader:
 
     def __init__(self, graph: Graph, site: Site) -> None:
         self.graph, self.site = graph, site
-        self.parts = [name for name in (site.inp, site.up, site.out) if name]
+        self.parts = site.layers
         #: results of the first layers: the layer, and the half for a packed one
         self.branches: dict[fx.Node, tuple[str, int | None]] = {}
         self.outputs = {name: self._only_output(name) for name in self.parts}

@@ -163,7 +163,7 @@ class GatedMLP(Adopted):
             reason = self._star_change()
         if reason or x is None:
             return declined(reason, f"this {type(self).__name__}")
-        layers = {name: attribute(self, name) for name in (site.inp, site.up, site.out) if name}
+        layers = {name: attribute(self, name) for name in site.layers}
         odd = False  # a layer is not a plain `nn.Linear`
         if len(layers) < 3:
             reason = "it has one packed layer, or none after the product: no op for these"

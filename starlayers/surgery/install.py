@@ -71,8 +71,8 @@ def install(
         return install_hidden(owner, site, gate, recompute=recompute)
     if site.form == "plain":
         return install_plain(owner, site, gate, **options)
-    kind, apart = type(owner), [name for name in (site.inp, site.up, site.out) if name]
-    snapshot, name = Snapshot(owner, kind.forward, apart), input_name(owner)
+    kind = type(owner)
+    snapshot, name = Snapshot(owner, kind.forward, site.layers), input_name(owner)
     options |= {"between": between, "after": after, "up_first": up_first, "casts": casts}
     role = Role(site, kind, input_name=name, snapshot=snapshot, **options)
     star: GatedMLP = adopt(owner, GatedMLP, role)

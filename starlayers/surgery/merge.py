@@ -163,8 +163,8 @@ def _has_effect(star: StarLayer) -> bool:
 def _changed_layers(owner: nn.Module, star: StarLayer) -> dict[str, nn.Module]:
     """Return the layers whose weights `merge` changes or reads, by name in the owner."""
     site = role_of(star).site
-    names = (site.inp, site.up, site.out) if isinstance(star, GatedMLP) else (site.out,)
-    layers = {name: attribute(owner, name) for name in names if name is not None}
+    names = site.layers if isinstance(star, GatedMLP) else filter(None, [site.out])
+    layers = {name: attribute(owner, name) for name in names}
     grown = star.star_grown if isinstance(star, GatedMLP) else None
     return layers | {f"star_grown.{name}": f for name, f in getattr(grown, "_modules", {}).items()}
 
@@ -199,7 +199,7 @@ def _wider(model: nn.Module, stars: list[Star]) -> tuple[dict[str, Size], dict[i
         times, site = 1 + star.star.grown, star.star.site
         hidden = star.star_sizes()[1]
         widths[hidden] = times * hidden
-        for leaf in filter(None, (site.inp, site.up, site.out)):
+        for leaf in site.layers:
             for name, p in attribute(owner, leaf).named_parameters():
                 dimension = 1 if leaf == site.out else 0
                 shape = list(p.shape)

@@ -43,6 +43,11 @@ class Site:
     up: str | None = None
     gate_last: bool = False
 
+    @property
+    def layers(self) -> list[str]:
+        """Names of its linear layers: `inp`, `up` and `out`, without those that it has not."""
+        return [name for name in (self.inp, self.up, self.out) if name]
+
 
 def parent_of(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Return the module that holds the dotted `name`, and the last part of the name."""

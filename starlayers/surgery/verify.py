@@ -109,17 +109,15 @@ def verify(
         keys, kept = zip(*map(signature, modules))
     else:
         store = _gated
-        layers = [name for name in (site.inp, site.up, site.out) if name]
-        unnamed = unnamed_attributes(owner, layers)
-        own, kept = signature(owner, layers, unnamed)
-        keys = own, *(_stood_in(attribute(owner, name)) for name in layers)
+        unnamed = unnamed_attributes(owner, site.layers)
+        own, kept = signature(owner, site.layers, unnamed)
+        keys = own, *(_stood_in(attribute(owner, name)) for name in site.layers)
     key = site, keys, tuple(map(id, ACTIVATIONS.values())), caller and caller[1]
     for known, read, _ in store.get(key, []):
         if all(unnamed[name] == value for name, value in read.items()):
             return known
-    layers = [name for name in (site.inp, site.up, site.out) if name]
     try:
-        with untouched(owner, layers, forbidden=site.form != "plain"):
+        with untouched(owner, site.layers, forbidden=site.form != "plain"):
             verdict = _verified(owner, site, caller, reads)
     except MismatchError as error:
         verdict = Verdict(site, str(error))
@@ -155,7 +153,7 @@ def _verified(
     with default_state(device):
         if site.form != "plain":
             _require_own_forward(owner)
-            if hidden := unseen(owner, [name for name in (site.inp, site.up, site.out) if name]):
+            if hidden := unseen(owner, site.layers):
                 raise MismatchError(hidden)
             formula, act_name, casts = verify_gated(owner, site, reads)
             between, after, act = formula.between, formula.after, formula.act

@@ -118,7 +118,7 @@ def _require_one_input(owner: nn.Module) -> None:
 
 def _read(owner: nn.Module, site: Site, reads: Reads) -> tuple[Formula, str | None]:
     """Return the formula under all contexts, and the name of its activation."""
-    parts = tuple(name for name in (site.inp, site.up, site.out) if name)
+    parts = tuple(site.layers)
     inp = attribute(owner, site.inp)
     n = (projection(inp) or Projection(1, 1)).in_features
     device = dtype_and_device(inp)[1]
@@ -149,9 +149,7 @@ def _stand_in(
 ) -> Any:
     """Return a copy of an MLP with plain linear layers, of `small` sizes or the true ones."""
     memo: dict[int, Any] = {}
-    for name in (site.inp, site.up, site.out):
-        if name is None:
-            continue
+    for name in site.layers:
         layer = attribute(owner, name)
         n, f, _ = projection(layer) or Projection(1, 1)
         if small is not None:
@@ -177,7 +175,7 @@ def _asks_for_weight(body: nn.Module, site: Site) -> bool:
         MismatchError: it asks its linear layers for anything else, or a tensor for what no graph
             shows.
     """
-    names = [name for name in (site.inp, site.up, site.out) if name]
+    names = site.layers
     for dtype in TOLERANCES:
         layers = {name: attribute(body, name) for name in names}
         probes = {name: LayerProbe(layer, name) for name, layer in layers.items()}
